@@ -1,0 +1,72 @@
+// The only file that knows Python. Addresses come in as integers; the callers (skillfast/backends/native.py) have
+// checked shapes, dtypes and strides.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+skillfast::NeuronScaleArgs neuron_scale_args(uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch,
+                                             int64_t tokens, int64_t width, uintptr_t scale, uintptr_t shift,
+                                             uintptr_t condition, uintptr_t out, int dtype) {
+  return {at<const void>(x),           stride_batch, stride_token, batch, tokens, width,
+          at<const void>(scale),       at<const void>(shift), at<const int64_t>(condition),
+          at<void>(out),               static_cast<skillfast::DType>(dtype)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "skillfast's C++ and CUDA ops: addresses and sizes in. Use skillfast.ops.";
+
+  m.def(
+      "neuron_scale",
+      [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
+         uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out, int dtype, int n_threads) {
+        skillfast::neuron_scale(neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift,
+                                                  condition, out, dtype),
+                                n_threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "comoments_update",
+      [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t columns, uintptr_t y, uintptr_t shift,
+         uintptr_t sum_x, uintptr_t sum_xx, uintptr_t sum_xy, int dtype, int n_threads) {
+        skillfast::comoments_update({at<const void>(x), stride_row, n, width, columns, at<const float>(y),
+                                     at<const float>(shift), at<double>(sum_x), at<double>(sum_xx),
+                                     at<double>(sum_xy), static_cast<skillfast::DType>(dtype)},
+                                    n_threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def("cpu_isa", &skillfast::cpu_isa);
+  m.def("set_cpu_isa", &skillfast::set_cpu_isa);
+  m.def("cpu_threads_runtime", &skillfast::cpu_threads_runtime);
+
+#ifdef SKILLFAST_HAS_CUDA
+  m.attr("HAS_CUDA") = true;
+  m.def("neuron_scale_cuda",
+        [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
+           uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out, int dtype, int device,
+           uintptr_t stream) {
+          const char* error = nullptr;
+          {
+            py::gil_scoped_release release;
+            error = skillfast::neuron_scale_cuda(neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width,
+                                                                   scale, shift, condition, out, dtype),
+                                                 device, at<void>(stream));
+          }
+          if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
+        });
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
+}

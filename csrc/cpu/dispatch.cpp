@@ -1,0 +1,98 @@
+// Picks the widest instruction set of this processor and splits each op over threads.
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "kernels.h"
+
+namespace skillfast {
+
+#define SKILLFAST_DECLARE(isa)                                              \
+  namespace isa {                                                           \
+  void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end); \
+  void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);   \
+  }
+SKILLFAST_DECLARE(baseline)
+#ifdef SKILLFAST_HAS_avx2
+SKILLFAST_DECLARE(avx2)
+#endif
+#ifdef SKILLFAST_HAS_avx512
+SKILLFAST_DECLARE(avx512)
+#endif
+#undef SKILLFAST_DECLARE
+
+namespace {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*neuron_scale_rows)(const NeuronScaleArgs&, int64_t, int64_t);
+  void (*comoments_lanes)(const CoMomentsArgs&, int64_t, int64_t);
+};
+
+// Widest first.
+const Kernels kKernels[] = {
+#ifdef SKILLFAST_HAS_avx512
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::neuron_scale_rows, avx512::comoments_lanes},
+#endif
+#ifdef SKILLFAST_HAS_avx2
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::neuron_scale_rows,
+     avx2::comoments_lanes},
+#endif
+    {"baseline", [] { return true; }, baseline::neuron_scale_rows, baseline::comoments_lanes},
+};
+
+const Kernels* widest() {
+  for (const Kernels& kernels : kKernels) {
+    if (kernels.supported()) return &kernels;
+  }
+  return nullptr;
+}
+
+const Kernels*& current() {
+  static const Kernels* kernels = widest();
+  return kernels;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return current()->isa; }
+
+bool set_cpu_isa(const char* name) {
+  for (const Kernels& kernels : kKernels) {
+    if (std::strcmp(kernels.isa, name) == 0 && kernels.supported()) {
+      current() = &kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+const char* cpu_threads_runtime() { return openmp_found() ? "openmp" : "std"; }
+
+void neuron_scale(const NeuronScaleArgs& args, int n_threads) {
+  constexpr int64_t kElements = 1 << 15;  // per chunk: below this a thread costs more than it saves
+  const int64_t grain = kElements / (args.width > 0 ? args.width : 1) + 1;
+  parallel_for(
+      n_threads, args.batch * args.tokens, grain,
+      [](const void* context, int64_t begin, int64_t end) {
+        current()->neuron_scale_rows(*static_cast<const NeuronScaleArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+void comoments_update(const CoMomentsArgs& args, int n_threads) {
+  constexpr int64_t kNeurons = 256;
+  parallel_for(
+      n_threads, args.width, kNeurons,
+      [](const void* context, int64_t begin, int64_t end) {
+        current()->comoments_lanes(*static_cast<const CoMomentsArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+}  // namespace skillfast

@@ -1,0 +1,115 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+
+namespace skillfast {
+namespace {
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline double to_float(double value) { return value; }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ inline T from_float(float value) {
+  return static_cast<T>(value);
+}
+template <typename T>
+__device__ inline T from_float(double value) {
+  return static_cast<T>(value);
+}
+template <>
+__device__ inline __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+constexpr int kThreads = 256;
+constexpr int kBytes = 16;  // what one thread reads and writes at a time
+
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Pack {
+  T values[n];
+};
+
+// One block row per (sample, token), n neurons a thread: scale and shift are read once per row from cache.
+template <typename T, typename S, int n>
+__global__ void scale_kernel(NeuronScaleArgs args) {
+  const int64_t row = blockIdx.x;
+  const int64_t sample = row / args.tokens, token = row % args.tokens;
+  const int64_t condition = args.condition == nullptr ? 0 : args.condition[sample];
+  const T* x = static_cast<const T*>(args.x) + sample * args.stride_batch + token * args.stride_token;
+  const S* scale = static_cast<const S*>(args.scale) + condition * args.width;
+  const S* shift = args.shift == nullptr ? nullptr : static_cast<const S*>(args.shift) + condition * args.width;
+  T* out = static_cast<T*>(args.out) + row * args.width;
+  for (int64_t d = static_cast<int64_t>(threadIdx.x) * n; d < args.width; d += kThreads * n) {
+    Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(x + d);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const S factor = scale[d + i];
+      S value = factor == S(0) ? S(0) : to_float(pack.values[i]) * factor;
+      if (shift != nullptr) value += shift[d + i];
+      pack.values[i] = from_float<T>(value);
+    }
+    *reinterpret_cast<Pack<T, n>*>(out + d) = pack;
+  }
+}
+
+template <typename T, typename S>
+void launch(const NeuronScaleArgs& args, cudaStream_t stream) {
+  constexpr int n = kBytes / sizeof(T);
+  const unsigned rows = static_cast<unsigned>(args.batch * args.tokens);
+  const bool aligned = args.width % n == 0 && args.stride_batch % n == 0 && args.stride_token % n == 0 &&
+                       reinterpret_cast<uintptr_t>(args.x) % kBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(args.out) % kBytes == 0;
+  if (aligned) {
+    scale_kernel<T, S, n><<<rows, kThreads, 0, stream>>>(args);
+  } else {
+    scale_kernel<T, S, 1><<<rows, kThreads, 0, stream>>>(args);
+  }
+}
+
+// The device that was current, back again on every way out.
+struct DeviceGuard {
+  int previous = 0;
+  cudaError_t error;
+  explicit DeviceGuard(int device) {
+    error = cudaGetDevice(&previous);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous); }
+};
+
+}  // namespace
+
+const char* neuron_scale_cuda(const NeuronScaleArgs& args, int device, void* stream) {
+  const int64_t rows = args.batch * args.tokens;
+  if (rows == 0 || args.width == 0) return nullptr;
+  if (rows > 0x7fffffff) return "more than 2^31 - 1 rows in one call";
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (args.dtype) {
+    case DType::float32:
+      launch<float, float>(args, cuda_stream);
+      break;
+    case DType::bfloat16:
+      launch<__nv_bfloat16, float>(args, cuda_stream);
+      break;
+    case DType::float16:
+      launch<__half, float>(args, cuda_stream);
+      break;
+    case DType::float64:
+      launch<double, double>(args, cuda_stream);
+      break;
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace skillfast

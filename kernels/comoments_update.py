@@ -1,0 +1,65 @@
+"""`comoments_update` in Triton: one program owns BLOCK_D neurons and walks over all rows of the buffer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def comoments_update_kernel(
+    x, y, shift, sum_x, sum_xx, sum_xy, n, width, columns, stride_row,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Sums BLOCK_N rows in float32, then adds them to float64 sums that are written to the state once."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_d = d < width
+    in_m = m < columns
+    offset = tl.load(shift + d, mask=in_d, other=0.0)
+    total = tl.zeros((BLOCK_D,), tl.float64)
+    squares = tl.zeros((BLOCK_D,), tl.float64)
+    products = tl.zeros((BLOCK_M, BLOCK_D), tl.float64)
+    for start in range(0, n, BLOCK_N):
+        r = start + tl.arange(0, BLOCK_N)
+        in_r = r < n
+        inside = in_r[:, None] & in_d[None, :]
+        values = tl.load(x + r[:, None].to(tl.int64) * stride_row + d[None, :], mask=inside, other=0.0)
+        values = tl.where(inside, values.to(offset.dtype) - offset[None, :], 0.0).to(tl.float32)
+        labels = tl.load(y + r[None, :] * columns + m[:, None], mask=in_r[None, :] & in_m[:, None], other=0.0)
+        total += tl.sum(values, axis=0).to(tl.float64)
+        squares += tl.sum(values * values, axis=0).to(tl.float64)
+        products += tl.dot(labels, values, input_precision="ieee").to(tl.float64)
+    if tl.program_id(1) == 0:
+        tl.store(sum_x + d, tl.load(sum_x + d, mask=in_d) + total, mask=in_d)
+        tl.store(sum_xx + d, tl.load(sum_xx + d, mask=in_d) + squares, mask=in_d)
+    state = sum_xy + m[:, None].to(tl.int64) * width + d[None, :]
+    inside = in_m[:, None] & in_d[None, :]
+    tl.store(state, tl.load(state, mask=inside) + products, mask=inside)
+
+
+def launch(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    shift: torch.Tensor,
+    sum_x: torch.Tensor,
+    sum_xx: torch.Tensor,
+    sum_xy: torch.Tensor,
+) -> None:
+    """Runs the kernel; the arguments are those of `skillfast.ops.comoments_update`, checked."""
+    n, width = x.shape
+    columns = y.shape[1]
+    if n == 0 or width == 0:
+        return
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    block_n, block_d, block_m = 32, 64, 16
+    grid = (triton.cdiv(width, block_d), max(1, triton.cdiv(columns, block_m)))
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        comoments_update_kernel[grid](
+            x, y.contiguous(), shift, sum_x, sum_xx, sum_xy, n, width, columns, x.stride(0),
+            BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_M=block_m,
+        )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The C++ and CUDA ops of `skillfast._core`: hands over addresses, sizes and strides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch  # noqa: TC002  (before _core: the extension looks up torch's OpenMP runtime)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+try:
+    from skillfast import _core
+except ImportError as error:  # a checkout that was never built
+    _core = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
+    """`x` as (tensor, stride_batch, stride_token, batch, tokens) with unit stride in the last dimension."""
+    if x.dim() == 2:
+        x = x.unsqueeze(1)
+    elif x.dim() > 3:
+        x = x.flatten(1, -2)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x, x.stride(0), x.stride(1), x.shape[0], x.shape[1]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def neuron_scale(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
+) -> torch.Tensor:
+    """See `skillfast.ops.neuron_scale`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    rows, *sizes = _rows(x)
+    scale = scale.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    condition = None if condition is None else condition.contiguous()
+    arguments = (
+        rows.data_ptr(), *sizes, x.shape[-1], scale.data_ptr(), _address(shift), _address(condition), out.data_ptr(),
+        _DTYPES[x.dtype],
+    )  # fmt: skip
+    if x.is_cuda:
+        index = x.device.index
+        _core.neuron_scale_cuda(*arguments, index, torch.cuda.current_stream(index).cuda_stream)
+    else:
+        _core.neuron_scale(*arguments, torch.get_num_threads())
+    return out
+
+
+def comoments_update(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    shift: torch.Tensor,
+    sum_x: torch.Tensor,
+    sum_xx: torch.Tensor,
+    sum_xy: torch.Tensor,
+) -> None:
+    """See `skillfast.ops.comoments_update`."""
+    n, width = x.shape
+    if n == 0 or width == 0:
+        return
+    if x.stride(1) != 1 and width > 1:
+        x = x.contiguous()
+    y = y.contiguous()
+    _core.comoments_update(
+        x.data_ptr(), x.stride(0), n, width, y.shape[1], y.data_ptr(), shift.data_ptr(), sum_x.data_ptr(),
+        sum_xx.data_ptr(), sum_xy.data_ptr(), _DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"neuron_scale": neuron_scale, "comoments_update": comoments_update}
+_ON_CUDA = ("neuron_scale",)
+
+
+def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the extension cannot run `op` there, or None."""
+    if _core is None:
+        return f"the C++ extension is not built ({_import_error}); run `pip install .`"
+    if op not in IMPLEMENTATIONS:
+        return f"the C++ extension has no {op}"
+    if dtype not in _DTYPES:
+        return f"the C++ extension has no {op} for {dtype}"
+    if device.type == "cuda":
+        if op not in _ON_CUDA:
+            return f"the C++ extension has no {op} for CUDA"
+        return None if _core.HAS_CUDA else "the C++ extension was built without nvcc"
+    return None if device.type == "cpu" else f"the C++ extension does not run on {device.type}"
+
+
+def describe() -> str:
+    """One line for `skillfast info`."""
+    if _core is None:
+        return f"not built ({_import_error})"
+    cuda = "with CUDA ops" if _core.HAS_CUDA else "without CUDA ops"
+    return f"C++ for {_core.cpu_isa()}, threads by {_core.cpu_threads_runtime()}, {cuda}"

@@ -1,0 +1,23 @@
+"""The errors that skillfast raises on purpose: one line each, `<what>: expected <x>, got <y>; <remedy>`."""
+
+from __future__ import annotations
+
+
+class SkillfastError(Exception):
+    """A failed run: what was expected, what came, what to do. The command line prints it and exits with 1."""
+
+
+class ArgumentError(SkillfastError, ValueError):
+    """An argument that cannot be used. The command line exits with 2."""
+
+
+class ModelError(SkillfastError):
+    """A model that cannot be made, loaded, traced or ablated."""
+
+
+class DataError(SkillfastError):
+    """Data that is missing, unreadable or too little."""
+
+
+class BackendError(SkillfastError, RuntimeError):
+    """An explicitly chosen backend that cannot run an op."""
