@@ -118,8 +118,8 @@ def comoments_update(
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
-def _neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
+def _neuron_scale(  # the dispatcher leaves out arguments that equal their default
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     return backends.implementation("neuron_scale", x)(x, scale, shift, condition)
 

@@ -1,0 +1,94 @@
+"""What a run costs: seconds per phase, trace over forward, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.tracing import Tracer, classification_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from skillfast.metrics import Metric
+
+MEASURED_BATCHES = 8
+
+
+class Clock:
+    """Seconds per named phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's time to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Peak memory of the process and of the CUDA device, in bytes; None without one."""
+    return {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def trace_over_forward(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    metrics: Mapping[str, Metric],
+    sites: Sequence[str],
+    pool: Any,
+) -> dict[str, float | int]:
+    """Time a few batches with and without tracing, in turn.
+
+    Returns:
+        forward_s (seconds of the plain forwards over those batches), samples_per_s (of the traced ones),
+        trace_over_forward (traced over plain time; the computation of the metrics included) and state_bytes.
+    """
+    device = next(model.parameters()).device
+    plain = traced = 0.0
+    samples = 0
+    tracer = Tracer(model, metrics, sites=sites, pool=pool)
+    with torch.inference_mode():
+        for images, label in islice(loader, MEASURED_BATCHES):
+            batch = (images.to(device), label.to(device))
+            if samples == 0:
+                model(batch[0])  # the first forward pays for allocations that no later one does
+            start = _now(device)
+            model(batch[0])
+            middle = _now(device)
+            with tracer:
+                _, values = classification_forward(model, batch)
+                tracer.step(**values)
+            traced += _now(device) - middle
+            plain += middle - start
+            samples += len(label)
+    return {
+        "samples_per_s": samples / traced,
+        "forward_s": plain,
+        "trace_over_forward": traced / plain,
+        "state_bytes": tracer.state_bytes,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,225 @@
+"""`skillfast.bench`: data, model, trace, select, sweep, oracle and control, files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast import __version__, backends, data, files, metrics
+from skillfast.ablation import Condition, SweepResult, per_class_accuracy, sweep
+from skillfast.benchmark import contribution, removal
+from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
+from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.models.sites import choose_sites, fingerprint
+from skillfast.skills import Skill, overlap, save_skills, select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from skillfast.benchmark.config import BenchConfig
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+SCHEMA = "skillfast.bench/1"
+RESULTS = "results.json"
+MATRIX = "removal_matrix.csv"
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What a run found and where it was written.
+
+    Attributes:
+        results: The content of results.json.
+        skills: Class name -> the skill that was removed.
+        directory: The output folder.
+    """
+
+    results: dict[str, Any]
+    skills: dict[str, Skill]
+    directory: Path
+
+
+def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None] = lambda _: None) -> BenchReport:
+    """Run the benchmark and write its files.
+
+    Args:
+        config: The settings.
+        quiet: Show no progress bars.
+        say: Called with each line worth reading while the run goes on; the baseline accuracy comes first.
+
+    Returns:
+        The results; `results.json`, `skills.json`, `scores.safetensors`, `removal_matrix.csv` and `report.html` are in
+        the output folder.
+
+    Raises:
+        SkillfastError: Anything that stops the run, in one line.
+    """
+    directory = files.output_folder(config.output)
+    clock = Clock()
+    with ExitStack() as stack:
+        stack.enter_context(backends.use_backend(config.backend))
+        subject = prepare(config, clock, quiet=quiet, say=say)
+        stack.enter_context(subject.precision())
+        _announce_baseline(subject, clock, quiet, say)
+        with clock.phase("trace"):
+            scores = trace_select(subject, quiet)
+        with clock.phase("select"):
+            skills = select(
+                scores, config.method, metric="label", share=config.share, max_site_share=config.max_site_share
+            )
+        with clock.phase("sweep"):
+            swept = _sweep(subject, list(skills.values()), quiet)
+        measured = trace_over_forward(
+            subject.model,
+            subject.loader("select"),
+            metrics.classification(subject.splits.classes),
+            config.sites,
+            config.pool,
+        )
+    results = _results(subject, list(skills.values()), swept)
+    results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}
+    _write(directory, results, skills, scores, clock)
+    return BenchReport(results, skills, directory)
+
+
+def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callable[[str], None]) -> None:
+    """Accuracy on the test part, before anything is built on it."""
+    with clock.phase("baseline"):
+        intact = sweep(subject.model, subject.loader("test"), [], classes=subject.splits.classes, quiet=quiet)
+    accuracy, chance = float(intact.baseline.mean()), 1 / len(subject.splits.classes)
+    say(
+        f"baseline accuracy {accuracy:.1%} (mean of {len(subject.splits.classes)} classes, {len(intact.labels)} images)"
+    )
+    if accuracy < chance + 0.1 * (1 - chance):
+        say(
+            f"warning: the baseline is near chance ({chance:.1%}), so there is little to remove; check the weights, "
+            f"and --mean, --std, --crop-pct ({subject.normalisation})"
+        )
+
+
+def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResult:
+    """Every skill's components, then its random controls."""
+    config = subject.config
+    sites = choose_sites(subject.model, config.sites)
+    conditions: list[Condition] = [
+        *contribution.component_conditions(skills, config.scale),
+        *removal.control_conditions(skills, sites, config.control_draws, config.scale, config.seed),
+    ]
+    return sweep(
+        subject.model,
+        subject.loader("test"),
+        conditions,
+        classes=subject.splits.classes,
+        keep_predictions=True,
+        stacked_rows=config.batch_size,
+        quiet=quiet,
+    )
+
+
+def _results(subject: Subject, skills: Sequence[Skill], swept: SweepResult) -> dict[str, Any]:
+    """results.json without its cost."""
+    k, n = len(skills), len(swept.labels)
+    labels, intact = swept.labels, swept.top2[:, 0]
+    assert swept.predictions is not None  # noqa: S101 (asked for in _sweep)
+    parts, controls = np.split(swept.predictions, [len(contribution.SUBSETS) * k])
+    parts = parts.reshape(-1, k, n)  # [subsets, K, n], the whole skill first
+    bootstrap = removal.Bootstrap(labels, seed=subject.config.seed)
+    oracle = removal.oracle_predictions(swept.top2, k)[None]
+    drops = -np.stack([np.diagonal(removal.removal_matrix(part, intact, labels)) for part in parts])
+    resampled = -bootstrap.own_class((parts == labels).astype(np.float64) - (intact == labels))
+    return {
+        "schema": SCHEMA,
+        "environment": _environment(subject),
+        "config": subject.config.to_json(),
+        "model": _model(subject),
+        "dataset": subject.dataset_json(),
+        "baseline": {
+            "accuracy": float(swept.baseline.mean()),
+            "per_class": swept.baseline.tolist(),
+            "n_test_per_class": np.bincount(labels, minlength=k).tolist(),
+        },
+        "removal_matrix": removal.removal_matrix(parts[0], intact, labels).tolist(),
+        "selectivity": removal.selectivity(parts[:1], intact, labels, bootstrap),
+        "oracle": {
+            **removal.selectivity(oracle, intact, labels, bootstrap),
+            "removal_matrix": removal.removal_matrix(oracle[0], intact, labels).tolist(),
+        },
+        "random_control": {
+            **removal.selectivity(controls.reshape(-1, k, n), intact, labels, bootstrap),
+            "draws": subject.config.control_draws,
+        },
+        "layer_contribution": contribution.layer_contribution(drops, resampled, subject.splits.classes),
+        "interference": {"overlap": overlap(skills).tolist()},
+    }
+
+
+def _environment(subject: Subject) -> dict[str, Any]:
+    import timm
+
+    device = subject.device
+    return {
+        "skillfast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "backends": backends.status(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
+
+
+def _model(subject: Subject) -> dict[str, Any]:
+    sites = choose_sites(subject.model, subject.config.sites)
+    return {
+        "name": subject.name,
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "embed_dim": int(subject.model.num_features),  # type: ignore[arg-type]
+        "fingerprint": fingerprint(subject.model),
+        "neurons": sum(site.width for site in sites),
+        "sites": [
+            {"name": s.name, "kind": s.kind, "block": s.block, "heads": s.heads, "width": s.width} for s in sites
+        ],
+        "trained": subject.trained,
+    }
+
+
+def _write(
+    directory: Path, results: dict[str, Any], skills: dict[str, Skill], scores: NeuronScores, clock: Clock
+) -> None:
+    """All files; results.json twice, so that the report's own time is in it."""
+    from skillfast.report import write_report
+
+    save_skills(directory, skills.values())
+    scores.save(directory)
+    classes = results["dataset"]["classes"]
+    with files.replacing(directory / MATRIX) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["removed", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, results["removal_matrix"], strict=True))
+    clock.seconds["total"] = clock.total()
+    files.write_json(directory / RESULTS, results)
+    write_report(directory)
+
+
+__all__ = ["BenchReport", "bench"]

@@ -1,0 +1,195 @@
+"""What a run measures: a model, its data, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast import backends, data
+from skillfast.ablation import Condition, SweepResult, sweep
+from skillfast.benchmark.cost import Clock
+from skillfast.errors import ArgumentError
+from skillfast.models import loading, training
+from skillfast.tracing import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.utils.data import DataLoader
+
+    from skillfast.benchmark.config import BenchConfig
+    from skillfast.skills import Skill
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+    Say = Callable[[str], None]
+
+CIFAR10_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode on its device, and its data.
+
+    Attributes:
+        config: The settings that made it.
+        model: The model.
+        name: Its name.
+        splits: Images to select, validate and test on.
+        trained: How its weights came about.
+        normalisation: What images were normalised by, in words.
+        device: Where it runs.
+    """
+
+    config: BenchConfig
+    model: torch.nn.Module
+    name: str
+    splits: data.Splits
+    trained: dict[str, Any]
+    normalisation: str
+    device: torch.device
+
+    def loader(self, part: str) -> DataLoader[Any]:
+        """Batches of `"select"`, `"validate"` or `"test"`, in the data's order."""
+        return data.loader(getattr(self.splits, part), self.config.batch_size)
+
+    def precision(self) -> torch.autocast:
+        """The context in which the model runs in the dtype that was asked for."""
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def dataset_json(self) -> dict[str, Any]:
+        """The dataset object of results.json."""
+        return {
+            "name": self.splits.name,
+            "classes": list(self.splits.classes),
+            "n_select": len(self.splits.select),
+            "n_validate": len(self.splits.validate),
+            "n_test": len(self.splits.test),
+        }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device by name, or CUDA where there is one; raises ArgumentError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(f"device: expected cpu, cuda or cuda:<number>, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device {name!r}: expected one that is there, got {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device: expected cpu, cuda or cuda:<number>, got {name!r}")
+    return device
+
+
+def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subject:
+    """Load the data, make the model, and train what must be trained.
+
+    Raises:
+        SkillfastError: Data or a model that cannot be had, a device that is not there.
+    """
+    device = choose_device(config.device)
+    if config.dataset == "digits" and config.model is None:
+        return _digits(config, device, clock, quiet=quiet, say=say)
+    with clock.phase("data"):
+        loaded = loading.create_model(
+            config.model or "",
+            _n_classes(config),
+            pretrained=config.pretrained,
+            checkpoint=config.checkpoint,
+            model_kwargs=config.model_kwargs,
+        )
+        splits, normalisation = _images(config, loaded.data_config, quiet)
+    if splits.skipped:
+        say(f"{len(splits.skipped)} unreadable images left out: {', '.join(splits.skipped[:3])}")
+    say(f"{config.dataset}: {len(splits.select)} images to select on, {len(splits.validate)} to validate, "
+        f"{len(splits.test)} to test; {normalisation}")  # fmt: skip
+    model = loaded.model.to(device)
+    mode = training.resolve_finetune(config.finetune, loaded)
+    if mode != "none":
+        say(f"training {_what_is_trained(mode)} of {config.model} ({loaded.source} weights)")
+    with clock.phase("train"), torch.inference_mode(False):
+        trained = training.finetune(
+            model, splits, mode, epochs=config.epochs, seed=config.seed, device=device, dtype=config.dtype, quiet=quiet
+        )
+    trained = {"from": loaded.source, **trained}
+    return Subject(config, model.eval(), loaded.name, splits, trained, normalisation, device)
+
+
+def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool, say: Say) -> Subject:
+    with clock.phase("data"):
+        splits = data.load_digits(config.seed)
+    with clock.phase("train"):
+        loaded, trained = loading.load_or_train_digits(splits, config.seed, quiet=quiet)
+    model = loaded.model.to(device).eval()
+    return Subject(config, model, loaded.name, splits, trained, "the digits' own mean and deviation", device)
+
+
+def _images(config: BenchConfig, data_config: dict[str, Any], quiet: bool) -> tuple[data.Splits, str]:
+    """The splits, and in words what their images are normalised by."""
+    if config.dataset == "digits":
+        return data.load_digits(config.seed), "the digits' own mean and deviation"
+    transforms = data.make_transforms(data_config, mean=config.mean, std=config.std, crop_pct=config.crop_pct)
+    arguments = (config.data_dir, transforms, config.train_per_class, config.test_per_class, config.seed)
+    if config.dataset == "cifar10":
+        splits = data.load_cifar10(*arguments, quiet=quiet)  # type: ignore[arg-type]
+    else:
+        splits = data.load_imagefolder(*arguments, skip_unreadable=config.skip_unreadable, quiet=quiet)  # type: ignore[arg-type]
+    used = transforms.config
+    own = "the model's own" if (config.mean, config.std, config.crop_pct) == (None, None, None) else "as given"
+    words = f"normalised by mean {_short(used['mean'])}, std {_short(used['std'])}, crop {used['crop_pct']:g} ({own})"
+    return splits, words
+
+
+def _short(values: Sequence[float]) -> str:
+    return "/".join(f"{value:g}" for value in values)
+
+
+def _n_classes(config: BenchConfig) -> int:
+    """How many classes the data has; the loaders say what is wrong with a folder that cannot be counted."""
+    if config.dataset != "imagefolder":
+        return CIFAR10_CLASSES  # the digits have as many
+    train = Path(config.data_dir or "") / "train"
+    return sum(entry.is_dir() for entry in train.iterdir()) if train.is_dir() else 2
+
+
+def _what_is_trained(mode: str) -> str:
+    return {"head": "the head", "last-block": "the last block and the head", "all": "all weights"}[mode]
+
+
+def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
+    """Trace the select part with the subject's settings."""
+    return trace(
+        subject.model,
+        subject.loader("select"),
+        sites=subject.config.sites,
+        pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
+        classes=subject.splits.classes,
+        quiet=quiet,
+    )
+
+
+def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
+    """The scores of a run that does nothing but trace."""
+    with backends.use_backend(config.backend):
+        subject = prepare(config, Clock(), quiet=quiet, say=say)
+        with subject.precision():
+            return trace_select(subject, quiet)
+
+
+def ablated(
+    config: BenchConfig, skills: Sequence[Skill], components: Sequence[str], *, quiet: bool, say: Say
+) -> SweepResult:
+    """Accuracy on the test part without and with each skill's intervention."""
+    conditions = [Condition(skill, tuple(components), config.scale) for skill in skills]
+    with backends.use_backend(config.backend):
+        subject = prepare(config, Clock(), quiet=quiet, say=say)
+        with subject.precision():
+            return sweep(subject.model, subject.loader("test"), conditions, classes=subject.splits.classes, quiet=quiet)

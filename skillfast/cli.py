@@ -1,0 +1,256 @@
+"""The command line: parse, call, show. Imports no torch before a command runs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from skillfast import __version__
+from skillfast import vocabulary as words
+from skillfast.errors import ArgumentError, SkillfastError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from skillfast.benchmark.config import BenchConfig
+
+NUMBERS = ("--mean", "--std")
+
+
+class _Failure(click.ClickException):
+    """One line on stderr; exit code 2 for a wrong argument, 1 for a failed run."""
+
+    def __init__(self, error: SkillfastError) -> None:
+        super().__init__(str(error))
+        self.exit_code = 2 if isinstance(error, ArgumentError) else 1
+
+
+class _Command(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _join_numbers(args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)  # type: ignore[assignment]
+        try:
+            return super().invoke(ctx)
+        except SkillfastError as error:
+            raise _Failure(error) from error
+
+
+def _join_numbers(args: list[str]) -> list[str]:
+    """timm's spelling: `--mean 0.5 0.5 0.5` becomes `--mean 0.5,0.5,0.5`."""
+    joined: list[str] = []
+    for arg in args:
+        if len(joined) > 1 and joined[-2] in NUMBERS and _is_number(arg):
+            joined[-1] += f",{arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _Numbers(click.ParamType):
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).replace(",", " ").split())
+        except ValueError:
+            self.fail(f"expected numbers such as 0.49 0.48 0.45, got {value!r}", param, ctx)
+
+
+class _Names(click.ParamType):
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        return value if isinstance(value, tuple) else tuple(part for part in str(value).split(",") if part)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+    return apply
+
+
+_subject = _options(
+    click.option("--model", help="timm's name of a vision transformer; the default is a small one for the digits."),
+    click.option("--model-kwarg", "model_kwarg", multiple=True, metavar="KEY=VALUE", help="Of its constructor."),
+    click.option("--checkpoint", type=click.Path(), help="Its weights: a .safetensors or .pt file."),
+    click.option("--pretrained/--no-pretrained", default=False, help="Download the weights that timm names."),
+    click.option(
+        "--finetune", type=click.Choice(words.FINETUNE), help="What to train first; by default what the model needs."
+    ),
+    click.option("--epochs", type=int, help="Passes of that training."),
+    click.option("--dataset", type=click.Choice(words.DATASETS), default="digits", show_default=True),
+    click.option("--data-dir", type=click.Path(), help="Folder with train/<class> and test/<class>, or CIFAR-10's."),
+    click.option("--train-per-class", type=int, help="Training images of each class; all by default."),
+    click.option("--test-per-class", type=int, help="Test images of each class; all by default."),
+    click.option("--mean", type=_Numbers(), help="Of the images, per channel; the model's own by default."),
+    click.option("--std", type=_Numbers(), help="Likewise."),
+    click.option("--crop-pct", type=float, help="Share of the image that the centre crop keeps; likewise."),
+    click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and count them."),
+    click.option("--device", help="cpu, cuda, cuda:1; CUDA where there is one by default."),
+    click.option("--dtype", type=click.Choice(words.DTYPES), default="float32", show_default=True),
+    click.option("--batch-size", type=int, default=256, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--backend", type=click.Choice(words.BACKENDS), default="auto", show_default=True),
+    click.option("--quiet", is_flag=True, help="No progress bars and no tables, only results and errors."),
+)
+_tracing = _options(
+    click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names."),
+    click.option("--pool", type=click.Choice(words.POOLS), default="mean", show_default=True, help="Over tokens."),
+)
+_selection = _options(
+    click.option("--method", type=click.Choice(words.STATISTICS), default="pearson", show_default=True),
+    click.option("--share", type=float, default=0.03, show_default=True, help="Of all neurons, for one skill."),
+    click.option("--max-site-share", type=float, default=0.25, show_default=True, help="Of one site's neurons."),
+)
+_output = click.option(
+    "--output", type=click.Path(), default="skillfast-report", show_default=True, help="Folder of the results."
+)
+
+
+def _config(options: dict[str, Any], **more: Any) -> BenchConfig:
+    from skillfast.benchmark.config import BenchConfig
+    from skillfast.models.loading import parse_model_kwargs
+
+    options = {
+        name: value
+        for name, value in {**options, **more}.items()
+        if name in BenchConfig.names() or name == "model_kwarg"
+    }
+    return BenchConfig(**{**options, "model_kwargs": parse_model_kwargs(options.pop("model_kwarg"))})
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="skillfast")
+def main() -> None:
+    """Find the skills inside a trained transformer, remove them, and see what that does."""
+
+
+@main.command(cls=_Command)
+@_subject
+@_tracing
+@_selection
+@click.option("--scale", type=float, default=0.0, show_default=True, help="On removed neurons' activations.")
+@click.option("--control-draws", type=int, default=5, show_default=True, help="Random controls per skill.")
+@_output
+def bench(quiet: bool, **options: Any) -> None:
+    """Trace a model, remove each class's skill, and write a report.
+
+    With no option: the digits images that scikit-learn carries, and a small vision transformer that is trained on
+    first use and cached.
+    """
+    from skillfast.benchmark.protocol import bench as run
+
+    report = run(_config(options), quiet=quiet, say=_say(quiet))
+    if not quiet:
+        from skillfast.report import summary_table
+
+        _show(summary_table(report.results))
+    click.echo(f"report: {report.directory / 'report.html'}")
+
+
+@main.command(cls=_Command)
+@_subject
+@_tracing
+@click.option("--top", type=int, default=5, show_default=True, help="Neurons to show per metric.")
+@_output
+def trace(quiet: bool, top: int, output: str, **options: Any) -> None:
+    """Correlate every neuron with label, correctness, confidence and loss; write scores.safetensors."""
+    from skillfast.benchmark.setup import traced
+
+    scores = traced(_config(options), quiet=quiet, say=_say(quiet))
+    path = scores.save(output)
+    if not quiet:
+        from skillfast.report import top_neurons_table
+
+        _show(top_neurons_table(scores, top))
+    click.echo(f"scores: {path}")
+
+
+@main.command(cls=_Command)
+@_subject
+@click.option("--skills", "skills_from", required=True, type=click.Path(), help="skills.json, or a folder with one.")
+@click.option("--skill", "names", multiple=True, help="Names of skills; all by default.")
+@click.option("--scale", type=float, default=0.0, show_default=True, help="0 removes, 2 doubles.")
+@click.option("--components", type=_Names(), default=",".join(words.KINDS), show_default=True)
+def ablate(quiet: bool, skills_from: str, names: tuple[str, ...], components: tuple[str, ...], **options: Any) -> None:
+    """Remove or amplify skills and show each class's accuracy before and after."""
+    from skillfast.benchmark.setup import ablated
+    from skillfast.report import accuracy_table
+    from skillfast.skills import load_skills
+
+    skills = load_skills(skills_from)
+    unknown = [name for name in names if name not in skills]
+    if unknown:
+        raise ArgumentError(f"skill: expected some of {', '.join(skills)}, got {', '.join(unknown)}")
+    chosen = [skills[name] for name in names] if names else list(skills.values())
+    result = ablated(_config(options), chosen, components, quiet=quiet, say=_say(quiet))
+    _show(
+        accuracy_table(
+            result.classes,
+            result.baseline,
+            {s.name: row for s, row in zip(chosen, result.per_class_accuracy, strict=True)},
+        )
+    )
+
+
+@main.command(cls=_Command)
+@click.argument("directories", nargs=-1, required=True, type=click.Path())
+def compare(directories: tuple[str, ...]) -> None:
+    """Show the results of several bench runs side by side."""
+    from skillfast.report import comparison_table, read_results
+
+    _show(comparison_table({directory: read_results(directory) for directory in directories}))
+
+
+@main.command(cls=_Command)
+@click.argument("directory", type=click.Path())
+def report(directory: str) -> None:
+    """Make report.html again from the files of a bench run."""
+    from skillfast.report import write_report
+
+    click.echo(f"report: {write_report(directory)}")
+
+
+@main.command(cls=_Command)
+@click.option("--model", help="timm's name: list its sites.")
+@click.option("--model-kwarg", multiple=True, metavar="KEY=VALUE")
+def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
+    """Show versions and backends, and where a model's neurons are."""
+    from skillfast import backends
+
+    click.echo(f"skillfast {__version__}")
+    for name, text in backends.status().items():
+        click.echo(f"  {name}: {text}")
+    if model is not None:
+        from skillfast.models.loading import create_model, parse_model_kwargs
+        from skillfast.models.sites import find_sites
+        from skillfast.report import sites_table
+
+        loaded = create_model(model, None, model_kwargs=parse_model_kwargs(model_kwarg))
+        _show(sites_table(model, find_sites(loaded.model)))
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else click.echo

@@ -1,0 +1,98 @@
+"""What every dataset of the project is: images or rows in three parts that share no example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+Example = tuple["Tensor", int]
+
+
+class LabelledDataset(Protocol):
+    """A map-style dataset of (image `[C, H, W]` float32 normalised, label) whose labels are known without decoding."""
+
+    classes: tuple[str, ...]
+    labels: Tensor  # int64 [n]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset in three parts that share no example.
+
+    Attributes:
+        name: "digits", "imagefolder" or "cifar10".
+        classes: class names, in the order of the labels.
+        select: the examples that skills are chosen from (and a model is trained on).
+        validate: the examples that settings are chosen on.
+        test: the examples that results are measured on.
+        train: `select` seen through a random augmentation, for training; None when there is none.
+        skipped: unreadable files that were left out on request.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    select: LabelledDataset
+    validate: LabelledDataset
+    test: LabelledDataset
+    train: LabelledDataset | None = None
+    skipped: tuple[str, ...] = ()
+
+
+class TensorImages:
+    """Images that are tensors already.
+
+    Args:
+        images: float32 `[n, C, H, W]`, normalised.
+        labels: int64 `[n]`.
+        classes: class names.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        self.images = images
+        self.labels = labels
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.images[index], int(self.labels[index])
+
+
+def loader(
+    dataset: LabelledDataset,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+) -> DataLoader:
+    """Batches of a dataset, in an order that only the seed determines.
+
+    Batches are made in this process: folders decode with threads of their own (see `skillfast.data.folders`), so that
+    an unreadable image is reported in one line and no worker has to be started.
+
+    Args:
+        dataset: one part of a `Splits`.
+        batch_size: examples per batch.
+        shuffle: a new random order in every pass.
+        seed: of that order.
+        drop_last: leave out a last batch that is not full.
+
+    Returns:
+        A loader of (images float32 `[b, C, H, W]`, labels int64 `[b]`).
+    """
+    # a generator of its own even when not shuffling: iterating then leaves the global random state alone
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, generator=generator)  # type: ignore[arg-type]

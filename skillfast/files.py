@@ -1,0 +1,102 @@
+"""Result files: safetensors for arrays, JSON for the rest, each under its final name only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillfast.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import numpy as np
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and is removed when it does not."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide the result from everyone else
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def output_folder(directory: str | Path) -> Path:
+    """The folder, made if it is missing; raises ArgumentError where nothing can be written in it."""
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"output folder {str(path)!r}: expected one that can be written, got {error.strerror or error}; "
+            "choose another with --output"
+        ) from error
+    return path
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file; NaN and infinity are refused, they are not JSON."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read a JSON file that carries this schema name; raises DataError in one line where it is not that."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected a {schema} file, got none; write it first") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: expected a {schema} file, got one that cannot be read ({error})") from error
+    found = value.get("schema") if isinstance(value, dict) else None
+    if found != schema:
+        raise DataError(
+            f"{path}: expected schema {schema!r}, got {found!r}; use the version of skillfast that wrote it"
+        )
+    return value
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    """Write a safetensors file with a JSON header in its metadata."""
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file(dict(arrays), temporary, metadata={"skillfast": json.dumps(header)})
+
+
+def read_arrays(path: Path, schema: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header of a file that `write_arrays` wrote; raises DataError where it is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("skillfast", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected a {schema} file, got none; write it first") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DataError(f"{path}: expected a {schema} file, got one that cannot be read ({error})") from error
+    if header.get("schema") != schema:
+        raise DataError(
+            f"{path}: expected schema {schema!r}, got {header.get('schema')!r}; use the version of skillfast that wrote it"
+        )
+    return arrays, header

@@ -1,0 +1,120 @@
+"""Auxiliary metrics: scalars per observation that neurons are correlated with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """A class per observation, as an index; one column of scores per class.
+
+    Attributes:
+        classes: Their names, or how many there are.
+    """
+
+    classes: tuple[str, ...]
+
+    def __init__(self, classes: Sequence[str] | int) -> None:
+        names = tuple(str(i) for i in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+        if len(names) < 2 or len(set(names)) != len(names):
+            raise ArgumentError(f"Categorical classes: expected at least two different names, got {list(names)[:5]}")
+        object.__setattr__(self, "classes", names)
+
+    def columns(self, name: str) -> list[str]:
+        """The names of this metric's columns."""
+        return [f"{name}:{label}" for label in self.classes]
+
+    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Indices [n] as one-hot float64 [n, classes]; raises ArgumentError on an index out of range."""
+        index = values.to(torch.int64)
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.classes)):
+            raise ArgumentError(
+                f"metric {name!r}: expected class indices in [0, {len(self.classes)}), got {int(index.min())} to "
+                f"{int(index.max())}"
+            )
+        return torch.nn.functional.one_hot(index, len(self.classes)).double()
+
+
+@dataclass(frozen=True)
+class Binary:
+    """True or false per observation (bool, or 0 and 1)."""
+
+    def columns(self, name: str) -> list[str]:
+        """The names of this metric's columns."""
+        return [name]
+
+    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [n] as float64 [n, 1]; raises ArgumentError on anything but 0 and 1."""
+        encoded = values.double()
+        if not bool(((encoded == 0) | (encoded == 1)).all()):
+            raise ArgumentError(f"metric {name!r}: expected 0 and 1, got other values; use Continuous() for them")
+        return encoded[:, None]
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """A real number per observation."""
+
+    def columns(self, name: str) -> list[str]:
+        """The names of this metric's columns."""
+        return [name]
+
+    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [n] as float64 [n, 1]; raises ArgumentError on a value that is not finite."""
+        encoded = values.double()
+        if not bool(torch.isfinite(encoded).all()):
+            raise ArgumentError(
+                f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out with valid="
+            )
+        return encoded[:, None]
+
+
+Metric = Categorical | Binary | Continuous
+_TYPES = {"categorical": Categorical, "binary": Binary, "continuous": Continuous}
+
+
+def to_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """The metrics as plain JSON values."""
+    return {name: {"type": type(metric).__name__.lower(), **asdict(metric)} for name, metric in metrics.items()}
+
+
+def from_json(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+    """The inverse of `to_json`."""
+    return {
+        name: _TYPES[value["type"]](**{key: item for key, item in value.items() if key != "type"})
+        for name, value in metrics.items()
+    }
+
+
+def classification(classes: Sequence[str] | int) -> dict[str, Metric]:
+    """What `metrics="classification"` means: label, correct, confidence and loss."""
+    return {"label": Categorical(classes), "correct": Binary(), "confidence": Continuous(), "loss": Continuous()}
+
+
+def classification_values(logits: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of those metrics for one batch.
+
+    Args:
+        logits: [n, classes].
+        label: int64 [n].
+
+    Returns:
+        label, correct (top-1 equals the label), confidence (largest softmax probability) and loss (cross entropy in
+        nats), each [n].
+    """
+    logits = logits.float()
+    return {
+        "label": label,
+        "correct": logits.argmax(1) == label,
+        "confidence": logits.softmax(1).amax(1),
+        "loss": torch.nn.functional.cross_entropy(logits, label, reduction="none"),
+    }

@@ -1,0 +1,329 @@
+"""Fine-tuning and accuracy: enough to give a transformer the user's classes, or to train the embedded default."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from skillfast.data.splits import TensorImages, loader
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.progress import track
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from skillfast.data.splits import LabelledDataset, Splits
+    from skillfast.models.loading import LoadedModel
+
+Mode = Literal["none", "head", "last-block", "all"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+# (epochs, learning rate). The first two train on cached activations, where an epoch costs little.
+_RECIPES = {"head": (40, 3e-3), "last-block": (15, 3e-4), "all": (10, 1e-4), "scratch": (60, 1e-3)}
+_WEIGHT_DECAY = 0.05
+_WARMUP = 0.1  # share of the steps
+_CACHE_LIMIT = 2 << 30  # bytes of frozen activations kept, about 200 images of each of 10 classes for ViT-B/16, twice
+
+
+def resolve_finetune(requested: str | None, loaded: LoadedModel) -> Mode:
+    """Say what to train.
+
+    Args:
+        requested: one of "none", "head", "last-block", "all"; None decides by how the model came about.
+        loaded: the model.
+
+    Returns:
+        The request, or "last-block" for weights that were given another head, "all" for a model without weights, and
+        "none" for one that is ready.
+
+    Raises:
+        ArgumentError: the request is none of these.
+    """
+    if requested is not None:
+        return _check_mode(requested)
+    if loaded.source == "scratch":
+        return "all"
+    return "last-block" if loaded.head_replaced else "none"
+
+
+def finetune(
+    model: nn.Module,
+    splits: Splits,
+    mode: str,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quiet: bool = False,
+    *,
+    scratch: bool = False,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    label_smoothing: float = 0.0,
+) -> dict[str, Any]:
+    """Train a classifier, or its last layers, on `splits.select`.
+
+    AdamW, the learning rate warmed up and then lowered along a cosine. What comes before the first trained layer is
+    evaluated once per image and kept where that is possible; "all" sees `splits.train` where there is one. The same
+    seed gives the same weights on the same machine; random states of the caller are left as they were.
+
+    Args:
+        model: float32, a timm model or one with `get_classifier()` and `blocks`. Changed in place, moved to `device`
+            and left in eval mode.
+        splits: the data.
+        mode: "none", "head" (the classifier), "last-block" (also the last of `model.blocks` and the final norm),
+            or "all".
+        epochs: passes over the training images; None for a default by mode.
+        lr: highest learning rate; None for a default by mode.
+        batch_size: images per step.
+        seed: of the order and the augmentation.
+        device: where to train.
+        dtype: autocast to it on a GPU; a CPU trains in float32.
+        quiet: draw no progress bar.
+        scratch: the model has no useful weights yet: default to more epochs and a higher learning rate.
+        augment: changes a batch `[b, C, H, W]` at random, drawing from the generator; only where nothing is cached.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Returns:
+        What was done: finetune, epochs, learning_rate, n_train and validation_accuracy (mean over classes); for
+        "none" only the first and zeros.
+
+    Raises:
+        ArgumentError: an unknown mode, or a number that cannot be used.
+        ModelError: the model has no such part, or its loss became infinite.
+    """
+    mode = _check_mode(mode)
+    if mode == "none":
+        return {"finetune": "none", "epochs": 0, "n_train": 0}
+    default_epochs, default_lr = _RECIPES["scratch" if scratch and mode == "all" else mode]
+    epochs, lr = epochs or default_epochs, lr or default_lr
+    if epochs < 1 or lr <= 0 or batch_size < 1:
+        raise ArgumentError(
+            f"training: expected positive epochs, learning rate and batch size, got {epochs}, {lr:g} and {batch_size}; "
+            "leave them out for the defaults"
+        )
+    device = torch.device(device)
+    model.to(device).eval()
+    data: LabelledDataset = splits.train if mode == "all" and splits.train is not None else splits.select
+    with _only_trainable(model, _parts(model, mode)) as parts, _seeded(seed, device):
+        cached = _cache_frozen(model, mode, data, batch_size, device, dtype, quiet)
+        forward: Callable[[Tensor], Tensor] = model
+        if cached is not None:
+            forward, data, augment = cached[0], cached[1], None
+        for part in parts:
+            part.train()
+        try:
+            _train(forward, model, data, epochs, lr, batch_size, seed, device, dtype, quiet, augment, label_smoothing)
+        finally:
+            model.eval()
+    per_class = accuracy(model, splits.validate, device=device, dtype=dtype, quiet=quiet)
+    return {
+        "finetune": mode,
+        "epochs": epochs,
+        "learning_rate": lr,
+        "n_train": len(data),
+        "validation_accuracy": float(per_class.mean()),
+    }
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module,
+    dataset: LabelledDataset,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quiet: bool = False,
+) -> Tensor:
+    """Measure how many images of each class a classifier names rightly.
+
+    Args:
+        model: in eval mode, on `device`.
+        dataset: one part of a `Splits`.
+        batch_size: images per forward pass.
+        device: where to compute.
+        dtype: autocast to it on a GPU.
+        quiet: draw no progress bar.
+
+    Returns:
+        Share of correct answers per class, float64 `[n_classes]` on the CPU; NaN for a class without images.
+    """
+    device = torch.device(device)
+    hits = []
+    for images, labels in track(loader(dataset, batch_size), "measuring accuracy", quiet=quiet):
+        with _autocast(device, dtype):
+            predicted = model(images.to(device)).argmax(dim=1)
+        hits.append(labels[predicted.cpu() == labels])
+    n_classes = len(dataset.classes)
+    right = torch.bincount(torch.cat(hits), minlength=n_classes)
+    return right.double() / torch.bincount(dataset.labels, minlength=n_classes).double()
+
+
+def _check_mode(mode: str) -> Mode:
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ArgumentError(f"--finetune: expected one of {', '.join(MODES)}, got {mode!r}; leave it out for the default")
+
+
+def _parts(model: nn.Module, mode: Mode) -> list[nn.Module]:
+    """Find the modules that a mode trains."""
+    if mode == "all":
+        return [model]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    parts = list(classifier) if isinstance(classifier, tuple) else [classifier]  # distilled models have two
+    if mode == "last-block":
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+            raise ModelError(
+                f"--finetune last-block: expected a model with a list of blocks, got {type(model).__name__}; "
+                "pass --finetune head or all"
+            )
+        norms = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+        parts += [blocks[-1], *(norm for norm in norms if isinstance(norm, nn.Module))]
+    return parts
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, parts: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
+        yield parts
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global random states, which dropout and torchvision's transforms draw from, and put them back."""
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=device.type == "cuda" and dtype != torch.float32)
+
+
+def _cache_frozen(
+    model: nn.Module,
+    mode: Mode,
+    data: LabelledDataset,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool,
+) -> tuple[Callable[[Tensor], Tensor], TensorImages] | None:
+    """Evaluate the frozen layers once per image.
+
+    Returns:
+        The rest of the model as a function and its inputs as a dataset; None where the model is not known well enough
+        to be cut there, or the inputs would take too much memory.
+    """
+    first, rest = _cut(model, mode)
+    if first is None or rest is None:
+        return None
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0].detach().cpu())
+
+    hook = first.register_forward_pre_hook(keep)
+    try:
+        for images, _ in track(loader(data, batch_size), "evaluating the frozen layers", quiet=quiet):
+            with torch.no_grad(), _autocast(device, dtype):
+                model(images.to(device))
+            if kept[0].nbytes / len(kept[0]) * len(data) > _CACHE_LIMIT:
+                return None
+    finally:
+        hook.remove()
+    return rest, TensorImages(torch.cat(kept), data.labels, data.classes)
+
+
+def _cut(model: nn.Module, mode: Mode) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
+    """Find the first trained module and what follows from its input on."""
+    if mode == "head":
+        classifier = model.get_classifier()  # type: ignore[operator]
+        return (classifier, classifier) if isinstance(classifier, nn.Linear) else (None, None)
+    if mode != "last-block" or not isinstance(model, VisionTransformer):
+        return None, None
+    if (
+        type(model).forward_features is not VisionTransformer.forward_features
+    ):  # a subclass may do more after the blocks
+        return None, None
+
+    def rest(x: Tensor) -> Tensor:  # [b, tokens, width] -> [b, n_classes]
+        return model.forward_head(model.norm(model.blocks[-1](x)))
+
+    return model.blocks[-1], rest
+
+
+def _train(
+    forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    data: LabelledDataset,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+    label_smoothing: float,
+) -> None:
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, _WEIGHT_DECAY), lr=lr)
+    batches = loader(data, batch_size, shuffle=True, seed=seed)
+    total = epochs * len(batches)
+    warmup = max(1, round(_WARMUP * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / total)))
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and dtype == torch.float16)
+    generator = torch.Generator().manual_seed(seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    epoch, loss = 0, torch.zeros(())
+
+    def passes() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal epoch
+        for epoch in range(1, epochs + 1):
+            yield from batches
+            if not bool(loss.isfinite()):
+                raise ModelError(
+                    f"training: expected a finite loss, got {loss.item()} in epoch {epoch}; lower the learning rate "
+                    f"(it was {lr:g})"
+                )
+
+    def describe() -> str:
+        return f"training, epoch {epoch} of {epochs}, loss {loss.item():.3f}"
+
+    for images, labels in track(passes(), describe, total=total, quiet=quiet):
+        inputs = images if augment is None else augment(images, generator)
+        with _autocast(device, dtype):
+            logits = forward(inputs.to(device))
+        loss = nn.functional.cross_entropy(logits.float(), labels.to(device), label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()

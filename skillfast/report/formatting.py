@@ -1,0 +1,141 @@
+"""How numbers and terms are written, in the page and in the terminal alike."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MINUS = "\N{MINUS SIGN}"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+UNDEFINED = "not defined"
+UNDEFINED_RATIO = "not defined (denominator is 0)"
+
+
+class Term(NamedTuple):
+    """One key of `selectivity`: its unit (`points` or `ratio`) and its definition in plain words."""
+
+    key: str
+    unit: str
+    definition: str
+
+
+TERMS = (
+    Term(
+        "target_drop",
+        "points",
+        "Accuracy that a class loses when its own skill is removed, averaged over the classes "
+        "(the diagonal of the matrix with its sign turned).",
+    ),
+    Term("other_change", "points", "Mean change of all other classes. Gains and losses may cancel each other."),
+    Term(
+        "ratio", "ratio", "target_drop divided by the size of other_change. Flattering where gains and losses cancel."
+    ),
+    Term("other_abs_change", "points", "Mean size of the other classes' changes, whichever their direction."),
+    Term("strict_ratio", "ratio", "target_drop divided by other_abs_change: no cancelling."),
+    Term(
+        "other_harm",
+        "points",
+        "Mean loss of the other classes, a gain counting as 0. A perfect removal frees examples that were "
+        "wrongly given to the class, so others gain: that is no damage.",
+    ),
+    Term("harm_ratio", "ratio", "target_drop divided by other_harm: what the removal takes per point of damage."),
+)
+UNITS = {term.key: term.unit for term in TERMS}
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None where it is missing, NaN or infinite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _fixed(value: float, digits: int, signed: bool) -> str:
+    text = f"{abs(value):,.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+' if signed else ''}{text}"
+
+
+def points(fraction: float | None, signed: bool = False) -> str:
+    """A change of accuracy in percentage points; two decimals below ten points."""
+    number = finite(fraction)
+    if number is None:
+        return UNDEFINED
+    return "0" if number == 0 else _fixed(100 * number, 2 if abs(number) < 0.09995 else 1, signed)
+
+
+def cell(fraction: float | None) -> str:
+    """A change of accuracy in percentage points in at most four characters, for a cell of a matrix."""
+    number = finite(fraction)
+    if number is None:
+        return ""
+    return _fixed(100 * number, 0 if abs(number) >= 0.0995 or number == 0 else 1, False).replace("0.0", "0")
+
+
+def percent(fraction: float | None, undefined: str = UNDEFINED) -> str:
+    """A share or an accuracy in percent."""
+    number = finite(fraction)
+    return undefined if number is None else f"{_fixed(100 * number, 1, False)}{NO_BREAK}%"
+
+
+def _ratio(ratio: float | None) -> str:
+    number = finite(ratio)
+    return UNDEFINED if number is None else _fixed(number, 1 if abs(number) < 100 else 0, False)
+
+
+def times(ratio: float | None, undefined: str = UNDEFINED_RATIO) -> str:
+    """A ratio as `56.4x`."""
+    return undefined if finite(ratio) is None else f"{_ratio(ratio)}\N{MULTIPLICATION SIGN}"
+
+
+def interval(pair: Sequence[float | None] | None, write: Callable[[float | None], str]) -> str:
+    """A 95 % interval as `(low to high)`; empty where there is none."""
+    if pair is None or any(finite(end) is None for end in pair):
+        return ""
+    return f"({write(pair[0])} to {write(pair[1])})"
+
+
+def term_value(values: dict[str, Any], key: str, undefined: str = UNDEFINED_RATIO) -> str:
+    """One key of a `selectivity`-like dict, in its unit."""
+    return times(values.get(key), undefined) if UNITS[key] == "ratio" else points(values.get(key))
+
+
+def term_interval(values: dict[str, Any], key: str) -> str:
+    """The 95 % interval of one key of a `selectivity`-like dict, in its unit."""
+    return interval((values.get("ci95") or {}).get(key), _ratio if UNITS[key] == "ratio" else points)
+
+
+def number_of(count: float) -> str:
+    """A count with thousands separators; one decimal where it is not whole."""
+    return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+
+
+def size(n_bytes: float | None) -> str:
+    """A number of bytes in the unit that suits it."""
+    value = finite(n_bytes)
+    if value is None:
+        return "not measured"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def plain(value: Any) -> str:
+    """Any leaf of the settings as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if finite(value) is not None else UNDEFINED
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value) or "none"
+    return str(value)

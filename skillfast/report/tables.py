@@ -1,0 +1,90 @@
+"""The tables of the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, term_interval, term_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
+# the rows of a summary: key of selectivity, and how a reader calls it
+ROWS = (
+    ("target_drop", "target drop, points"),
+    ("ratio", "ratio"),
+    ("strict_ratio", "strict ratio"),
+    ("harm_ratio", "harm ratio"),
+)
+KINDS = (("mlp", "MLP"), ("attn", "attention"), ("head", "classifier head"))
+
+
+def _cell(values: dict[str, Any], key: str) -> Text:
+    # Text, not str: rich reads brackets in a str as markup
+    return Text(f"{term_value(values, key, UNDEFINED)} {term_interval(values, key)}".rstrip())
+
+
+def _share(found: dict[str, Any], kind: str) -> Text:
+    return Text(f"{percent(found.get(kind))} {interval((found.get('ci95') or {}).get(kind), percent)}".rstrip())
+
+
+def _kinds(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(kind, name) for kind, name in KINDS if finite(found.get(kind)) is not None]
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """Make the table that `skillfast bench` prints at its end; see `skillfast.report.summary_table`."""
+    model, dataset = results["model"]["name"], results["dataset"]
+    title = Text(f"{model} on {dataset['name']}: {percent(results['baseline']['accuracy'])} right on "
+                 f"{number_of(dataset['n_test'])} test examples")  # fmt: skip
+    table = Table(title=title, title_justify="left", caption="95 % intervals in brackets", caption_justify="left")
+    table.add_column("")
+    for name, _ in COLUMNS:
+        table.add_column(name)
+    for key, name in ROWS:
+        table.add_row(name, *(_cell(results[source], key) for _, source in COLUMNS))
+    found = results.get("layer_contribution") or {}
+    for i, (kind, name) in enumerate(_kinds(found)):
+        if i == 0:
+            table.add_section()
+        table.add_row(f"share of {name}", _share(found, kind), "", "")
+    return table
+
+
+def _comparison_rows() -> list[tuple[str, Callable[[dict[str, Any]], str | Text]]]:
+    def term(source: str, key: str) -> Callable[[dict[str, Any]], Text]:
+        return lambda results: _cell(results[source], key)
+
+    def share(kind: str) -> Callable[[dict[str, Any]], str]:
+        return lambda results: percent((results.get("layer_contribution") or {}).get(kind), "")
+
+    return [
+        ("model", lambda results: Text(results["model"]["name"])),
+        ("dataset", lambda results: Text(results["dataset"]["name"])),
+        ("classes", lambda results: number_of(len(results["dataset"]["classes"]))),
+        ("method", lambda results: Text(str(results["config"].get("method")))),
+        ("baseline accuracy", lambda results: percent(results["baseline"]["accuracy"])),
+        *((name, term("selectivity", key)) for key, name in ROWS),
+        ("target drop of the oracle", term("oracle", "target_drop")),
+        ("harm ratio of the oracle", term("oracle", "harm_ratio")),
+        ("target drop of the random control", term("random_control", "target_drop")),
+        *((f"share of {name}", share(kind)) for kind, name in KINDS),
+        ("seconds in all", lambda results: f"{results['cost']['seconds']['total']:,.1f}"),
+    ]
+
+
+def comparison_table(named: dict[str, dict[str, Any]]) -> Table:
+    """Make the table that `skillfast compare` prints; see `skillfast.report.comparison_table`."""
+    table = Table(caption="95 % intervals in brackets", caption_justify="left")
+    table.add_column("")
+    for name in named:
+        table.add_column(Text(name))
+    any_share = any(results.get("layer_contribution") for results in named.values())
+    for name, write in _comparison_rows():
+        if any_share or not name.startswith("share of"):
+            table.add_row(name, *(write(results) for results in named.values()))
+    return table

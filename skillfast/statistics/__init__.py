@@ -1,0 +1,1 @@
+"""Streaming statistics of neurons against metrics: `NeuronStatistics` accumulates, `NeuronScores` is the result."""

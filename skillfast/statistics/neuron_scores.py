@@ -1,0 +1,150 @@
+"""`NeuronScores`: how every neuron goes with every metric column."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skillfast import files
+from skillfast.errors import ArgumentError
+from skillfast.models.sites import Site
+from skillfast.vocabulary import STATISTICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = "skillfast.scores/1"
+FILE = "scores.safetensors"
+_PER_COLUMN = STATISTICS
+_PER_NEURON = ("mean", "std")
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """The result of a trace; index it with a site's name to get that site's rows.
+
+    Attributes:
+        columns: One name per metric, one per class of a categorical metric: `("label:airplane", ..., "loss")`.
+        mean: float64 [n_neurons], in units of the (pooled) activation.
+        std: float64 [n_neurons], population standard deviation.
+        n_observations: Rows counted.
+        pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined.
+        sites: The sites whose neurons these are, in order; empty for activations without a model.
+        pool: How tokens became one observation; None for activations without a model.
+        fingerprint: Of the model's architecture, or None.
+        reasons: What went wrong and where: `constant_neuron` and `non_finite_activation` hold indices of neurons,
+            `constant_metric` names of columns, `hook_never_fired` names of sites.
+    """
+
+    columns: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    n_observations: int
+    pearson: np.ndarray
+    sites: tuple[Site, ...] = ()
+    pool: str | None = None
+    fingerprint: str | None = None
+    reasons: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons."""
+        return len(self.mean)
+
+    def site_slices(self) -> dict[str, slice]:
+        """Each site's rows."""
+        ends = np.cumsum([site.width for site in self.sites]).tolist()
+        return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
+
+    def __getitem__(self, site: str) -> NeuronScores:
+        """The scores of one site; raises ArgumentError for a name that was not traced."""
+        slices = self.site_slices()
+        if site not in slices:
+            raise ArgumentError(f"site: expected one of {', '.join(slices) or 'none (no model)'}, got {site!r}")
+        rows = slices[site]
+        reasons: dict[str, tuple[Any, ...]] = {
+            name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop)
+            if name in ("constant_neuron", "non_finite_activation")
+            else where
+            for name, where in self.reasons.items()
+        }
+        arrays = {name: getattr(self, name)[rows] for name in (*_PER_NEURON, *_PER_COLUMN)}
+        chosen = tuple(s for s in self.sites if s.name == site)
+        return replace(self, sites=chosen, reasons={k: v for k, v in reasons.items() if v}, **arrays)
+
+    def to_dataframe(self, site: str | None = None, metric: str | None = None, top: int | None = None) -> pd.DataFrame:
+        """Long form, one row per neuron, column and statistic; needs pandas.
+
+        Args:
+            site: Only this site.
+            metric: Only this metric (all its classes) or this column.
+            top: Only the neurons with this many largest absolute values per column and statistic.
+
+        Returns:
+            A frame with columns `layer` (integer, missing for the head), `kind`, `head` (missing outside attention),
+            `unit`, `metric`, `statistic`, `value`.
+        """
+        import pandas as pd
+
+        scores = self if site is None else self[site]
+        columns = [name for name in self.columns if metric in (None, name, name.partition(":")[0])]
+        if not columns:
+            raise ArgumentError(f"metric: expected one of {', '.join(self.columns)}, got {metric!r}")
+        neurons = _neuron_frame(scores)
+        parts = []
+        for column in columns:
+            for statistic in _PER_COLUMN:
+                values = getattr(scores, statistic)[:, self.columns.index(column)]
+                part = neurons.assign(metric=column, statistic=statistic, value=values)
+                if top is not None:
+                    part = part.loc[part["value"].abs().nlargest(top).index]
+                parts.append(part)
+        return pd.concat(parts, ignore_index=True)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `scores.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        header = {
+            "schema": SCHEMA,
+            "columns": self.columns,
+            "n_observations": self.n_observations,
+            "sites": [asdict(site) for site in self.sites],
+            "pool": self.pool,
+            "fingerprint": self.fingerprint,
+            "reasons": self.reasons,
+        }
+        files.write_arrays(path, {name: getattr(self, name) for name in (*_PER_NEURON, *_PER_COLUMN)}, header)
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> NeuronScores:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        arrays, header = files.read_arrays(Path(directory) / FILE, SCHEMA)
+        return NeuronScores(
+            columns=tuple(header["columns"]),
+            n_observations=header["n_observations"],
+            sites=tuple(Site(**site) for site in header["sites"]),
+            pool=header["pool"],
+            fingerprint=header["fingerprint"],
+            reasons={name: tuple(where) for name, where in header["reasons"].items()},
+            **arrays,
+        )
+
+
+def _neuron_frame(scores: NeuronScores) -> pd.DataFrame:
+    """layer, kind, head and unit of every neuron."""
+    import pandas as pd
+
+    if not scores.sites:
+        missing = pd.array([pd.NA] * scores.n_neurons, dtype="Int64")
+        return pd.DataFrame({"layer": missing, "kind": None, "head": missing, "unit": np.arange(scores.n_neurons)})
+    frames = []
+    for site in scores.sites:
+        unit = np.arange(site.width)
+        head = unit // (site.width // site.heads) if site.heads else None
+        frame = pd.DataFrame({"layer": site.block, "kind": site.kind, "head": head, "unit": unit})
+        frames.append(frame.astype({"layer": "Int64", "head": "Int64"}))
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,18 @@
+"""The words that settings take, for the modules that use them and for a command line that imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Kind = Literal["mlp", "attn", "head"]
+Pool = Literal["mean", "cls", "max", "last"]
+Mode = Literal["zero", "mean"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+POOLS: tuple[Pool, ...] = get_args(Pool)
+MODES: tuple[Mode, ...] = get_args(Mode)
+STATISTICS = ("pearson",)
+DATASETS = ("digits", "cifar10", "imagefolder")
+FINETUNE = ("none", "head", "last-block", "all")
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "native", "triton", "reference")

@@ -1,0 +1,145 @@
+"""Results and skills as a run would write them, of any number of classes, for the tests of what reads them."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TERMS = ("target_drop", "other_change", "ratio", "other_abs_change", "strict_ratio", "other_harm", "harm_ratio")
+FINGERPRINT = "sha256:5f2c9e0d"
+
+
+def class_names(n_classes: int) -> list[str]:
+    return [NAMES[i] if i < len(NAMES) else f"{NAMES[i % 10]} of kind {i // 10}" for i in range(n_classes)]
+
+
+def _sites(blocks: int, dim: int) -> list[dict[str, Any]]:
+    sites: list[dict[str, Any]] = []
+    for block in range(blocks):
+        sites.append({"name": f"blocks.{block}.attn", "kind": "attn", "block": block, "heads": 4, "width": dim})
+        sites.append({"name": f"blocks.{block}.mlp", "kind": "mlp", "block": block, "heads": None, "width": 4 * dim})
+    return [*sites, {"name": "head", "kind": "head", "block": None, "heads": None, "width": dim}]
+
+
+def _matrix(rng: random.Random, baseline: list[float], strength: float, spread: float) -> list[list[float]]:
+    """Strong diagonal, weak rest, in steps of one test example of 50."""
+    k = len(baseline)
+    return [
+        [
+            -round(baseline[j] * strength * rng.uniform(0.85, 1.0) * 50) / 50
+            if i == j
+            else max(-baseline[j], min(1 - baseline[j], round(rng.gauss(0, spread) * 50) / 50))
+            for j in range(k)
+        ]
+        for i in range(k)
+    ]
+
+
+def _selectivity(matrix: list[list[float]], rng: random.Random) -> dict[str, Any]:
+    k = len(matrix)
+    drop = -sum(matrix[i][i] for i in range(k)) / k
+    rest = [matrix[i][j] for i in range(k) for j in range(k) if i != j]
+    mean, size, harm = sum(rest) / len(rest), sum(map(abs, rest)) / len(rest), sum(max(0, -v) for v in rest) / len(rest)
+    values = {"target_drop": drop, "other_change": mean, "ratio": drop / abs(mean) if mean else None,
+              "other_abs_change": size, "strict_ratio": drop / size if size else None,
+              "other_harm": harm, "harm_ratio": drop / harm if harm else None}  # fmt: skip
+    ends = {}
+    for key, value in values.items():
+        half = 0.0 if value is None else abs(value) * rng.uniform(0.05, 0.25)
+        limit = math.inf if "ratio" in key else 1.0
+        ends[key] = None if value is None else [max(value - half, -limit), min(value + half, limit)]
+    return {**values, "ci95": ends}
+
+
+def _config() -> dict[str, Any]:
+    return {
+        "model": None, "model_kwargs": {}, "checkpoint": None, "pretrained": False, "finetune": "all",
+        "dataset": "digits", "data_dir": None, "train_per_class": None, "test_per_class": None, "mean": None,
+        "std": None, "crop_pct": None, "device": "cpu", "dtype": "float32", "batch_size": 256, "seed": 0,
+        "sites": ["mlp", "attn", "head"], "pool": "mean", "method": "pearson", "share": 0.03, "max_site_share": 0.25,
+        "scale": 0.0, "backend": "auto",
+    }  # fmt: skip
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6",
+        "platform": "Linux x86_64", "device": "cpu", "device_name": "a processor", "threads": 2,
+        "backends": {"native": "avx512", "triton": "no CUDA device"},
+    }  # fmt: skip
+
+
+def _cost() -> dict[str, Any]:
+    phases = {"data": 0.41, "train": 61.2, "trace": 0.83, "select": 0.02, "sweep": 7.94, "report": 0.66}
+    return {
+        "seconds": {**phases, "total": sum(phases.values())}, "samples_per_s": 1240.5, "forward_s": 0.71,
+        "trace_over_forward": 1.17, "peak_rss_bytes": 912_345_678, "peak_device_bytes": None, "state_bytes": 412_672,
+    }  # fmt: skip
+
+
+def _contribution(classes: list[str], rng: random.Random) -> dict[str, Any]:
+    def shares() -> dict[str, float]:
+        mlp, head = rng.uniform(0.35, 0.55), rng.uniform(0.2, 0.4)
+        return {"mlp": mlp, "attn": 1 - mlp - head, "head": head}
+
+    total = shares()
+    ends = {kind: [value - 0.04, value + 0.05] for kind, value in total.items()}
+    return {**total, "non_additivity": 0.31, "per_class": {name: shares() for name in classes}, "ci95": ends}
+
+
+def _overlap(k: int, rng: random.Random) -> list[list[float]]:
+    rows = [[1.0] * k for _ in range(k)]
+    for i in range(k):
+        for j in range(i):
+            rows[i][j] = rows[j][i] = round(max(0.0, rng.gauss(0.06, 0.05)), 3)
+    return rows
+
+
+def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
+    """A `results.json`; `optional` adds the keys that a run may leave out."""
+    rng = random.Random(n_classes)
+    classes, sites = class_names(n_classes), _sites(blocks, 128)
+    baseline = [round(rng.uniform(0.92, 1.0) * 50) / 50 for _ in classes]
+    oracle = [[-b if i == j else 0.02 * (rng.random() < 0.1) for j, b in enumerate(baseline)] for i in range(n_classes)]
+    found = _matrix(rng, baseline, 0.95, 0.012)
+    results = {
+        "schema": "skillfast.bench/1",
+        "environment": _environment(),
+        "config": _config(),
+        "model": {
+            "name": "vit_digits_128x4", "parameters": 809_482, "embed_dim": 128, "fingerprint": FINGERPRINT,
+            "neurons": sum(site["width"] for site in sites), "sites": sites,
+            "trained": {"from": "scratch", "finetune": "all", "epochs": 60, "n_train": 898,
+                        "validation_accuracy": 0.9733},
+        },
+        "dataset": {"name": "digits", "classes": classes, "n_select": 898, "n_validate": 449, "n_test": 50 * n_classes},
+        "baseline": {"accuracy": sum(baseline) / n_classes, "per_class": baseline, "n_test_per_class": [50] * n_classes},
+        "removal_matrix": found,
+        "selectivity": _selectivity(found, rng),
+        "oracle": {**_selectivity(oracle, rng), "removal_matrix": oracle},
+        "random_control": {**_selectivity(_matrix(rng, baseline, 0.02, 0.012), rng), "draws": 5},
+        "cost": _cost(),
+    }  # fmt: skip
+    if optional:
+        results["layer_contribution"] = _contribution(classes, rng)
+        results["interference"] = {"overlap": _overlap(n_classes, rng)}
+    return results
+
+
+def sample_skills(results: dict[str, Any]) -> dict[str, Any]:
+    """The `skills.json` of the same run: more neurons in later blocks."""
+    rng = random.Random(1)
+    sites = results["model"]["sites"]
+    skills = []
+    for name in results["dataset"]["classes"]:
+        neurons = {}
+        for i, site in enumerate(sites):
+            share = 0.12 * (i / len(sites)) ** 2 * rng.uniform(0.4, 1.6)
+            chosen = sorted(rng.sample(range(site["width"]), min(site["width"], round(share * site["width"]))))
+            if chosen:
+                neurons[site["name"]] = chosen
+        skills.append({"name": name, "metric": f"label:{name}", "method": "pearson", "settings": {"share": 0.03},
+                       "neurons": neurons})  # fmt: skip
+    return {"schema": "skillfast.skills/1", "fingerprint": FINGERPRINT, "skills": skills}
