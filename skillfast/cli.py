@@ -123,16 +123,13 @@ _output = click.option(
 )
 
 
-def _config(options: dict[str, Any], **more: Any) -> BenchConfig:
+def _config(options: dict[str, Any]) -> BenchConfig:
+    """The run's settings from a command's options, as far as it has them."""
     from skillfast.benchmark.config import BenchConfig
     from skillfast.models.loading import parse_model_kwargs
 
-    options = {
-        name: value
-        for name, value in {**options, **more}.items()
-        if name in BenchConfig.names() or name == "model_kwarg"
-    }
-    return BenchConfig(**{**options, "model_kwargs": parse_model_kwargs(options.pop("model_kwarg"))})
+    known = {name: value for name, value in options.items() if name in BenchConfig.names()}
+    return BenchConfig(**known, model_kwargs=parse_model_kwargs(options["model_kwarg"]))
 
 
 def _show(table: Any) -> None:
@@ -248,7 +245,7 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
         from skillfast.models.sites import find_sites
         from skillfast.report import sites_table
 
-        loaded = create_model(model, None, model_kwargs=parse_model_kwargs(model_kwarg))
+        loaded = create_model(model, 1000, model_kwargs=parse_model_kwargs(model_kwarg))
         _show(sites_table(model, find_sites(loaded.model)))
 
 

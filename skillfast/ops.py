@@ -158,7 +158,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001
     x, scale, condition = ctx.saved_tensors
     grad_x = grad_scale = grad_shift = None
-    if ctx.needs_input_grad[0]:
+    needs = (*ctx.needs_input_grad, False, False)  # shorter where the dispatcher left out arguments that are None
+    if needs[0]:
         grad_x = torch.ops.skillfast.neuron_scale(grad, scale, None, condition)
     tokens = tuple(range(1, grad.dim() - 1))
 
@@ -167,9 +168,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001
         index = condition if condition is not None else torch.zeros_like(per_sample[:, 0], dtype=torch.int64)
         return torch.zeros_like(scale).index_add(0, index, per_sample)
 
-    if ctx.needs_input_grad[1]:
+    if needs[1]:
         grad_scale = per_condition(grad.to(scale.dtype) * x.to(scale.dtype))
-    if ctx.needs_input_grad[2]:
+    if needs[2]:
         grad_shift = per_condition(grad)
     return grad_x, grad_scale, grad_shift, None
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from skillfast import files
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
 from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
 
@@ -84,8 +84,12 @@ def save_skills(directory: str | Path, skills: Iterable[Skill]) -> Path:
 def load_skills(directory: str | Path) -> dict[str, Skill]:
     """Read a folder's `skills.json`, or that file; raises DataError where it is missing, broken or another version."""
     path = Path(directory)
-    value = files.read_json(path if path.is_file() else path / FILE, SCHEMA)
-    skills = [Skill(**entry, fingerprint=value["fingerprint"]) for entry in value["skills"]]
+    path = path if path.is_file() else path / FILE
+    value = files.read_json(path, SCHEMA)
+    try:
+        skills = [Skill(**entry, fingerprint=value["fingerprint"]) for entry in value["skills"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected a {SCHEMA} file, got one with other keys ({error})") from error
     return {skill.name: skill for skill in skills}
 
 

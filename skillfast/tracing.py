@@ -228,9 +228,13 @@ class Tracer:
 
 
 def _warn_of_silent_failures(scores: NeuronScores) -> None:
-    if scores.reasons:
-        counts = ", ".join(f"{name} ({len(where)})" for name, where in scores.reasons.items())
-        warnings.warn(f"some scores are not defined: {counts}; see NeuronScores.reasons", RuntimeWarning, stacklevel=3)
+    if not scores.reasons:
+        return
+    parts = [
+        f"{name} ({len(where)} neurons)" if isinstance(where[0], int) else f"{name} ({', '.join(map(str, where))})"
+        for name, where in scores.reasons.items()
+    ]
+    warnings.warn(f"some scores are not defined: {'; '.join(parts)}", RuntimeWarning, stacklevel=3)
 
 
 def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
@@ -296,6 +300,7 @@ def trace(
     """
     model = unwrap_compiled(model)
     refuse_training(model, "trace")
+    choose_sites(model, sites)  # a model without sites is told so before its classes are asked for
     if isinstance(metrics, str):
         if metrics != "classification":
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")

@@ -105,6 +105,8 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
             pretrained=config.pretrained,
             checkpoint=config.checkpoint,
             model_kwargs=config.model_kwargs,
+            seed=config.seed,
+            quiet=quiet,
         )
         splits, normalisation = _images(config, loaded.data_config, quiet)
     if splits.skipped:
@@ -117,7 +119,15 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
         say(f"training {_what_is_trained(mode)} of {config.model} ({loaded.source} weights)")
     with clock.phase("train"), torch.inference_mode(False):
         trained = training.finetune(
-            model, splits, mode, epochs=config.epochs, seed=config.seed, device=device, dtype=config.dtype, quiet=quiet
+            model,
+            splits,
+            mode,
+            epochs=config.epochs,
+            seed=config.seed,
+            device=device,
+            dtype=getattr(torch, config.dtype),
+            quiet=quiet,
+            scratch=loaded.source == "scratch",
         )
     trained = {"from": loaded.source, **trained}
     return Subject(config, model.eval(), loaded.name, splits, trained, normalisation, device)
@@ -128,6 +138,7 @@ def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: b
         splits = data.load_digits(config.seed)
     with clock.phase("train"):
         loaded, trained = loading.load_or_train_digits(splits, config.seed, quiet=quiet)
+    trained = {"from": "scratch", **trained}
     model = loaded.model.to(device).eval()
     return Subject(config, model, loaded.name, splits, trained, "the digits' own mean and deviation", device)
 

@@ -52,10 +52,9 @@ def load_imagefolder(
         ArgumentError: a number per class that cannot be used.
     """
     root = Path(data_dir)
-    if not root.is_dir():
-        raise DataError(f"data folder '{root}': {_LAYOUT}, got {_what_is(root)}; check --data-dir")
-    if (root / CIFAR10.base_folder).is_dir():
-        raise DataError(f"data folder '{root}': {_LAYOUT}, got {CIFAR10.base_folder}/; pass --dataset cifar10")
+    if not all((root / part).is_dir() for part in ("train", "test")):
+        remedy = "pass --dataset cifar10" if (root / CIFAR10.base_folder).is_dir() else "check --data-dir"
+        raise DataError(f"data folder '{root}': {_LAYOUT}, got {_what_is(root)}; {remedy}")
     train, test = _read_part(root, "train"), _read_part(root, "test")
     _check_same_classes(root, train.classes, test.classes)
     if len(train.classes) < 2:
@@ -82,6 +81,8 @@ def load_cifar10(
     train_per_class: int | None = None,
     test_per_class: int | None = None,
     seed: int = 0,
+    *,
+    quiet: bool = False,
 ) -> Splits:
     """Load CIFAR-10 from the files that torchvision keeps, `data_dir/cifar-10-batches-py/`; nothing is downloaded.
 
@@ -91,6 +92,7 @@ def load_cifar10(
         train_per_class: see `load_imagefolder`.
         test_per_class: see `load_imagefolder`.
         seed: of the choice.
+        quiet: draw no progress bar.
 
     Raises:
         DataError: the files are missing or damaged, or a class has too few pictures.
@@ -118,21 +120,26 @@ def load_cifar10(
         train_per_class,
         test_per_class,
         seed,
+        quiet=quiet,
     )
     return make_splits("cifar10", chosen, transforms)
 
 
 def _read_part(root: Path, part: str) -> ImageFolder:
-    if not (root / part).is_dir():
-        raise DataError(f"data folder '{root}': {_LAYOUT}, got {_what_is(root)}; check --data-dir")
     try:
         folder = ImageFolder(str(root / part), allow_empty=True)
     except FileNotFoundError as error:  # not one class folder
-        raise DataError(f"data folder '{root / part}': expected one folder per class, got none; {_remedy()}") from error
+        raise DataError(
+            f"data folder '{root / part}': expected one folder per class, got none; "
+            "put each class's images into a folder of its own"
+        ) from error
     except OSError as error:
         raise DataError(f"data folder '{root / part}': {_LAYOUT}, got {error.strerror}; check permissions") from error
     if not folder.samples:
-        raise DataError(f"data folder '{root / part}': expected images in its class folders, got none; {_remedy()}")
+        raise DataError(
+            f"data folder '{root / part}': expected images in its class folders, got none; "
+            f"add files that end in {' '.join(IMG_EXTENSIONS)}"
+        )
     return folder
 
 
@@ -156,7 +163,3 @@ def _what_is(path: Path) -> str:
         return "a file"
     names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "an empty folder"
-
-
-def _remedy() -> str:
-    return f"known image files end in {' '.join(IMG_EXTENSIONS)}"

@@ -219,15 +219,15 @@ def choose(
     """
     if seed < 0:
         raise ArgumentError(f"--seed: expected a number from 0 on, got {seed}; any will do")
-    skipped: list[str] = []
-    picked = []
-    for source, per_class, least in ((train, train_per_class, 2), (test, test_per_class, 1)):
+    wanted = ((train, train_per_class, 2), (test, test_per_class, 1))
+    for source, per_class, least in wanted:
         if per_class is not None and per_class < least:
             raise ArgumentError(
                 f"--{source.name}-per-class: expected at least {least}, got {per_class}; "
                 + ("one image is selected on and one validated on" if least == 2 else "one image is measured on")
             )
-        picked.append(_pick(source, classes, per_class, least, seed, skipped if skip_unreadable else None, quiet))
+    skipped: list[str] = []
+    picked = [_pick(*part, classes, seed, skipped if skip_unreadable else None, quiet) for part in wanted]
     cuts = [max(1, round(VALIDATE_SHARE * len(rows))) for rows in picked[0]]
     return Chosen(
         train,
@@ -243,9 +243,9 @@ def choose(
 
 def _pick(
     source: Source,
-    classes: Sequence[str],
     per_class: int | None,
     least: int,
+    classes: Sequence[str],
     seed: int,
     skipped: list[str] | None,
     quiet: bool,

@@ -210,9 +210,13 @@ def _only_trainable(model: nn.Module, parts: list[nn.Module]) -> Iterator[list[n
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global random states, which dropout and torchvision's transforms draw from, and put them back."""
     python = random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
         random.seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 UNDEFINED = "not defined"
-UNDEFINED_RATIO = "not defined (denominator is 0)"
+UNDEFINED_RATIO = f"{UNDEFINED} (denominator is{NO_BREAK}0)"
 
 
 class Term(NamedTuple):
@@ -129,13 +129,13 @@ def size(n_bytes: float | None) -> str:
 def plain(value: Any) -> str:
     """Any leaf of the settings as text."""
     if value is None:
-        return "none"
+        return "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.4g}" if finite(value) is not None else UNDEFINED
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, list):
+    if isinstance(value, list | dict):
         return ", ".join(plain(item) for item in value) or "none"
     return str(value)

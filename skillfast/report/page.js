@@ -20,18 +20,28 @@
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item)]));
   }
 
-  // a tick label takes about 17 pixels of its axis; where they do not fit, every second, third ... is shown
+  // a line of tick labels takes about 17 pixels of its axis; where they do not fit, every second, third ... is shown
   function fitted(id, axis) {
-    const { tickvals, ticktext } = figures[id].layout[axis];
-    const room = axis === "xaxis" ? at(id).clientWidth - 120 : at(id).clientHeight - 130;
-    const every = Math.ceil((17 * tickvals.length) / Math.max(room, 100));
+    const { tickvals, ticktext, tickangle } = figures[id].layout[axis];
+    const room = Math.max(axis === "xaxis" ? at(id).clientWidth - 120 : at(id).clientHeight - 130, 100);
+    const widths = ticktext.map((text) => 10 + 7 * text.length);
+    const mean = widths.reduce((sum, width) => sum + width, 0) / widths.length;
+    const every = Math.ceil(((axis === "xaxis" && tickangle === 0 ? mean : 17) * tickvals.length) / room);
     const kept = (list) => list.filter((_, index) => index % every === 0);
-    return { [`${axis}.tickvals`]: kept(tickvals), [`${axis}.ticktext`]: kept(ticktext) };
+    const ticks = { [`${axis}.tickvals`]: kept(tickvals), [`${axis}.ticktext`]: kept(ticktext) };
+    // plotly's own choice of an angle can swing to and fro with the margins that it needs
+    if (tickangle === undefined) ticks[`${axis}.tickangle`] = Math.max(...widths) * tickvals.length > room ? -90 : 0;
+    return ticks;
   }
 
   function fit(id) {
-    const axes = ["xaxis", "yaxis"].filter((axis) => figures[id].layout[axis].tickvals);
-    return Plotly.relayout(id, Object.assign({}, ...axes.map((axis) => fitted(id, axis))));
+    const { data, layout } = figures[id];
+    const axes = ["xaxis", "yaxis"].filter((axis) => layout[axis].tickvals);
+    const ticks = Object.assign({}, ...axes.map((axis) => fitted(id, axis)));
+    if (!data[0].texttemplate) return Plotly.relayout(id, ticks);
+    // numbers in cells narrower than this would be too small to read
+    const written = (at(id).clientWidth - 120) / data[0].x.length >= 18;
+    return Plotly.update(id, { texttemplate: written ? data[0].texttemplate : "" }, ticks);
   }
 
   const options = { responsive: true, displayModeBar: false, displaylogo: false };
@@ -51,7 +61,7 @@
       mode: "immediate",
       transition: { duration, easing: "cubic-in-out" },
       frame: { duration, redraw: false },
-    });
+    }).catch(() => undefined); // plotly rejects an animation that a newer one replaces
   }
 
   function mark(id, index) {
@@ -85,9 +95,16 @@
     return found ? Math.min(Math.max(Number(found[1]), 1), count) : null;
   }
 
+  async function advance() {
+    const running = timer;
+    await go(step + 1);
+    // paused meanwhile?
+    if (timer === running) timer = setTimeout(advance, pause);
+  }
+
   function play(on) {
-    clearInterval(timer);
-    timer = on ? setInterval(() => go(step + 1), pause) : null;
+    clearTimeout(timer);
+    timer = on ? setTimeout(advance, pause) : null;
     at("play").textContent = on ? "Pause" : "Play";
     at("play").setAttribute("aria-pressed", String(on));
     at("status").setAttribute("aria-live", on ? "off" : "polite");

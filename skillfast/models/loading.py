@@ -1,0 +1,290 @@
+"""Models by name, with weights from a file, from a hub, or trained here for the embedded default."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional
+
+from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.training import finetune
+from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+
+    from skillfast.data.splits import Splits
+
+# the embedded default; whatever is changed here or in its training makes `_RECIPE` a new number
+_RECIPE = 2
+_DIGITS: dict[str, Any] = {
+    "img_size": 8,
+    "in_chans": 1,
+    "patch_size": 2,
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+_DIGITS_EPOCHS = 80
+_DIGITS_LR = 2e-3
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier that is ready for use.
+
+    Attributes:
+        model: in eval mode, float32, on the CPU.
+        name: timm's name, or "digits".
+        data_config: input_size `(C, H, W)`, mean, std, crop_pct, interpolation: what its images should look like.
+        head_replaced: the weights came with another classifier; this one is new and knows nothing yet.
+        source: where the weights are from; "scratch" is nowhere.
+    """
+
+    model: nn.Module
+    name: str
+    data_config: dict[str, Any]
+    head_replaced: bool
+    source: Literal["scratch", "checkpoint", "pretrained"]
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+) -> LoadedModel:
+    """Make a timm model and load its weights.
+
+    Args:
+        name: timm's name, with or without a pretrained tag.
+        num_classes: of the classifier; where the weights come with another number, the classifier is made anew.
+        pretrained: load the weights that timm knows for it, from the local cache or the hub.
+        checkpoint: load these weights instead: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file that holds
+            nothing but weights.
+        model_kwargs: further arguments for the model, as `depth=6`.
+        seed: of the initial weights; the global random state is left as it was.
+        quiet: draw no progress bar for a download.
+
+    Raises:
+        ModelError: the name is not known, the arguments do not fit it, or the weights cannot be had, read or fitted.
+    """
+    cfg = _find(name)
+    kwargs = dict(model_kwargs or {})
+    if "num_classes" in kwargs:
+        raise ArgumentError("--model-kwarg num_classes: expected no such argument, got one; the dataset determines it")
+    download = pretrained and checkpoint is None
+    state = None if checkpoint is None else read_checkpoint(Path(checkpoint))
+    # timm is strict about a download's tensors only where the classifier stays as it is
+    first_classes = cfg.get("num_classes", num_classes) if download else num_classes
+    with torch.random.fork_rng(devices=[]), hub(name, cfg, quiet) if download else silent():
+        torch.default_generator.manual_seed(seed)
+        try:
+            model = timm.create_model(name, pretrained=download, num_classes=first_classes, **kwargs)
+            if head_replaced := first_classes != num_classes:
+                model.reset_classifier(num_classes)  # type: ignore[operator]
+        except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, KeyError) as error:
+            raise ModelError(
+                f"model '{name}': expected arguments that it takes, got {_arguments(kwargs)} ({first_line(error)}); "
+                "check --model-kwarg"
+            ) from error
+    source: Literal["scratch", "checkpoint", "pretrained"] = "pretrained" if download else "scratch"
+    if state is not None:
+        head_replaced, source = fit_checkpoint(model, name, state, f"checkpoint '{checkpoint}'"), "checkpoint"
+    return LoadedModel(model.eval(), name, _data_config(model, kwargs), head_replaced, source)
+
+
+def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parse `key=value` arguments, values as Python literals: `["depth=6", "qkv_bias=true", "global_pool=avg"]`.
+
+    Raises:
+        ArgumentError: an argument without "=", or with a key that is no name.
+    """
+    words = {"true": True, "false": False, "none": None}
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ArgumentError(f"--model-kwarg: expected key=value, got '{pair}'; for example depth=6")
+        try:
+            parsed[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a bare word is a string
+            parsed[key] = value
+    return parsed
+
+
+def cache_dir() -> Path:
+    """Find the folder for trained default models: `$SKILLFAST_CACHE`, or the user's cache folder."""
+    if folder := os.environ.get("SKILLFAST_CACHE"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("skillfast"))
+
+
+def _find(name: str) -> dict[str, Any]:
+    """Look a name up in timm's registry: its pretrained configuration."""
+    if name.startswith(("hf:", "hf-hub:", "hf_hub:", "local-dir:")) or Path(name).is_dir():
+        got = "a Hugging Face model" if name.startswith("hf") else "a folder"
+        raise ModelError(
+            f"model '{name}': expected a timm model name, got {got}, which this version of skillfast does not support; "
+            "pass a name of timm.list_models(), and its weights as --checkpoint FILE"
+        )
+    arch, _, tag = name.partition(".")
+    if any(mark in name for mark in "/\\:") or not timm.is_model(arch):
+        close = difflib.get_close_matches(arch.lower(), timm.list_models(), n=3)
+        raise ModelError(
+            f"model '{name}': expected a timm model name, got an unknown one; "
+            + (f"closest: {', '.join(close)}" if close else "timm.list_models() lists them")
+        )
+    known = [full.partition(".")[2] for full in timm.list_models(f"{arch}.*", pretrained=True)]
+    if tag and tag not in known:
+        raise ModelError(
+            f"model '{name}': expected a pretrained tag of {arch}, got '{tag}'; "
+            + (f"it has {', '.join(known)}" if known else "it has none")
+        )
+    cfg = timm.get_pretrained_cfg(name)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def _data_config(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Say what the model's images look like; timm's own answer overlooks a size or channels given as arguments."""
+    config = resolve_data_config({}, model=model)
+    channels, *size = config["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or kwargs.get("img_size") or size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = kwargs.get("in_chans", channels)
+    config["input_size"] = (channels, height, width)
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:  # grey images, or more channels than anyone has measured
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def digits_model(seed: int = 0) -> LoadedModel:
+    """Make the default model, untrained: a timm `VisionTransformer` of 4 blocks for 8 x 8 digits.
+
+    Args:
+        seed: of the initial weights; the global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = VisionTransformer(**_DIGITS)
+    config = {
+        "input_size": (1, 8, 8),
+        "mean": (DIGITS_MEAN,),
+        "std": (DIGITS_STD,),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
+    return LoadedModel(model.eval(), "digits", config, head_replaced=False, source="scratch")
+
+
+def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> tuple[LoadedModel, dict[str, Any]]:
+    """Load the default model from the cache, or train it on the CPU (about a minute) and cache it.
+
+    A cache file that cannot be read is made anew, and one that cannot be written is done without; a warning says so.
+
+    Args:
+        splits: from `load_digits(seed)`.
+        seed: of the split, the initial weights and the training.
+        quiet: draw no progress bar.
+
+    Returns:
+        The model, and how it was trained (see `finetune`); both are the same whether it was cached or not.
+    """
+    loaded = replace(digits_model(seed), source="checkpoint")
+    determined_by = [
+        _DIGITS,
+        _RECIPE,
+        seed,
+        *(version.split(".")[:2] for version in (torch.__version__, timm.__version__)),
+    ]
+    digest = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:12]
+    path = cache_dir() / f"digits-{digest}.safetensors"
+    if path.is_file():
+        try:
+            return loaded, _read_cached(loaded.model, path)
+        except Exception as error:  # whatever is wrong with it, it can be made again
+            warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
+    loaded = replace(digits_model(seed), source="checkpoint")
+    trained = finetune(
+        loaded.model,
+        splits,
+        "all",
+        epochs=_DIGITS_EPOCHS,
+        lr=_DIGITS_LR,
+        seed=seed,
+        quiet=quiet,
+        augment=shift_and_turn,
+        label_smoothing=0.1,
+    )
+    try:
+        _write_cached(loaded.model, trained, path)
+    except OSError as error:
+        warnings.warn(f"trained model cannot be kept in '{path.parent}' ({first_line(error)})", stacklevel=2)
+    return loaded, trained
+
+
+def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift, turn, scale and shear each image of a batch a little, at random.
+
+    Args:
+        images: float32 `[b, C, H, W]`, normalised digits; what comes in from outside is as dark as their background.
+        generator: of the random numbers.
+    """
+
+    def uniform(limit: float) -> Tensor:
+        return (2 * torch.rand(len(images), generator=generator) - 1) * limit
+
+    angle, scale, shear = uniform(0.15), uniform(0.1).exp(), uniform(0.1)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = [torch.stack([cos, shear - sin, uniform(0.1)], dim=1), torch.stack([sin, cos, uniform(0.1)], dim=1)]
+    grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    background = -DIGITS_MEAN / DIGITS_STD
+    return functional.grid_sample(images - background, grid, align_corners=False) + background
+
+
+def _read_cached(model: nn.Module, path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return json.loads(file.metadata()["trained"])
+
+
+def _write_cached(model: nn.Module, trained: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(model.state_dict(), temporary, metadata={"trained": json.dumps(trained)})
+        Path(temporary).replace(path)  # a reader finds all of it or nothing
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _arguments(kwargs: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in kwargs.items()) or "its defaults"

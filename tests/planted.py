@@ -1,0 +1,73 @@
+"""A vision transformer that carries classes in known neurons, by construction.
+
+Residual coordinates: 0..4 say which class the image shows, 5..9 are where the planted neurons write their evidence,
+the rest is noise from the image. Every projection is zero but the planted ones: a planted neuron reads its class's
+coordinate and writes the class's evidence; all other neurons read noise and write nothing. The sixth class, "none", is
+what the head says where there is no evidence.
+"""
+
+from __future__ import annotations
+
+import timm
+import torch
+
+WIDTH, PATCH, SIDE, CLASSES = 64, 8, 16, 6
+NONE = 5
+# class -> neurons by site
+PLANTED: dict[int, dict[str, list[int]]] = {
+    0: {"blocks.1.mlp": [7, 100, 255]},
+    1: {"blocks.1.mlp": [8, 9, 10]},
+    2: {"blocks.0.attn": [3, 17, 40]},
+    3: {"blocks.0.mlp": [0], "blocks.2.attn": [63, 20]},
+    4: {"blocks.2.mlp": [1, 2, 200]},
+}
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=3, num_heads=4,
+        num_classes=CLASSES, class_token=False, global_pool="avg",
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.zero_()
+        for module in vit.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.fill_(1)
+        vit.patch_embed.proj.weight.copy_(torch.eye(WIDTH, 3 * PATCH**2).view(WIDTH, 3, PATCH, PATCH))
+        for block in vit.blocks:
+            block.mlp.fc1.weight[:, 10:].normal_(0, 0.2)
+            block.attn.qkv.weight[2 * WIDTH :, 10:].normal_(0, 0.2)  # values; queries and keys at 0 attend evenly
+        for label, sites in PLANTED.items():
+            for site, neurons in sites.items():
+                _plant(vit, site, neurons, label)
+        vit.head.weight[torch.arange(5), torch.arange(5, 10)] = 1
+        vit.head.bias[NONE] = 2
+    return vit.eval()
+
+
+def _plant(vit: torch.nn.Module, site: str, neurons: list[int], label: int) -> None:
+    _, block, kind = site.split(".")
+    layer = vit.blocks[int(block)]
+    if kind == "mlp":
+        reader, rows, writer = layer.mlp.fc1, neurons, layer.mlp.fc2
+        reader.bias[rows] = -3
+    else:
+        reader, rows, writer = layer.attn.qkv, [2 * WIDTH + i for i in neurons], layer.attn.proj
+    reader.weight[rows] = 0
+    reader.weight[rows, label] = 2
+    writer.weight[5 + label, neurons] = 1.5
+
+
+def images(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [n, 3, 16, 16] and labels [n] of six classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % CLASSES
+    patches = torch.zeros(n, 4, 3 * PATCH**2)
+    noise = torch.randn(n, 4, WIDTH - 10, generator=generator)
+    patches[:, :, 10:WIDTH] = noise - noise.mean(-1, keepdim=True)  # no mean for a layer norm to spread over classes
+    shown = labels != NONE
+    patches[shown, :, labels[shown]] = 3
+    grid = patches.view(n, 2, 2, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(n, 3, SIDE, SIDE), labels
