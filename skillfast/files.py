@@ -59,20 +59,29 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, schema: str) -> dict[str, Any]:
+def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
     """Read a JSON file that carries this schema name; raises DataError in one line where it is not that."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected a {schema} file, got none; write it first") from error
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: expected a {schema} file, got one that cannot be read ({error})") from error
-    found = value.get("schema") if isinstance(value, dict) else None
-    if found != schema:
-        raise DataError(
-            f"{path}: expected schema {schema!r}, got {found!r}; use the version of skillfast that wrote it"
-        )
+        # Python writes NaN, which is not JSON: read as not defined, like null
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}; {remedy}") from error
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    check_schema(str(path), value.get("schema") if isinstance(value, dict) else type(value).__name__, schema, remedy)
     return value
+
+
+def check_schema(what: str, found: object, schema: str, remedy: str) -> None:
+    """Raises DataError where a file is of another schema or another version of it."""
+    if found != schema:
+        raise DataError(f"{what}: expected schema {schema!r}, got {found!r}; {remedy} with this version of skillfast")
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: expected a file, got none; {remedy}")
+    return DataError(f"{path}: expected a readable file, got {error.strerror}; check it and its folder")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
@@ -83,7 +92,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[s
         save_file(dict(arrays), temporary, metadata={"skillfast": json.dumps(header)})
 
 
-def read_arrays(path: Path, schema: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(path: Path, schema: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the header of a file that `write_arrays` wrote; raises DataError where it is not one."""
     from safetensors import SafetensorError, safe_open
 
@@ -91,12 +100,9 @@ def read_arrays(path: Path, schema: str) -> tuple[dict[str, np.ndarray], dict[st
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("skillfast", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected a {schema} file, got none; write it first") from error
-    except (SafetensorError, ValueError, OSError) as error:
-        raise DataError(f"{path}: expected a {schema} file, got one that cannot be read ({error})") from error
-    if header.get("schema") != schema:
-        raise DataError(
-            f"{path}: expected schema {schema!r}, got {header.get('schema')!r}; use the version of skillfast that wrote it"
-        )
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: expected a safetensors file, got one that is broken ({error}); {remedy}") from error
+    check_schema(str(path), header.get("schema"), schema, remedy)
     return arrays, header

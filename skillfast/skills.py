@@ -85,7 +85,7 @@ def load_skills(directory: str | Path) -> dict[str, Skill]:
     """Read a folder's `skills.json`, or that file; raises DataError where it is missing, broken or another version."""
     path = Path(directory)
     path = path if path.is_file() else path / FILE
-    value = files.read_json(path, SCHEMA)
+    value = files.read_json(path, SCHEMA, "write it with save_skills or `skillfast bench`")
     try:
         skills = [Skill(**entry, fingerprint=value["fingerprint"]) for entry in value["skills"]]
     except (KeyError, TypeError, AttributeError) as error:

@@ -102,8 +102,8 @@ def test_skills_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "got none; write it first"),
-        ("{", "cannot be read"),
+        (None, "expected a file, got none"),
+        ("{", "expected JSON"),
         ('{"schema": "skillfast.skills/2"}', "expected schema 'skillfast.skills/1', got 'skillfast.skills/2'"),
         ('{"schema": "skillfast.skills/1", "skills": [{"colour": 1}]}', "expected a skillfast.skills/1 file"),
     ],

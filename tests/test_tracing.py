@@ -194,10 +194,10 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
     assert (loaded.sites, loaded.columns, loaded.fingerprint) == (scores.sites, scores.columns, scores.fingerprint)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(
-        skillfast.SkillfastError, match="expected a skillfast.scores/1 file, got one that cannot be read"
+        skillfast.SkillfastError, match="expected a safetensors file, got one that is broken"
     ):
         skillfast.NeuronScores.load(tmp_path / "new")
-    with pytest.raises(skillfast.SkillfastError, match="got none; write it first"):
+    with pytest.raises(skillfast.SkillfastError, match="expected a file, got none; write it with"):
         skillfast.NeuronScores.load(tmp_path / "nowhere")
 
 

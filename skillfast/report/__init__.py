@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
     from rich.table import Table
 
-__all__ = ["comparison_table", "render", "summary_table", "write_report"]
+    from skillfast.models.sites import Site
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+__all__ = [
+    "accuracy_table",
+    "comparison_table",
+    "read_results",
+    "render",
+    "sites_table",
+    "summary_table",
+    "top_neurons_table",
+    "write_report",
+]
 
 
 def render(results: dict[str, Any], skills: dict[str, Any]) -> str:
@@ -46,6 +61,17 @@ def write_report(directory: str | Path) -> Path:
     return files.write_report(Path(directory))
 
 
+def read_results(directory: str | Path) -> dict[str, Any]:
+    """Read the `results.json` of an output folder.
+
+    Raises:
+        DataError: it is missing, is not JSON, or is not of the schema that this version reads.
+    """
+    from skillfast.report import files
+
+    return files.read_results(Path(directory))
+
+
 def summary_table(results: dict[str, Any]) -> Table:
     """Make the table that `skillfast bench` prints at its end.
 
@@ -72,3 +98,30 @@ def comparison_table(named: dict[str, dict[str, Any]]) -> Table:
     from skillfast.report import tables
 
     return tables.comparison_table(named)
+
+
+def top_neurons_table(scores: NeuronScores, top: int) -> Table:
+    """Make the table that `skillfast trace` prints: the neurons with the largest scores of each column."""
+    from skillfast.report import tables
+
+    return tables.top_neurons_table(scores, top)
+
+
+def accuracy_table(classes: Sequence[str], baseline: np.ndarray, rows: Mapping[str, np.ndarray]) -> Table:
+    """Make the table that `skillfast ablate` prints: each class's accuracy before and after.
+
+    Args:
+        classes: their names.
+        baseline: float64 [n_classes], of the intact model.
+        rows: name of a condition -> float64 [n_classes].
+    """
+    from skillfast.report import tables
+
+    return tables.accuracy_table(classes, baseline, rows)
+
+
+def sites_table(name: str, sites: Sequence[Site]) -> Table:
+    """Make the table that `skillfast info --model` prints."""
+    from skillfast.report import tables
+
+    return tables.sites_table(name, sites)

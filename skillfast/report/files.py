@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import DataError
+from skillfast.files import check_schema, read_json, replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +20,7 @@ REMEDY = "run `skillfast bench` into that folder"
 
 
 def _check_keys(what: str, found: Any, schema: str, keys: tuple[str, ...]) -> None:
-    got = found.get("schema") if isinstance(found, dict) else type(found).__name__
-    if got != schema:
-        raise DataError(f"{what}: expected schema {schema!r}, got {got!r}; {REMEDY} with this version of skillfast")
+    check_schema(what, found.get("schema") if isinstance(found, dict) else type(found).__name__, schema, REMEDY)
     missing = [key for key in keys if key not in found]
     if missing:
         raise DataError(f"{what}: expected the keys {', '.join(keys)}, got none named {', '.join(missing)}; {REMEDY}")
@@ -51,39 +47,19 @@ def check(results: Any, skills: Any) -> None:
         raise DataError(f"skills.json: expected skills on the sites of results.json, got {got}; {REMEDY}")
 
 
-def _read(path: Path) -> Any:
-    try:
-        # Python writes NaN, which is not JSON: shown as not defined, like null
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected a file, got none; {REMEDY}") from None
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, got {error.strerror}; check it and its folder") from error
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON, got {error}; {REMEDY}") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise DataError(f"{path.parent}: expected a writable folder, got {error.strerror}; choose another") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            # mkstemp makes a private file; a report is for showing around
-            os.fchmod(file.fileno(), 0o644)
-            file.write(text)
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException:
-        os.unlink(name)  # noqa: PTH108
-        raise
+def read_results(directory: Path) -> dict[str, Any]:
+    """Read a folder's `results.json`, checked for the keys that the tables and the page use."""
+    results = read_json(directory / "results.json", RESULTS_SCHEMA, REMEDY)
+    _check_keys(str(directory / "results.json"), results, RESULTS_SCHEMA, RESULTS_KEYS)
+    return results
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html` from the two files in a folder; see `skillfast.report.write_report`."""
     from skillfast.report import page
 
-    results, skills = _read(directory / "results.json"), _read(directory / "skills.json")
+    text = page.render(read_results(directory), read_json(directory / "skills.json", SKILLS_SCHEMA, REMEDY))
     path = directory / "report.html"
-    _write_whole(path, page.render(results, skills))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path

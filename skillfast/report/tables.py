@@ -10,7 +10,12 @@ from rich.text import Text
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, term_interval, term_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+
+    from skillfast.models.sites import Site
+    from skillfast.statistics.neuron_scores import NeuronScores
 
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
 # the rows of a summary: key of selectivity, and how a reader calls it
@@ -87,4 +92,47 @@ def comparison_table(named: dict[str, dict[str, Any]]) -> Table:
     for name, write in _comparison_rows():
         if any_share or not name.startswith("share of"):
             table.add_row(name, *(write(results) for results in named.values()))
+    return table
+
+
+def top_neurons_table(scores: NeuronScores, top: int) -> Table:
+    """See `skillfast.report.top_neurons_table`."""
+    import numpy as np
+
+    names = [(site.name, unit) for site in scores.sites for unit in range(site.width)]
+    table = Table(title=Text(f"{scores.n_neurons:,} neurons, {scores.n_observations:,} observations"))
+    for heading in ("metric", "site", "neuron", "Pearson's r"):
+        table.add_column(heading, justify="right" if heading != "site" else "left")
+    for i, column in enumerate(scores.columns):
+        values = scores.pearson[:, i]
+        order = np.argsort(-np.nan_to_num(np.abs(values), nan=-1), kind="stable")[:top]
+        table.add_section()
+        for rank, neuron in enumerate(order):
+            site, unit = names[neuron]
+            value = f"{values[neuron]:+.3f}" if np.isfinite(values[neuron]) else UNDEFINED
+            table.add_row(Text(column if rank == 0 else ""), site, str(unit), value)
+    return table
+
+
+def accuracy_table(classes: Sequence[str], baseline: np.ndarray, rows: Mapping[str, np.ndarray]) -> Table:
+    """See `skillfast.report.accuracy_table`."""
+    table = Table(caption="accuracy per class; beside it the change, in points", caption_justify="left")
+    table.add_column("class")
+    table.add_column("intact", justify="right")
+    for name in rows:
+        table.add_column(Text(f"skill {name}"), justify="right")
+    for i, label in enumerate(classes):
+        cells = [f"{percent(row[i])} ({100 * (row[i] - baseline[i]):+.1f})" for row in rows.values()]
+        table.add_row(Text(label), percent(baseline[i]), *cells)
+    return table
+
+
+def sites_table(name: str, sites: Sequence[Site]) -> Table:
+    """See `skillfast.report.sites_table`."""
+    total = sum(site.width for site in sites)
+    table = Table(title=Text(f"{name}: {total:,} neurons in {len(sites)} sites"), title_justify="left")
+    for heading in ("site", "kind", "neurons", "heads", "input of"):
+        table.add_column(heading, justify="right" if heading in ("neurons", "heads") else "left")
+    for site in sites:
+        table.add_row(site.name, site.kind, f"{site.width:,}", str(site.heads or ""), site.path)
     return table

@@ -122,7 +122,9 @@ class NeuronScores:
     @staticmethod
     def load(directory: str | Path) -> NeuronScores:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        arrays, header = files.read_arrays(Path(directory) / FILE, SCHEMA)
+        arrays, header = files.read_arrays(
+            Path(directory) / FILE, SCHEMA, "write it with NeuronScores.save or `skillfast trace`"
+        )
         return NeuronScores(
             columns=tuple(header["columns"]),
             n_observations=header["n_observations"],
