@@ -33,11 +33,15 @@ class _Command(click.Command):
         return super().parse_args(ctx, _join_numbers(args))
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)  # type: ignore[assignment]
-        try:
-            return super().invoke(ctx)
-        except SkillfastError as error:
-            raise _Failure(error) from error
+        with warnings.catch_warnings():
+            # Ours are for the user, in one line; other libraries' are for their developers.
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"skillfast(\.|$)")
+            warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)  # type: ignore[assignment]
+            try:
+                return super().invoke(ctx)
+            except SkillfastError as error:
+                raise _Failure(error) from error
 
 
 def _join_numbers(args: list[str]) -> list[str]:

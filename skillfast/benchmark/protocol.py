@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 from contextlib import ExitStack
@@ -98,7 +99,8 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
     say(
         f"baseline accuracy {accuracy:.1%} (mean of {len(subject.splits.classes)} classes, {len(intact.labels)} images)"
     )
-    if accuracy < chance + 0.1 * (1 - chance):
+    noise = 2 * math.sqrt(chance * (1 - chance) / len(intact.labels))  # two standard errors of guessing
+    if accuracy < chance + max(noise, 0.1 * (1 - chance)):
         say(
             f"warning: the baseline is near chance ({chance:.1%}), so there is little to remove; check the weights, "
             f"and --mean, --std, --crop-pct ({subject.normalisation})"

@@ -13,6 +13,7 @@ from skillfast.ablation import Condition, SweepResult, sweep
 from skillfast.benchmark.cost import Clock
 from skillfast.errors import ArgumentError
 from skillfast.models import loading, training
+from skillfast.models.sites import choose_sites
 from skillfast.tracing import trace
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
 
 CIFAR10_CLASSES = 10
+DIGITS_INPUT = (1, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
             seed=config.seed,
             quiet=quiet,
         )
+        choose_sites(loaded.model, config.sites)  # before anything is trained for nothing
         splits, normalisation = _images(config, loaded.data_config, quiet)
     if splits.skipped:
         say(f"{len(splits.skipped)} unreadable images left out: {', '.join(splits.skipped[:3])}")
@@ -146,6 +149,12 @@ def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: b
 def _images(config: BenchConfig, data_config: dict[str, Any], quiet: bool) -> tuple[data.Splits, str]:
     """The splits, and in words what their images are normalised by."""
     if config.dataset == "digits":
+        if tuple(data_config["input_size"]) != DIGITS_INPUT:
+            raise ArgumentError(
+                f"model: expected one for the digits' {list(DIGITS_INPUT)} images, got one for "
+                f"{list(data_config['input_size'])}; pass --model-kwarg in_chans=1 img_size=8 patch_size=2 (one "
+                "--model-kwarg each), or another --dataset"
+            )
         return data.load_digits(config.seed), "the digits' own mean and deviation"
     transforms = data.make_transforms(data_config, mean=config.mean, std=config.std, crop_pct=config.crop_pct)
     arguments = (config.data_dir, transforms, config.train_per_class, config.test_per_class, config.seed)

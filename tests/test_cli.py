@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from skillfast.cli import _join_numbers, main
+
+SKILLFAST = Path(sys.executable).with_name("skillfast")
+TINY = [
+    "--model", "vit_tiny_patch16_224", "--model-kwarg", "img_size=16", "--model-kwarg", "patch_size=8",
+    "--model-kwarg", "depth=2", "--model-kwarg", "embed_dim=24", "--quiet",
+]  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """An image folder of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 8)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (20, 20, 3))
+                pixels[..., channel] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def bench_output(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    result = run("bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8, "--output", output)
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_bench_on_pictures_of_ones_own(bench_output):
+    results = json.loads((bench_output / "results.json").read_text())
+    assert results["dataset"]["classes"] == ["blue", "green", "red"]
+    assert results["dataset"]["n_test"] == 24
+    assert results["model"]["trained"]["from"] == "scratch"
+    assert results["model"]["trained"]["epochs"] == 8
+    assert results["baseline"]["accuracy"] > 0.9
+    assert not list(bench_output.glob(".*"))
+
+
+def test_report_makes_the_page_again(bench_output):
+    page = bench_output / "report.html"
+    before = page.read_text()
+    page.unlink()
+    result = run("report", bench_output)
+    assert result.exit_code == 0
+    assert result.output.strip() == f"report: {page}"
+    assert page.read_text() == before
+
+
+def test_compare_shows_runs_side_by_side(bench_output):
+    result = run("compare", bench_output, bench_output)
+    assert result.exit_code == 0
+    assert "baseline accuracy" in result.output
+
+
+def test_trace_and_ablate(pictures, bench_output, tmp_path):
+    data = ["--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8]
+    result = run("trace", *[a for a in TINY if a != "--quiet"], *data, "--output", tmp_path, "--sites", "mlp,head")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "scores.safetensors").is_file()
+    assert "label:red" in result.output
+    result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "red", "--components", "mlp,attn")
+    assert result.exit_code == 0, result.output
+    assert "skill red" in result.output
+    result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "pink")
+    assert result.exit_code == 2
+    assert "Error: skill: expected some of blue, green, red, got pink" in result.output
+
+
+def test_info():
+    result = run("info", "--model", "vit_tiny_patch16_224", "--model-kwarg", "depth=2")
+    assert result.exit_code == 0
+    assert re.search(r"blocks\.1\.mlp.*768", result.output)
+    assert "native" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--nonsense"], 2, "No such option"),
+        (["--dataset", "mnist"], 2, "Invalid value for '--dataset'"),
+        (["--dataset", "imagefolder"], 2, "expected --data-dir with --dataset imagefolder"),
+        (["--batch-size", "0"], 2, "batch_size: expected at least 1, got 0"),
+        (["--mean", "a"], 2, "expected numbers such as"),
+        (["--device", "cuda:99"], 2, "device 'cuda:99': expected one that is there"),
+        (["--device", "abacus"], 2, "device: expected cpu, cuda or cuda:<number>, got 'abacus'"),
+        (["--model", "vit_tiny_patch16_223"], 1, "vit_tiny_patch16_224"),
+        (["--model", "resnet18", "--epochs", "1"], 1, "ResNet: expected blocks with linear modules"),
+        (["--model", "vit_tiny_patch16_224"], 2, "expected one for the digits' [1, 8, 8] images, got one for [3, 224"),
+        (["--model", "vit_tiny_patch16_224", "--checkpoint", "nowhere.safetensors"], 1, "nowhere.safetensors"),
+        (["--model", "vit_tiny_patch16_224", "--model-kwarg", "depth"], 2, "expected key=value, got 'depth'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, code, words, tmp_path):
+    result = run("bench", *arguments, "--quiet", "--output", tmp_path / "out")
+    assert result.exit_code == code, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_wrong_site_is_told(pictures, tmp_path):
+    result = run("trace", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--finetune", "none",
+                 "--sites", "mlp,nose", "--output", tmp_path)  # fmt: skip
+    assert result.exit_code == 2
+    assert "Error: site 'nose': expected one of mlp, attn, head or a name from" in result.output
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("bench", "--quiet", "--output", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "expected one that can be written" in result.output
+
+
+def test_a_baseline_near_chance_is_warned_of(pictures, tmp_path):
+    arguments = [a for a in TINY if a != "--quiet"]
+    result = run("bench", *arguments, "--dataset", "imagefolder", "--data-dir", pictures, "--finetune", "none",
+                 "--output", tmp_path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^baseline accuracy \d", result.output, re.M)
+    assert "near chance" in result.output
+    assert "--mean, --std, --crop-pct" in result.output
+
+
+def test_numbers_in_timms_spelling():
+    assert _join_numbers(["--mean", "0.5", "0.4", "-0.3", "--std", "1", "x"]) == [
+        "--mean", "0.5,0.4,-0.3", "--std", "1", "x",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], ["bench"], ["trace"]])
+def test_help_is_fast_and_imports_no_torch(command):
+    code = (
+        "import sys; from skillfast.cli import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'numpy', 'scipy', 'rich', 'plotly'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "COVERAGE_PROCESS_START": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment, cwd="/")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([SKILLFAST, *command, "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_an_interrupted_run_leaves_no_result(pictures, tmp_path):
+    command = [SKILLFAST, "bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", "100000"]
+    process = subprocess.Popen([*command, "--output", tmp_path], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline - 45:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Aborted!" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_cifar10_with_a_half_trained_model(shared, tmp_path):
+    """Real images and a real checkpoint, by the command line, in a process of its own."""
+    checkpoint = shared / "models" / "vit_cifar10_half.safetensors"
+    if not checkpoint.is_file():
+        pytest.skip(f"no model at {checkpoint}")
+    _unpack(shared / "data" / "cifar10.tar.gz", tmp_path / "cifar", {"train": 40, "test": 20})
+    command = [
+        SKILLFAST, "bench", "--dataset", "imagefolder", "--data-dir", tmp_path / "cifar",
+        "--model", "vit_tiny_patch16_224", "--model-kwarg", "img_size=32", "--model-kwarg", "patch_size=4",
+        "--model-kwarg", "depth=6", "--checkpoint", checkpoint, "--mean", "0.4914", "0.4822", "0.4465",
+        "--std", "0.247", "0.2435", "0.2616", "--crop-pct", "1.0", "--output", tmp_path / "out",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0.5 < results["baseline"]["accuracy"] < 0.75
+    assert results["model"]["trained"] == {"from": "checkpoint", "finetune": "none", "epochs": 0, "n_train": 0}
+    assert results["selectivity"]["target_drop"] > results["random_control"]["target_drop"]
+    assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    assert "progress" not in done.stderr
+
+
+def _unpack(archive, target, counts):
+    """The first images of each class of each part."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            part, _, name = member.name.partition("/")
+            if member.isfile() and int(Path(name).stem) < counts[part]:
+                tar.extract(member, target, filter="data")
