@@ -16,9 +16,17 @@ T* at(uintptr_t address) {
 skillfast::NeuronScaleArgs neuron_scale_args(uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch,
                                              int64_t tokens, int64_t width, uintptr_t scale, uintptr_t shift,
                                              uintptr_t condition, uintptr_t out, int dtype) {
-  return {at<const void>(x),           stride_batch, stride_token, batch, tokens, width,
-          at<const void>(scale),       at<const void>(shift), at<const int64_t>(condition),
-          at<void>(out),               static_cast<skillfast::DType>(dtype)};
+  return {at<const void>(x),
+          stride_batch,
+          stride_token,
+          batch,
+          tokens,
+          width,
+          at<const void>(scale),
+          at<const void>(shift),
+          at<const int64_t>(condition),
+          at<void>(out),
+          static_cast<skillfast::DType>(dtype)};
 }
 
 }  // namespace
@@ -30,9 +38,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "neuron_scale",
       [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
          uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out, int dtype, int n_threads) {
-        skillfast::neuron_scale(neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift,
-                                                  condition, out, dtype),
-                                n_threads);
+        skillfast::neuron_scale(
+            neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift, condition, out, dtype),
+            n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
@@ -40,10 +48,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "comoments_update",
       [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t columns, uintptr_t y, uintptr_t shift,
          uintptr_t sum_x, uintptr_t sum_xx, uintptr_t sum_xy, int dtype, int n_threads) {
-        skillfast::comoments_update({at<const void>(x), stride_row, n, width, columns, at<const float>(y),
-                                     at<const float>(shift), at<double>(sum_x), at<double>(sum_xx),
-                                     at<double>(sum_xy), static_cast<skillfast::DType>(dtype)},
-                                    n_threads);
+        skillfast::comoments_update(
+            {at<const void>(x), stride_row, n, width, columns, at<const float>(y), at<const float>(shift),
+             at<double>(sum_x), at<double>(sum_xx), at<double>(sum_xy), static_cast<skillfast::DType>(dtype)},
+            n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
@@ -53,19 +61,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 
 #ifdef SKILLFAST_HAS_CUDA
   m.attr("HAS_CUDA") = true;
-  m.def("neuron_scale_cuda",
-        [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
-           uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out, int dtype, int device,
-           uintptr_t stream) {
-          const char* error = nullptr;
-          {
-            py::gil_scoped_release release;
-            error = skillfast::neuron_scale_cuda(neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width,
-                                                                   scale, shift, condition, out, dtype),
-                                                 device, at<void>(stream));
-          }
-          if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
-        });
+  m.def("neuron_scale_cuda", [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens,
+                                int64_t width, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out,
+                                int dtype, int device, uintptr_t stream) {
+    const char* error = nullptr;
+    {
+      py::gil_scoped_release release;
+      error = skillfast::neuron_scale_cuda(
+          neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift, condition, out, dtype),
+          device, at<void>(stream));
+    }
+    if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
+  });
 #else
   m.attr("HAS_CUDA") = false;
 #endif

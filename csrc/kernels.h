@@ -35,9 +35,9 @@ struct CoMomentsArgs {
 void neuron_scale(const NeuronScaleArgs& args, int n_threads);
 void comoments_update(const CoMomentsArgs& args, int n_threads);
 
-const char* cpu_isa();                 // "baseline", "avx2" or "avx512"
-bool set_cpu_isa(const char* name);    // for tests; false where it was not built or the processor lacks it
-const char* cpu_threads_runtime();     // "openmp" where the process already runs one, else "std"
+const char* cpu_isa();               // "baseline", "avx2" or "avx512"
+bool set_cpu_isa(const char* name);  // for tests; false where it was not built or the processor lacks it
+const char* cpu_threads_runtime();   // "openmp" where the process already runs one, else "std"
 
 #ifdef SKILLFAST_HAS_CUDA
 // Runs on `stream` of `device`; returns null, or CUDA's message for what failed.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from skillfast.tracing import correlate as correlate
     from skillfast.tracing import trace as trace
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 (names of _PUBLIC are strings)
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

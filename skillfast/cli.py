@@ -25,7 +25,7 @@ class _Failure(click.ClickException):
 
     def __init__(self, error: SkillfastError) -> None:
         super().__init__(str(error))
-        self.exit_code = 2 if isinstance(error, ArgumentError) else 1
+        self.exit_code = 2 if isinstance(error, ArgumentError) else 1  # type: ignore[misc]
 
 
 class _Command(click.Command):
@@ -37,7 +37,7 @@ class _Command(click.Command):
             # Ours are for the user, in one line; other libraries' are for their developers.
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"skillfast(\.|$)")
-            warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)  # type: ignore[assignment]
+            warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
             try:
                 return super().invoke(ctx)
             except SkillfastError as error:
@@ -45,7 +45,7 @@ class _Command(click.Command):
 
 
 def _join_numbers(args: list[str]) -> list[str]:
-    """timm's spelling: `--mean 0.5 0.5 0.5` becomes `--mean 0.5,0.5,0.5`."""
+    """Join numbers in timm's spelling: `--mean 0.5 0.5 0.5` becomes `--mean 0.5,0.5,0.5`."""
     joined: list[str] = []
     for arg in args:
         if len(joined) > 1 and joined[-2] in NUMBERS and _is_number(arg):

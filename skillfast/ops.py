@@ -141,21 +141,21 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("skillfast::neuron_scale")
-def _(x: torch.Tensor, scale: torch.Tensor, shift: object = None, condition: object = None) -> torch.Tensor:
+def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake("skillfast::comoments_update")
-def _(x: object, y: object, shift: object, sum_x: object, sum_xx: object, sum_xy: object) -> None:
-    return None
+def _(*_: object) -> None:
+    return None  # it only mutates
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001, ARG001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ARG001
     x, scale, _, condition = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, condition)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, scale, condition = ctx.saved_tensors
     grad_x = grad_scale = grad_shift = None
     needs = (*ctx.needs_input_grad, False, False)  # shorter where the dispatcher left out arguments that are None

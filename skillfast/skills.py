@@ -11,11 +11,12 @@ import torch
 
 from skillfast import files
 from skillfast.errors import ArgumentError, DataError
-from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from skillfast.statistics.neuron_scores import NeuronScores
 
 SCHEMA = "skillfast.skills/1"
 FILE = "skills.json"

@@ -13,7 +13,6 @@ from skillfast import metrics as auxiliary
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_compiled, unwrap_compiled
 from skillfast.progress import track
-from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
+    from skillfast.statistics.neuron_scores import NeuronScores
 
     Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import make_vit
 
 import skillfast
-from conftest import make_vit
 from skillfast import Condition, Skill, backends
 from skillfast.ablation import per_class_accuracy
 from skillfast.errors import ArgumentError, ModelError
@@ -164,11 +164,11 @@ def test_a_skill_of_another_architecture_is_refused(vit, batches):
 
 
 def test_training_mode_and_compiled_models_are_refused(vit, batches):
-    with pytest.raises(ModelError, match="wrapped by torch.compile"), skillfast.ablate(torch.compile(vit), SKILL):
+    with pytest.raises(ModelError, match=r"wrapped by torch\.compile"), skillfast.ablate(torch.compile(vit), SKILL):
         pass
-    with pytest.raises(ModelError, match="ablate: .* in training mode"), skillfast.ablate(vit.train(), SKILL):
+    with pytest.raises(ModelError, match=r"ablate: .* in training mode"), skillfast.ablate(vit.train(), SKILL):
         pass
-    with pytest.raises(ModelError, match="sweep: .* in training mode"):
+    with pytest.raises(ModelError, match=r"sweep: .* in training mode"):
         skillfast.sweep(vit, batches, [Condition(SKILL)])
 
 

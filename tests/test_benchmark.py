@@ -6,10 +6,10 @@ from importlib import resources
 
 import jsonschema
 import numpy as np
+import planted
 import pytest
 import torch
 
-import planted
 import skillfast
 from skillfast import BenchConfig
 from skillfast.ablation import per_class_accuracy

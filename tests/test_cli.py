@@ -28,20 +28,23 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """An image folder of three classes that differ in colour."""
-    root = tmp_path_factory.mktemp("pictures")
+def make_pictures(root, train, test, colour):
+    """An image folder of three classes: noise, brighter by `colour` in the class's channel."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 20), ("test", 8)):
+    for part, count in (("train", train), ("test", test)):
         for channel, name in enumerate(("red", "green", "blue")):
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 90, (20, 20, 3))
-                pixels[..., channel] += 150
+                pixels[..., channel] += colour
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 20, 8, colour=150)
 
 
 @pytest.fixture(scope="session")
@@ -140,12 +143,13 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
     assert "expected one that can be written" in result.output
 
 
-def test_a_baseline_near_chance_is_warned_of(pictures, tmp_path):
+def test_a_baseline_near_chance_is_warned_of(tmp_path):
+    noise = make_pictures(tmp_path / "noise", 5, 10, colour=0)
     arguments = [a for a in TINY if a != "--quiet"]
-    result = run("bench", *arguments, "--dataset", "imagefolder", "--data-dir", pictures, "--finetune", "none",
-                 "--output", tmp_path)  # fmt: skip
+    result = run("bench", *arguments, "--dataset", "imagefolder", "--data-dir", noise, "--finetune", "none",
+                 "--output", tmp_path / "out")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert re.search(r"^baseline accuracy \d", result.output, re.M)
+    assert re.search(r"^baseline accuracy \d", result.output, re.MULTILINE)
     assert "near chance" in result.output
     assert "--mean, --std, --crop-pct" in result.output
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import planted
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import planted
 import skillfast
-
 
 # The planted model is always right, so "correct" is a metric with one value.
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import make_vit
 
 import skillfast
-from conftest import make_vit
 from skillfast import Categorical, Continuous
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
@@ -96,7 +96,7 @@ def test_a_hook_that_never_fires_is_named(vit, batches):
 def test_steps_and_forwards_must_alternate(vit, batches):
     x, y = batches[0]
     with skillfast.Tracer(vit, {"label": Categorical(5)}) as tracer:
-        with pytest.raises(ModelError, match="expected a forward of the traced model since the last step"):
+        with pytest.raises(ModelError, match=r"expected a forward of the traced model since the last step"):
             tracer.step(label=y)
         vit(x)
         with pytest.raises(ModelError, match="expected one forward per step, got a second"):
@@ -129,7 +129,7 @@ def test_a_forward_of_the_users_own(vit, batches):
 
 def test_compiled_models_are_unwrapped_or_refused(vit, batches):
     compiled = torch.compile(vit)  # lazily: nothing is compiled before the first call
-    with pytest.raises(ModelError, match="wrapped by torch.compile"):
+    with pytest.raises(ModelError, match=r"wrapped by torch\.compile"):
         skillfast.Tracer(compiled, {"label": Categorical(5)})
     np.testing.assert_array_equal(skillfast.trace(compiled, batches).pearson, skillfast.trace(vit, batches).pearson)
 
@@ -193,9 +193,7 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
     np.testing.assert_array_equal(loaded.pearson, scores.pearson)
     assert (loaded.sites, loaded.columns, loaded.fingerprint) == (scores.sites, scores.columns, scores.fingerprint)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(
-        skillfast.SkillfastError, match="expected a safetensors file, got one that is broken"
-    ):
+    with pytest.raises(skillfast.SkillfastError, match="expected a safetensors file, got one that is broken"):
         skillfast.NeuronScores.load(tmp_path / "new")
     with pytest.raises(skillfast.SkillfastError, match="expected a file, got none; write it with"):
         skillfast.NeuronScores.load(tmp_path / "nowhere")

@@ -6,10 +6,10 @@
 
 namespace skillfast {
 
-#define SKILLFAST_DECLARE(isa)                                              \
-  namespace isa {                                                           \
+#define SKILLFAST_DECLARE(isa)                                                \
+  namespace isa {                                                             \
   void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end); \
-  void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);   \
+  void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);     \
   }
 SKILLFAST_DECLARE(baseline)
 #ifdef SKILLFAST_HAS_avx2

@@ -72,7 +72,7 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
         if reason is not None:
             raise BackendError(f"{op} on {device.type}: backend {explicit!r} was asked for, but {reason}")
         return _counted(op, explicit)
-    reasons = []
+    reasons: list[str] = []
     for name in PREFERENCE.get(device.type, ("reference",)):
         reason = _backend(name).unavailable(op, device, dtype)
         if reason is None:
@@ -92,3 +92,9 @@ def _counted(op: str, name: str) -> Callable[..., Any]:
 def status() -> dict[str, str]:
     """What each backend can do on this machine, in words, for `skillfast info`."""
     return {name: _backend(name).describe() for name in NAMES}
+
+
+def native_has_cuda() -> bool:
+    """Whether the extension was built with its CUDA ops."""
+    core = _backend("native")._core
+    return core is not None and core.HAS_CUDA

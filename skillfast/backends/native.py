@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch  # noqa: TC002  (before _core: the extension looks up torch's OpenMP runtime)
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

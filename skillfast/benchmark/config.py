@@ -18,7 +18,7 @@ class BenchConfig:
         model_kwargs: Further arguments of the model's constructor.
         checkpoint: A safetensors or `.pt` file with the model's weights.
         pretrained: Use the weights that timm downloads.
-        finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None decides by what the model needs.
+        finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None: what the model needs.
         epochs: Passes of that training; None for the default of the mode.
         dataset: `"digits"`, `"cifar10"` or `"imagefolder"`.
         data_dir: The folder of the latter two.

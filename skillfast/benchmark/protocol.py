@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast import __version__, backends, data, files, metrics
-from skillfast.ablation import Condition, SweepResult, per_class_accuracy, sweep
+from skillfast import __version__, backends, files, metrics
+from skillfast.ablation import Condition, SweepResult, sweep
 from skillfast.benchmark import contribution, removal
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
 from skillfast.benchmark.setup import Subject, prepare, trace_select
@@ -130,7 +130,7 @@ def _results(subject: Subject, skills: Sequence[Skill], swept: SweepResult) -> d
     """results.json without its cost."""
     k, n = len(skills), len(swept.labels)
     labels, intact = swept.labels, swept.top2[:, 0]
-    assert swept.predictions is not None  # noqa: S101 (asked for in _sweep)
+    assert swept.predictions is not None
     parts, controls = np.split(swept.predictions, [len(contribution.SUBSETS) * k])
     parts = parts.reshape(-1, k, n)  # [subsets, K, n], the whole skill first
     bootstrap = removal.Bootstrap(labels, seed=subject.config.seed)

@@ -99,7 +99,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
     """
     device = choose_device(config.device)
     if config.dataset == "digits" and config.model is None:
-        return _digits(config, device, clock, quiet=quiet, say=say)
+        return _digits(config, device, clock, quiet=quiet)
     with clock.phase("data"):
         loaded = loading.create_model(
             config.model or "",
@@ -136,7 +136,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
     return Subject(config, model.eval(), loaded.name, splits, trained, normalisation, device)
 
 
-def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool, say: Say) -> Subject:
+def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
     with clock.phase("data"):
         splits = data.load_digits(config.seed)
     with clock.phase("train"):

@@ -1,0 +1,92 @@
+"""Imports point down only, and importing the package costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Each layer may import itself and what is below it.
+LAYERS = [
+    {"cli"},
+    {"report", "benchmark"},
+    {"skills", "ablation"},
+    {"tracing"},
+    {"statistics"},
+    {"models", "data"},
+    {"metrics", "progress"},
+    {"ops"},
+    {"backends"},
+    {"kernels", "_core", "files"},
+    {"errors", "vocabulary"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path):
+    """(imported top-level part of skillfast, at run time?) of a module, functions included."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "skillfast":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("skillfast."))
+
+
+FILES = [
+    p for p in sorted((ROOT / "skillfast").rglob("*.py")) if p.name != "__init__.py" or p.parent.name != "skillfast"
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = path.relative_to(ROOT / "skillfast").parts[0].removesuffix(".py")
+    for name in imports(path):
+        if name == "__version__":
+            continue
+        assert name in RANK, f"{name} is in no layer"
+        assert RANK[name] >= RANK[own], f"{own} imports {name}, which is above it"
+
+
+def test_every_module_is_in_a_layer():
+    found = {p.stem if p.suffix else p.name for p in (ROOT / "skillfast").iterdir() if p.suffix in ("", ".py")}
+    assert found - {"__init__", "__pycache__"} <= RANK.keys()
+
+
+def test_csrc_sees_no_torch_and_one_file_sees_python():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        text = path.read_text()
+        assert "torch/" not in text
+        assert "ATen" not in text
+        assert ("pybind11" in text) == (path.name == "bindings.cpp")
+
+
+def test_importing_the_package_costs_nothing():
+    code = (
+        "import sys, skillfast\n"
+        "heavy = {'torch', 'numpy', 'timm', 'click', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert callable(skillfast.trace) and callable(skillfast.sweep)\n"
+        "import skillfast.tracing, skillfast.ablation\n"
+        "assert callable(skillfast.trace) and callable(skillfast.select)\n"
+        "missing = [name for name in skillfast.__all__ if not hasattr(skillfast, name)]\n"
+        "assert not missing, missing\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_large_files_are_noticed():
+    for path in FILES + sorted((ROOT / "kernels").glob("*.py")):
+        assert len(path.read_text().splitlines()) <= 450, f"{path} grew: what is it hiding?"
