@@ -40,12 +40,12 @@ def neuron_scale(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows, *sizes = _rows(x)
+    rows, stride_batch, stride_token, batch, tokens = _rows(x)
     scale = scale.contiguous()
     shift = None if shift is None else shift.contiguous()
     condition = None if condition is None else condition.contiguous()
     arguments = (
-        rows.data_ptr(), *sizes, x.shape[-1], scale.data_ptr(), _address(shift), _address(condition), out.data_ptr(),
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], scale.data_ptr(), _address(shift), _address(condition), out.data_ptr(),
         _DTYPES[x.dtype],
     )  # fmt: skip
     if x.is_cuda:
