@@ -45,8 +45,8 @@ def neuron_scale(
     shift = None if shift is None else shift.contiguous()
     condition = None if condition is None else condition.contiguous()
     arguments = (
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], scale.data_ptr(), _address(shift), _address(condition), out.data_ptr(),
-        _DTYPES[x.dtype],
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], scale.data_ptr(), _address(shift),
+        _address(condition), out.data_ptr(), _DTYPES[x.dtype],
     )  # fmt: skip
     if x.is_cuda:
         index = x.device.index

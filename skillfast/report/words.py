@@ -41,9 +41,9 @@ METHODS = {
 }
 # what the command line can repeat, in its order; the other settings are its defaults
 FLAGS = (
-    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "dataset", "data_dir", "train_per_class",
-    "test_per_class", "mean", "std", "crop_pct", "device", "dtype", "batch_size", "seed", "sites", "pool", "method",
-    "backend",
+    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
+    "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
+    "pool", "method", "share", "max_site_share", "scale", "control_draws", "backend",
 )  # fmt: skip
 
 
@@ -198,6 +198,8 @@ def _flag(key: str, value: Any) -> list[str]:
     name = f"--{key.replace('_', '-')}"
     if value is None:
         return []
+    if key == "skip_unreadable":  # a flag without a --no- form
+        return [name] if value else []
     if isinstance(value, bool):
         return [name if value else f"--no-{key.replace('_', '-')}"]
     if key == "model_kwargs":
