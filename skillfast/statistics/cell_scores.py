@@ -88,7 +88,8 @@ def spearman_labels(
     cell_mean = _ratio(positives, occupancy[:, :, None])
     explained = (cell_mean * positives).sum(1) / n - mean.square()
     unexplained = (1 - _ratio(explained, deviation.square())).clamp(0, 1)
-    sorted_ = (torch.where(atomic, 0.0, 0.5)[:, :, None] * positives * (1 - cell_mean)).sum(1) / n
+    negatives = occupancy[:, :, None] - positives
+    sorted_ = (torch.where(atomic, 0.0, 0.5)[:, :, None] * positives * negatives).sum(1) / n
     # sd of the true ranks is at least sd between cells
     shift = torch.minimum(ranks.hidden.sqrt()[:, None] * unexplained.sqrt(), _shift(sorted_, scale))
     return _bounded(rho, shift, ranks, is_constant(occupancy, atomic)[:, None] | (deviation == 0))
