@@ -183,11 +183,16 @@ def auroc(
 def merge_cells(joint: torch.Tensor, classes: int) -> torch.Tensor:
     """Merges neighbouring cells [d, C, K] until a neuron has at most N / (10 classes) of them.
 
-    Cells are taken together by their place in the distribution, so that the merged ones hold about as much each.
+    With two levels there are at most as many cells as the rarer one has rows (2 at least): Miller and Madow's
+    correction would leave most of the bias of a rare label spread over more cells. Cells are taken together by their
+    place in the distribution, so that the merged ones hold about as much each.
     """
     occupancy = joint.sum(2)
     n = occupancy.sum(1)
-    wanted = (n / (10 * classes)).floor().clamp(1, joint.shape[1])[:, None]
+    wanted = n / (10 * classes)
+    if joint.shape[2] == 2:
+        wanted = torch.minimum(wanted, joint.sum(1).amin(1).clamp_min(2))
+    wanted = wanted.floor().clamp(1, joint.shape[1])[:, None]
     place = (occupancy.cumsum(1) - occupancy / 2) / n[:, None]
     group = torch.minimum((place * wanted).floor(), wanted - 1).long()
     crowded = occupancy.gt(0).sum(1, keepdim=True) > wanted

@@ -82,8 +82,8 @@ class CellLayout:
     def split(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A table [d, entries] as counts [d, C, P] and hat weights [d, C, M, 8]."""
         at = self.cells * self.counts
-        counts = table[:, :at].view(-1, self.cells, self.counts)
-        return counts, table[:, at:].view(-1, self.cells, len(self.hats), HATS)
+        counts = table[:, :at].view(table.shape[0], self.cells, self.counts)
+        return counts, table[:, at:].view(table.shape[0], self.cells, len(self.hats), HATS)
 
 
 def hat_positions(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -260,12 +260,13 @@ def finalise(
     step = max(1, _SLICE_VALUES // max(1, layout.entries))
     for start in range(0, n_neurons, step):
         part = slice(start, min(start + step, n_neurons))
-        entries = _widened(table, overflow, part)
+        entries = widened(table, overflow, part)
         _finalise_slice(layout, entries, atomic_cells(edges[part], dtype), fits, scores, part)
     return scores
 
 
-def _widened(table: torch.Tensor, overflow: Overflow | None, part: slice) -> torch.Tensor:
+def widened(table: torch.Tensor, overflow: Overflow | None, part: slice) -> torch.Tensor:
+    """The true entries of a slice of neurons, float64 (exact up to 2^53): the table and what was moved out of it."""
     entries = table[part].double()
     if overflow is not None and overflow.where.numel():
         low, high = part.start * table.shape[1], part.stop * table.shape[1]
