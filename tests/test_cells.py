@@ -326,7 +326,9 @@ def test_one_pair_against_scipy_itself():
 
 
 @pytest.mark.parametrize("n_cells", [16, 64, 256])
-@pytest.mark.parametrize("kind", ["sorted by class", "sorted by value", "short prefix of one class", "constant at first"])
+@pytest.mark.parametrize(
+    "kind", ["sorted by class", "sorted by value", "short prefix of one class", "constant at first"]
+)
 def test_the_bounds_hold_with_stale_edges(kind, n_cells):
     names, x, values = planted()
     order = torch.arange(N)

@@ -3,9 +3,9 @@
 namespace skillfast::SKILLFAST_ISA {
 namespace {
 
-constexpr int kPanel = 32;    // neurons transposed at once
-constexpr int kRows = 1024;   // rows that pass by while a neuron's table stays in cache
-constexpr int kBlock = 64;    // rows whose cells are found, then counted
+constexpr int kPanel = 32;           // neurons transposed at once
+constexpr int kRows = 1024;          // rows that pass by while a neuron's table stays in cache
+constexpr int kBlock = 64;           // rows whose cells are found, then counted
 constexpr int kStride = kRows + 16;  // not a power of two: a column of the panel must not fall into one cache set
 
 typedef int32_t Sums8 __attribute__((vector_size(32)));

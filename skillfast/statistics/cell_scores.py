@@ -44,12 +44,12 @@ def cell_ranks(occupancy: torch.Tensor, atomic: torch.Tensor) -> CellRanks:
 
 
 def is_stale(hidden: torch.Tensor, cells: int) -> torch.Tensor:
-    """bool [d]: the edges no longer divide the rows; they hide four times what even cells would."""
+    """Whether [d] the edges no longer divide the rows; they hide four times what even cells would."""
     return hidden.sqrt() > max(4 / cells, 0.02)
 
 
 def is_constant(occupancy: torch.Tensor, atomic: torch.Tensor) -> torch.Tensor:
-    """bool [d]: every row fell into one atomic cell."""
+    """Whether [d] every row fell into one atomic cell."""
     return (occupancy.gt(0).sum(1) == 1) & ((occupancy > 0) & atomic).any(1)
 
 
@@ -159,9 +159,7 @@ def spearman_continuous(
     return rho[:, 0], bound[:, 0]
 
 
-def auroc(
-    positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def auroc(positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Area under the ROC curve of each neuron as a score for each label, ties counted half, and how far off it can be.
 
     Within a cell that is not atomic any share of the pairs of a positive and a negative can be in order: the bound is
@@ -181,23 +179,26 @@ def auroc(
 
 
 def merge_cells(joint: torch.Tensor, classes: int) -> torch.Tensor:
-    """Merges neighbouring cells [d, C, K] until a neuron has at most N / (10 classes) of them.
+    """Merges neighbouring cells of [d, C, K] until about 10 rows per class fall into each.
 
-    With two levels there are at most as many cells as the rarer one has rows (2 at least): Miller and Madow's
-    correction would leave most of the bias of a rare label spread over more cells. Cells are taken together by their
-    place in the distribution, so that the merged ones hold about as much each.
+    The rows' ranks are divided into N / (10 classes) even groups; cells whose middles fall into one group are merged,
+    so there are at most that many. With two levels there are also at most as many as the rarer one has rows (2 at
+    least): Miller and Madow's correction would leave most of the bias of a rare label spread over more.
+
+    Returns:
+        float64 [d, C, K], the merged cells first, then empty ones.
     """
     occupancy = joint.sum(2)
     n = occupancy.sum(1)
     wanted = n / (10 * classes)
     if joint.shape[2] == 2:
         wanted = torch.minimum(wanted, joint.sum(1).amin(1).clamp_min(2))
-    wanted = wanted.floor().clamp(1, joint.shape[1])[:, None]
-    place = (occupancy.cumsum(1) - occupancy / 2) / n[:, None]
-    group = torch.minimum((place * wanted).floor(), wanted - 1).long()
-    crowded = occupancy.gt(0).sum(1, keepdim=True) > wanted
-    group = torch.where(crowded, group, torch.arange(joint.shape[1], device=joint.device))
-    return torch.zeros_like(joint).scatter_add_(1, group[:, :, None].expand_as(joint), joint)
+    wanted = wanted.floor().clamp_min(1)[:, None]
+    middle = (occupancy.cumsum(1) - occupancy / 2) / n[:, None]
+    group = torch.minimum((middle * wanted).floor(), wanted - 1)
+    place = torch.zeros_like(group, dtype=torch.int64)
+    place[:, 1:] = (group[:, 1:] > group[:, :-1]).cumsum(1)
+    return torch.zeros_like(joint).scatter_add_(1, place[:, :, None].expand_as(joint), joint)
 
 
 def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> torch.Tensor:
@@ -223,8 +224,6 @@ def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> tor
 
     plugin = entropy(cells) + entropy(levels) - entropy(merged.flatten(1))
     rows, columns = cells.gt(0).sum(1), levels.gt(0).sum(1)
-    if freedom is None:
-        excess = merged.flatten(1).gt(0).sum(1) - rows - columns + 1
-    else:
-        excess = (rows - 1) * freedom
+    occupied = merged.flatten(1).gt(0).sum(1)
+    excess = occupied - rows - columns + 1 if freedom is None else (rows - 1) * freedom
     return torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy(levels))

@@ -55,7 +55,9 @@ class CellLayout:
     @staticmethod
     def of(metrics: Mapping[str, Metric], cells: int = 128) -> CellLayout:
         """The layout for these metrics."""
-        first, hats, counts = {}, {}, 0
+        first: dict[str, int] = {}
+        hats: dict[str, int] = {}
+        counts = 0
         for name, metric in metrics.items():
             if isinstance(metric, Continuous):
                 hats[name] = len(hats)
@@ -210,10 +212,12 @@ class CellScores:
     @staticmethod
     def empty(n_neurons: int, n_columns: int, device: torch.device | str = "cpu") -> CellScores:
         """Scores that are all NaN."""
-        nan = [
-            torch.full((n_neurons, n_columns), torch.nan, dtype=torch.float64, device=device) for _ in range(5)
-        ]  # fmt: skip
-        return CellScores(*nan, torch.zeros(n_neurons, dtype=torch.bool, device=device))
+
+        def nan() -> torch.Tensor:
+            return torch.full((n_neurons, n_columns), torch.nan, dtype=torch.float64, device=device)
+
+        stale = torch.zeros(n_neurons, dtype=torch.bool, device=device)
+        return CellScores(nan(), nan(), nan(), nan(), nan(), stale)
 
 
 def average_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def _threshold(finite: torch.Tensor, cells: int) -> torch.Tensor:
 
 
 def _repeats(values: torch.Tensor, finite: torch.Tensor, cells: int) -> torch.Tensor:
-    """bool [d]: neurons in which some value repeats often enough to get a cell of its own."""
+    """Whether [d] some value repeats often enough to get a cell of its own."""
     span = int(_threshold(finite, cells).min()) - 1
     if values.shape[1] <= span:
         return torch.zeros_like(finite, dtype=torch.bool)
