@@ -6,6 +6,8 @@ Equi-depth cells, so that no cell holds much of the mass; a value that repeats g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from skillfast.errors import ArgumentError
 from skillfast.ops import MAX_CELLS
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_SLICE = 1 << 20  # values sorted at once: 4 MB of float32, and a few times that of temporaries
+_SLICE = 1 << 22  # values sorted at once: 16 MB of float32, and a few times that of temporaries
 _HEAVY = 1.5  # a value that fills this many cells' share of the rows gets a cell of its own
 
 
@@ -92,80 +94,112 @@ def _slice_edges(rows: torch.Tensor, cells: int, dtype: torch.dtype) -> torch.Te
     values, finite = _sorted(rows)
     tails = 0 if cells < 8 else max(1, cells // 32)
     depth = cells - 1 - 2 * tails  # edges inside the range of the rows
-    heavy = _repeats(values, finite, cells)
-    edges = _with_tails(_cuts(values, finite, depth, None), values, finite, tails)
-    if heavy.any():
-        inside = _edges_with_repeats(values[heavy], finite[heavy], depth, cells, dtype)
-        edges[heavy] = _with_tails(inside, values[heavy], finite[heavy], tails)
+    edges = _with_tails(_even_edges(values, finite, depth), values, finite, tails)
+    repeats = _may_repeat(values, _threshold(finite, cells)).any(1)
+    if bool(repeats.any()):
+        some, count = values[repeats], finite[repeats]
+        edges[repeats] = _with_tails(_edges_with_repeats(some, count, depth, cells, dtype), some, count, tails)
     return torch.where(finite[:, None] > 0, edges, torch.inf)
 
 
 def _sorted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of [n, d] as ascending rows [d, n], what is not finite as infinity at the end; how many are finite."""
     values = rows.float().T.contiguous()
-    usable = values.isfinite()
-    finite = usable.sum(1)
-    if not bool((finite == values.shape[1]).all()):
-        values = torch.where(usable, values, torch.inf)
-    if values.device.type == "cpu":
-        array = values.numpy()
-        array.sort(axis=1)  # NumPy sorts float32 with vector instructions, several times faster than torch
-        return torch.from_numpy(np.ascontiguousarray(array)), finite
-    return values.sort(1).values, finite
+    finite = torch.full_like(values[:, 0], values.shape[1], dtype=torch.int64)
+    if not bool(values.sum(1).isfinite().all()):  # far cheaper than to look at each value
+        usable = values.isfinite()
+        finite, values = usable.sum(1), torch.where(usable, values, torch.inf)
+    if values.device.type != "cpu":
+        return values.sort(1).values, finite
+    # NumPy sorts float32 with vector instructions, several times faster than torch.
+    return torch.from_numpy(np.sort(values.numpy(), axis=1)), finite
 
 
 def _threshold(finite: torch.Tensor, cells: int) -> torch.Tensor:
+    """How often a value must repeat among the finite rows to get a cell of its own."""
     return (_HEAVY * finite / cells).ceil().clamp_min(2).long()
 
 
-def _repeats(values: torch.Tensor, finite: torch.Tensor, cells: int) -> torch.Tensor:
-    """Whether [d] some value repeats often enough to get a cell of its own."""
-    span = int(_threshold(finite, cells).min()) - 1
-    if values.shape[1] <= span:
-        return torch.zeros_like(finite, dtype=torch.bool)
-    return ((values[:, span:] == values[:, :-span]) & values[:, span:].isfinite()).any(1)
+def _even_edges(values: torch.Tensor, finite: torch.Tensor, depth: int) -> torch.Tensor:
+    n = values.shape[1]
+    if not bool((finite == n).all()):
+        none = torch.zeros_like(finite)[:, None]
+        return _cuts(values, finite, depth, _Runs(torch.full_like(values[:, :1], torch.inf), none, none))
+    at = torch.arange(1, depth + 1, device=values.device) * n // (depth + 1)
+    return values[:, at]
 
 
-def _cuts(values: torch.Tensor, count: torch.Tensor, slots: int, used: torch.Tensor | None) -> torch.Tensor:
-    """Edges that divide the first `count` values of each row evenly: `slots - used` of them, then infinity."""
-    free = torch.full_like(count, slots) if used is None else slots - used
-    k = torch.arange(1, slots + 1, device=values.device)
-    at = k * count[:, None] // (free[:, None] + 1)
+@dataclass(frozen=True)
+class _Runs:
+    """The most repeated values of each neuron, ascending; infinity where there are fewer.
+
+    Attributes:
+        value: [d, R].
+        start: [d, R], where the run begins among the sorted rows.
+        length: [d, R]; 0 where there is none.
+    """
+
+    value: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+
+
+def _may_repeat(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Marks [d, S - 1] the first two equal neighbours of each run among every few sorted values.
+
+    Every run as long as the threshold spans two of them.
+    """
+    sample = values[:, :: max(1, int(threshold.min()) // 2)]
+    same = (sample[:, 1:] == sample[:, :-1]) & (sample[:, 1:] < torch.inf)
+    first = same.clone()
+    first[:, 1:] &= ~same[:, :-1]
+    return first
+
+
+def _runs(values: torch.Tensor, finite: torch.Tensor, cells: int, most: int) -> _Runs:
+    threshold = _threshold(finite, cells)
+    first = _may_repeat(values, threshold)
+    step = max(1, int(threshold.min()) // 2)
+    place = torch.arange(first.shape[1], 0, -1, device=values.device, dtype=torch.int32)
+    found = torch.where(first, place, 0).topk(max(1, int(first.sum(1).max())), dim=1)  # in order of place
+    value = torch.where(found.values > 0, values[:, ::step].gather(1, found.indices), torch.inf)
+    start = torch.searchsorted(values, value)
+    length = torch.searchsorted(values, value, right=True) - start
+    length = torch.where((length >= threshold[:, None]) & (value < torch.inf), length, 0)
+    kept = length.topk(min(most, length.shape[1]), dim=1).indices.sort(1).values
+    length = length.gather(1, kept)
+    return _Runs(torch.where(length > 0, value.gather(1, kept), torch.inf), start.gather(1, kept), length)
+
+
+def _cuts(values: torch.Tensor, finite: torch.Tensor, depth: int, runs: _Runs) -> torch.Tensor:
+    """Edges that divide what lies outside the runs evenly: `depth` less two per run, then infinity."""
+    free = (depth - 2 * runs.length.gt(0).sum(1))[:, None]
+    count = (finite - runs.length.sum(1))[:, None]
+    k = torch.arange(1, depth + 1, device=values.device)
+    outside = k * count // (free + 1)  # place among the values outside the runs
+    skipped = torch.cat([torch.zeros_like(free), runs.length.cumsum(1)], 1)
+    before = runs.start - skipped[:, :-1]  # values outside that lie below each run
+    at = outside + skipped.gather(1, torch.searchsorted(before, outside, right=True))
     cut = values.gather(1, at.clamp_max(values.shape[1] - 1))
-    return torch.where((k <= free[:, None]) & (at < count[:, None]), cut, torch.inf)
+    return torch.where((k <= free) & (outside < count), cut, torch.inf)
 
 
 def _with_tails(inside: torch.Tensor, values: torch.Tensor, finite: torch.Tensor, tails: int) -> torch.Tensor:
-    """Adds `tails` edges beyond either end, each four times as far out as the one before; no edge twice."""
+    """Adds `tails` edges beyond either end, each four times as far out as the one before."""
     low, high = values[:, :1], values.gather(1, (finite[:, None] - 1).clamp_min(0))
     spread = high - low
     spread = torch.where(spread > 0, spread, torch.where(low != 0, low.abs(), 1.0))
     far = spread * 4.0 ** torch.arange(-2, tails - 2, device=values.device)
-    edges = torch.cat([low - far, inside, high + far], 1).sort(1).values
-    twice = edges[:, 1:] == edges[:, :-1]
-    if not bool(twice.any()):
-        return edges
-    edges[:, 1:].masked_fill_(twice, torch.inf)
-    return edges.sort(1).values
+    above = high + far
+    if not bool((inside[:, -1:] <= above[:, :1]).all()):  # infinities inside go to the end
+        return torch.cat([low - far, inside, above], 1).sort(1).values
+    return torch.cat([(low - far).flip(1), inside, above], 1)
 
 
 def _edges_with_repeats(
     values: torch.Tensor, finite: torch.Tensor, depth: int, cells: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Two edges around each of the most repeated values, the rest divides what remains evenly."""
-    n = values.shape[1]
-    new = torch.ones_like(values, dtype=torch.bool)
-    new[:, 1:] = values[:, 1:] != values[:, :-1]
-    run = new.cumsum(1) - 1  # [d, n]: which run of equal values each belongs to
-    length = torch.zeros_like(run).scatter_add_(1, run, values.isfinite().long())
-    start = torch.zeros_like(run).scatter_reduce_(
-        1, run, torch.arange(n, device=values.device).expand_as(run), "amin", include_self=False
-    )
-    longest, which = length.topk(min(n, max(1, 3 * depth // 8)), dim=1)
-    chosen = longest >= _threshold(finite, cells)[:, None]
-    value = torch.where(chosen, values.gather(1, start.gather(1, which)), torch.inf)
-    in_chosen = torch.zeros_like(new).scatter_(1, which, chosen).gather(1, run)
-    rest = torch.where(in_chosen, torch.inf, values).sort(1).values
-    cuts = _cuts(rest, rest.isfinite().sum(1), depth, 2 * chosen.sum(1))
-    above = next_value(value, dtype)
-    return torch.cat([value, above, cuts], 1).sort(1).values[:, :depth]
+    runs = _runs(values, finite, cells, max(1, 3 * depth // 8))
+    cuts = _cuts(values, finite, depth, runs)
+    return torch.cat([runs.value, next_value(runs.value, dtype), cuts], 1).sort(1).values[:, :depth]
