@@ -43,9 +43,9 @@ def payload_of(layout: cells.CellLayout, n: int, seed: int = 0) -> tuple[torch.T
     return cells.payload(layout, values, references)
 
 
-def floor(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """X^T Y and sum x in one GEMM (y has a column of ones), then sum x^2."""
-    return y.T @ x, torch.linalg.vector_norm(x, dim=0)
+def floor(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """X^T Y and the sum of x in one GEMM: y has a column of ones. Without x^2, so the strictest of floors."""
+    return y.T @ x
 
 
 def gate(kind: str) -> None:

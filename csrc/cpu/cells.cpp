@@ -35,22 +35,28 @@ void load_panel(const CellsArgs& args, int64_t row0, int rows, int64_t d0, int w
 // One count per row, in the channel that the row names; -1 counts nothing.
 void add_counts(const int32_t* cells, int rows, const int16_t* channels, int64_t stride, int64_t width,
                 int32_t* table) {
+  int32_t place[kBlock], once[kBlock];
   for (int r = 0; r < rows; ++r) {
     const int32_t channel = channels[r * stride], none = channel >> 31;
-    table[cells[r] * width + (channel & ~none)] += 1 + none;
+    place[r] = cells[r] * static_cast<int32_t>(width) + (channel & ~none);
+    once[r] = 1 + none;
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) table[place[r]] += once[r];
 }
 
 template <typename Sums, typename Weights>
 void add_weights(const int32_t* cells, int rows, const int16_t* weights, int64_t width, int32_t* table) {
+  int32_t place[kBlock];
+  for (int r = 0; r < rows; ++r) place[r] = cells[r] * static_cast<int32_t>(width);
+#pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     Weights weight;
     Sums sums;
-    int32_t* entry = table + cells[r] * width;
     std::memcpy(&weight, weights + r * width, sizeof(weight));
-    std::memcpy(&sums, entry, sizeof(sums));
+    std::memcpy(&sums, table + place[r], sizeof(sums));
     sums += __builtin_convertvector(weight, Sums);
-    std::memcpy(entry, &sums, sizeof(sums));
+    std::memcpy(table + place[r], &sums, sizeof(sums));
   }
 }
 
@@ -72,7 +78,7 @@ template <int kLevels>
 void neuron_update(const CellsArgs& args, int64_t d, const float* x, int64_t row0, int rows) {
   alignas(64) float tree[1 << kMaxLevels];
   alignas(64) int32_t cells[kBlock];
-  build_tree(args.edges + d * (args.cells - 1), static_cast<int>(args.cells) - 1, kLevels, tree);
+  build_tree<kLevels>(args.edges + d * (args.cells - 1), static_cast<int>(args.cells) - 1, tree);
   const int64_t entries = args.cells * (args.counts + args.weights);
   int32_t* table = args.table + d * entries;
   const char* next = reinterpret_cast<const char*>(table + entries);

@@ -41,15 +41,19 @@ static inline void transpose_tile(const float* in, int64_t in_stride, float* out
 }
 #endif
 
-// Edges in level order, 2^levels floats, slot 0 unused; missing edges are NaN, which no value reaches.
-static inline void build_tree(const float* edges, int n_edges, int levels, float* tree) {
+// Edges in level order, 2^kLevels floats, slot 0 unused; missing edges are NaN, which no value reaches.
+template <int kLevels>
+static inline void build_tree(const float* edges, int n_edges, float* tree) {
+  constexpr int kNodes = 1 << kLevels;
+  float padded[kNodes];
+  std::memcpy(padded, edges, sizeof(float) * n_edges);
+  for (int i = n_edges; i < kNodes; ++i) padded[i] = __builtin_nanf("");
   tree[0] = 0.0f;
-  for (int level = 0; level < levels; ++level) {
-    const int step = 1 << (levels - level), first = (step >> 1) - 1;
-    for (int j = 0; j < 1 << level; ++j) {
-      const int edge = first + j * step;
-      tree[(1 << level) + j] = edge < n_edges ? edges[edge] : __builtin_nanf("");
-    }
+  for (int level = 0; level < kLevels; ++level) {
+    const int step = kNodes >> level;
+    const float* __restrict from = padded + (step >> 1) - 1;
+    float* __restrict to = tree + (1 << level);
+    for (int j = 0; j < 1 << level; ++j) to[j] = from[j * step];
   }
 }
 
