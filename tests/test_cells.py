@@ -392,13 +392,28 @@ def test_mutual_information_is_the_plain_one_on_the_merged_table(n, classes):
     g = np.random.default_rng(0)
     joint = torch.from_numpy(g.multinomial(n, g.dirichlet(np.full(CELLS * classes, 0.3)), size=6)).double()
     joint = joint.view(6, CELLS, classes)
-    merged = cell_scores.merge_cells(joint, classes)
+    merged = cell_scores.merge_cells(joint)
     assert torch.equal(merged.sum(1), joint.sum(1))
     assert (merged.sum(2).gt(0).sum(1) * 10 * classes <= max(n, 10 * classes)).all()
     found = cell_scores.mutual_information(joint)
     assert found.isfinite().all()
     expected = [plain_mutual_information(table.numpy()) for table in merged]
     assert np.allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [400, 3000, 20_000])
+def test_labels_share_the_mutual_information_of_two_levels(n):
+    g = np.random.default_rng(0)
+    prevalence = np.array([0.5, 0.2, 0.25, 0.049, 0.001, 0.0])
+    weight = np.concatenate([[0.5], np.full(CELLS - 1, 0.5 / (CELLS - 1))])[:, None] * prevalence  # half in one cell
+    joint = torch.from_numpy(g.multinomial(n, weight.ravel() / weight.sum(), size=4)).double().view(4, CELLS, 6)
+    joint[:] = joint[:1]  # as in a table, every neuron sees the same labels
+    joint[1] = joint[1][torch.randperm(CELLS)]
+    occupancy = joint.sum(2)
+    found = cell_scores.label_information(joint, occupancy)
+    for k in range(6):
+        one = torch.stack([joint[:, :, k], occupancy - joint[:, :, k]], 2)
+        assert np.allclose(found[:, k].numpy(), cell_scores.mutual_information(one).numpy(), atol=1e-12)
 
 
 def test_mutual_information_of_independent_data():

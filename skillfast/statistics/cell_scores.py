@@ -67,36 +67,40 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0)
 
 
-def spearman_labels(
+def label_scores(
     positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor, ranks: CellRanks
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spearman's rho of each neuron with each 0/1 label, and how far off it can be.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Spearman's rho and AUROC of each neuron with each 0/1 label, and how far off they can be.
 
-    The hidden order moves Cov(rank, label) by at most eta sd(rank) sd(label) sqrt(1 - R^2) with R^2 the share of the
-    label's variance between cells, and by at most sum a (w - a) / 2N over cells with `a` of `w` rows positive: all of
-    a cell's positives on top. The smaller of the two counts.
+    AUROC counts ties half, so it is the positives' mean rank; within a cell that is not atomic any share of the pairs
+    of a positive and a negative can be in order, so its bound is half of all such pairs. The same pairs bound
+    Cov(rank, label); so does eta sd(rank) sd(label) sqrt(1 - R^2), with R^2 the share of the label's variance between
+    cells. The smaller of the two counts for rho.
 
     Returns:
-        rho and bound, float64 [d, K]; NaN where the neuron or the label is constant.
+        rho, its bound, AUROC, its bound: float64 [d, K]; NaN where the neuron or the label is constant.
     """
     n = occupancy.sum(1)[:, None]
-    mean = positives.sum(1) / n  # [d, K]
-    deviation = (mean * (1 - mean)).clamp_min(0).sqrt()
-    covariance = torch.einsum("dc,dck->dk", ranks.rank, positives) / n
+    one, several = positives.sum(1), occupancy.gt(0)
+    other = n - one
+    squares = positives.square()
+    open_ = torch.where(atomic, 0.0, 1.0)
+    inverse = torch.where(several, 1 / occupancy.clamp_min(1), 0.0)
+    of_positives = torch.stack([ranks.rank, open_ * occupancy], 1) @ positives  # [d, 2, K]
+    of_squares = torch.stack([inverse, open_], 1) @ squares
+    pairs_hidden = (of_positives[:, 1] - of_squares[:, 1]).clamp_min(0) / 2  # half of sum a (w - a)
+    deviation = (one * other).sqrt() / n
     scale = ranks.between.sqrt()[:, None] * deviation
-    rho = _ratio(covariance, scale).clamp(-1, 1)
-    cell_mean = _ratio(positives, occupancy[:, :, None])
-    explained = (cell_mean * positives).sum(1) / n - mean.square()
-    unexplained = (1 - _ratio(explained, deviation.square())).clamp(0, 1)
-    negatives = occupancy[:, :, None] - positives
-    sorted_ = (torch.where(atomic, 0.0, 0.5)[:, :, None] * positives * negatives).sum(1) / n
-    # sd of the true ranks is at least sd between cells
-    shift = torch.minimum(ranks.hidden.sqrt()[:, None] * unexplained.sqrt(), _shift(sorted_, scale))
-    return _bounded(rho, shift, ranks, is_constant(occupancy, atomic)[:, None] | (deviation == 0))
-
-
-def _shift(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), torch.inf)
+    rho = _ratio(of_positives[:, 0] / n, scale).clamp(-1, 1)
+    explained = of_squares[:, 0] / n - (one / n).square()
+    unexplained = (1 - _ratio(explained, deviation.square())).clamp(0, 1).sqrt()
+    sorted_ = torch.where(scale > 0, _ratio(pairs_hidden / n, scale), torch.inf)  # sd of the true ranks is no less
+    shift = torch.minimum(ranks.hidden.sqrt()[:, None] * unexplained, sorted_)
+    undefined = is_constant(occupancy, atomic)[:, None] | (deviation == 0)
+    rho, bound = _bounded(rho, shift, ranks, undefined)
+    area = 0.5 + _ratio(of_positives[:, 0], one * other)
+    area_bound = _ratio(pairs_hidden, one * other) + ROUNDING
+    return rho, bound, area.masked_fill(undefined, torch.nan), area_bound.masked_fill(undefined, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -159,46 +163,38 @@ def spearman_continuous(
     return rho[:, 0], bound[:, 0]
 
 
-def auroc(positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Area under the ROC curve of each neuron as a score for each label, ties counted half, and how far off it can be.
-
-    Within a cell that is not atomic any share of the pairs of a positive and a negative can be in order: the bound is
-    half of all such pairs.
-
-    Returns:
-        AUROC and bound, float64 [d, K]; NaN where the neuron is constant or a label has one value.
-    """
-    negatives = occupancy[:, :, None] - positives
-    below = negatives.cumsum(1) - negatives
-    pairs = positives.sum(1) * negatives.sum(1)
-    together = positives * negatives / 2  # half the pairs of each cell
-    area = _ratio((positives * below + together).sum(1), pairs)
-    bound = _ratio(torch.where(atomic[:, :, None], 0.0, together).sum(1), pairs) + ROUNDING
-    undefined = is_constant(occupancy, atomic)[:, None] | (pairs == 0)
-    return area.masked_fill(undefined, torch.nan), bound.masked_fill(undefined, torch.nan)
+def _places(occupancy: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Which merged cell int64 [d, C] each cell goes to, where the ranks are divided into `wanted` [d] even groups."""
+    n = occupancy.sum(1, keepdim=True)
+    wanted = wanted.floor().clamp_min(1)[:, None]
+    group = torch.minimum(((occupancy.cumsum(1) - occupancy / 2) * (wanted / n)).floor(), wanted - 1)
+    place = torch.zeros_like(group, dtype=torch.int64)
+    place[:, 1:] = (group[:, 1:] > group[:, :-1]).cumsum(1)
+    return place
 
 
-def merge_cells(joint: torch.Tensor, classes: int) -> torch.Tensor:
+def merge_cells(joint: torch.Tensor) -> torch.Tensor:
     """Merges neighbouring cells of [d, C, K] until about 10 rows per class fall into each.
 
-    The rows' ranks are divided into N / (10 classes) even groups; cells whose middles fall into one group are merged,
-    so there are at most that many. With two levels there are also at most as many as the rarer one has rows (2 at
+    The rows' ranks are divided into N / (10 K) even groups; cells whose middles fall into one group are merged, so
+    there are at most that many. With two levels there are also at most as many as the rarer one has rows (2 at
     least): Miller and Madow's correction would leave most of the bias of a rare label spread over more.
 
     Returns:
         float64 [d, C, K], the merged cells first, then empty ones.
     """
     occupancy = joint.sum(2)
-    n = occupancy.sum(1)
-    wanted = n / (10 * classes)
+    wanted = occupancy.sum(1) / (10 * joint.shape[2])
     if joint.shape[2] == 2:
         wanted = torch.minimum(wanted, joint.sum(1).amin(1).clamp_min(2))
-    wanted = wanted.floor().clamp_min(1)[:, None]
-    middle = (occupancy.cumsum(1) - occupancy / 2) / n[:, None]
-    group = torch.minimum((middle * wanted).floor(), wanted - 1)
-    place = torch.zeros_like(group, dtype=torch.int64)
-    place[:, 1:] = (group[:, 1:] > group[:, :-1]).cumsum(1)
+    place = _places(occupancy, wanted)
     return torch.zeros_like(joint).scatter_add_(1, place[:, :, None].expand_as(joint), joint)
+
+
+def _plogp(counts: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Each share p of n as p log p, 0 where p is."""
+    p = counts / n
+    return p * p.clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> torch.Tensor:
@@ -214,16 +210,38 @@ def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> tor
     Returns:
         float64 [d].
     """
-    merged = merge_cells(joint, joint.shape[2])
+    merged = merge_cells(joint)
     cells, levels = merged.sum(2), merged.sum(1)
-    n = cells.sum(1)
-
-    def entropy(counts: torch.Tensor) -> torch.Tensor:  # [d, places]
-        p = counts / n[:, None]
-        return -torch.special.xlogy(p, p).sum(1)
-
-    plugin = entropy(cells) + entropy(levels) - entropy(merged.flatten(1))
+    n = cells.sum(1, keepdim=True)
+    entropy = -_plogp(levels, n).sum(1)
+    plugin = _plogp(merged, n[:, :, None]).sum((1, 2)) - _plogp(cells, n).sum(1) + entropy
     rows, columns = cells.gt(0).sum(1), levels.gt(0).sum(1)
-    occupied = merged.flatten(1).gt(0).sum(1)
+    occupied = merged.gt(0).sum((1, 2))
     excess = occupied - rows - columns + 1 if freedom is None else (rows - 1) * freedom
-    return torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy(levels))
+    return torch.minimum((plugin - excess / (2 * n[:, 0])).clamp_min(0), entropy)
+
+
+def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch.Tensor:
+    """`mutual_information` of each neuron with each 0/1 label: float64 [d, K].
+
+    All labels share one merging of the cells; a label with fewer rows than there are merged cells has its own.
+    """
+    n = occupancy.sum(1, keepdim=True)
+    place = _places(occupancy, n[:, 0] / 20)
+    n_cells = int(place.max()) + 1
+    cells = torch.zeros_like(occupancy[:, :n_cells]).scatter_add_(1, place, occupancy)
+    merged = torch.zeros_like(positives[:, :n_cells])
+    merged.scatter_add_(1, place[:, :, None].expand_as(positives), positives)
+    rest = cells[:, :, None] - merged
+    one = positives.sum(1)
+    entropy = -_plogp(one, n) - _plogp(n - one, n)
+    both = _plogp(merged, n[:, :, None]).sum(1) + _plogp(rest, n[:, :, None]).sum(1)
+    occupied = merged.gt(0).sum(1) + rest.gt(0).sum(1)
+    levels = one.gt(0).long() + (n > one).long()
+    excess = occupied - cells.gt(0).sum(1, keepdim=True) - levels + 1
+    plugin = both - _plogp(cells, n).sum(1, keepdim=True) + entropy
+    found = torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy)
+    rare = torch.minimum(one, n - one).amin(0) < n_cells
+    for k in rare.nonzero()[:, 0].tolist():
+        found[:, k] = mutual_information(torch.stack([positives[:, :, k], occupancy - positives[:, :, k]], 2))
+    return found

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPILL_ROWS = 1 << 22  # rows between spills: they add at most 2^22 * 256 = 2^30 to an entry
 _SPILLED = 1 << 30
-_SLICE_VALUES = 1 << 21  # table entries finished at once: 16 MB of float64, and a few times that of temporaries
+_SLICE_VALUES = 1 << 20  # table entries finished at once: 8 MB of float64, and a few times that of temporaries
 
 
 def exact_rows(cells: int) -> int:
@@ -318,14 +318,10 @@ def _finalise_slice(
             continue
         first = layout.first[name]
         positives = counts[:, :, first : first + columns.stop - columns.start]
-        rho, bound = cell_scores.spearman_labels(positives, occupancy, atomic, ranks)
+        rho, bound, area, area_bound = cell_scores.label_scores(positives, occupancy, atomic, ranks)
         scores.spearman[part, columns], scores.spearman_bound[part, columns] = rho, bound
-        area, bound = cell_scores.auroc(positives, occupancy, atomic)
-        scores.auroc[part, columns], scores.auroc_bound[part, columns] = area, bound
-        for k in range(positives.shape[2]):
-            one = positives[:, :, k]
-            joint = torch.stack([one, occupancy - one], 2)
-            scores.mutual_info[part, columns.start + k] = cell_scores.mutual_information(joint)
+        scores.auroc[part, columns], scores.auroc_bound[part, columns] = area, area_bound
+        scores.mutual_info[part, columns] = cell_scores.label_information(positives, occupancy)
 
 
 def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Tensor]) -> CellScores:
