@@ -27,11 +27,11 @@ def cells_update_kernel(
         edge = tl.load(edges + neuron * (cells - 1) + reach - 1, mask=there, other=0.0)
         cell = tl.where(there & (values >= edge), reach, cell)
     own = table + neuron * (cells * (counts + weights))
-    for k in range(0, metrics):
+    for k in range(metrics):
         channel = tl.load(channels + r * metrics + k, mask=r < n, other=-1).to(tl.int32)[:, None]
         tl.atomic_add(own + cell * counts + channel, 1, mask=inside & (channel >= 0), sem="relaxed")
     sums = own + cells * counts
-    for lane in range(0, weights):  # at most two of a metric's eight are not 0
+    for lane in range(weights):  # at most two of a metric's eight are not 0
         weight = tl.load(hats + r * weights + lane, mask=r < n, other=0).to(tl.int32)[:, None]
         added = tl.broadcast_to(weight, (BLOCK_N, BLOCK_D))
         tl.atomic_add(sums + cell * weights + lane, added, mask=inside & (weight != 0), sem="relaxed")

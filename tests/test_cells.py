@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
+from torch.library import opcheck
 
 from skillfast import _core, backends, ops
 from skillfast.errors import ArgumentError
@@ -107,6 +108,10 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(tables[0], table) for table in tables)
+
+
+def test_the_op_keeps_its_contract():
+    opcheck(torch.ops.skillfast.cells_update, some_call(20, 5, 16))
 
 
 def test_nothing_to_add():

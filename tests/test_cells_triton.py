@@ -50,11 +50,11 @@ def test_interpreted_equals_reference():
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_compiles_without_a_gpu(arch, dtype):
+def test_compiles_without_a_gpu(arch, dtype, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
+    from skillfast.kernels.cells_update import cells_update_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from skillfast.kernels.cells_update import cells_update_kernel
 
     signature = {
         "x": f"*{dtype}", "edges": "*fp32", "channels": "*i16", "hats": "*i16", "table": "*i32",
@@ -65,8 +65,7 @@ def test_compiles_without_a_gpu(arch, dtype):
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
     assert compiled.metadata.shared <= 48 * 1024  # what every device has without asking
     assert "red." in compiled.asm["ptx"] or "atom." in compiled.asm["ptx"]
-    assert not re.search(r"\.local\b", compiled.asm["ptx"])  # no stack in the program
-    assert compiled.asm["cubin"]
+    assert not re.search(r"\b(STL|LDL)\b", compiled.asm["sass"])  # no register spills
 
 
 @pytest.mark.gpu
