@@ -357,6 +357,39 @@ def test_the_bounds_hold_with_stale_edges(kind, n_cells):
         assert scores.stale[names.index("independent")]
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_bounds_hold_for_any_rows_and_any_edges(data):
+    n = data.draw(st.integers(3, 120))
+    n_cells = data.draw(st.integers(2, 12))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    steps = data.draw(st.sampled_from([1, 3, 1000]))  # from many ties to none
+    tied = data.draw(st.sampled_from([1, 4, 1000]))
+    x = torch.round(torch.randn(n, 4, generator=g) * steps) / steps
+    loss = torch.round(torch.randn(n, generator=g) * tied) / tied
+    x[:, 1] = loss  # the metric itself,
+    x[:, 2] = loss.sort().values  # and one that is sorted within the cells
+    values = {
+        "label": (loss > loss.median()).long() if data.draw(st.booleans()) else torch.randint(0, 3, (n,), generator=g),
+        "loss": loss,
+    }
+    of = {"label": Categorical(3), "loss": Continuous()}
+    calibration = torch.arange(data.draw(st.integers(1, n)))
+    scores, _ = table_scores(x, values, torch.arange(n), calibration, of, n_cells)
+    for neuron in range(4):
+        for k in range(3):
+            one = (values["label"] == k).double().numpy()
+            if 0 < one.sum() < n and x[:, neuron].unique().numel() > 1:
+                rho = spearmanr(x[:, neuron].numpy(), one).statistic
+                assert abs(float(scores.spearman[neuron, k]) - rho) <= float(scores.spearman_bound[neuron, k])
+                rank = rankdata(x[:, neuron].numpy())
+                area = (rank @ one - one.sum() * (one.sum() + 1) / 2) / (one.sum() * (n - one.sum()))
+                assert abs(float(scores.auroc[neuron, k]) - area) <= float(scores.auroc_bound[neuron, k])
+        if x[:, neuron].unique().numel() > 1 and loss.unique().numel() > 1:
+            rho = spearmanr(x[:, neuron].numpy(), loss.numpy()).statistic
+            assert abs(float(scores.spearman[neuron, 3]) - rho) <= float(scores.spearman_bound[neuron, 3])
+
+
 def test_constant_neuron_and_constant_metric():
     g = torch.Generator().manual_seed(0)
     x = torch.stack([torch.full((3000,), 2.5), torch.randn(3000, generator=g)], 1)

@@ -15,7 +15,7 @@ from skillfast.errors import ArgumentError
 from skillfast.ops import MAX_CELLS
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_SLICE = 1 << 22  # values sorted at once: 16 MB of float32, and a few times that of temporaries
+_SLICE = 1 << 20  # values sorted at once: 4 MB of float32, and a few times that of temporaries
 _HEAVY = 1.5  # a value that fills this many cells' share of the rows gets a cell of its own
 
 
@@ -104,7 +104,7 @@ def _slice_edges(rows: torch.Tensor, cells: int, dtype: torch.dtype) -> torch.Te
 
 def _sorted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of [n, d] as ascending rows [d, n], what is not finite as infinity at the end; how many are finite."""
-    values = rows.float().T.contiguous()
+    values = rows.contiguous().float().T.contiguous()  # contiguous first: torch then turns it block by block
     finite = torch.full_like(values[:, 0], values.shape[1], dtype=torch.int64)
     if not bool(values.sum(1).isfinite().all()):  # far cheaper than to look at each value
         usable = values.isfinite()
@@ -173,7 +173,7 @@ def _runs(values: torch.Tensor, finite: torch.Tensor, cells: int, most: int) -> 
 
 def _cuts(values: torch.Tensor, finite: torch.Tensor, depth: int, runs: _Runs) -> torch.Tensor:
     """Edges that divide what lies outside the runs evenly: `depth` less two per run, then infinity."""
-    free = (depth - 2 * runs.length.gt(0).sum(1))[:, None]
+    free = (depth - 2 * runs.length.gt(0).sum(1)).clamp_min(0)[:, None]
     count = (finite - runs.length.sum(1))[:, None]
     k = torch.arange(1, depth + 1, device=values.device)
     outside = k * count // (free + 1)  # place among the values outside the runs
