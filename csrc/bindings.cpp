@@ -55,6 +55,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       py::call_guard<py::gil_scoped_release>());
 
+  m.def(
+      "cells_update",
+      [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t cells, int64_t metrics, int64_t counts,
+         int64_t weights, uintptr_t edges, uintptr_t channels, uintptr_t hats, uintptr_t table, int dtype,
+         int n_threads) {
+        skillfast::cells_update({at<const void>(x), stride_row, n, width, cells, metrics, counts, weights,
+                                 at<const float>(edges), at<const int16_t>(channels), at<const int16_t>(hats),
+                                 at<int32_t>(table), static_cast<skillfast::DType>(dtype)},
+                                n_threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
   m.def("cpu_isa", &skillfast::cpu_isa);
   m.def("set_cpu_isa", &skillfast::set_cpu_isa);
   m.def("cpu_threads_runtime", &skillfast::cpu_threads_runtime);

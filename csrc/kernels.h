@@ -31,9 +31,23 @@ struct CoMomentsArgs {
   DType dtype;
 };
 
+// Counts n rows of x into the cell table of each neuron. A neuron's table is [cells, counts] then [cells, weights].
+struct CellsArgs {
+  const void* x;  // [n, width], unit stride in the last dimension
+  int64_t stride_row;
+  int64_t n, width;
+  int64_t cells, metrics, counts, weights;  // cells in [2, 256]; weights a multiple of 8
+  const float* edges;       // [width, cells - 1], ascending
+  const int16_t* channels;  // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
+  const int16_t* hats;      // [n, weights]
+  int32_t* table;           // [width, cells * (counts + weights)]
+  DType dtype;
+};
+
 // CPU ops: the widest instruction set that the processor has, on n_threads of the process's OpenMP threads.
 void neuron_scale(const NeuronScaleArgs& args, int n_threads);
 void comoments_update(const CoMomentsArgs& args, int n_threads);
+void cells_update(const CellsArgs& args, int n_threads);
 
 const char* cpu_isa();               // "baseline", "avx2" or "avx512"
 bool set_cpu_isa(const char* name);  // for tests; false where it was not built or the processor lacks it

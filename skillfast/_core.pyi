@@ -43,6 +43,22 @@ def comoments_update(
     dtype: int,
     n_threads: int,
 ) -> None: ...
+def cells_update(
+    x: int,
+    stride_row: int,
+    n: int,
+    width: int,
+    cells: int,
+    metrics: int,
+    counts: int,
+    weights: int,
+    edges: int,
+    channels: int,
+    hats: int,
+    table: int,
+    dtype: int,
+    n_threads: int,
+) -> None: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(name: str) -> bool: ...
 def cpu_threads_runtime() -> str: ...

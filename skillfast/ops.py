@@ -17,6 +17,10 @@ _LIBRARY.define(
     "comoments_update(Tensor x, Tensor y, Tensor shift, Tensor(a!) sum_x, Tensor(b!) sum_xx, Tensor(c!) sum_xy) -> ()"
 )
 
+_LIBRARY.define("cells_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
+
+MAX_CELLS = 256
+
 
 def _expect(what: str, expected: object, got: object) -> None:
     if expected != got:
@@ -118,6 +122,56 @@ def comoments_update(
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
+def cells_update(
+    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
+) -> None:
+    """Count a buffer of rows into the cell table of every neuron, in place.
+
+    A value falls into cell c = how many of its neuron's edges are at or below it; NaN falls into cell 0. A neuron's
+    table is `[C, P]` counts followed by `[C, H]` sums of weights, so with `H` weights a row adds 1 to
+    `counts[c, channels[row, k]]` for each metric k, and `hats[row]` to `sums[c]`. Integers: any order of rows and any
+    number of threads gives the same table.
+
+    Args:
+        x: Activations [n, D]: float32, bfloat16, float16 or float64 (rounded to float32).
+        edges: float32 [D, C - 1], ascending in each row, contiguous, C at most 256.
+        channels: int16 [n, metrics], each in [-1, P); -1 counts nothing.
+        hats: int16 [n, H], H a multiple of 8 (0 where there is no continuous metric).
+        table: int32 [D, C * (P + H)], contiguous, mutated. The caller sees to it that no entry passes 2^31 - 1.
+
+    Raises:
+        ArgumentError: Shapes or dtypes that do not fit together, or a channel out of range (checked on the CPU).
+    """
+    if x.dim() != 2:
+        raise ArgumentError(f"cells_update x: expected [n, D], got shape {list(x.shape)}")
+    n, width = x.shape
+    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_CELLS:
+        raise ArgumentError(
+            f"cells_update edges: expected [{width}, C - 1] with C from 2 to {MAX_CELLS}, got shape {list(edges.shape)}"
+        )
+    for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
+        _expect(f"cells_update {name}'s dtype", dtype, tensor.dtype)
+        if tensor.dim() != 2 or tensor.shape[0] != n:
+            raise ArgumentError(f"cells_update {name}: expected [{n}, columns], got shape {list(tensor.shape)}")
+    _expect("cells_update hats' columns modulo 8", 0, hats.shape[1] % 8)
+    _expect("cells_update edges' dtype", torch.float32, edges.dtype)
+    _expect("cells_update table's dtype", torch.int32, table.dtype)
+    cells = edges.shape[1] + 1
+    counts = table.shape[-1] // cells - hats.shape[1]
+    if counts < 0 or list(table.shape) != [width, cells * (counts + hats.shape[1])]:
+        raise ArgumentError(
+            f"cells_update table: expected [{width}, {cells} * (P + {hats.shape[1]})], got shape {list(table.shape)}"
+        )
+    for name, tensor in (("edges", edges), ("table", table)):
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"cells_update {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if channels.device.type == "cpu" and channels.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in channels.aminmax())
+        if low < -1 or high >= counts:
+            raise ArgumentError(f"cells_update channels: expected indices in [-1, {counts}), got {low} to {high}")
+    torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
+
+
 def _neuron_scale(  # the dispatcher leaves out arguments that equal their default
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -135,9 +189,16 @@ def _comoments_update(
     backends.implementation("comoments_update", x)(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
+def _cells_update(
+    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
+) -> None:
+    backends.implementation("cells_update", x)(x, edges, channels, hats, table)
+
+
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("neuron_scale", _neuron_scale, _device)
     _LIBRARY.impl("comoments_update", _comoments_update, _device)
+    _LIBRARY.impl("cells_update", _cells_update, _device)
 
 
 @torch.library.register_fake("skillfast::neuron_scale")
@@ -146,6 +207,11 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 @torch.library.register_fake("skillfast::comoments_update")
+def _(*_: object) -> None:
+    return None  # it only mutates
+
+
+@torch.library.register_fake("skillfast::cells_update")
 def _(*_: object) -> None:
     return None  # it only mutates
 

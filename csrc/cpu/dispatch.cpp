@@ -10,6 +10,7 @@ namespace skillfast {
   namespace isa {                                                             \
   void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end); \
   void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);     \
+  void cells_lanes(const CellsArgs&, int64_t begin, int64_t end);             \
   }
 SKILLFAST_DECLARE(baseline)
 #ifdef SKILLFAST_HAS_avx2
@@ -27,6 +28,7 @@ struct Kernels {
   bool (*supported)();
   void (*neuron_scale_rows)(const NeuronScaleArgs&, int64_t, int64_t);
   void (*comoments_lanes)(const CoMomentsArgs&, int64_t, int64_t);
+  void (*cells_lanes)(const CellsArgs&, int64_t, int64_t);
 };
 
 // Widest first.
@@ -37,13 +39,13 @@ const Kernels kKernels[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::neuron_scale_rows, avx512::comoments_lanes},
+     avx512::neuron_scale_rows, avx512::comoments_lanes, avx512::cells_lanes},
 #endif
 #ifdef SKILLFAST_HAS_avx2
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::neuron_scale_rows,
-     avx2::comoments_lanes},
+     avx2::comoments_lanes, avx2::cells_lanes},
 #endif
-    {"baseline", [] { return true; }, baseline::neuron_scale_rows, baseline::comoments_lanes},
+    {"baseline", [] { return true; }, baseline::neuron_scale_rows, baseline::comoments_lanes, baseline::cells_lanes},
 };
 
 const Kernels* widest() {
@@ -91,6 +93,16 @@ void comoments_update(const CoMomentsArgs& args, int n_threads) {
       n_threads, args.width, kNeurons,
       [](const void* context, int64_t begin, int64_t end) {
         current()->comoments_lanes(*static_cast<const CoMomentsArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+void cells_update(const CellsArgs& args, int n_threads) {
+  constexpr int64_t kNeurons = 64;  // a multiple of the panel's width
+  parallel_for(
+      n_threads, args.width, kNeurons,
+      [](const void* context, int64_t begin, int64_t end) {
+        current()->cells_lanes(*static_cast<const CellsArgs*>(context), begin, end);
       },
       &args);
 }

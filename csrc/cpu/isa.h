@@ -50,5 +50,6 @@ inline bf16 from_float<bf16>(float value) {
 
 void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end);  // rows of [batch * tokens]
 void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end);      // neurons
+void cells_lanes(const CellsArgs& args, int64_t begin, int64_t end);              // neurons
 
 }  // namespace skillfast::SKILLFAST_ISA

@@ -77,7 +77,29 @@ def comoments_update(
     )  # fmt: skip
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"neuron_scale": neuron_scale, "comoments_update": comoments_update}
+def cells_update(
+    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
+) -> None:
+    """See `skillfast.ops.cells_update`."""
+    n, width = x.shape
+    if n == 0 or width == 0:
+        return
+    if x.stride(1) != 1 and width > 1:
+        x = x.contiguous()
+    channels, hats = channels.contiguous(), hats.contiguous()
+    cells = edges.shape[1] + 1
+    _core.cells_update(
+        x.data_ptr(), x.stride(0), n, width, cells, channels.shape[1], table.shape[1] // cells - hats.shape[1],
+        hats.shape[1], edges.data_ptr(), channels.data_ptr(), hats.data_ptr(), table.data_ptr(), _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "neuron_scale": neuron_scale,
+    "comoments_update": comoments_update,
+    "cells_update": cells_update,
+}
 _ON_CUDA = ("neuron_scale",)
 
 

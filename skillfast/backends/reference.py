@@ -42,7 +42,34 @@ def comoments_update(
         sum_xy[:, part] += y.double().T @ shifted
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"neuron_scale": neuron_scale, "comoments_update": comoments_update}
+def cells_update(
+    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
+) -> None:
+    """See `skillfast.ops.cells_update`; one `index_add_` per metric, a slice of the neurons at a time."""
+    n, cells, weights = x.shape[0], edges.shape[1] + 1, hats.shape[1]
+    counts = table.shape[1] // cells - weights
+    step = max(1, (1 << 22) // max(1, n * max(1, weights)))  # at most 16 MB of int32 payload at once
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        values = x[:, part].float().T.contiguous()  # [step, n]
+        cell = torch.searchsorted(edges[part], values, right=True)
+        cell = torch.where(values.isnan(), 0, cell)
+        neuron = torch.arange(values.shape[0], device=x.device)[:, None] * (cells * (counts + weights))
+        view = table[part].view(-1)
+        for channel in channels.long().T:  # [n]
+            at = neuron + cell * counts + channel.clamp_min(0)
+            view.index_add_(0, at.flatten(), (channel >= 0).to(torch.int32).expand_as(at).flatten())
+        if weights:
+            lanes = torch.arange(weights, device=x.device)
+            at = (neuron + cells * counts + cell * weights)[:, :, None] + lanes  # [step, n, weights]
+            view.index_add_(0, at.flatten(), hats.to(torch.int32).expand_as(at).flatten())
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "neuron_scale": neuron_scale,
+    "comoments_update": comoments_update,
+    "cells_update": cells_update,
+}
 
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:  # noqa: ARG001

@@ -35,7 +35,20 @@ def comoments_update(
     kernel.launch(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"neuron_scale": neuron_scale, "comoments_update": comoments_update}
+def cells_update(
+    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
+) -> None:
+    """See `skillfast.ops.cells_update`."""
+    from skillfast.kernels import cells_update as kernel
+
+    kernel.launch(x, edges, channels, hats, table)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "neuron_scale": neuron_scale,
+    "comoments_update": comoments_update,
+    "cells_update": cells_update,
+}
 
 
 def _interpreted() -> bool:

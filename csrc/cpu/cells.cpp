@@ -1,0 +1,131 @@
+#include "cpu/cells_search.h"
+
+namespace skillfast::SKILLFAST_ISA {
+namespace {
+
+constexpr int kPanel = 32;           // neurons transposed at once
+constexpr int kRows = 1024;          // rows that pass by while a neuron's table stays in cache
+constexpr int kBlock = 64;           // rows whose cells are found, then counted
+constexpr int kStride = kRows + 16;  // not a power of two: a column of the panel must not fall into one cache set
+
+typedef int32_t Sums8 __attribute__((vector_size(32)));
+typedef int16_t Weights8 __attribute__((vector_size(16)));
+typedef int32_t Sums16 __attribute__((vector_size(64)));
+typedef int16_t Weights16 __attribute__((vector_size(32)));
+
+// panel[d][r] = x[r][d] as float32, kTile rows at a time: each row is widened, then the square is turned.
+template <typename T>
+void load_panel(const CellsArgs& args, int64_t row0, int rows, int64_t d0, int width, float* panel) {
+  alignas(64) float tile[kTile * kPanel];
+  for (int r = 0; r < rows; r += kTile) {
+    const int height = rows - r < kTile ? rows - r : kTile;
+    for (int i = 0; i < height; ++i) {
+      const T* __restrict x = static_cast<const T*>(args.x) + (row0 + r + i) * args.stride_row + d0;
+      float* __restrict out = tile + i * kPanel;
+      if (width == kPanel) {
+        for (int d = 0; d < kPanel; ++d) out[d] = static_cast<float>(to_float(x[d]));
+      } else {
+        for (int d = 0; d < width; ++d) out[d] = static_cast<float>(to_float(x[d]));
+      }
+    }
+    for (int d = 0; d < width; d += kTile) transpose_tile(tile + d, kPanel, panel + d * kStride + r, kStride);
+  }
+}
+
+// One count per row, in the channel that the row names; -1 counts nothing.
+void add_counts(const int32_t* cells, int rows, const int16_t* channels, int64_t stride, int64_t width,
+                int32_t* table) {
+  int32_t place[kBlock], once[kBlock];
+  for (int r = 0; r < rows; ++r) {
+    const int32_t channel = channels[r * stride], none = channel >> 31;
+    place[r] = cells[r] * static_cast<int32_t>(width) + (channel & ~none);
+    once[r] = 1 + none;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) table[place[r]] += once[r];
+}
+
+template <typename Sums, typename Weights>
+void add_weights(const int32_t* cells, int rows, const int16_t* weights, int64_t width, int32_t* table) {
+  int32_t place[kBlock];
+  for (int r = 0; r < rows; ++r) place[r] = cells[r] * static_cast<int32_t>(width);
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    Weights weight;
+    Sums sums;
+    std::memcpy(&weight, weights + r * width, sizeof(weight));
+    std::memcpy(&sums, table + place[r], sizeof(sums));
+    sums += __builtin_convertvector(weight, Sums);
+    std::memcpy(table + place[r], &sums, sizeof(sums));
+  }
+}
+
+void add_block(const CellsArgs& args, const int32_t* cells, int64_t row0, int rows, int32_t* counts) {
+  for (int64_t k = 0; k < args.metrics; ++k) {
+    add_counts(cells, rows, args.channels + row0 * args.metrics + k, args.metrics, args.counts, counts);
+  }
+  int32_t* sums = counts + args.cells * args.counts;
+  const int16_t* weights = args.hats + row0 * args.weights;
+  int64_t lane = 0;
+  for (; lane + 16 <= args.weights; lane += 16) {
+    add_weights<Sums16, Weights16>(cells, rows, weights + lane, args.weights, sums + lane);
+  }
+  if (lane < args.weights) add_weights<Sums8, Weights8>(cells, rows, weights + lane, args.weights, sums + lane);
+}
+
+// Adds one neuron's rows; meanwhile the next neuron's table is fetched, a part per block.
+template <int kLevels>
+void neuron_update(const CellsArgs& args, int64_t d, const float* x, int64_t row0, int rows) {
+  alignas(64) float tree[1 << kMaxLevels];
+  alignas(64) int32_t cells[kBlock];
+  build_tree<kLevels>(args.edges + d * (args.cells - 1), static_cast<int>(args.cells) - 1, tree);
+  const int64_t entries = args.cells * (args.counts + args.weights);
+  int32_t* table = args.table + d * entries;
+  const char* next = reinterpret_cast<const char*>(table + entries);
+  const int64_t part = (entries * 4 * kBlock / rows + 63) & ~int64_t(63);
+  for (int r = 0; r < rows; r += kBlock) {
+    const int block = rows - r < kBlock ? rows - r : kBlock;
+    find_cells<kLevels>(tree, x + r, block, cells);
+    if (d + 1 < args.width) {
+      for (int64_t line = 0; line < part; line += 64) __builtin_prefetch(next + line, 1, 3);
+      next += part;
+    }
+    add_block(args, cells, row0 + r, block, table);
+  }
+}
+
+template <typename T, int kLevels>
+void lanes(const CellsArgs& args, int64_t begin, int64_t end) {
+  alignas(64) float panel[kPanel * kStride];
+  std::memset(panel, 0, sizeof(panel));  // vectors read past the last row
+  for (int64_t d0 = begin; d0 < end; d0 += kPanel) {
+    const int width = end - d0 < kPanel ? static_cast<int>(end - d0) : kPanel;
+    for (int64_t row0 = 0; row0 < args.n; row0 += kRows) {
+      const int rows = args.n - row0 < kRows ? static_cast<int>(args.n - row0) : kRows;
+      load_panel<T>(args, row0, rows, d0, width, panel);
+      for (int d = 0; d < width; ++d) neuron_update<kLevels>(args, d0 + d, panel + d * kStride, row0, rows);
+    }
+  }
+}
+
+template <typename T>
+void lanes_of(const CellsArgs& args, int64_t begin, int64_t end) {
+  return args.cells <= 128 ? lanes<T, 7>(args, begin, end) : lanes<T, 8>(args, begin, end);
+}
+
+}  // namespace
+
+void cells_lanes(const CellsArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::float32:
+      return lanes_of<float>(args, begin, end);
+    case DType::bfloat16:
+      return lanes_of<bf16>(args, begin, end);
+    case DType::float16:
+      return lanes_of<_Float16>(args, begin, end);
+    case DType::float64:
+      return lanes_of<double>(args, begin, end);
+  }
+}
+
+}  // namespace skillfast::SKILLFAST_ISA

@@ -1,0 +1,580 @@
+"""`cells_update` and the scores from its table: bitwise against the reference, scores against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import rankdata, spearmanr
+from torch.library import opcheck
+
+from skillfast import _core, backends, ops
+from skillfast.errors import ArgumentError
+from skillfast.metrics import Binary, Categorical, Continuous
+from skillfast.statistics import cell_scores, cells
+from skillfast.statistics.edges import atomic_cells, build_edges, calibration_rows, next_value
+
+CELLS = 128
+N = 20_000
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    before = _core.cpu_isa()
+    if not _core.set_cpu_isa(request.param):
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    _core.set_cpu_isa(before)
+
+
+def some_call(n, width, n_cells, dtype=torch.float32, metrics=2, counts=7, hats=16, seed=0):
+    """Arguments of cells_update with repeated edges, values on edges, and values that are not finite."""
+    g = torch.Generator().manual_seed(seed)
+    edges = torch.randn(width, n_cells - 1, generator=g).to(dtype).float().sort(1).values
+    edges[:, n_cells // 2 : n_cells // 2 + 2] = edges[:, n_cells // 2 - 1 : n_cells // 2]
+    edges[:, max(0, n_cells - 5) :] = torch.inf
+    x = torch.randn(n, width, generator=g).to(dtype)
+    nearest = edges[:, torch.randint(0, n_cells - 1, (n,), generator=g)].T.to(dtype)
+    x = torch.where(torch.rand(n, width, generator=g) < 0.2, nearest, x)
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0, -0.0)):
+        x.view(-1)[3 + i :: 17] = value
+    channels = torch.randint(-1, counts, (n, metrics), generator=g).to(torch.int16)
+    weights = torch.randint(0, 257, (n, hats), generator=g).to(torch.int16)
+    table = torch.randint(0, 1000, (width, n_cells * (counts + hats)), generator=g).to(torch.int32)
+    return x, edges.contiguous(), channels, weights, table
+
+
+def run(backend, x, edges, channels, weights, table):
+    table = table.clone()
+    before = backends.calls["cells_update", backend]
+    with backends.use_backend(backend):
+        ops.cells_update(x, edges, channels, weights, table)
+    assert backends.calls["cells_update", backend] == before + 1
+    return table
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (63, 7), (512, 63), (1000, 197), (63, 1000), (2100, 33)])
+def test_native_equals_reference(isa, n, width, dtype):
+    arguments = some_call(n, width, CELLS, dtype)
+    assert torch.equal(run("native", *arguments), run("reference", *arguments))
+
+
+@pytest.mark.parametrize("n_cells", [2, 3, 16, 100, 129, 256])
+@pytest.mark.parametrize(("metrics", "counts", "hats"), [(1, 2, 0), (0, 0, 8), (3, 40, 24), (1, 1, 32)])
+def test_any_number_of_cells_and_metrics(isa, n_cells, metrics, counts, hats):
+    arguments = some_call(130, 37, n_cells, metrics=metrics, counts=counts, hats=hats)
+    assert torch.equal(run("native", *arguments), run("reference", *arguments))
+
+
+@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed", "one row repeated"])
+def test_strides(layout):
+    x, *rest = some_call(100, 50, CELLS)
+    wide = torch.full((200, 107), torch.nan)
+    if layout == "one row repeated":
+        strided = x[:1].expand(100, 50)
+        x = strided.contiguous()
+    else:
+        views = {
+            "row stride": wide[::2, 3:53],
+            "column stride": wide[:100, :100:2],
+            "transposed": torch.full((50, 100), torch.nan).T,
+        }
+        strided = views[layout].copy_(x)
+    assert torch.equal(run("native", strided, *rest), run("reference", x, *rest))
+
+
+def test_only_the_neurons_given_are_written():
+    x, edges, channels, weights, table = some_call(100, 40, 64)
+    poison = torch.full((3, *table.shape), 123_456_789, dtype=torch.int32)
+    poison[1] = table
+    ops.cells_update(x, edges, channels, weights, poison[1])
+    assert (poison[0] == 123_456_789).all()
+    assert (poison[2] == 123_456_789).all()
+    assert torch.equal(poison[1], run("reference", x, edges, channels, weights, table))
+
+
+def test_threads_change_nothing():
+    arguments = some_call(700, 1000, CELLS)
+    threads = torch.get_num_threads()
+    tables = []
+    try:
+        for n_threads in (1, 2, 3, 8):
+            torch.set_num_threads(n_threads)
+            tables.append(run("native", *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(tables[0], table) for table in tables)
+
+
+def test_the_op_keeps_its_contract():
+    opcheck(torch.ops.skillfast.cells_update, some_call(20, 5, 16))
+
+
+def test_nothing_to_add():
+    x, edges, channels, weights, table = some_call(4, 5, 16)
+    assert torch.equal(run("native", x[:0], edges, channels[:0], weights[:0], table), table)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("x", lambda x: x[0], "x: expected"),
+        ("edges", lambda e: e.double(), "edges' dtype"),
+        ("edges", lambda e: e[:3].contiguous(), "edges: expected"),
+        ("channels", lambda c: c + 1, "channels: expected indices"),
+        ("channels", lambda c: c[1:], "channels: expected"),
+        ("hats", lambda h: h[:, :7], "modulo 8"),
+        ("table", lambda t: t[:, 1:], "table: expected"),
+        ("table", lambda t: t.T.contiguous().T, "contiguous"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(name, change, said):
+    arguments = dict(zip(("x", "edges", "channels", "hats", "table"), some_call(40, 6, 16), strict=True))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ArgumentError, match=said):
+        ops.cells_update(**arguments)
+
+
+# Edges
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_next_value(dtype):
+    values = torch.tensor([-torch.inf, -2.0, -1.0, -0.0, 0.0, 1.0, 3.0, 60000.0]).to(dtype)
+    above = next_value(values.float(), dtype)
+    if dtype == torch.float16:
+        expected = torch.from_numpy(np.nextafter(values.numpy(), np.float16(np.inf)))
+    else:
+        expected = torch.nextafter(values, torch.tensor(torch.inf, dtype=dtype))
+    assert torch.equal(above, expected.float())
+    assert next_value(torch.tensor([torch.inf]), dtype) == torch.inf
+
+
+def test_edges_divide_evenly():
+    rows = torch.randn(1024, 50, generator=torch.Generator().manual_seed(0))
+    edges = build_edges(rows, CELLS)
+    assert edges.shape == (50, CELLS - 1)
+    assert edges.isfinite().all()
+    assert (edges.diff(dim=1) > 0).all()
+    cell = torch.searchsorted(edges, rows.T.contiguous(), right=True)
+    held = torch.zeros(50, CELLS).scatter_add_(1, cell, torch.ones(50, 1024))
+    assert held.max() <= 10
+    assert not atomic_cells(edges, torch.float32).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_values_get_atomic_cells(dtype):
+    g = torch.Generator().manual_seed(1)
+    sparse = torch.where(torch.rand(1024, generator=g) < 0.9, 0.0, torch.randn(1024, generator=g))
+    few = torch.randint(-2, 5, (1024,), generator=g).float()
+    rows = torch.stack([sparse, few, torch.full((1024,), 3.0)], 1).to(dtype)
+    edges = build_edges(rows, CELLS)
+    atomic = atomic_cells(edges, dtype)
+    for neuron, values in ((0, [0.0, -0.0]), (1, range(-2, 5)), (2, [3.0])):
+        for value in values:
+            cell = torch.searchsorted(edges[neuron], torch.tensor([float(value)]), right=True)
+            assert atomic[neuron, cell], (neuron, value)
+    assert not atomic[:, 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_cell_is_atomic_exactly_if_one_value_of_the_dtype_fits(dtype):
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()].unique()
+    g = torch.Generator().manual_seed(0)
+    at = torch.randint(0, len(every) - 4, (200,), generator=g)
+    edges = torch.cat([every[at], every[at + 1], every[at + 3], torch.randn(100, generator=g)]).unique()
+    inside = torch.bincount(torch.searchsorted(edges, every, right=True), minlength=len(edges) + 1)
+    assert torch.equal(atomic_cells(edges[None], dtype)[0, 1:-1], inside[1:-1] <= 1)
+
+
+def test_edges_of_values_that_are_not_finite():
+    rows = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
+    spoilt = rows.clone()
+    for first, value in ((0, torch.nan), (3, torch.inf), (5, -torch.inf)):
+        spoilt[first::7, 0] = value
+    spoilt[:, 1] = torch.nan
+    edges = build_edges(spoilt, 64)
+    assert torch.equal(edges[:1], build_edges(spoilt[spoilt[:, 0].isfinite(), :1], 64))
+    assert (edges[1] == torch.inf).all()
+    assert torch.equal(edges[2:], build_edges(rows[:, 2:], 64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 200])
+@pytest.mark.parametrize("n_cells", [2, 5, 8, 256])
+def test_edges_from_few_rows(n, n_cells):
+    edges = build_edges(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), n_cells)
+    assert edges.shape == (4, n_cells - 1)
+    assert not edges.isnan().any()
+    assert (edges[:, 1:] >= edges[:, :-1]).all()
+
+
+# Scores
+
+
+def metrics():
+    return {
+        "label": Categorical(10),
+        "correct": Binary(),
+        "rare": Binary(),
+        "loss": Continuous(),
+        "confidence": Continuous(),
+    }
+
+
+def planted(seed=0):
+    """Neurons of every kind, and metrics that go with some of them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(N, generator=g)
+
+    def uniform():
+        return torch.rand(N, generator=g)
+
+    label = torch.randint(0, 10, (N,), generator=g)
+    signal = (label - 4.5) / 3
+    loss = (normal() * 2 + signal).exp()  # heavy tail
+    neurons = {
+        "normal": normal() + 0.3 * signal,
+        "independent": normal(),
+        "gelu": torch.nn.functional.gelu(normal() + 0.3 * signal),
+        "90% zeros": torch.where(uniform() < 0.9 - 0.05 * signal, 0.0, (normal() + signal).exp()),
+        "99.9% zeros": torch.where(uniform() < 0.999, 0.0, normal().abs()),
+        "cauchy": (normal() / normal() + signal).clamp(-6e4, 6e4),
+        "log-normal": (2 * normal() + signal).exp(),
+        "follows loss": loss.log() + 0.3 * normal(),
+        "is loss": -loss.log(),
+        "classes apart": normal() + 5 * signal,
+        "drifting": normal() + torch.linspace(0, 20, N),
+        "scale changes": normal() * torch.where(torch.arange(N) < N // 2, 1.0, 100.0),
+        "offset": 1000 + 0.01 * (normal() + signal),
+        "bimodal": torch.where(uniform() < 0.5, -1.0, 1.0) + 1e-4 * normal() + 1e-5 * signal,
+        "few integers": torch.poisson(2 + 0.3 * signal, generator=g),
+        "many integers": torch.round(30 * (normal() + signal)),
+    }
+    values = {
+        "label": label,
+        "correct": uniform() < torch.sigmoid(1 + signal),
+        "rare": uniform() < 1e-3,
+        "loss": loss,
+        "confidence": torch.round(torch.sigmoid(normal() + signal) * 50) / 50,  # ties
+    }
+    return list(neurons), torch.stack(list(neurons.values()), 1), values
+
+
+def table_scores(x, values, order, calibration, of=None, n_cells=CELLS, buffer=512):
+    """Streams rows in this order over edges from these calibration rows."""
+    layout = cells.CellLayout.of(of or metrics(), n_cells)
+    edges = build_edges(x[calibration], n_cells)
+    references = {name: values[name][calibration].double().sort().values for name in layout.hats}
+    table = layout.zeros(x.shape[1])
+    for rows in order.split(buffer):
+        payload = cells.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        ops.cells_update(x[rows], edges, *payload, table)
+    fits = cells.fit_continuous(layout, values, references)
+    return cells.finalise(layout, table, edges, x.dtype, fits), table
+
+
+def oracle(x, values):
+    """Spearman's rho and AUROC from ranks of all the stored values."""
+    columns = torch.cat([metric.encode(name, values[name]) for name, metric in metrics().items()], 1).numpy()
+    rank_x, rank_y = rankdata(x.double().numpy(), axis=0), rankdata(columns, axis=0)
+    with np.errstate(invalid="ignore"):
+        rho = np.corrcoef(rank_x.T, rank_y.T)[: x.shape[1], x.shape[1] :]
+    labels = columns[:, :12]
+    positives = labels.sum(0)
+    area = (rank_x.T @ labels - positives * (positives + 1) / 2) / (positives * (len(columns) - positives))
+    return rho, area, positives
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_against_scipy(dtype, seed):
+    names, x, values = planted(seed)
+    x = x.to(dtype)
+    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[: calibration_rows(CELLS)]
+    scores, _ = table_scores(x, values, torch.arange(N), calibration)
+    rho, area, positives = oracle(x, values)
+    constant = (x == x[0]).all(0)  # "offset" has few values in 16 bits
+    assert not constant.any() or dtype != torch.float32
+    assert scores.spearman[constant].isnan().all()
+    kept = ~constant
+    assert scores.spearman[kept].isfinite().all()
+    assert scores.spearman_bound[kept].isfinite().all()
+    assert scores.auroc[kept][:, :12].isfinite().all()
+    assert scores.auroc_bound[kept][:, :12].isfinite().all()
+    assert scores.auroc[:, 12:].isnan().all()
+    kept = kept.numpy()
+    wrong = np.abs(scores.spearman.numpy() - rho)[kept]
+    assert wrong.max() <= 5e-4, (np.array(names)[kept][wrong.max(1).argmax()], wrong.max())
+    bound = scores.spearman_bound.numpy()[kept]
+    assert (wrong <= bound).all()
+    assert np.median(bound[:, :12]) <= 0.012
+    assert np.median(bound[:, 12:]) <= 0.04
+    wrong = np.abs(scores.auroc.numpy()[:, :12] - area)[kept]
+    assert wrong[:, positives >= 1000].max() <= 5e-4
+    assert (wrong <= scores.auroc_bound.numpy()[kept][:, :12]).all()
+    assert not scores.stale.any()
+
+
+def test_one_pair_against_scipy_itself():
+    _, x, values = planted()
+    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(0))[: calibration_rows(CELLS)]
+    scores, _ = table_scores(x, values, torch.arange(N), calibration)
+    rho = spearmanr(x[:, 7].numpy(), values["loss"].numpy()).statistic
+    assert abs(float(scores.spearman[7, 12]) - rho) <= 5e-4
+
+
+@pytest.mark.parametrize("n_cells", [16, 64, 256])
+@pytest.mark.parametrize(
+    "kind", ["sorted by class", "sorted by value", "short prefix of one class", "constant at first"]
+)
+def test_the_bounds_hold_with_stale_edges(kind, n_cells):
+    names, x, values = planted()
+    order = torch.arange(N)
+    if kind == "sorted by value":
+        order = x[:, 0].argsort()
+    elif kind != "constant at first":
+        order = values["label"].argsort(stable=True)
+    x, values = x[order], {name: value[order] for name, value in values.items()}
+    n0 = calibration_rows(n_cells) // (8 if kind.startswith("short") else 1)
+    if kind == "constant at first":
+        x[:n0] = 1.0
+    scores, _ = table_scores(x, values, torch.arange(N), torch.arange(n0), n_cells=n_cells)
+    rho, area, _ = oracle(x, values)
+    assert scores.spearman.isfinite().all()
+    assert scores.auroc[:, :12].isfinite().all()
+    assert (np.abs(scores.spearman.numpy() - rho) <= scores.spearman_bound.numpy()).all()
+    assert (np.abs(scores.auroc.numpy()[:, :12] - area) <= scores.auroc_bound.numpy()[:, :12]).all()
+    if kind == "sorted by class":
+        assert scores.stale[names.index("classes apart")]
+    if kind == "constant at first":
+        assert scores.stale[names.index("independent")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_bounds_hold_for_any_rows_and_any_edges(data):
+    n = data.draw(st.integers(3, 120))
+    n_cells = data.draw(st.integers(2, 12))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    steps = data.draw(st.sampled_from([1, 3, 1000]))  # from many ties to none
+    tied = data.draw(st.sampled_from([1, 4, 1000]))
+    x = torch.round(torch.randn(n, 4, generator=g) * steps) / steps
+    loss = torch.round(torch.randn(n, generator=g) * tied) / tied
+    x[:, 1] = loss  # the metric itself,
+    x[:, 2] = loss.sort().values  # and one that is sorted within the cells
+    values = {
+        "label": (loss > loss.median()).long() if data.draw(st.booleans()) else torch.randint(0, 3, (n,), generator=g),
+        "loss": loss,
+    }
+    of = {"label": Categorical(3), "loss": Continuous()}
+    calibration = torch.arange(data.draw(st.integers(1, n)))
+    scores, _ = table_scores(x, values, torch.arange(n), calibration, of, n_cells)
+    for neuron in range(4):
+        for k in range(3):
+            one = (values["label"] == k).double().numpy()
+            if 0 < one.sum() < n and x[:, neuron].unique().numel() > 1:
+                rho = spearmanr(x[:, neuron].numpy(), one).statistic
+                assert abs(float(scores.spearman[neuron, k]) - rho) <= float(scores.spearman_bound[neuron, k])
+                rank = rankdata(x[:, neuron].numpy())
+                area = (rank @ one - one.sum() * (one.sum() + 1) / 2) / (one.sum() * (n - one.sum()))
+                assert abs(float(scores.auroc[neuron, k]) - area) <= float(scores.auroc_bound[neuron, k])
+        if x[:, neuron].unique().numel() > 1 and loss.unique().numel() > 1:
+            rho = spearmanr(x[:, neuron].numpy(), loss.numpy()).statistic
+            assert abs(float(scores.spearman[neuron, 3]) - rho) <= float(scores.spearman_bound[neuron, 3])
+
+
+def test_constant_neuron_and_constant_metric():
+    g = torch.Generator().manual_seed(0)
+    x = torch.stack([torch.full((3000,), 2.5), torch.randn(3000, generator=g)], 1)
+    of = {"one": Binary(), "label": Categorical(3), "same": Continuous(), "loss": Continuous()}
+    values = {
+        "one": torch.ones(3000, dtype=torch.bool),
+        "label": torch.randint(0, 2, (3000,), generator=g),
+        "same": torch.zeros(3000),
+        "loss": torch.randn(3000, generator=g),
+    }
+    scores, _ = table_scores(x, values, torch.arange(3000), torch.arange(1024), of)
+    assert scores.spearman[0].isnan().all()
+    assert scores.auroc[0].isnan().all()
+    assert (scores.mutual_info[0] == 0).all()
+    assert scores.spearman[1].isnan().tolist() == [True, False, False, True, True, False]
+    assert scores.auroc[1].isnan().tolist() == [True, False, False, True, True, True]
+    assert scores.mutual_info.isfinite().all()
+    assert scores.mutual_info[1][[0, 3, 4]].tolist() == [0, 0, 0]
+
+
+def plain_mutual_information(joint):
+    """Miller and Madow's estimate from one table, written out."""
+    n = joint.sum()
+    p = joint / n
+    px, py = p.sum(1), p.sum(0)
+    total = 0.0
+    for c in range(p.shape[0]):
+        for k in range(p.shape[1]):
+            if p[c, k] > 0:
+                total += p[c, k] * np.log(p[c, k] / (px[c] * py[k]))
+    total -= ((p > 0).sum() - (px > 0).sum() - (py > 0).sum() + 1) / (2 * n)
+    entropy = -(py[py > 0] * np.log(py[py > 0])).sum()
+    return min(max(total, 0.0), entropy)
+
+
+@pytest.mark.parametrize(("n", "classes"), [(20_000, 2), (20_000, 100), (3000, 10), (50, 7)])
+def test_mutual_information_is_the_plain_one_on_the_merged_table(n, classes):
+    g = np.random.default_rng(0)
+    joint = torch.from_numpy(g.multinomial(n, g.dirichlet(np.full(CELLS * classes, 0.3)), size=6)).double()
+    joint = joint.view(6, CELLS, classes)
+    merged = cell_scores.merge_cells(joint)
+    assert torch.equal(merged.sum(1), joint.sum(1))
+    assert (merged.sum(2).gt(0).sum(1) * 10 * classes <= max(n, 10 * classes)).all()
+    found = cell_scores.mutual_information(joint)
+    assert found.isfinite().all()
+    expected = [plain_mutual_information(table.numpy()) for table in merged]
+    assert np.allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [400, 3000, 20_000])
+def test_labels_share_the_mutual_information_of_two_levels(n):
+    g = np.random.default_rng(0)
+    prevalence = np.array([0.5, 0.2, 0.25, 0.049, 0.001, 0.0])
+    weight = np.concatenate([[0.5], np.full(CELLS - 1, 0.5 / (CELLS - 1))])[:, None] * prevalence  # half in one cell
+    joint = torch.from_numpy(g.multinomial(n, weight.ravel() / weight.sum(), size=4)).double().view(4, CELLS, 6)
+    joint[:] = joint[:1]  # as in a table, every neuron sees the same labels
+    joint[1] = joint[1][torch.randperm(CELLS)]
+    occupancy = joint.sum(2)
+    found = cell_scores.label_information(joint, occupancy)
+    for k in range(6):
+        one = torch.stack([joint[:, :, k], occupancy - joint[:, :, k]], 2)
+        assert np.allclose(found[:, k].numpy(), cell_scores.mutual_information(one).numpy(), atol=1e-12)
+
+
+def test_mutual_information_of_independent_data():
+    g = torch.Generator().manual_seed(5)
+    x = torch.cat([torch.randn(N, 100, generator=g), torch.randn(N, 100, generator=g).relu()], 1)
+    values = {
+        "label": torch.randint(0, 10, (N,), generator=g),
+        "correct": torch.rand(N, generator=g) < 0.5,
+        "rare": torch.rand(N, generator=g) < 1e-3,
+        "loss": torch.randn(N, generator=g),
+        "confidence": torch.randint(0, 50, (N,), generator=g) / 50,
+    }
+    scores, table = table_scores(x, values, torch.arange(N), torch.arange(calibration_rows(CELLS)))
+    assert scores.mutual_info.isfinite().all()
+    assert scores.mutual_info.mean(0).max() < 1e-3
+    counts, _ = cells.CellLayout.of(metrics(), CELLS).split(table.double())
+    assert cell_scores.mutual_information(counts[:, :, :10]).mean() < 1e-3
+
+
+def test_few_rows_are_exact():
+    _, x, values = planted()
+    x, values = x[:900], {name: value[:900] for name, value in values.items()}
+    values["rare"][:3] = True
+    scores = cells.exact(cells.CellLayout.of(metrics(), 64), x, values)
+    rho, area, _ = oracle(x, values)
+    varied = ~np.isnan(rho)
+    assert varied.sum() > 150
+    assert np.allclose(scores.spearman.numpy()[varied], rho[varied], atol=1e-12)
+    assert np.allclose(scores.auroc.numpy()[:, :12][varied[:, :12]], area[varied[:, :12]], atol=1e-12)
+    assert scores.spearman.isnan().numpy().tolist() == (~varied).tolist()
+    assert (scores.spearman_bound.nan_to_num(0) == 0).all()
+    assert scores.mutual_info.isfinite().all()
+
+
+# Integers: the same however the rows are cut
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_order_batches_and_shards_change_nothing(data):
+    seed = data.draw(st.integers(0, 1000))
+    n = data.draw(st.integers(2, 400))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=g).relu()
+    values = {
+        "label": torch.randint(0, 4, (n,), generator=g),
+        "correct": torch.rand(n, generator=g) < 0.5,
+        "loss": torch.randn(n, generator=g),
+    }
+    layout = cells.CellLayout.of({"label": Categorical(4), "correct": Binary(), "loss": Continuous()}, 32)
+    edges = build_edges(x, 32)
+    references = {"loss": values["loss"].double().sort().values}
+
+    def count(rows):
+        table = layout.zeros(5)
+        payload = cells.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        ops.cells_update(x[rows], edges, *payload, table)
+        return table
+
+    whole = count(torch.arange(n))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 1000))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=6)))
+    shards = [count(rows) for rows in order.tensor_split(cuts)]
+    while len(shards) > 1:  # a merge tree of any shape
+        at = data.draw(st.integers(0, len(shards) - 2))
+        cells.merge(shards[at], cells.Overflow.empty(), shards.pop(at + 1), cells.Overflow.empty())
+    assert torch.equal(shards[0], whole)
+
+
+def test_positions_and_weights():
+    reference = torch.arange(100).double()
+    positions = cells.hat_positions(torch.tensor([-5.0, 0.0, 49.5, 99.0, 1e9]).double(), reference)
+    assert positions.tolist() == [0, 9, 896, 1783, 1792]
+    weights = cells.hat_weights(torch.arange(7 * 256 + 1))
+    assert (weights.sum(1) == 256).all()
+    assert ((weights > 0).sum(1) <= 2).all()
+    assert int(weights.min()) == 0
+
+
+def test_nothing_overflows():
+    layout = cells.CellLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
+    edges = torch.tensor([[0.0, 1.0, 2.0]])
+    channels, weights = torch.zeros(1, 1, dtype=torch.int16), torch.tensor([[256] + [0] * 7], dtype=torch.int16)
+    one, overflow = layout.zeros(1), cells.Overflow.empty()
+    ops.cells_update(torch.full((1, 1), 1.5), edges, channels, weights, one)
+    table = torch.zeros_like(one)
+    for _ in range(5):  # 2^22 rows at once
+        table += one * cells.SPILL_ROWS
+        assert (table >= 0).all()
+        overflow = cells.spill(table, overflow)
+        assert (table < 1 << 30).all()
+    other = one * cells.SPILL_ROWS
+    overflow = cells.merge(table, overflow, other, cells.spill(other, cells.Overflow.empty()))
+    total = cells.widened(table, overflow, slice(0, 1))
+    assert torch.equal(total, one.double() * 6 * cells.SPILL_ROWS)
+    assert float(cells.occupancy_of(layout, *layout.split(total)).sum()) == 6 * cells.SPILL_ROWS
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"a": Binary(), "b": Binary()},
+        {"loss": Continuous()},
+        {"b": Binary(), "loss": Continuous()},
+        {"label": Categorical(100), "b": Binary()},
+    ],
+    ids=lambda of: ",".join(of),
+)
+def test_every_layout_counts_its_rows(of):
+    g = torch.Generator().manual_seed(0)
+    draw = {
+        Categorical: lambda: torch.randint(0, 100, (300,), generator=g),
+        Binary: lambda: torch.rand(300, generator=g) < 0.5,
+        Continuous: lambda: torch.rand(300, generator=g),
+    }
+    values = {name: draw[type(metric)]() for name, metric in of.items()}
+    scores, table = table_scores(
+        torch.randn(300, 3, generator=g), values, torch.arange(300), torch.arange(300), of, n_cells=32
+    )
+    assert scores.spearman.isfinite().any()
+    layout = cells.CellLayout.of(of, 32)
+    counts, hats = layout.split(table.double())
+    assert cells.occupancy_of(layout, counts, hats).sum(1).tolist() == [300] * 3
+    for name, metric in of.items():
+        if isinstance(metric, Binary):
+            assert (counts[:, :, layout.first[name]].sum(1) == float(values[name].sum())).all()
