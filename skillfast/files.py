@@ -92,12 +92,47 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[s
         save_file(dict(arrays), temporary, metadata={"skillfast": json.dumps(header)})
 
 
+def write_nested(path: Path, state: Mapping[str, Any]) -> None:
+    """Write nested dicts of tensors and JSON values as one safetensors file; the JSON is in its metadata."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+
+    def split(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: split(item, f"{name}/{key}" if name else key) for key, item in value.items()}
+        if hasattr(value, "data_ptr"):
+            tensors[name] = value.contiguous().cpu()
+            return {"tensor": name}
+        return value
+
+    header = split(dict(state), "")
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"skillfast": json.dumps(header)})
+
+
+def read_nested(path: Path, schema: str, remedy: str) -> dict[str, Any]:
+    """The inverse of `write_nested`; raises DataError where the file is missing, broken or of another version."""
+    tensors, header = _read(path, schema, remedy, "pt")
+
+    def join(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
+        return value
+
+    return {key: join(value) for key, value in header.items()}
+
+
 def read_arrays(path: Path, schema: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the header of a file that `write_arrays` wrote; raises DataError where it is not one."""
+    return _read(path, schema, remedy, "numpy")
+
+
+def _read(path: Path, schema: str, remedy: str, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get("skillfast", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except OSError as error:

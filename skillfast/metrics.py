@@ -33,15 +33,20 @@ class Categorical:
         """The names of this metric's columns."""
         return [f"{name}:{label}" for label in self.classes]
 
-    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Indices [n] as one-hot float64 [n, classes]; raises ArgumentError on an index out of range."""
-        index = values.to(torch.int64)
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.classes)):
+    def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Indices [n] as float64 [n]; raises ArgumentError on an index out of range."""
+        index = values.double()
+        whole = bool((index == index.floor()).all())
+        if index.numel() and not (whole and int(index.min()) >= 0 and int(index.max()) < len(self.classes)):
             raise ArgumentError(
-                f"metric {name!r}: expected class indices in [0, {len(self.classes)}), got {int(index.min())} to "
-                f"{int(index.max())}"
+                f"metric {name!r}: expected class indices in [0, {len(self.classes)}), got {index.min():g} to "
+                f"{index.max():g}"
             )
-        return torch.nn.functional.one_hot(index, len(self.classes)).double()
+        return index
+
+    def expand(self, values: torch.Tensor) -> torch.Tensor:
+        """Checked values [n] as one-hot float64 [n, classes]."""
+        return torch.nn.functional.one_hot(values.long(), len(self.classes)).double()
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,16 @@ class Binary:
         """The names of this metric's columns."""
         return [name]
 
-    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Values [n] as float64 [n, 1]; raises ArgumentError on anything but 0 and 1."""
-        encoded = values.double()
-        if not bool(((encoded == 0) | (encoded == 1)).all()):
+    def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [n] as float64 [n]; raises ArgumentError on anything but 0 and 1."""
+        checked = values.double()
+        if not bool(((checked == 0) | (checked == 1)).all()):
             raise ArgumentError(f"metric {name!r}: expected 0 and 1, got other values; use Continuous() for them")
-        return encoded[:, None]
+        return checked
+
+    def expand(self, values: torch.Tensor) -> torch.Tensor:
+        """Checked values [n] as a column [n, 1]."""
+        return values[:, None]
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,18 @@ class Continuous:
         """The names of this metric's columns."""
         return [name]
 
-    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Values [n] as float64 [n, 1]; raises ArgumentError on a value that is not finite."""
-        encoded = values.double()
-        if not bool(torch.isfinite(encoded).all()):
+    def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [n] as float64 [n]; raises ArgumentError on a value that is not finite."""
+        checked = values.double()
+        if not bool(torch.isfinite(checked).all()):
             raise ArgumentError(
                 f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out with valid="
             )
-        return encoded[:, None]
+        return checked
+
+    def expand(self, values: torch.Tensor) -> torch.Tensor:
+        """Checked values [n] as a column [n, 1]."""
+        return values[:, None]
 
 
 Metric = Categorical | Binary | Continuous

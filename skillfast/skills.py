@@ -111,7 +111,7 @@ def select(
 
     Args:
         scores: Of a trace.
-        method: The statistic to rank by: `"pearson"`.
+        method: The statistic to rank by: `"pearson"`, `"spearman"`, `"auroc"` (from 0.5), `"mutual_info"`.
         metric: Only this metric's columns (`"label"`) or this column (`"label:deer"`); all by default.
         share: Share of all neurons in (0, 1].
         max_site_share: Largest share of one site's neurons in (0, 1].
@@ -130,6 +130,7 @@ def select(
     for name, value in (("share", share), ("max_site_share", max_site_share)):
         if not 0 < value <= 1:
             raise ArgumentError(f"{name}: expected a share in (0, 1], got {value}")
+    scores.statistic(method)
     if not scores.sites:
         raise ArgumentError("select: expected scores of a traced model, got scores without sites")
     columns = [column for column in scores.columns if metric in (None, column, column.partition(":")[0])]
@@ -155,7 +156,8 @@ def select(
 
 def _ranking(scores: NeuronScores, method: str, column: str, signed: bool, contrastive: bool) -> np.ndarray:
     """The value to rank by, float64 [n_neurons]; -inf for neurons that must not be chosen."""
-    values = getattr(scores, method)
+    values = scores.statistic(method)
+    values = values - 0.5 if method == "auroc" else values  # what does not go with the class is 0
     values = values if signed else np.abs(values)
     own = values[:, scores.columns.index(column)]
     never = np.isnan(own) | (own <= 0)

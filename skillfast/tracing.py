@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from skillfast import metrics as auxiliary
+from skillfast import sampling
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_compiled, unwrap_compiled
 from skillfast.progress import track
+from skillfast.statistics import distributed
+from skillfast.statistics.cells import exact_rows
+from skillfast.statistics.edges import calibration_rows
 from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
@@ -81,7 +85,7 @@ class _DeviceRows:
             self.rows[: len(kept)] = kept
             values = {name: torch.as_tensor(v, device=keep.device)[keep] for name, v in values.items()}
             n = len(kept)
-        self.statistics.commit(self.statistics.encode(values, n))
+        self.statistics.commit(self.statistics.check(values, n))
         self.discard()
 
     def discard(self) -> None:
@@ -100,7 +104,8 @@ class Tracer:
         metrics: Name -> `Categorical`, `Binary` or `Continuous`.
         sites: Kinds (`"mlp"`, `"attn"`, `"head"`) or names (`"blocks.3.mlp"`).
         pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`.
-        statistics: Which statistics to compute.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
         buffer_rows: Observations collected before one update of the state.
 
     Raises:
@@ -116,6 +121,7 @@ class Tracer:
         sites: Sequence[str] = ("mlp", "attn", "head"),
         pool: Pool = "mean",
         statistics: Sequence[str] = STATISTICS,
+        cells: int = 128,
         buffer_rows: int = 512,
     ) -> None:
         refuse_compiled(model)
@@ -132,9 +138,10 @@ class Tracer:
         self._devices: dict[str, _DeviceRows] = {}
         for device, members in by_device.items():
             width = sum(site.width for site in members)
-            rows = _DeviceRows(
-                members, NeuronStatistics(width, metrics, statistics, buffer_rows=buffer_rows, device=device)
+            accumulator = NeuronStatistics(
+                width, metrics, statistics, cells=cells, buffer_rows=buffer_rows, device=device
             )
+            rows = _DeviceRows(members, accumulator)
             self._devices |= {site.name: rows for site in members}
 
     def _groups(self) -> list[_DeviceRows]:
@@ -188,6 +195,21 @@ class Tracer:
         for group in self._groups():
             group.discard()
 
+    def calibrate(self) -> None:
+        """Let the observations so far, random ones, set the cell edges, and forget them; count from zero.
+
+        Raises:
+            ArgumentError: None so far, or too many (16 per cell).
+        """
+        for group in self._groups():
+            group.statistics.calibrate_on_counted()
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`."""
+        for rows in self._groups():
+            rows.statistics.all_reduce(group)
+        self._seen = set().union(*distributed.gather(self._seen, group))
+
     def compute(self) -> NeuronScores:
         """The scores of everything counted; warns once about neurons or metrics that have none.
 
@@ -204,15 +226,13 @@ class Tracer:
                 if site.name in self._seen
                 for i in part.reasons.get(name, ())
             )
-            for name in ("constant_neuron", "non_finite_activation")
+            for name in ("constant_neuron", "non_finite_activation", "stale_edges")
         }
         reasons["constant_metric"] = parts[0].reasons.get("constant_metric", ())
         reasons["hook_never_fired"] = tuple(site.name for site in self.sites if site.name not in self._seen)
         scores = replace(
             parts[0],
-            mean=np.concatenate([part.mean for part in parts]),
-            std=np.concatenate([part.std for part in parts]),
-            pearson=np.concatenate([part.pearson for part in parts]),
+            **{name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()},
             sites=self.sites,
             reasons={name: where for name, where in reasons.items() if where},
             pool=self._pool,
@@ -274,11 +294,16 @@ def trace(
     sites: Sequence[str] = ("mlp", "attn", "head"),
     pool: Pool = "mean",
     statistics: Sequence[str] = STATISTICS,
+    cells: int = 128,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
     quiet: bool = True,
 ) -> NeuronScores:
     """One pass over a loader: a loop over `Tracer`.
+
+    The cells' edges come from random rows: the first ones of a loader that shuffles, else those of random items that
+    run through the model once more before the pass. Under `torch.distributed` with a DistributedSampler every process
+    gets the scores of all processes' data, each sample counted once.
 
     Args:
         model: In evaluation mode, on the device where it shall run.
@@ -286,7 +311,8 @@ def trace(
         metrics: The metrics, or `"classification"`: label, correct, confidence and loss.
         sites: Kinds or names of sites.
         pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example.
-        statistics: Which statistics to compute.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
         classes: Class names for `"classification"`; from the loader's dataset or the model by default.
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
         quiet: Show no progress bar.
@@ -306,11 +332,33 @@ def trace(
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
         metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
-    with Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics) as tracer, torch.inference_mode():
-        for batch in track(loader, "trace", quiet=quiet):
+    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells)
+    order = sampling.plan(loader, calibration_rows(cells), exact_rows(cells))
+    valid = sampling.ValidRows(loader)
+    with tracer, torch.inference_mode():
+        if set(statistics) != {"pearson"}:
+            _calibrate(tracer, model, order.calibration, run)
+        for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
             _, values = run(model, batch)
-            tracer.step(**values)
-        return tracer.compute()
+            tracer.step(valid=valid.next(len(next(iter(values.values())))), **values)
+    if order.distributed:
+        tracer.all_reduce()
+    return tracer.compute()
+
+
+def _calibrate(tracer: Tracer, model: torch.nn.Module, batches: Iterable[Any], run: Forward) -> None:
+    for batch in batches:
+        _, values = run(model, batch)
+        tracer.step(**values)
+    if tracer.n_observations:
+        tracer.calibrate()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return None
 
 
 def correlate(
@@ -319,14 +367,16 @@ def correlate(
     metrics: Mapping[str, Metric] | None = None,
     *,
     statistics: Sequence[str] = STATISTICS,
+    cells: int = 128,
 ) -> NeuronScores:
-    """Scores of activations that already exist.
+    """Scores of activations that already exist, in any order.
 
     Args:
         activations: [n, D], anything array-like.
         metrics_values: Name -> [n] values.
         metrics: Name -> kind of metric. By default integers are `Categorical`, booleans `Binary`, others `Continuous`.
-        statistics: Which statistics to compute.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
 
     Raises:
         ArgumentError: Shapes that do not fit, or an unknown statistic.
@@ -336,7 +386,10 @@ def correlate(
         raise ArgumentError(f"activations: expected [n, D], got shape {list(x.shape)}")
     values = {name: torch.as_tensor(v) for name, v in metrics_values.items()}
     chosen = metrics or {name: _kind_of(v) for name, v in values.items()}
-    accumulator = NeuronStatistics(x.shape[1], chosen, statistics, device=x.device)
+    accumulator = NeuronStatistics(x.shape[1], chosen, statistics, cells=cells, device=x.device)
+    if len(x) > exact_rows(cells):
+        sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: calibration_rows(cells)]
+        accumulator.calibrate(x[sample.to(x.device)], {name: v[sample.to(v.device)] for name, v in values.items()})
     accumulator.update(x, values)
     scores = accumulator.compute()
     _warn_of_silent_failures(scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import sys
@@ -20,7 +19,6 @@ from skillfast.data import load_cifar10, load_digits, load_imagefolder, loader, 
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError, DataError, ModelError
 
-DATA = Path(os.environ.get("SKILLFAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
 
 
@@ -265,8 +263,8 @@ def test_cifar10_messages(tmp_path: Path, cifar: Path):
         load_cifar10(tmp_path / "nothing", transforms)
 
 
-def test_real_images(tmp_path: Path):
-    archive = DATA / "cifar10.tar.gz"
+def test_real_images(shared: Path, tmp_path: Path):
+    archive = shared / "data" / "cifar10.tar.gz"
     if not archive.is_file():
         pytest.skip(f"{archive} is not there (set SKILLFAST_DATA)")
     with tarfile.open(archive) as tar:

@@ -17,7 +17,7 @@ LAYERS = [
     {"tracing"},
     {"statistics"},
     {"models", "data"},
-    {"metrics", "progress"},
+    {"metrics", "progress", "sampling"},
     {"ops"},
     {"backends"},
     {"kernels", "_core", "files"},

@@ -26,7 +26,7 @@ Mode = Literal["none", "head", "last-block", "all"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 # (epochs, learning rate). The first two train on cached activations, where an epoch costs little.
-_RECIPES = {"head": (40, 3e-3), "last-block": (15, 3e-4), "all": (10, 1e-4), "scratch": (60, 1e-3)}
+_RECIPES = {"head": (40, 3e-3), "last-block": (8, 5e-4), "all": (10, 1e-4), "scratch": (60, 1e-3)}
 _WEIGHT_DECAY = 0.05
 _WARMUP = 0.1  # share of the steps
 _CACHE_LIMIT = 2 << 30  # bytes of frozen activations kept, about 200 images of each of 10 classes for ViT-B/16, twice

@@ -104,7 +104,7 @@ def top_neurons_table(scores: NeuronScores, top: int) -> Table:
     for heading in ("metric", "site", "neuron", "Pearson's r"):
         table.add_column(heading, justify="right" if heading != "site" else "left")
     for i, column in enumerate(scores.columns):
-        values = scores.pearson[:, i]
+        values = scores.statistic("pearson")[:, i]
         order = np.argsort(-np.nan_to_num(np.abs(values), nan=-1), kind="stable")[:top]
         table.add_section()
         for rank, neuron in enumerate(order):

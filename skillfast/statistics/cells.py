@@ -341,7 +341,7 @@ def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Ten
     references = {name: values[name].double().sort().values for name in layout.hats}
     fits = fit_continuous(layout, values, references)
     channels, hats = payload(layout, values, references)
-    y = torch.cat([metric.encode(name, values[name]) for name, metric in layout.metrics.items()], 1)
+    y = torch.cat([metric.expand(metric.check(name, values[name])) for name, metric in layout.metrics.items()], 1)
     labels = torch.cat(
         [torch.full((c.stop - c.start,), not isinstance(metric, Continuous)) for _, metric, c in _columns(layout)]
     ).to(y.device)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "skillfast.scores/1"
 FILE = "scores.safetensors"
-_PER_COLUMN = STATISTICS
+_PER_COLUMN = ("pearson", "spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info")
+_OF_NEURONS = ("constant_neuron", "non_finite_activation", "stale_edges")  # reasons that hold indices of neurons
 _PER_NEURON = ("mean", "std")
 
 
@@ -31,23 +32,47 @@ class NeuronScores:
         mean: float64 [n_neurons], in units of the (pooled) activation.
         std: float64 [n_neurons], population standard deviation.
         n_observations: Rows counted.
-        pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined.
+        pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
+        spearman: Likewise, Spearman's rho.
+        spearman_bound: How far from the true rho it can be, whatever the data: a certificate, not an interval.
+        auroc: Likewise, area under the ROC curve; NaN for continuous metrics.
+        auroc_bound: How far off it can be.
+        mutual_info: Likewise, mutual information in nats, of a class against the rest; 0 for a constant.
         sites: The sites whose neurons these are, in order; empty for activations without a model.
         pool: How tokens became one observation; None for activations without a model.
         fingerprint: Of the model's architecture, or None.
         reasons: What went wrong and where: `constant_neuron` and `non_finite_activation` hold indices of neurons,
-            `constant_metric` names of columns, `hook_never_fired` names of sites.
+            `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
+            cells no longer divide the rows: their bounds are wide, calibrate on random rows.
     """
 
     columns: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
     n_observations: int
-    pearson: np.ndarray
+    pearson: np.ndarray | None = None
+    spearman: np.ndarray | None = None
+    spearman_bound: np.ndarray | None = None
+    auroc: np.ndarray | None = None
+    auroc_bound: np.ndarray | None = None
+    mutual_info: np.ndarray | None = None
     sites: tuple[Site, ...] = ()
     pool: str | None = None
     fingerprint: str | None = None
     reasons: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array that is there, by name; the first axis is the neurons."""
+        named = {name: getattr(self, name) for name in (*_PER_NEURON, *_PER_COLUMN)}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def statistic(self, name: str) -> np.ndarray:
+        """A statistic by name; raises ArgumentError where it was not computed."""
+        array = getattr(self, name, None) if name in STATISTICS else None
+        if array is None:
+            known = [statistic for statistic in STATISTICS if getattr(self, statistic) is not None]
+            raise ArgumentError(f"statistic: expected one of {', '.join(known)}, got {name!r}")
+        return array
 
     @property
     def n_neurons(self) -> int:
@@ -66,12 +91,10 @@ class NeuronScores:
             raise ArgumentError(f"site: expected one of {', '.join(slices) or 'none (no model)'}, got {site!r}")
         rows = slices[site]
         reasons: dict[str, tuple[Any, ...]] = {
-            name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop)
-            if name in ("constant_neuron", "non_finite_activation")
-            else where
+            name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop) if name in _OF_NEURONS else where
             for name, where in self.reasons.items()
         }
-        arrays = {name: getattr(self, name)[rows] for name in (*_PER_NEURON, *_PER_COLUMN)}
+        arrays: dict[str, Any] = {name: array[rows] for name, array in self.arrays().items()}
         chosen = tuple(s for s in self.sites if s.name == site)
         return replace(self, sites=chosen, reasons={k: v for k, v in reasons.items() if v}, **arrays)
 
@@ -96,8 +119,8 @@ class NeuronScores:
         neurons = _neuron_frame(scores)
         parts = []
         for column in columns:
-            for statistic in _PER_COLUMN:
-                values = getattr(scores, statistic)[:, self.columns.index(column)]
+            for statistic in (name for name in _PER_COLUMN if name in scores.arrays()):
+                values = scores.arrays()[statistic][:, self.columns.index(column)]
                 part = neurons.assign(metric=column, statistic=statistic, value=values)
                 if top is not None:
                     part = part.loc[part["value"].abs().nlargest(top).index]
@@ -116,7 +139,7 @@ class NeuronScores:
             "fingerprint": self.fingerprint,
             "reasons": self.reasons,
         }
-        files.write_arrays(path, {name: getattr(self, name) for name in (*_PER_NEURON, *_PER_COLUMN)}, header)
+        files.write_arrays(path, self.arrays(), header)
         return path
 
     @staticmethod

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Metric, from_json, to_json
-from skillfast.statistics import comoments
+from skillfast.statistics import cells, comoments, distributed
+from skillfast.statistics.cell_state import CellState
 from skillfast.statistics.comoments import CoMoments
 from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
@@ -19,16 +22,23 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 SCHEMA = "skillfast.statistics/1"
+FILE = "statistics.safetensors"
 ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
+OF_CELLS = tuple(name for name in STATISTICS if name != "pearson")
 
 
 class NeuronStatistics:
     """Correlates every neuron with every metric in one pass; what it keeps does not grow with the observations.
 
+    The first 16 rows per cell are kept, and up to there all scores are exact; then they set the edges of the cells,
+    unless `calibrate` has, and every later row is counted and forgotten. Rows that come in an order (sorted by class,
+    drifting) make poor edges: calibrate on random rows first.
+
     Args:
         n_neurons: Number of neurons, D.
         metrics: Name -> `Categorical`, `Binary` or `Continuous`.
-        statistics: Which statistics to compute; `"pearson"`.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron, C, from 2 to 256: more are more exact and take more memory.
         buffer_rows: Observations collected before one update of the state.
         device: Where the state lives.
 
@@ -42,13 +52,14 @@ class NeuronStatistics:
         metrics: Mapping[str, Metric],
         statistics: Sequence[str] = STATISTICS,
         *,
+        cells: int = 128,
         buffer_rows: int = 512,
         device: torch.device | str = "cpu",
     ) -> None:
-        if n_neurons < 1 or not metrics or buffer_rows < 1:
+        if n_neurons < 1 or not metrics or buffer_rows < 1 or not 2 <= cells <= 256:
             raise ArgumentError(
-                f"NeuronStatistics: expected at least one neuron, metric and buffer row, got {n_neurons} neurons, "
-                f"{len(metrics)} metrics and {buffer_rows} rows"
+                "NeuronStatistics: expected at least one neuron, metric and buffer row and 2 to 256 cells, got "
+                f"{n_neurons} neurons, {len(metrics)} metrics, {buffer_rows} rows and {cells} cells"
             )
         unknown = [name for name in statistics if name not in STATISTICS]
         if unknown or not statistics:
@@ -56,29 +67,39 @@ class NeuronStatistics:
         self.n_neurons = n_neurons
         self.metrics = dict(metrics)
         self.statistics = tuple(statistics)
+        self.n_cells = cells
         self.buffer_rows = buffer_rows
         self.device = torch.device(device)
         self.columns = tuple(column for name, metric in self.metrics.items() for column in metric.columns(name))
         # Made outside inference mode, so that updates inside and outside of it may mutate it.
         with torch.inference_mode(False):
-            self._state = CoMoments.zeros(n_neurons, len(self.columns), self.device)
+            self._moments = CoMoments.zeros(n_neurons, len(self.columns), self.device)
             self._buffer = torch.empty(0, n_neurons, device=self.device)
-            self._values = torch.empty(0, len(self.columns), dtype=torch.float64, device=self.device)
-        self._filled = 0
+            self._values = torch.empty(0, len(self.metrics), dtype=torch.float64, device=self.device)
+        self._cells: CellState | None = None
+        self._shifted = False  # whether the co-moments have their shift
+        self._filled = 0  # rows in the buffer
+        self._summed = 0  # of these, how many the co-moments have already
+
+    @property
+    def _keeping(self) -> bool:
+        """Whether rows are still kept, to be exact or to set the edges."""
+        return self._cells is None and any(name in OF_CELLS for name in self.statistics)
 
     @property
     def n_observations(self) -> int:
         """Rows counted so far."""
-        return int(self._state.count) + self._filled
+        return int(self._moments.count) + self._filled - self._summed
 
     @property
     def state_bytes(self) -> int:
         """Size of the state and the buffer, in bytes."""
-        tensors = [*self._state.state_dict().values(), self._buffer, self._values]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [*self._moments.state_dict().values(), self._buffer, self._values]
+        counted = 0 if self._cells is None else self._cells.nbytes
+        return counted + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def encode(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
-        """The metrics' values for n observations as columns: float64 [n, n_columns] on the state's device."""
+    def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
+        """The metrics' values for n observations, checked: float64 [n, metrics] on the state's device."""
         if set(metrics) != set(self.metrics):
             raise ArgumentError(f"metrics: expected values for {sorted(self.metrics)}, got {sorted(metrics)}")
         parts = []
@@ -86,8 +107,62 @@ class NeuronStatistics:
             values = torch.as_tensor(metrics[name], device=self.device).detach()
             if values.shape != (n,):
                 raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(values.shape)}")
-            parts.append(metric.encode(name, values))
-        return torch.cat(parts, 1)
+            parts.append(metric.check(name, values))
+        return torch.stack(parts, 1)
+
+    def _activations(self, activations: ArrayLike | torch.Tensor) -> torch.Tensor:
+        x = torch.as_tensor(activations, device=self.device).detach()
+        if x.dim() != 2 or x.shape[1] != self.n_neurons:
+            raise ArgumentError(f"activations: expected [n, {self.n_neurons}], got shape {list(x.shape)}")
+        return x if x.is_floating_point() else x.float()
+
+    def _named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self.metrics, values.T.contiguous(), strict=True))
+
+    def _expanded(self, values: torch.Tensor) -> torch.Tensor:
+        named = self._named(values)
+        return torch.cat([metric.expand(named[name]) for name, metric in self.metrics.items()], 1)
+
+    def calibrate(self, activations: ArrayLike | torch.Tensor, metrics: Mapping[str, ArrayLike | torch.Tensor]) -> None:
+        """Set the cell edges from rows drawn at random, which are not counted; 8 rows per cell are enough.
+
+        Args:
+            activations: [n0, n_neurons].
+            metrics: Name -> [n0] values.
+
+        Raises:
+            ArgumentError: Something was counted already, or shapes that do not fit.
+        """
+        if self.n_observations or self._cells is not None:
+            raise ArgumentError("calibrate: expected to be called once and before anything is counted, got it later")
+        x = self._activations(activations)
+        if x.shape[0] < 1:
+            raise ArgumentError("calibrate: expected at least one row, got none")
+        with torch.inference_mode(False):
+            self._calibrate(x.clone() if x.is_inference() else x, self.check(metrics, x.shape[0]).clone())
+
+    def calibrate_on_counted(self) -> None:
+        """Let the rows counted so far set the cell edges as `calibrate` does, and forget them.
+
+        Raises:
+            ArgumentError: Nothing was counted, or more than can be kept.
+        """
+        if self._cells is not None or not self._filled or int(self._moments.count):
+            raise ArgumentError(
+                f"calibrate: expected 1 to {cells.exact_rows(self.n_cells)} rows counted before, got "
+                f"{self.n_observations}"
+            )
+        with torch.inference_mode(False):
+            self._calibrate(self._buffer[: self._filled], self._values[: self._filled])
+            self._buffer, self._values = self._buffer[:0].clone(), self._values[:0].clone()
+        self._filled = 0
+
+    def _calibrate(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        if not self._shifted:
+            comoments.choose_shift(self._moments, x, self._expanded(values))
+            self._shifted = True
+        if self._keeping:
+            self._cells = CellState.calibrated(self.metrics, self.n_cells, x, self._named(values))
 
     def update(self, activations: ArrayLike | torch.Tensor, metrics: Mapping[str, ArrayLike | torch.Tensor]) -> None:
         """Count n observations.
@@ -99,101 +174,151 @@ class NeuronStatistics:
         Raises:
             ArgumentError: Shapes that do not fit, a class out of range, a continuous value that is not finite.
         """
-        x = torch.as_tensor(activations, device=self.device).detach()
-        if x.dim() != 2 or x.shape[1] != self.n_neurons:
-            raise ArgumentError(f"activations: expected [n, {self.n_neurons}], got shape {list(x.shape)}")
-        if not x.is_floating_point():
-            x = x.float()
-        y = self.encode(metrics, x.shape[0])
-        if x.shape[0] >= self.buffer_rows:
-            self._flush()
-            for rows, columns in zip(x.split(self.buffer_rows), y.split(self.buffer_rows), strict=True):
-                self._add(rows, columns)
-            return
-        self.reserve(x.shape[0], x.dtype).copy_(x)
-        self.commit(y)
+        x = self._activations(activations)
+        values = self.check(metrics, x.shape[0])
+        for rows, checked in zip(x.split(self.buffer_rows), values.split(self.buffer_rows), strict=True):
+            if rows.shape[0] == self.buffer_rows and not self._keeping:
+                self._drain()
+                self._add(rows, checked)
+            else:
+                self.reserve(rows.shape[0], rows.dtype).copy_(rows)
+                self.commit(checked)
 
     def reserve(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A view [n, n_neurons] of the buffer to write activations into before `commit`: saves a copy of the rows."""
-        if self._buffer.dtype != dtype or self._filled + n > self._buffer.shape[0]:
-            self._flush()
-        if self._buffer.dtype != dtype or n > self._buffer.shape[0]:
-            with torch.inference_mode(False):
-                rows = max(n, self.buffer_rows)
-                self._buffer = torch.empty(rows, self.n_neurons, dtype=dtype, device=self.device)
-                self._values = torch.empty(rows, len(self.columns), dtype=torch.float64, device=self.device)
+        if self._filled + n > len(self._buffer) or (self._buffer.dtype != dtype and not self._keeping):
+            self._make_room(n, dtype)
+        elif self._buffer.dtype != dtype:
+            self._buffer = self._buffer.float()  # kept rows of two dtypes
         return self._buffer[self._filled : self._filled + n]
 
-    def commit(self, encoded: torch.Tensor) -> None:
-        """Count the rows written to the last `reserve`, with their columns as made by `encode`."""
-        n = encoded.shape[0]
-        self._values[self._filled : self._filled + n] = encoded
-        self._filled += n
-        if self._filled == self._buffer.shape[0]:
-            self._flush()
-
-    def _flush(self) -> None:
+    def _make_room(self, n: int, dtype: torch.dtype) -> None:
         if self._filled:
-            rows = slice(0, self._filled)
-            self._filled = 0
-            self._add(self._buffer[rows], self._values[rows])
+            self._drain()
+        rows = max(n, cells.exact_rows(self.n_cells) if self._keeping else self.buffer_rows)
+        if len(self._buffer) != rows or self._buffer.dtype != dtype:
+            with torch.inference_mode(False):
+                self._buffer = torch.empty(rows, self.n_neurons, dtype=dtype, device=self.device)
+                self._values = torch.empty(rows, len(self.metrics), dtype=torch.float64, device=self.device)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if x.shape[0] == 0:
-            return
-        if int(self._state.count) == 0:
-            comoments.choose_shift(self._state, x, y)
-        comoments.update(self._state, x, y)
+    def commit(self, checked: torch.Tensor) -> None:
+        """Count the rows written to the last `reserve`, with their values as made by `check`."""
+        n = checked.shape[0]
+        self._values[self._filled : self._filled + n] = checked
+        self._filled += n
+        if self._filled == len(self._buffer) and not self._keeping:
+            self._drain()
+
+    def _sum_buffered(self) -> None:
+        """Bring the co-moments up to all rows of the buffer."""
+        while self._summed < self._filled:
+            part = slice(self._summed, min(self._summed + self.buffer_rows, self._filled))
+            self._summed = part.stop
+            self._sum(self._buffer[part], self._expanded(self._values[part]))
+
+    def _sum(self, x: torch.Tensor, columns: torch.Tensor) -> None:
+        if not self._shifted:
+            comoments.choose_shift(self._moments, x, columns)
+            self._shifted = True
+        comoments.update(self._moments, x, columns)
+
+    def _drain(self) -> None:
+        """Count the buffer's rows into the state and empty it; kept rows set the edges first."""
+        self._sum_buffered()
+        rows, values = self._buffer[: self._filled], self._values[: self._filled]
+        if self._keeping and self._filled:
+            with torch.inference_mode(False):
+                self._calibrate(rows[::2], values[::2])  # 8 rows per cell; the other half is no worse informed
+                # The table may take the place of the kept rows: the buffer is made anew, and smaller.
+                self._buffer, self._values = self._buffer[:0].clone(), self._values[:0].clone()
+        self._filled = self._summed = 0
+        if self._cells is not None:
+            for part, checked in zip(rows.split(self.buffer_rows), values.split(self.buffer_rows), strict=True):
+                self._cells.add(part, self._named(checked))
+
+    def _add(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        self._sum(x, self._expanded(values))
+        if self._cells is not None:
+            self._cells.add(x, self._named(values))
 
     def like(self) -> NeuronStatistics:
-        """An empty accumulator of the same neurons and metrics: a shard to `merge` later."""
-        return NeuronStatistics(
-            self.n_neurons, self.metrics, self.statistics, buffer_rows=self.buffer_rows, device=self.device
+        """An empty accumulator of the same neurons, metrics, shift and cell edges: a shard to `merge` later."""
+        shard = NeuronStatistics(
+            self.n_neurons,
+            self.metrics,
+            self.statistics,
+            cells=self.n_cells,
+            buffer_rows=self.buffer_rows,
+            device=self.device,
         )
+        shard._moments.shift_x.copy_(self._moments.shift_x)
+        shard._moments.shift_y.copy_(self._moments.shift_y)
+        shard._shifted = self._shifted
+        shard._cells = None if self._cells is None else self._cells.like()
+        return shard
 
     def merge(self, other: NeuronStatistics) -> None:
         """Add another accumulator's observations to this one; the other is left as it is.
 
         Raises:
-            ArgumentError: The other has other neurons or metrics.
+            ArgumentError: The other has other neurons, metrics or statistics, or counts into other cells.
         """
-        if (other.n_neurons, other.metrics) != (self.n_neurons, self.metrics):
+        ours = (self.n_neurons, self.metrics, self.statistics, self.n_cells)
+        if (other.n_neurons, other.metrics, other.statistics, other.n_cells) != ours:
             raise ArgumentError(
-                f"merge: expected {self.n_neurons} neurons and metrics {list(self.metrics)}, "
-                f"got {other.n_neurons} and {list(other.metrics)}"
+                f"merge: expected {self.n_neurons} neurons, {self.n_cells} cells, metrics {list(self.metrics)} and "
+                f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_cells}, {list(other.metrics)} "
+                f"and {list(other.statistics)}"
             )
-        self._flush()
-        other._flush()
-        tensors = {name: tensor.to(self.device) for name, tensor in other._state.state_dict().items()}
-        comoments.merge(self._state, CoMoments(**tensors))
+        if other._keeping:  # it still has all its rows
+            rows, values = other._buffer[: other._filled].clone(), other._values[: other._filled].clone()
+            self.update(rows, self._named(values))
+            return
+        if self._keeping:
+            rows, values = self._buffer[: self._filled].clone(), self._values[: self._filled].clone()
+            self.__dict__.update(other.like().__dict__ | {"device": self.device})
+            self.update(rows, self._named(values))
+        self._drain()
+        other._drain()
+        if self._cells is not None and other._cells is not None:
+            self._cells.merge(other._cells)
+        tensors = {name: tensor.to(self.device) for name, tensor in other._moments.state_dict().items()}
+        comoments.merge(self._moments, CoMoments(**tensors))
+        self._shifted = True
 
     def all_reduce(self, group: Any = None) -> None:
-        """Sum over the processes of a `torch.distributed` group; every process then holds all observations."""
-        import torch.distributed as dist
+        """Sum over the processes of a `torch.distributed` group; every process then holds all observations.
 
-        self._flush()
-        total = self._state.count.clone()
-        dist.all_reduce(total, group=group)
-        # The processes' mean shift, weighted by their rows: one that lies within everybody's data.
-        weight = self._state.count.double() / total.clamp_min(1).double()
-        shift_x, shift_y = self._state.shift_x.double() * weight, self._state.shift_y * weight
-        dist.all_reduce(shift_x, group=group)
-        dist.all_reduce(shift_y, group=group)
-        moved = comoments.reshift(self._state, shift_x.float(), shift_y)
-        for name in ("count", "sum_x", "sum_xx", "sum_y", "sum_yy", "sum_xy"):
-            dist.all_reduce(getattr(moved, name), group=group)
-        self._state = moved
+        Raises:
+            ArgumentError: The processes count into other cells; `calibrate` each with the same rows.
+        """
+        if distributed.all_true(self._keeping, group):
+            parts = distributed.gather((self._buffer[: self._filled], self._values[: self._filled]), group)
+            self.__dict__.update(self.like().__dict__)
+            for rows, values in parts:
+                self.update(rows.to(self.device), self._named(values.to(self.device)))
+            return
+        distributed.check_same_edges(None if self._cells is None else self._cells.edges, self._keeping, group)
+        self._drain()
+        self._moments = distributed.reduce_moments(self._moments, group)
+        if self._cells is not None:
+            distributed.reduce_cells(self._cells, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
-        self._flush()
+        if not self._keeping:
+            self._drain()
+        self._sum_buffered()
         return {
             "schema": SCHEMA,
             "n_neurons": self.n_neurons,
             "metrics": to_json(self.metrics),
             "statistics": list(self.statistics),
+            "cells": self.n_cells,
             "buffer_rows": self.buffer_rows,
-            "comoments": {name: tensor.clone() for name, tensor in self._state.state_dict().items()},
+            "comoments": {name: tensor.clone() for name, tensor in self._moments.state_dict().items()},
+            "kept": {"rows": self._buffer[: self._filled].clone(), "values": self._values[: self._filled].clone()},
+            "table": None if self._cells is None else self._cells.state_dict(),
         }
 
     @staticmethod
@@ -205,20 +330,58 @@ class NeuronStatistics:
         """
         if state.get("schema") != SCHEMA:
             raise ArgumentError(f"state_dict: expected schema {SCHEMA!r}, got {state.get('schema')!r}")
+        metrics = from_json(state["metrics"])
         result = NeuronStatistics(
             state["n_neurons"],
-            from_json(state["metrics"]),
+            metrics,
             state["statistics"],
+            cells=state["cells"],
             buffer_rows=state["buffer_rows"],
             device=device,
         )
-        for name, tensor in result._state.state_dict().items():
-            stored = state["comoments"].get(name)
-            if stored is None or stored.shape != tensor.shape:
-                shape = None if stored is None else list(stored.shape)
-                raise ArgumentError(f"state_dict {name}: expected shape {list(tensor.shape)}, got {shape}")
-            tensor.copy_(stored)
+        result._load(state, cells.CellLayout.of(metrics, state["cells"]))
         return result
+
+    def _load(self, state: Mapping[str, Any], layout: cells.CellLayout) -> None:
+        expected = {name: list(tensor.shape) for name, tensor in self._moments.state_dict().items()}
+        kept = state["kept"]
+        stored = {**state["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
+        expected["kept rows"] = [len(kept["values"]), self.n_neurons]
+        expected["kept values"] = [len(kept["rows"]), len(self.metrics)]
+        if state["table"] is not None:
+            stored |= {name: state["table"].get(name) for name in ("edges", "table")}
+            expected["edges"] = [self.n_neurons, self.n_cells - 1]
+            expected["table"] = [self.n_neurons, layout.entries]
+        for name, shape in expected.items():
+            found = None if stored.get(name) is None else list(stored[name].shape)
+            if found != shape:
+                raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}")
+        for name, tensor in self._moments.state_dict().items():
+            tensor.copy_(stored[name])
+        self._shifted = int(self._moments.count) > 0 or state["table"] is not None
+        if state["table"] is not None:
+            self._cells = CellState.from_state_dict(layout, state["table"], self.device)
+        if len(kept["rows"]):
+            self.reserve(len(kept["rows"]), kept["rows"].dtype).copy_(kept["rows"])
+            self.commit(kept["values"].to(self.device))
+            self._summed = self._filled
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the state as `statistics.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        files.write_nested(path, self.state_dict())
+        return path
+
+    @staticmethod
+    def load(directory: str | Path, device: torch.device | str = "cpu") -> NeuronStatistics:
+        """Go on from what `save` wrote.
+
+        Raises:
+            DataError: The file is missing, broken or of another version.
+            ArgumentError: Its tensors do not fit what it says of itself.
+        """
+        state = files.read_nested(Path(directory) / FILE, SCHEMA, "write it with NeuronStatistics.save")
+        return NeuronStatistics.from_state_dict(state, device)
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted so far; counting may go on.
@@ -226,25 +389,61 @@ class NeuronStatistics:
         Raises:
             ArgumentError: Nothing was counted.
         """
-        self._flush()
-        if int(self._state.count) == 0:
+        if self.n_observations == 0:
             raise ArgumentError("compute: expected at least one observation, got none; call update first")
-        state = self._state
-        mean, variance, _, variance_y = comoments.mean_and_variance(state)
-        n = state.count.double()
-        non_finite = ~torch.isfinite(mean + variance)
-        constant_x = ~non_finite & (variance <= ROUNDING * state.sum_xx / n)
-        constant_y = variance_y <= ROUNDING * state.sum_yy / n
-        reasons = {
-            "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
-            "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
-            "constant_metric": tuple(c for c, flat in zip(self.columns, constant_y.tolist(), strict=True) if flat),
-        }
-        return NeuronScores(
-            columns=self.columns,
-            mean=mean.cpu().numpy(),
-            std=variance.sqrt().cpu().numpy(),
-            n_observations=int(state.count),
-            pearson=comoments.pearson(state, constant_x, constant_y).cpu().numpy(),
-            reasons={name: where for name, where in reasons.items() if where},
-        )
+        if not self._keeping:
+            self._drain()
+        self._sum_buffered()
+        return _scores(self)
+
+
+def _scores(statistics: NeuronStatistics) -> NeuronScores:
+    state = statistics._moments
+    mean, variance, _, variance_y = comoments.mean_and_variance(state)
+    n = state.count.double()
+    non_finite = ~torch.isfinite(mean + variance)
+    constant_x = ~non_finite & (variance <= ROUNDING * state.sum_xx / n)
+    constant_y = variance_y <= ROUNDING * state.sum_yy / n
+    arrays: dict[str, torch.Tensor] = {}
+    if "pearson" in statistics.statistics:
+        arrays["pearson"] = comoments.pearson(state, constant_x, constant_y)
+    stale = torch.zeros_like(constant_x)
+    counted = _cell_scores(statistics, non_finite)
+    if counted is not None:
+        stale = counted.stale & ~non_finite & ~constant_x
+        for name in OF_CELLS:
+            if name in statistics.statistics:
+                arrays |= {key: getattr(counted, key) for key in (name, f"{name}_bound") if hasattr(counted, key)}
+        for name, array in arrays.items():
+            array[non_finite] = torch.nan
+            array[constant_x] = 0.0 if name == "mutual_info" else torch.nan
+            array[:, constant_y] = 0.0 if name == "mutual_info" else torch.nan
+        if "mutual_info" in arrays:
+            arrays["mutual_info"][non_finite] = torch.nan
+    reasons = {
+        "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
+        "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
+        "stale_edges": tuple(stale.nonzero()[:, 0].tolist()),
+        "constant_metric": tuple(c for c, flat in zip(statistics.columns, constant_y.tolist(), strict=True) if flat),
+    }
+    return NeuronScores(
+        columns=statistics.columns,
+        mean=mean.cpu().numpy(),
+        std=variance.sqrt().cpu().numpy(),
+        n_observations=int(state.count),
+        reasons={name: where for name, where in reasons.items() if where},
+        **{name: array.cpu().numpy() for name, array in arrays.items()},  # type: ignore[arg-type]
+    )
+
+
+def _cell_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> cells.CellScores | None:
+    """Exact scores while all rows are there, then those of the table."""
+    if statistics._cells is not None:
+        return statistics._cells.scores()
+    if not statistics._keeping:
+        return None
+    rows = statistics._buffer[: statistics._filled]
+    if bool(non_finite.any()):
+        rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    layout = cells.CellLayout.of(statistics.metrics, statistics.n_cells)
+    return cells.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))
