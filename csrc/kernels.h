@@ -37,10 +37,10 @@ struct CellsArgs {
   int64_t stride_row;
   int64_t n, width;
   int64_t cells, metrics, counts, weights;  // cells in [2, 256]; weights a multiple of 8
-  const float* edges;       // [width, cells - 1], ascending
-  const int16_t* channels;  // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
-  const int16_t* hats;      // [n, weights]
-  int32_t* table;           // [width, cells * (counts + weights)]
+  const float* edges;                       // [width, cells - 1], ascending
+  const int16_t* channels;                  // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
+  const int16_t* hats;                      // [n, weights]
+  int32_t* table;                           // [width, cells * (counts + weights)]
   DType dtype;
 };
 

@@ -5,6 +5,7 @@ namespace {
 
 constexpr int kPanel = 32;           // neurons transposed at once
 constexpr int kRows = 1024;          // rows that pass by while a neuron's table stays in cache
+constexpr int kTries = 4;            // blocks in which a cell that many rows share is looked for
 constexpr int kBlock = 64;           // rows whose cells are found, then counted
 constexpr int kStride = kRows + 16;  // not a power of two: a column of the panel must not fall into one cache set
 
@@ -46,21 +47,57 @@ void add_counts(const int32_t* cells, int rows, const int16_t* channels, int64_t
 }
 
 template <typename Sums, typename Weights>
+Sums load_weights(const int16_t* weights) {
+  Weights narrow;
+  std::memcpy(&narrow, weights, sizeof(narrow));
+  return __builtin_convertvector(narrow, Sums);
+}
+
+template <typename Sums>
+void add_to(int32_t* entry, const Sums& added) {
+  Sums sums;
+  std::memcpy(&sums, entry, sizeof(sums));
+  sums += added;
+  std::memcpy(entry, &sums, sizeof(sums));
+}
+
+template <typename Sums, typename Weights>
 void add_weights(const int32_t* cells, int rows, const int16_t* weights, int64_t width, int32_t* table) {
   int32_t place[kBlock];
   for (int r = 0; r < rows; ++r) place[r] = cells[r] * static_cast<int32_t>(width);
 #pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) add_to(table + place[r], load_weights<Sums, Weights>(weights + r * width));
+}
+
+// The same where many rows share a cell (a ReLU's zeros): there each addition would wait for the one before it to
+// reach memory, so those rows are summed in a register.
+template <typename Sums, typename Weights>
+void add_weights_shared(const int32_t* cells, int rows, int32_t common, const int16_t* weights, int64_t width,
+                        int32_t* table) {
+  int32_t order[kBlock];
+  int others = 0;
+  Sums shared = {};
   for (int r = 0; r < rows; ++r) {
-    Weights weight;
-    Sums sums;
-    std::memcpy(&weight, weights + r * width, sizeof(weight));
-    std::memcpy(&sums, table + place[r], sizeof(sums));
-    sums += __builtin_convertvector(weight, Sums);
-    std::memcpy(table + place[r], &sums, sizeof(sums));
+    const bool is_other = cells[r] != common;
+    const int32_t kept = static_cast<int32_t>(is_other) - 1;  // all bits, or none
+    shared += load_weights<Sums, Weights>(weights + r * width) & kept;
+    order[others] = r;
+    others += is_other;
+  }
+  add_to(table + common * width, shared);
+  for (int i = 0; i < others; ++i) {
+    const int r = order[i];
+    add_to(table + cells[r] * width, load_weights<Sums, Weights>(weights + r * width));
   }
 }
 
-void add_block(const CellsArgs& args, const int32_t* cells, int64_t row0, int rows, int32_t* counts) {
+template <typename Sums, typename Weights>
+void add_lanes(const int32_t* cells, int rows, int32_t common, const int16_t* weights, int64_t width, int32_t* table) {
+  if (common < 0) return add_weights<Sums, Weights>(cells, rows, weights, width, table);
+  return add_weights_shared<Sums, Weights>(cells, rows, common, weights, width, table);
+}
+
+void add_block(const CellsArgs& args, const int32_t* cells, int64_t row0, int rows, int32_t common, int32_t* counts) {
   for (int64_t k = 0; k < args.metrics; ++k) {
     add_counts(cells, rows, args.channels + row0 * args.metrics + k, args.metrics, args.counts, counts);
   }
@@ -68,9 +105,17 @@ void add_block(const CellsArgs& args, const int32_t* cells, int64_t row0, int ro
   const int16_t* weights = args.hats + row0 * args.weights;
   int64_t lane = 0;
   for (; lane + 16 <= args.weights; lane += 16) {
-    add_weights<Sums16, Weights16>(cells, rows, weights + lane, args.weights, sums + lane);
+    add_lanes<Sums16, Weights16>(cells, rows, common, weights + lane, args.weights, sums + lane);
   }
-  if (lane < args.weights) add_weights<Sums8, Weights8>(cells, rows, weights + lane, args.weights, sums + lane);
+  if (lane < args.weights) {
+    add_lanes<Sums8, Weights8>(cells, rows, common, weights + lane, args.weights, sums + lane);
+  }
+}
+
+bool is_common(const int32_t* cells, int rows, int32_t cell) {
+  int found = 0;
+  for (int r = 0; r < rows; ++r) found += cells[r] == cell;
+  return found * 4 >= rows;
 }
 
 // Adds one neuron's rows; meanwhile the next neuron's table is fetched, a part per block.
@@ -83,6 +128,7 @@ void neuron_update(const CellsArgs& args, int64_t d, const float* x, int64_t row
   int32_t* table = args.table + d * entries;
   const char* next = reinterpret_cast<const char*>(table + entries);
   const int64_t part = (entries * 4 * kBlock / rows + 63) & ~int64_t(63);
+  int32_t guess = 0, tries = 0;  // a cell that many rows share, if there is one
   for (int r = 0; r < rows; r += kBlock) {
     const int block = rows - r < kBlock ? rows - r : kBlock;
     find_cells<kLevels>(tree, x + r, block, cells);
@@ -90,7 +136,9 @@ void neuron_update(const CellsArgs& args, int64_t d, const float* x, int64_t row
       for (int64_t line = 0; line < part; line += 64) __builtin_prefetch(next + line, 1, 3);
       next += part;
     }
-    add_block(args, cells, row0 + r, block, table);
+    const bool common = tries < kTries && is_common(cells, block, guess);
+    if (!common) guess = cells[block / 2], ++tries;
+    add_block(args, cells, row0 + r, block, common ? guess : -1, table);
   }
 }
 

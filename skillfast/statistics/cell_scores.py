@@ -173,20 +173,28 @@ def _places(occupancy: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return place
 
 
+def _two_level_groups(n: torch.Tensor, rarer: torch.Tensor) -> torch.Tensor:
+    """How many groups [d]: N / 20, halved until about 5 rows of the rarer level fall into each; 2 at least.
+
+    With fewer, Miller and Madow's correction would leave most of a rare label's bias. Halved, so that labels that
+    are about as rare share one merging.
+    """
+    halvings = (n / 20 / (rarer / 5).clamp_min(2)).clamp_min(1).log2().ceil()
+    return torch.maximum(n / 20 * torch.exp2(-halvings), (n / 20).clamp_max(2))
+
+
 def merge_cells(joint: torch.Tensor) -> torch.Tensor:
     """Merges neighbouring cells of [d, C, K] until about 10 rows per class fall into each.
 
     The rows' ranks are divided into N / (10 K) even groups; cells whose middles fall into one group are merged, so
-    there are at most that many. With two levels there are also at most as many as the rarer one has rows (2 at
-    least): Miller and Madow's correction would leave most of the bias of a rare label spread over more.
+    there are at most that many. With two levels there are fewer, `_two_level_groups`.
 
     Returns:
         float64 [d, C, K], the merged cells first, then empty ones.
     """
     occupancy = joint.sum(2)
-    wanted = occupancy.sum(1) / (10 * joint.shape[2])
-    if joint.shape[2] == 2:
-        wanted = torch.minimum(wanted, joint.sum(1).amin(1).clamp_min(2))
+    n = occupancy.sum(1)
+    wanted = n / (10 * joint.shape[2]) if joint.shape[2] != 2 else _two_level_groups(n, joint.sum(1).amin(1))
     place = _places(occupancy, wanted)
     return torch.zeros_like(joint).scatter_add_(1, place[:, :, None].expand_as(joint), joint)
 
@@ -224,10 +232,21 @@ def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> tor
 def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch.Tensor:
     """`mutual_information` of each neuron with each 0/1 label: float64 [d, K].
 
-    All labels share one merging of the cells; a label with fewer rows than there are merged cells has its own.
+    Every neuron has seen the same labels. Labels that want as many merged cells share one merging.
     """
+    one = positives[0].sum(0)
+    n = occupancy[0].sum().expand_as(one)
+    wanted = _two_level_groups(n, torch.minimum(one, n - one))
+    found = torch.empty_like(positives[:, 0])
+    for groups in wanted.unique():
+        alike = wanted == groups
+        place = _places(occupancy, groups.expand_as(occupancy[:, 0]))
+        found[:, alike] = _label_information(positives[:, :, alike], occupancy, place)
+    return found
+
+
+def _label_information(positives: torch.Tensor, occupancy: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     n = occupancy.sum(1, keepdim=True)
-    place = _places(occupancy, n[:, 0] / 20)
     n_cells = int(place.max()) + 1
     cells = torch.zeros_like(occupancy[:, :n_cells]).scatter_add_(1, place, occupancy)
     merged = torch.zeros_like(positives[:, :n_cells])
@@ -240,8 +259,4 @@ def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch
     levels = one.gt(0).long() + (n > one).long()
     excess = occupied - cells.gt(0).sum(1, keepdim=True) - levels + 1
     plugin = both - _plogp(cells, n).sum(1, keepdim=True) + entropy
-    found = torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy)
-    rare = torch.minimum(one, n - one).amin(0) < n_cells
-    for k in rare.nonzero()[:, 0].tolist():
-        found[:, k] = mutual_information(torch.stack([positives[:, :, k], occupancy - positives[:, :, k]], 2))
-    return found
+    return torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPILL_ROWS = 1 << 22  # rows between spills: they add at most 2^22 * 256 = 2^30 to an entry
 _SPILLED = 1 << 30
-_SLICE_VALUES = 1 << 20  # table entries finished at once: 8 MB of float64, and a few times that of temporaries
+_SLICE_VALUES = 1 << 22  # table entries finished at once: 32 MB of float64, and a few times that of temporaries
 
 
 def exact_rows(cells: int) -> int:
