@@ -230,9 +230,12 @@ class Tracer:
         }
         reasons["constant_metric"] = parts[0].reasons.get("constant_metric", ())
         reasons["hook_never_fired"] = tuple(site.name for site in self.sites if site.name not in self._seen)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()
+        }
         scores = replace(
             parts[0],
-            **{name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()},
+            **arrays,
             sites=self.sites,
             reasons={name: where for name, where in reasons.items() if where},
             pool=self._pool,

@@ -283,7 +283,9 @@ def table_scores(x, values, order, calibration, of=None, n_cells=CELLS, buffer=5
 
 def oracle(x, values):
     """Spearman's rho and AUROC from ranks of all the stored values."""
-    columns = torch.cat([metric.expand(metric.check(name, values[name])) for name, metric in metrics().items()], 1).numpy()
+    columns = torch.cat(
+        [metric.expand(metric.check(name, values[name])) for name, metric in metrics().items()], 1
+    ).numpy()
     rank_x, rank_y = rankdata(x.double().numpy(), axis=0), rankdata(columns, axis=0)
     with np.errstate(invalid="ignore"):
         rho = np.corrcoef(rank_x.T, rank_y.T)[: x.shape[1], x.shape[1] :]

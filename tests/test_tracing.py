@@ -203,9 +203,13 @@ def test_the_data_frame_is_long(vit, batches):
     scores = skillfast.trace(vit, batches)
     frame = scores.to_dataframe(metric="label", top=4)
     assert list(frame.columns) == ["layer", "kind", "head", "unit", "metric", "statistic", "value"]
-    assert len(frame) == 5 * 4
+    assert len(frame) == 5 * 4 * 6
+    assert set(frame["statistic"]) == {
+        "pearson", "spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info",
+    }  # fmt: skip
     assert str(frame["layer"].dtype) == "Int64"
     attention = scores.to_dataframe(site="blocks.2.attn", metric="loss")
+    attention = attention[attention["statistic"] == "pearson"]
     assert len(attention) == 24
     assert attention["head"].tolist() == sorted([0, 1, 2] * 8)
     np.testing.assert_array_equal(attention["value"], scores["blocks.2.attn"].pearson[:, scores.columns.index("loss")])

@@ -69,8 +69,10 @@ def trace_over_forward(
     with torch.inference_mode():
         for images, label in islice(loader, MEASURED_BATCHES):
             batch = (images.to(device), label.to(device))
-            if samples == 0:
-                model(batch[0])  # the first forward pays for allocations that no later one does
+            if samples == 0:  # the first forward pays for allocations, the first rows for the cells' edges
+                with tracer:
+                    tracer.step(**classification_forward(model, batch)[1])
+                    tracer.calibrate()
             start = _now(device)
             model(batch[0])
             middle = _now(device)

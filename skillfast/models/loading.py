@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from skillfast.data.splits import Splits
 
 # the embedded default; whatever is changed here or in its training makes `_RECIPE` a new number
-_RECIPE = 2
+_RECIPE = 3
 _DIGITS: dict[str, Any] = {
     "img_size": 8,
     "in_chans": 1,
@@ -46,6 +46,7 @@ _DIGITS: dict[str, Any] = {
 }
 _DIGITS_EPOCHS = 80
 _DIGITS_LR = 2e-3
+_DIGITS_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         "all",
         epochs=_DIGITS_EPOCHS,
         lr=_DIGITS_LR,
+        batch_size=_DIGITS_BATCH,
         seed=seed,
         quiet=quiet,
         augment=shift_and_turn,
@@ -262,7 +264,7 @@ def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
 
     angle, scale, shear = uniform(0.15), uniform(0.1).exp(), uniform(0.1)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [torch.stack([cos, shear - sin, uniform(0.1)], dim=1), torch.stack([sin, cos, uniform(0.1)], dim=1)]
+    rows = [torch.stack([cos, shear - sin, uniform(0.15)], dim=1), torch.stack([sin, cos, uniform(0.15)], dim=1)]
     grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     background = -DIGITS_MEAN / DIGITS_STD
     return functional.grid_sample(images - background, grid, align_corners=False) + background

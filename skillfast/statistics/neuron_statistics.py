@@ -228,7 +228,7 @@ class NeuronStatistics:
         rows, values = self._buffer[: self._filled], self._values[: self._filled]
         if self._keeping and self._filled:
             with torch.inference_mode(False):
-                self._calibrate(rows[::2], values[::2])  # 8 rows per cell; the other half is no worse informed
+                self._calibrate(rows[::2], values)  # 8 rows per cell are enough; of scalars more are better
                 # The table may take the place of the kept rows: the buffer is made anew, and smaller.
                 self._buffer, self._values = self._buffer[:0].clone(), self._values[:0].clone()
         self._filled = self._summed = 0
