@@ -125,6 +125,19 @@ def _shuffled(stream: Iterable[Any], rows: int, seed: int) -> Iterator[Any]:
     yield from held
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a process's share.
+
+    Attributes:
+        own: bool [n], not repeated from elsewhere; None: all are.
+        place: int64 [n], a number that no other row of any process has; None: there is one process.
+    """
+
+    own: torch.Tensor | None
+    place: torch.Tensor | None
+
+
 class ValidRows:
     """Which rows of each batch are a process's own: a DistributedSampler repeats some to make shares even.
 
@@ -145,11 +158,10 @@ class ValidRows:
                 "left out anyway"
             )
 
-    def next(self, n: int) -> torch.Tensor | None:
-        """Bool [n] for the next n rows, or None: all of them."""
+    def next(self, n: int) -> Rows:
+        """What is known of the next n rows."""
         if self._sampler is None:
-            return None
-        place = self._seen + torch.arange(n)
+            return Rows(None, None)
+        place = (self._seen + torch.arange(n)) * self._sampler.num_replicas + self._sampler.rank
         self._seen += n
-        total = len(self._sampler.dataset)  # type: ignore[arg-type]
-        return place * self._sampler.num_replicas + self._sampler.rank < total
+        return Rows(place < len(self._sampler.dataset), place)  # type: ignore[arg-type]

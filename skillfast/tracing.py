@@ -71,7 +71,7 @@ class _DeviceRows:
         self.fired.add(site.name)
         pool_tokens(x.detach(), pool, self.rows[:, self.columns[site.name]])
 
-    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None) -> None:
+    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
         if self.rows is None:
             return
         for name in self.columns.keys() - self.fired:
@@ -84,8 +84,9 @@ class _DeviceRows:
             kept = self.rows[keep]
             self.rows[: len(kept)] = kept
             values = {name: torch.as_tensor(v, device=keep.device)[keep] for name, v in values.items()}
+            groups = None if groups is None else torch.as_tensor(groups, device=keep.device)[keep]
             n = len(kept)
-        self.statistics.commit(self.statistics.check(values, n))
+        self.statistics.commit(self.statistics.check(values, n), groups)
         self.discard()
 
     def discard(self) -> None:
@@ -106,6 +107,8 @@ class Tracer:
         pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
         cells: Cells per neuron for all but Pearson's r; 2 to 256.
+        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
+        seed: Of the replicates.
         buffer_rows: Observations collected before one update of the state.
 
     Raises:
@@ -122,6 +125,8 @@ class Tracer:
         pool: Pool = "mean",
         statistics: Sequence[str] = STATISTICS,
         cells: int = 128,
+        confidence: int | None = None,
+        seed: int = 0,
         buffer_rows: int = 512,
     ) -> None:
         refuse_compiled(model)
@@ -139,7 +144,14 @@ class Tracer:
         for device, members in by_device.items():
             width = sum(site.width for site in members)
             accumulator = NeuronStatistics(
-                width, metrics, statistics, cells=cells, buffer_rows=buffer_rows, device=device
+                width,
+                metrics,
+                statistics,
+                cells=cells,
+                confidence=confidence,
+                seed=seed,
+                buffer_rows=buffer_rows,
+                device=device,
             )
             rows = _DeviceRows(members, accumulator)
             self._devices |= {site.name: rows for site in members}
@@ -172,11 +184,18 @@ class Tracer:
         """Size of all state and buffers, in bytes."""
         return sum(group.statistics.state_bytes for group in self._groups())
 
-    def step(self, *, valid: torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
+    def step(
+        self,
+        *,
+        valid: torch.Tensor | None = None,
+        groups: ArrayLike | torch.Tensor | None = None,
+        **values: ArrayLike | torch.Tensor,
+    ) -> None:
         """Count the observations of the last forward.
 
         Args:
             valid: bool [batch]; rows that are False are left out (padding of a last batch, repeated samples).
+            groups: [batch] whole numbers; observations of one group are resampled together for `confidence`.
             **values: One [batch] array per metric.
 
         Raises:
@@ -188,7 +207,7 @@ class Tracer:
             raise ModelError("step: expected a forward of the traced model since the last step, got none")
         self._seen |= fired
         for group in self._groups():
-            group.count(values, valid)
+            group.count(values, valid, groups)
 
     def discard(self) -> None:
         """Forget the last forward instead of counting it."""
@@ -298,6 +317,7 @@ def trace(
     pool: Pool = "mean",
     statistics: Sequence[str] = STATISTICS,
     cells: int = 128,
+    confidence: int | None = None,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
     quiet: bool = True,
@@ -316,6 +336,7 @@ def trace(
         pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
         cells: Cells per neuron for all but Pearson's r; 2 to 256.
+        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         classes: Class names for `"classification"`; from the loader's dataset or the model by default.
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
         quiet: Show no progress bar.
@@ -335,7 +356,7 @@ def trace(
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
         metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
-    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells)
+    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells, confidence=confidence)
     order = sampling.plan(loader, calibration_rows(cells), exact_rows(cells))
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
@@ -343,7 +364,8 @@ def trace(
             _calibrate(tracer, model, order.calibration, run)
         for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
             _, values = run(model, batch)
-            tracer.step(valid=valid.next(len(next(iter(values.values())))), **values)
+            rows = valid.next(len(next(iter(values.values()))))
+            tracer.step(valid=rows.own, groups=rows.place, **values)
     if order.distributed:
         tracer.all_reduce()
     return tracer.compute()

@@ -13,6 +13,8 @@ from skillfast.statistics import comoments
 from skillfast.statistics.cells import Overflow
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from skillfast.statistics.cell_state import CellState
     from skillfast.statistics.comoments import CoMoments
 
@@ -51,9 +53,15 @@ def reduce_moments(state: CoMoments, group: Any) -> CoMoments:
     dist.all_reduce(shift_x, group=group)
     dist.all_reduce(shift_y, group=group)
     moved = comoments.reshift(state, shift_x.float(), shift_y)
-    for name in ("count", "sum_x", "sum_xx", "sum_y", "sum_yy", "sum_xy"):
-        dist.all_reduce(getattr(moved, name), group=group)
+    names = ("count", "sum_x", "sum_xx", "sum_y", "sum_yy", "sum_xy")
+    reduce_tensors({name: getattr(moved, name) for name in names}, group)
     return moved
+
+
+def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: Any) -> None:
+    """Sum each tensor over the processes, in place."""
+    for tensor in tensors.values():
+        dist.all_reduce(tensor, group=group)
 
 
 def reduce_cells(state: CellState, group: Any) -> None:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 SCHEMA = "skillfast.scores/1"
 FILE = "scores.safetensors"
-_PER_COLUMN = ("pearson", "spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info")
+_PER_COLUMN = (
+    "pearson", "pearson_low", "pearson_high", "pearson_p", "pearson_q", "spearman", "spearman_bound", "auroc",
+    "auroc_bound", "mutual_info",
+)  # fmt: skip
 _OF_NEURONS = ("constant_neuron", "non_finite_activation", "stale_edges")  # reasons that hold indices of neurons
 _PER_NEURON = ("mean", "std")
 
@@ -33,6 +36,10 @@ class NeuronScores:
         std: float64 [n_neurons], population standard deviation.
         n_observations: Rows counted.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
+        pearson_low: Likewise, lower end of the 95 % bootstrap interval; None without `confidence`.
+        pearson_high: Upper end.
+        pearson_p: p of no correlation.
+        pearson_q: p adjusted over all neurons and columns of the accumulator (Benjamini and Hochberg).
         spearman: Likewise, Spearman's rho.
         spearman_bound: How far from the true rho it can be, whatever the data: a certificate, not an interval.
         auroc: Likewise, area under the ROC curve; NaN for continuous metrics.
@@ -51,6 +58,10 @@ class NeuronScores:
     std: np.ndarray
     n_observations: int
     pearson: np.ndarray | None = None
+    pearson_low: np.ndarray | None = None
+    pearson_high: np.ndarray | None = None
+    pearson_p: np.ndarray | None = None
+    pearson_q: np.ndarray | None = None
     spearman: np.ndarray | None = None
     spearman_bound: np.ndarray | None = None
     auroc: np.ndarray | None = None

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from skillfast import files
 from skillfast.errors import ArgumentError
-from skillfast.metrics import Metric, from_json, to_json
-from skillfast.statistics import cells, comoments, distributed
+from skillfast.statistics import cells, comoments, confidence, distributed, persistence, scoring
 from skillfast.statistics.cell_state import CellState
 from skillfast.statistics.comoments import CoMoments
-from skillfast.statistics.neuron_scores import NeuronScores
+from skillfast.statistics.confidence import Replicates
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-SCHEMA = "skillfast.statistics/1"
+    from skillfast.metrics import Metric
+    from skillfast.statistics.neuron_scores import NeuronScores
+
 FILE = "statistics.safetensors"
-ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
-OF_CELLS = tuple(name for name in STATISTICS if name != "pearson")
 
 
 class NeuronStatistics:
@@ -39,6 +39,9 @@ class NeuronStatistics:
         metrics: Name -> `Categorical`, `Binary` or `Continuous`.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
         cells: Cells per neuron, C, from 2 to 256: more are more exact and take more memory.
+        confidence: Replicates of a Poisson bootstrap for intervals of Pearson's r, 64 say; None for none. Each takes
+            8 bytes per neuron and column.
+        seed: Of the replicates.
         buffer_rows: Observations collected before one update of the state.
         device: Where the state lives.
 
@@ -53,6 +56,8 @@ class NeuronStatistics:
         statistics: Sequence[str] = STATISTICS,
         *,
         cells: int = 128,
+        confidence: int | None = None,
+        seed: int = 0,
         buffer_rows: int = 512,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -65,8 +70,12 @@ class NeuronStatistics:
         if unknown or not statistics:
             raise ArgumentError(f"statistics: expected some of {', '.join(STATISTICS)}, got {list(statistics)}")
         self.n_neurons = n_neurons
+        if confidence is not None and confidence < 8:
+            raise ArgumentError(f"confidence: expected at least 8 replicates, got {confidence}; 64 are usual")
         self.metrics = dict(metrics)
         self.statistics = tuple(statistics)
+        self.confidence = confidence
+        self.seed = seed
         self.n_cells = cells
         self.buffer_rows = buffer_rows
         self.device = torch.device(device)
@@ -75,8 +84,16 @@ class NeuronStatistics:
         with torch.inference_mode(False):
             self._moments = CoMoments.zeros(n_neurons, len(self.columns), self.device)
             self._buffer = torch.empty(0, n_neurons, device=self.device)
-            self._values = torch.empty(0, len(self.metrics), dtype=torch.float64, device=self.device)
+            self._values = torch.empty(0, len(self.metrics) + 1, dtype=torch.float64, device=self.device)
+            self._replicates = (
+                None
+                if confidence is None
+                else Replicates.zeros(seed, confidence, n_neurons, len(self.columns), self.device)
+            )
         self._cells: CellState | None = None
+        self._stream = 0  # tells the observations of this accumulator from those of its shards
+        self._shards = 0
+        self._numbered = 0  # observations that have a number of their own
         self._shifted = False  # whether the co-moments have their shift
         self._filled = 0  # rows in the buffer
         self._summed = 0  # of these, how many the co-moments have already
@@ -84,7 +101,7 @@ class NeuronStatistics:
     @property
     def _keeping(self) -> bool:
         """Whether rows are still kept, to be exact or to set the edges."""
-        return self._cells is None and any(name in OF_CELLS for name in self.statistics)
+        return self._cells is None and any(name in scoring.OF_CELLS for name in self.statistics)
 
     @property
     def n_observations(self) -> int:
@@ -95,7 +112,7 @@ class NeuronStatistics:
     def state_bytes(self) -> int:
         """Size of the state and the buffer, in bytes."""
         tensors = [*self._moments.state_dict().values(), self._buffer, self._values]
-        counted = 0 if self._cells is None else self._cells.nbytes
+        counted = sum(state.nbytes for state in (self._cells, self._replicates) if state is not None)
         return counted + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
@@ -117,7 +134,20 @@ class NeuronStatistics:
         return x if x.is_floating_point() else x.float()
 
     def _named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self.metrics, values.T.contiguous(), strict=True))
+        return dict(zip(self.metrics, values.T.contiguous(), strict=False))  # the groups come last
+
+    def _with_groups(self, checked: torch.Tensor, groups: ArrayLike | torch.Tensor | None) -> torch.Tensor:
+        """Checked values with a last column of groups: their own, or a number that no other observation has."""
+        n = checked.shape[0]
+        if groups is None:
+            first = (int(confidence.mix(self.seed, self._stream)) >> 13) if self._stream else 0  # exact in float64
+            column = first + self._numbered + torch.arange(n, dtype=torch.float64, device=self.device)
+            self._numbered += n
+        else:
+            column = torch.as_tensor(groups, device=self.device).double()
+            if column.shape != (n,) or bool((column != column.floor()).any()):
+                raise ArgumentError(f"groups: expected {n} whole numbers, got shape {list(column.shape)}")
+        return torch.cat([checked, column[:, None]], 1)
 
     def _expanded(self, values: torch.Tensor) -> torch.Tensor:
         named = self._named(values)
@@ -139,7 +169,8 @@ class NeuronStatistics:
         if x.shape[0] < 1:
             raise ArgumentError("calibrate: expected at least one row, got none")
         with torch.inference_mode(False):
-            self._calibrate(x.clone() if x.is_inference() else x, self.check(metrics, x.shape[0]).clone())
+            checked = self.check(metrics, x.shape[0])
+            self._calibrate(x.clone() if x.is_inference() else x, torch.cat([checked, checked[:, :1]], 1))
 
     def calibrate_on_counted(self) -> None:
         """Let the rows counted so far set the cell edges as `calibrate` does, and forget them.
@@ -164,25 +195,33 @@ class NeuronStatistics:
         if self._keeping:
             self._cells = CellState.calibrated(self.metrics, self.n_cells, x, self._named(values))
 
-    def update(self, activations: ArrayLike | torch.Tensor, metrics: Mapping[str, ArrayLike | torch.Tensor]) -> None:
+    def update(
+        self,
+        activations: ArrayLike | torch.Tensor,
+        metrics: Mapping[str, ArrayLike | torch.Tensor],
+        groups: ArrayLike | torch.Tensor | None = None,
+    ) -> None:
         """Count n observations.
 
         Args:
             activations: [n, n_neurons], anything array-like: float32, bfloat16, float16 or float64.
             metrics: Name -> [n] values, for every metric.
+            groups: [n] whole numbers; observations of one group (the tokens of an example) are resampled together.
 
         Raises:
             ArgumentError: Shapes that do not fit, a class out of range, a continuous value that is not finite.
         """
         x = self._activations(activations)
-        values = self.check(metrics, x.shape[0])
+        self._update(x, self._with_groups(self.check(metrics, x.shape[0]), groups))
+
+    def _update(self, x: torch.Tensor, values: torch.Tensor) -> None:
         for rows, checked in zip(x.split(self.buffer_rows), values.split(self.buffer_rows), strict=True):
             if rows.shape[0] == self.buffer_rows and not self._keeping:
                 self._drain()
                 self._add(rows, checked)
             else:
                 self.reserve(rows.shape[0], rows.dtype).copy_(rows)
-                self.commit(checked)
+                self._commit(checked)
 
     def reserve(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A view [n, n_neurons] of the buffer to write activations into before `commit`: saves a copy of the rows."""
@@ -199,12 +238,15 @@ class NeuronStatistics:
         if len(self._buffer) != rows or self._buffer.dtype != dtype:
             with torch.inference_mode(False):
                 self._buffer = torch.empty(rows, self.n_neurons, dtype=dtype, device=self.device)
-                self._values = torch.empty(rows, len(self.metrics), dtype=torch.float64, device=self.device)
+                self._values = torch.empty(rows, len(self.metrics) + 1, dtype=torch.float64, device=self.device)
 
-    def commit(self, checked: torch.Tensor) -> None:
+    def commit(self, checked: torch.Tensor, groups: ArrayLike | torch.Tensor | None = None) -> None:
         """Count the rows written to the last `reserve`, with their values as made by `check`."""
-        n = checked.shape[0]
-        self._values[self._filled : self._filled + n] = checked
+        self._commit(self._with_groups(checked, groups))
+
+    def _commit(self, values: torch.Tensor) -> None:
+        n = values.shape[0]
+        self._values[self._filled : self._filled + n] = values
         self._filled += n
         if self._filled == len(self._buffer) and not self._keeping:
             self._drain()
@@ -214,13 +256,17 @@ class NeuronStatistics:
         while self._summed < self._filled:
             part = slice(self._summed, min(self._summed + self.buffer_rows, self._filled))
             self._summed = part.stop
-            self._sum(self._buffer[part], self._expanded(self._values[part]))
+            self._sum(self._buffer[part], self._values[part])
 
-    def _sum(self, x: torch.Tensor, columns: torch.Tensor) -> None:
+    def _sum(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        columns = self._expanded(values)
         if not self._shifted:
             comoments.choose_shift(self._moments, x, columns)
             self._shifted = True
         comoments.update(self._moments, x, columns)
+        if self._replicates is not None:
+            shifted = columns - self._moments.shift_y
+            self._replicates.add(x, shifted, self._moments.shift_x, values[:, -1].long())
 
     def _drain(self) -> None:
         """Count the buffer's rows into the state and empty it; kept rows set the edges first."""
@@ -237,7 +283,7 @@ class NeuronStatistics:
                 self._cells.add(part, self._named(checked))
 
     def _add(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        self._sum(x, self._expanded(values))
+        self._sum(x, values)
         if self._cells is not None:
             self._cells.add(x, self._named(values))
 
@@ -248,9 +294,13 @@ class NeuronStatistics:
             self.metrics,
             self.statistics,
             cells=self.n_cells,
+            confidence=self.confidence,
+            seed=self.seed,
             buffer_rows=self.buffer_rows,
             device=self.device,
         )
+        self._shards += 1
+        shard._stream = int(confidence.mix(self._stream, self._shards) >> np.uint64(1))
         shard._moments.shift_x.copy_(self._moments.shift_x)
         shard._moments.shift_y.copy_(self._moments.shift_y)
         shard._shifted = self._shifted
@@ -263,27 +313,32 @@ class NeuronStatistics:
         Raises:
             ArgumentError: The other has other neurons, metrics or statistics, or counts into other cells.
         """
-        ours = (self.n_neurons, self.metrics, self.statistics, self.n_cells)
-        if (other.n_neurons, other.metrics, other.statistics, other.n_cells) != ours:
+        ours = (self.n_neurons, self.metrics, self.statistics, self.n_cells, self.confidence, self.seed)
+        if (other.n_neurons, other.metrics, other.statistics, other.n_cells, other.confidence, other.seed) != ours:
             raise ArgumentError(
                 f"merge: expected {self.n_neurons} neurons, {self.n_cells} cells, metrics {list(self.metrics)} and "
                 f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_cells}, {list(other.metrics)} "
                 f"and {list(other.statistics)}"
             )
         if other._keeping:  # it still has all its rows
-            rows, values = other._buffer[: other._filled].clone(), other._values[: other._filled].clone()
-            self.update(rows, self._named(values))
+            self._update(other._buffer[: other._filled].clone(), other._values[: other._filled].clone())
             return
         if self._keeping:
             rows, values = self._buffer[: self._filled].clone(), self._values[: self._filled].clone()
             self.__dict__.update(other.like().__dict__ | {"device": self.device})
-            self.update(rows, self._named(values))
+            self._update(rows, values)
         self._drain()
         other._drain()
         if self._cells is not None and other._cells is not None:
             self._cells.merge(other._cells)
         tensors = {name: tensor.to(self.device) for name, tensor in other._moments.state_dict().items()}
-        comoments.merge(self._moments, CoMoments(**tensors))
+        theirs = CoMoments(**tensors)
+        comoments.merge(self._moments, theirs)
+        if self._replicates is not None and other._replicates is not None:
+            dx = theirs.shift_x.double() - self._moments.shift_x.double()
+            moved = other._replicates.reshift(dx, theirs.shift_y - self._moments.shift_y)
+            for name, tensor in self._replicates.tensors().items():
+                tensor += getattr(moved, name).to(self.device)
         self._shifted = True
 
     def all_reduce(self, group: Any = None) -> None:
@@ -296,30 +351,23 @@ class NeuronStatistics:
             parts = distributed.gather((self._buffer[: self._filled], self._values[: self._filled]), group)
             self.__dict__.update(self.like().__dict__)
             for rows, values in parts:
-                self.update(rows.to(self.device), self._named(values.to(self.device)))
+                self._update(rows.to(self.device), values.to(self.device))
             return
         distributed.check_same_edges(None if self._cells is None else self._cells.edges, self._keeping, group)
         self._drain()
-        self._moments = distributed.reduce_moments(self._moments, group)
+        before = self._moments
+        self._moments = distributed.reduce_moments(before, group)
+        if self._replicates is not None:
+            dx = before.shift_x.double() - self._moments.shift_x.double()
+            self._replicates = self._replicates.reshift(dx, before.shift_y - self._moments.shift_y)
+            distributed.reduce_tensors(self._replicates.tensors(), group)
         if self._cells is not None:
             distributed.reduce_cells(self._cells, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
-        if not self._keeping:
-            self._drain()
-        self._sum_buffered()
-        return {
-            "schema": SCHEMA,
-            "n_neurons": self.n_neurons,
-            "metrics": to_json(self.metrics),
-            "statistics": list(self.statistics),
-            "cells": self.n_cells,
-            "buffer_rows": self.buffer_rows,
-            "comoments": {name: tensor.clone() for name, tensor in self._moments.state_dict().items()},
-            "kept": {"rows": self._buffer[: self._filled].clone(), "values": self._values[: self._filled].clone()},
-            "table": None if self._cells is None else self._cells.state_dict(),
-        }
+        self._settle()
+        return persistence.state_of(self)
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any], device: torch.device | str = "cpu") -> NeuronStatistics:
@@ -328,43 +376,10 @@ class NeuronStatistics:
         Raises:
             ArgumentError: Another schema version, or tensors of another shape.
         """
-        if state.get("schema") != SCHEMA:
-            raise ArgumentError(f"state_dict: expected schema {SCHEMA!r}, got {state.get('schema')!r}")
-        metrics = from_json(state["metrics"])
-        result = NeuronStatistics(
-            state["n_neurons"],
-            metrics,
-            state["statistics"],
-            cells=state["cells"],
-            buffer_rows=state["buffer_rows"],
-            device=device,
-        )
-        result._load(state, cells.CellLayout.of(metrics, state["cells"]))
+        settings = persistence.settings_of(state)
+        result = NeuronStatistics(**settings, device=device)
+        persistence.restore(result, state)
         return result
-
-    def _load(self, state: Mapping[str, Any], layout: cells.CellLayout) -> None:
-        expected = {name: list(tensor.shape) for name, tensor in self._moments.state_dict().items()}
-        kept = state["kept"]
-        stored = {**state["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
-        expected["kept rows"] = [len(kept["values"]), self.n_neurons]
-        expected["kept values"] = [len(kept["rows"]), len(self.metrics)]
-        if state["table"] is not None:
-            stored |= {name: state["table"].get(name) for name in ("edges", "table")}
-            expected["edges"] = [self.n_neurons, self.n_cells - 1]
-            expected["table"] = [self.n_neurons, layout.entries]
-        for name, shape in expected.items():
-            found = None if stored.get(name) is None else list(stored[name].shape)
-            if found != shape:
-                raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}")
-        for name, tensor in self._moments.state_dict().items():
-            tensor.copy_(stored[name])
-        self._shifted = int(self._moments.count) > 0 or state["table"] is not None
-        if state["table"] is not None:
-            self._cells = CellState.from_state_dict(layout, state["table"], self.device)
-        if len(kept["rows"]):
-            self.reserve(len(kept["rows"]), kept["rows"].dtype).copy_(kept["rows"])
-            self.commit(kept["values"].to(self.device))
-            self._summed = self._filled
 
     def save(self, directory: str | Path) -> Path:
         """Write the state as `statistics.safetensors` into the folder; returns its path."""
@@ -380,7 +395,7 @@ class NeuronStatistics:
             DataError: The file is missing, broken or of another version.
             ArgumentError: Its tensors do not fit what it says of itself.
         """
-        state = files.read_nested(Path(directory) / FILE, SCHEMA, "write it with NeuronStatistics.save")
+        state = files.read_nested(Path(directory) / FILE, persistence.SCHEMA, "write it with NeuronStatistics.save")
         return NeuronStatistics.from_state_dict(state, device)
 
     def compute(self) -> NeuronScores:
@@ -391,59 +406,11 @@ class NeuronStatistics:
         """
         if self.n_observations == 0:
             raise ArgumentError("compute: expected at least one observation, got none; call update first")
+        self._settle()
+        return scoring.scores(self)
+
+    def _settle(self) -> None:
+        """Count whatever waits in the buffer; rows that are kept stay."""
         if not self._keeping:
             self._drain()
         self._sum_buffered()
-        return _scores(self)
-
-
-def _scores(statistics: NeuronStatistics) -> NeuronScores:
-    state = statistics._moments
-    mean, variance, _, variance_y = comoments.mean_and_variance(state)
-    n = state.count.double()
-    non_finite = ~torch.isfinite(mean + variance)
-    constant_x = ~non_finite & (variance <= ROUNDING * state.sum_xx / n)
-    constant_y = variance_y <= ROUNDING * state.sum_yy / n
-    arrays: dict[str, torch.Tensor] = {}
-    if "pearson" in statistics.statistics:
-        arrays["pearson"] = comoments.pearson(state, constant_x, constant_y)
-    stale = torch.zeros_like(constant_x)
-    counted = _cell_scores(statistics, non_finite)
-    if counted is not None:
-        stale = counted.stale & ~non_finite & ~constant_x
-        for name in OF_CELLS:
-            if name in statistics.statistics:
-                arrays |= {key: getattr(counted, key) for key in (name, f"{name}_bound") if hasattr(counted, key)}
-        for name, array in arrays.items():
-            array[non_finite] = torch.nan
-            array[constant_x] = 0.0 if name == "mutual_info" else torch.nan
-            array[:, constant_y] = 0.0 if name == "mutual_info" else torch.nan
-        if "mutual_info" in arrays:
-            arrays["mutual_info"][non_finite] = torch.nan
-    reasons = {
-        "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
-        "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
-        "stale_edges": tuple(stale.nonzero()[:, 0].tolist()),
-        "constant_metric": tuple(c for c, flat in zip(statistics.columns, constant_y.tolist(), strict=True) if flat),
-    }
-    return NeuronScores(
-        columns=statistics.columns,
-        mean=mean.cpu().numpy(),
-        std=variance.sqrt().cpu().numpy(),
-        n_observations=int(state.count),
-        reasons={name: where for name, where in reasons.items() if where},
-        **{name: array.cpu().numpy() for name, array in arrays.items()},  # type: ignore[arg-type]
-    )
-
-
-def _cell_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> cells.CellScores | None:
-    """Exact scores while all rows are there, then those of the table."""
-    if statistics._cells is not None:
-        return statistics._cells.scores()
-    if not statistics._keeping:
-        return None
-    rows = statistics._buffer[: statistics._filled]
-    if bool(non_finite.any()):
-        rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-    layout = cells.CellLayout.of(statistics.metrics, statistics.n_cells)
-    return cells.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))

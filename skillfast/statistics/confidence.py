@@ -1,0 +1,169 @@
+"""Confidence in Pearson's r from the same pass: a Poisson bootstrap whose weights are hashed, not stored.
+
+Replicate b gives every group of observations (by default every observation) a Poisson(1) weight that depends on the
+seed, the group and b alone, so the replicates do not depend on order, batches or shards. Weighted sums are further
+columns of the same co-moments (Chamandy et al., 2012, "Estimating uncertainty for massive data streams").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy import stats
+
+from skillfast import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LEVEL = 0.95
+_POISSON = stats.poisson(1).cdf(np.arange(12))  # beyond 11 the rest is 1e-9
+_SLICE = 1 << 20  # values of all replicates finished at once
+
+
+def mix(*parts: np.ndarray | int) -> np.ndarray:
+    """A 64-bit hash of integers, elementwise (the finaliser of SplitMix64 over a running sum)."""
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = state + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def weights(seed: int, groups: np.ndarray, replicates: int) -> np.ndarray:
+    """Poisson(1) weights float32 [n, replicates] of these groups (integers [n])."""
+    bits = mix(seed, groups[:, None], np.arange(replicates)[None, :])
+    return np.searchsorted(_POISSON, bits.astype(np.float64) * 2.0**-64, side="right").astype(np.float32)
+
+
+@dataclass
+class Replicates:
+    """Weighted sums of B replicates about the shift of the co-moments.
+
+    Attributes:
+        seed: Of the weights.
+        count: float64 [B], sum of the weights.
+        sum_y: float64 [B, M].
+        sum_yy: float64 [B, M].
+        sum_x: float64 [B, D].
+        sum_xx: float64 [B, D].
+        sum_xy: float64 [B * M, D].
+    """
+
+    seed: int
+    count: torch.Tensor
+    sum_y: torch.Tensor
+    sum_yy: torch.Tensor
+    sum_x: torch.Tensor
+    sum_xx: torch.Tensor
+    sum_xy: torch.Tensor
+
+    NAMES = ("count", "sum_y", "sum_yy", "sum_x", "sum_xx", "sum_xy")
+
+    @staticmethod
+    def zeros(seed: int, replicates: int, n_neurons: int, n_columns: int, device: torch.device) -> Replicates:
+        """Nothing counted yet."""
+        shapes = (
+            (replicates,), (replicates, n_columns), (replicates, n_columns), (replicates, n_neurons),
+            (replicates, n_neurons), (replicates * n_columns, n_neurons),
+        )  # fmt: skip
+        return Replicates(seed, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums by name."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the sums from `tensors`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the sums, in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, groups: torch.Tensor) -> None:
+        """Count rows x [n, D] with shifted columns y float64 [n, M] of these groups int64 [n]."""
+        w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(x.device)  # [n, B]
+        wide = w.double()
+        self.count += wide.sum(0)
+        self.sum_y += wide.T @ y
+        self.sum_yy += wide.T @ y.square()
+        unused = torch.zeros_like(shift, dtype=torch.float64), torch.zeros_like(shift, dtype=torch.float64)
+        products = (w[:, :, None] * y[:, None, :].float()).flatten(1)  # [n, B * M]
+        ops.comoments_update(x, products, shift, *unused, self.sum_xy)
+        ops.comoments_update(x, w, shift, *unused, self.sum_x)
+        squares = (x.float() - shift).square()
+        ops.comoments_update(squares, w, torch.zeros_like(shift), *unused, self.sum_xx)
+
+    def reshift(self, dx: torch.Tensor, dy: torch.Tensor) -> Replicates:
+        """The same rows about a shift that is smaller by dx [D] and dy [M]."""
+        b, m = self.sum_y.shape
+        count, sum_x = self.count[:, None], self.sum_x
+        xy = self.sum_xy.view(b, m, -1)
+        xy = xy + dy[:, None] * sum_x[:, None] + self.sum_y[:, :, None] * dx + count[:, :, None] * dy[:, None] * dx
+        return Replicates(
+            self.seed,
+            self.count,
+            self.sum_y + count * dy,
+            self.sum_yy + 2 * dy * self.sum_y + count * dy.square(),
+            sum_x + count * dx,
+            self.sum_xx + 2 * dx * sum_x + count * dx.square(),
+            xy.reshape(b * m, -1),
+        )
+
+    def pearson(self, part: slice) -> torch.Tensor:
+        """Pearson's r in every replicate for a slice of the neurons: float64 [B, d, M]."""
+        b, m = self.sum_y.shape
+        n = self.count[:, None]
+        mean_x, mean_y = self.sum_x[:, part] / n, self.sum_y / n
+        var_x = (self.sum_xx[:, part] / n - mean_x.square()).clamp_min(0)  # [B, d]
+        var_y = (self.sum_yy / n - mean_y.square()).clamp_min(0)  # [B, M]
+        xy = self.sum_xy.view(b, m, -1)[:, :, part] / n[:, :, None]  # [B, M, d]
+        covariance = xy - mean_y[:, :, None] * mean_x[:, None]
+        r = covariance / (var_y.sqrt()[:, :, None] * var_x.sqrt()[:, None])
+        return r.clamp(-1, 1).transpose(1, 2)
+
+
+def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Interval, p and adjusted p of each r float64 [D, M].
+
+    The standard error is that of Fisher's z over the replicates; interval and p are Student's with B - 1 degrees of
+    freedom; p is adjusted over all neurons and columns (Benjamini and Hochberg).
+
+    Returns:
+        pearson_low, pearson_high, pearson_p and pearson_q, float64 [D, M]; NaN where r is, or where fewer than half of
+        the replicates have an r (a label so rare that resamples miss it).
+    """
+    b = len(replicates.count)
+    z = torch.atanh(r.clamp(-1 + 1e-15, 1 - 1e-15))
+    error = torch.empty_like(r)
+    step = max(1, _SLICE // (b * r.shape[1]))
+    for start in range(0, r.shape[0], step):
+        part = slice(start, min(start + step, r.shape[0]))
+        found = torch.atanh(replicates.pearson(part).clamp(-1 + 1e-15, 1 - 1e-15))
+        finite = torch.isfinite(found)
+        count = finite.sum(0)
+        values = torch.where(finite, found, 0.0)
+        mean = values.sum(0) / count
+        squares = torch.where(finite, (found - mean).square(), 0.0).sum(0)
+        error[part] = torch.where(count >= max(2, b // 2), (squares / (count - 1)).sqrt(), torch.nan)
+    quantile = float(stats.t.ppf((1 + LEVEL) / 2, b - 1))
+    p = 2 * stats.t.sf(np.abs((z / error).cpu().numpy()), b - 1)
+    q = np.full_like(p, np.nan)
+    known = np.isfinite(p)
+    if known.any():
+        q[known] = stats.false_discovery_control(p[known])
+    return {
+        "pearson_low": torch.tanh(z - quantile * error),
+        "pearson_high": torch.tanh(z + quantile * error),
+        "pearson_p": torch.from_numpy(p),
+        "pearson_q": torch.from_numpy(q),
+    }

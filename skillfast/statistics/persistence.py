@@ -1,0 +1,84 @@
+"""The state of an accumulator as plain values and tensors, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skillfast.errors import ArgumentError
+from skillfast.metrics import from_json, to_json
+from skillfast.statistics.cell_state import CellState
+from skillfast.statistics.cells import CellLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from skillfast.statistics.neuron_statistics import NeuronStatistics
+
+SCHEMA = "skillfast.statistics/1"
+
+
+def state_of(statistics: NeuronStatistics) -> dict[str, Any]:
+    """Settings and copies of all tensors; see `NeuronStatistics.state_dict`."""
+    filled, replicates, table = statistics._filled, statistics._replicates, statistics._cells
+    return {
+        "schema": SCHEMA,
+        "n_neurons": statistics.n_neurons,
+        "metrics": to_json(statistics.metrics),
+        "statistics": list(statistics.statistics),
+        "cells": statistics.n_cells,
+        "confidence": statistics.confidence,
+        "seed": statistics.seed,
+        "buffer_rows": statistics.buffer_rows,
+        "stream": [statistics._stream, statistics._shards, statistics._numbered],
+        "comoments": {name: tensor.clone() for name, tensor in statistics._moments.state_dict().items()},
+        "kept": {"rows": statistics._buffer[:filled].clone(), "values": statistics._values[:filled].clone()},
+        "table": None if table is None else table.state_dict(),
+        "replicates": None if replicates is None else {n: t.clone() for n, t in replicates.tensors().items()},
+    }
+
+
+def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that made the accumulator; raises ArgumentError for another schema version."""
+    if state.get("schema") != SCHEMA:
+        raise ArgumentError(
+            f"state_dict: expected schema {SCHEMA!r}, got {state.get('schema')!r}; use the version that wrote it"
+        )
+    names = ("n_neurons", "statistics", "cells", "confidence", "seed", "buffer_rows")
+    return {**{name: state[name] for name in names}, "metrics": from_json(state["metrics"])}
+
+
+def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
+    """Put the tensors into an empty accumulator; raises ArgumentError where one has another shape."""
+    layout = CellLayout.of(statistics.metrics, statistics.n_cells)
+    _check_shapes(statistics, state, layout)
+    for name, tensor in statistics._moments.state_dict().items():
+        tensor.copy_(state["comoments"][name])
+    statistics._stream, statistics._shards, statistics._numbered = state["stream"]
+    statistics._shifted = int(statistics._moments.count) > 0 or state["table"] is not None
+    if statistics._replicates is not None:
+        statistics._replicates.load(state["replicates"])
+    if state["table"] is not None:
+        statistics._cells = CellState.from_state_dict(layout, state["table"], statistics.device)
+    rows, values = state["kept"]["rows"], state["kept"]["values"]
+    if len(rows):
+        statistics.reserve(len(rows), rows.dtype).copy_(rows)
+        statistics._commit(values.to(statistics.device))
+        statistics._summed = statistics._filled
+
+
+def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout: CellLayout) -> None:
+    kept, neurons = state["kept"], statistics.n_neurons
+    stored = {**state["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
+    expected = {name: list(tensor.shape) for name, tensor in statistics._moments.state_dict().items()}
+    expected["kept rows"] = [len(kept["values"]), neurons]
+    expected["kept values"] = [len(kept["rows"]), len(statistics.metrics) + 1]
+    if state["table"] is not None:
+        stored |= {name: state["table"].get(name) for name in ("edges", "table")}
+        expected |= {"edges": [neurons, statistics.n_cells - 1], "table": [neurons, layout.entries]}
+    if statistics._replicates is not None:
+        stored |= {f"replicates {name}": tensor for name, tensor in (state["replicates"] or {}).items()}
+        expected |= {f"replicates {name}": list(t.shape) for name, t in statistics._replicates.tensors().items()}
+    for name, shape in expected.items():
+        found = None if stored.get(name) is None else list(stored[name].shape)
+        if found != shape:
+            raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}; it is damaged, start again")

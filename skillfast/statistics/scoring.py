@@ -1,0 +1,72 @@
+"""From the sums and the table of an accumulator to its scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from skillfast.statistics import cells, comoments, confidence
+from skillfast.statistics.neuron_scores import NeuronScores
+from skillfast.vocabulary import STATISTICS
+
+if TYPE_CHECKING:
+    from skillfast.statistics.neuron_statistics import NeuronStatistics
+
+ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
+OF_CELLS = tuple(name for name in STATISTICS if name != "pearson")
+
+
+def scores(statistics: NeuronStatistics) -> NeuronScores:
+    """Everything that was asked for, and what has no score by reason."""
+    state = statistics._moments
+    mean, variance, _, variance_y = comoments.mean_and_variance(state)
+    n = state.count.double()
+    non_finite = ~torch.isfinite(mean + variance)
+    constant_x = ~non_finite & (variance <= ROUNDING * state.sum_xx / n)
+    constant_y = variance_y <= ROUNDING * state.sum_yy / n
+    arrays: dict[str, torch.Tensor] = {}
+    if "pearson" in statistics.statistics:
+        arrays["pearson"] = comoments.pearson(state, constant_x, constant_y)
+    stale = torch.zeros_like(constant_x)
+    counted = _cell_scores(statistics, non_finite)
+    if counted is not None:
+        stale = counted.stale & ~non_finite & ~constant_x
+        for name in OF_CELLS:
+            if name in statistics.statistics:
+                arrays |= {key: getattr(counted, key) for key in (name, f"{name}_bound") if hasattr(counted, key)}
+        for name, array in arrays.items():
+            array[non_finite] = torch.nan
+            array[constant_x] = 0.0 if name == "mutual_info" else torch.nan
+            array[:, constant_y] = 0.0 if name == "mutual_info" else torch.nan
+        if "mutual_info" in arrays:
+            arrays["mutual_info"][non_finite] = torch.nan
+    if statistics._replicates is not None and "pearson" in arrays:
+        arrays |= confidence.summarise(statistics._replicates, arrays["pearson"])
+    reasons = {
+        "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
+        "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
+        "stale_edges": tuple(stale.nonzero()[:, 0].tolist()),
+        "constant_metric": tuple(c for c, flat in zip(statistics.columns, constant_y.tolist(), strict=True) if flat),
+    }
+    return NeuronScores(
+        columns=statistics.columns,
+        mean=mean.cpu().numpy(),
+        std=variance.sqrt().cpu().numpy(),
+        n_observations=int(state.count),
+        reasons={name: where for name, where in reasons.items() if where},
+        **{name: array.cpu().numpy() for name, array in arrays.items()},  # type: ignore[arg-type]
+    )
+
+
+def _cell_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> cells.CellScores | None:
+    """Exact scores while all rows are there, then those of the table."""
+    if statistics._cells is not None:
+        return statistics._cells.scores()
+    if not statistics._keeping:
+        return None
+    rows = statistics._buffer[: statistics._filled]
+    if bool(non_finite.any()):
+        rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    layout = cells.CellLayout.of(statistics.metrics, statistics.n_cells)
+    return cells.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from skillfast import Binary, Categorical, Continuous, NeuronStatistics
+from skillfast.errors import ArgumentError
+from skillfast.statistics import confidence
+
+METRICS = {"label": Categorical(3), "loss": Continuous()}
+
+
+def sample(n, width=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, 3, (n,), generator=g)
+    x = torch.randn(n, width, generator=g) + 0.5 * (label == 1)[:, None]
+    return x, {"label": label, "loss": torch.randn(n, generator=g) + 0.3 * x[:, 0]}
+
+
+def test_weights_are_poisson_and_reproducible():
+    w = confidence.weights(3, np.arange(20_000), 16)
+    assert np.array_equal(w, confidence.weights(3, np.arange(20_000), 16))
+    assert not np.array_equal(w, confidence.weights(4, np.arange(20_000), 16))
+    counts = np.bincount(w.astype(int).ravel(), minlength=8)[:8]
+    expected = stats.poisson(1).pmf(np.arange(8)) * w.size
+    assert stats.chisquare(counts[:6], expected[:6] * counts[:6].sum() / expected[:6].sum()).pvalue > 1e-3
+    assert np.abs(np.corrcoef(w.T) - np.eye(16)).max() < 0.04  # replicates are independent
+    assert abs(np.corrcoef(w[:-1, 0], w[1:, 0])[0, 1]) < 0.03  # and so are neighbours
+
+
+def test_replicates_equal_weighted_correlations():
+    x, values = sample(700)
+    acc = NeuronStatistics(5, METRICS, confidence=12, seed=7, buffer_rows=64)
+    for index in torch.arange(700).split(50):
+        acc.update(x[index], {k: v[index] for k, v in values.items()}, groups=index)
+    acc.compute()
+    w = confidence.weights(7, np.arange(700), 12)
+    y = np.column_stack([torch.nn.functional.one_hot(values["label"], 3), values["loss"]])
+    r = acc._replicates.pearson(slice(0, 5)).numpy()
+    for b in range(12):
+        cov = np.cov(np.column_stack([x.double(), y]).T, fweights=w[:, b].astype(int))
+        sd = np.sqrt(np.diag(cov))
+        np.testing.assert_allclose(r[b], (cov / np.outer(sd, sd))[:5, 5:], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_interval_covers_and_p_is_uniform():
+    """Correlations of 0.3 with a continuous metric and 0 with a binary one, 300 rows, 400 neurons at a time."""
+    rho, n, held, p = 0.3, 300, [], []
+    for trial in range(12):
+        g = torch.Generator().manual_seed(trial)
+        y = torch.randn(n, generator=g)
+        x = rho * y[:, None] + (1 - rho**2) ** 0.5 * torch.randn(n, 400, generator=g)
+        acc = NeuronStatistics(400, {"y": Continuous(), "coin": Binary()}, ("pearson",), confidence=64, seed=trial)
+        acc.update(x, {"y": y, "coin": torch.rand(n, generator=g) < 0.5})
+        scores = acc.compute()
+        held.append(((scores.pearson_low[:, 0] <= rho) & (rho <= scores.pearson_high[:, 0])).mean())
+        p.append(scores.pearson_p[:, 1])
+    # Neurons of one trial share their metric, so trials are what averages.
+    assert 0.93 <= np.mean(held) <= 0.97
+    assert 0.03 <= np.mean(np.concatenate(p) < 0.05) <= 0.07
+
+
+def test_groups_keep_the_tokens_of_an_example_together():
+    """50 examples of 20 equal tokens hold as much evidence as 50 observations, not as 1,000."""
+    x, values = sample(50)
+    tokens = torch.arange(50).repeat_interleave(20)
+    plain = NeuronStatistics(5, METRICS, ("pearson",), confidence=200)
+    plain.update(x, values)
+    acc, wrong = (NeuronStatistics(5, METRICS, ("pearson",), confidence=200) for _ in range(2))
+    acc.update(x[tokens], {k: v[tokens] for k, v in values.items()}, groups=tokens)
+    wrong.update(x[tokens], {k: v[tokens] for k, v in values.items()})
+    width = [np.mean(s.pearson_high - s.pearson_low) for s in (a.compute() for a in (plain, acc, wrong))]
+    assert width[1] == pytest.approx(width[0], rel=0.02)  # the same groups, the same weights
+    assert width[2] < 0.35 * width[0]
+
+
+@pytest.mark.parametrize("n", [300, 5000])
+def test_shards_merges_and_saved_states_agree(tmp_path, n):
+    x, values = sample(n)
+    index = torch.arange(n)
+    whole = NeuronStatistics(5, METRICS, confidence=16, cells=16)
+    whole.update(x, values, groups=index)
+    a, b = whole.like(), whole.like()
+    a.update(x[: n // 3], {k: v[: n // 3] for k, v in values.items()}, groups=index[: n // 3])
+    a.save(tmp_path)
+    a = NeuronStatistics.load(tmp_path)
+    b.update(x[n // 3 :], {k: v[n // 3 :] for k, v in values.items()}, groups=index[n // 3 :])
+    a.merge(b)
+    got, want = a.compute(), whole.compute()
+    for name in ("pearson_low", "pearson_high", "pearson_q"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5)
+
+
+def test_shards_have_weights_of_their_own():
+    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=8)
+    x, values = sample(10)
+    shards = [acc.like(), acc.like()]
+    for shard in shards:
+        shard.update(x, values)
+    assert not torch.equal(*(shard._values[:10, -1] for shard in shards))
+    assert not torch.equal(*(shard.compute() and shard._replicates.count for shard in shards))
+
+
+def test_adjusted_p_is_benjamini_and_hochbergs():
+    x, values = sample(400)
+    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=64)
+    x[:, 3] = 1.0
+    acc.update(x, values)
+    scores = acc.compute()
+    known = np.isfinite(scores.pearson_p)
+    assert not known[3].any()
+    assert known.sum() == 16
+    np.testing.assert_allclose(scores.pearson_q[known], stats.false_discovery_control(scores.pearson_p[known]))
+    assert scores.pearson_q[0, 3] < 0.01 < scores.pearson_q[1, 3]
+
+
+def test_too_few_replicates_or_wrong_groups_are_refused():
+    with pytest.raises(ArgumentError, match="expected at least 8 replicates, got 2"):
+        NeuronStatistics(5, METRICS, confidence=2)
+    x, values = sample(4)
+    with pytest.raises(ArgumentError, match="groups: expected 4 whole numbers"):
+        NeuronStatistics(5, METRICS).update(x, values, groups=[0.5, 1, 2, 3])
