@@ -17,7 +17,7 @@ from scipy import stats
 import skillfast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from skillfast import NeuronScores
 
@@ -34,17 +34,20 @@ def script_of(page: Path) -> str:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recipe]:
     """Run a recipe in an empty folder; gives the variables that it leaves."""
+    threads = torch.get_num_threads()
 
     def run(name: str) -> dict[str, Any]:
         path = tmp_path / "recipe.py"
         path.write_text(script_of(DOCS / f"recipe-{name}.md"), encoding="utf-8")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        torch.set_num_threads(1)  # models this small only wait for more
         return runpy.run_path(str(path), run_name="__main__")
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 def check_scores(scores: NeuronScores, x: np.ndarray, columns: Sequence[np.ndarray]) -> None:
@@ -171,7 +174,7 @@ def test_npy(recipe: Recipe, tmp_path: Path) -> None:
 
     # A shard in another process, as the page says: started from a saved accumulator, and saved itself.
     left["total"].like().save(tmp_path / "start")
-    part = skillfast.NeuronStatistics.load(tmp_path / "start").like()
+    part = skillfast.NeuronStatistics.load(tmp_path / "start")
     part.update(np.load(tmp_path / "activations-0.npy"), left["values"][0])
     part.save(tmp_path / "part")
     part = skillfast.NeuronStatistics.load(tmp_path / "part")

@@ -44,7 +44,7 @@ _DIGITS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 10,
 }
-_DIGITS_EPOCHS = 80
+_DIGITS_EPOCHS = 75
 _DIGITS_LR = 2e-3
 _DIGITS_BATCH = 128
 
