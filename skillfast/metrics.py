@@ -81,9 +81,7 @@ class Continuous:
         """Values [n] as float64 [n]; raises ArgumentError on a value that is not finite."""
         checked = values.double()
         if not bool(torch.isfinite(checked).all()):
-            raise ArgumentError(
-                f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out with valid="
-            )
+            raise ArgumentError(f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out")
         return checked
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,8 @@ from skillfast.progress import track
 from skillfast.statistics import distributed
 from skillfast.statistics.cells import exact_rows
 from skillfast.statistics.edges import calibration_rows
-from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.statistics.neuron_statistics import NeuronStatistics, as_tensor
+from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class Tracer:
         Raises:
             ArgumentError: Nothing was counted.
         """
-        computed = {id(group): group.statistics.compute() for group in self._groups()}
+        computed = {id(group): group.statistics.scores() for group in self._groups()}
         parts = [self._site_scores(site, computed) for site in self.sites]
         starts = np.cumsum([0, *(site.width for site in self.sites)]).tolist()
         reasons = {
@@ -260,23 +260,13 @@ class Tracer:
             pool=self._pool,
             fingerprint=fingerprint(self._model),
         )
-        _warn_of_silent_failures(scores)
+        warn_of_reasons(scores)
         return scores
 
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
         group = self._devices[site.name]
         members = tuple(s for s in self.sites if self._devices[s.name] is group)
         return replace(computed[id(group)], sites=members)[site.name]
-
-
-def _warn_of_silent_failures(scores: NeuronScores) -> None:
-    if not scores.reasons:
-        return
-    parts = [
-        f"{name} ({len(where)} neurons)" if isinstance(where[0], int) else f"{name} ({', '.join(map(str, where))})"
-        for name, where in scores.reasons.items()
-    ]
-    warnings.warn(f"some scores are not defined: {'; '.join(parts)}", RuntimeWarning, stacklevel=3)
 
 
 def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
@@ -406,19 +396,17 @@ def correlate(
     Raises:
         ArgumentError: Shapes that do not fit, or an unknown statistic.
     """
-    x = torch.as_tensor(activations)
+    x = as_tensor(activations)
     if x.dim() != 2:
         raise ArgumentError(f"activations: expected [n, D], got shape {list(x.shape)}")
-    values = {name: torch.as_tensor(v) for name, v in metrics_values.items()}
+    values = {name: as_tensor(v) for name, v in metrics_values.items()}
     chosen = metrics or {name: _kind_of(v) for name, v in values.items()}
     accumulator = NeuronStatistics(x.shape[1], chosen, statistics, cells=cells, device=x.device)
     if len(x) > exact_rows(cells):
         sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: calibration_rows(cells)]
         accumulator.calibrate(x[sample.to(x.device)], {name: v[sample.to(v.device)] for name, v in values.items()})
     accumulator.update(x, values)
-    scores = accumulator.compute()
-    _warn_of_silent_failures(scores)
-    return scores
+    return accumulator.compute()
 
 
 def _kind_of(values: torch.Tensor) -> Metric:

@@ -9,6 +9,9 @@ from skillfast import Binary, Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError
 from skillfast.statistics import confidence
 
+# Warnings of what has no score have tests of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
+
 METRICS = {"label": Categorical(3), "loss": Continuous()}
 
 
@@ -102,6 +105,16 @@ def test_shards_have_weights_of_their_own():
         shard.update(x, values)
     assert not torch.equal(*(shard._values[:10, -1] for shard in shards))
     assert not torch.equal(*(shard.compute() and shard._replicates.count for shard in shards))
+
+
+def test_shards_of_one_stream_are_refused():
+    x, values = sample(10)
+    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=8)
+    copies = [NeuronStatistics.from_state_dict(acc.state_dict()) for _ in range(2)]
+    for copy in copies:
+        copy.update(x, values)
+    with pytest.raises(ArgumentError, match="got two of one stream; make each with like"):
+        copies[0].merge(copies[1])
 
 
 def test_adjusted_p_is_benjamini_and_hochbergs():

@@ -10,6 +10,9 @@ from scipy import stats
 from skillfast import Binary, Categorical, Continuous, NeuronStatistics, backends
 from skillfast.errors import ArgumentError
 
+# Warnings of what has no score have tests of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
+
 METRICS = {"label": Categorical(["cat", "dog", "owl"]), "correct": Binary(), "loss": Continuous()}
 
 
@@ -167,7 +170,9 @@ def test_what_has_no_score_is_named():
     acc = NeuronStatistics(4, METRICS)
     for rows in torch.arange(100).split(9):
         acc.update(x[rows], {name: v[rows] for name, v in values.items()})
-    scores = acc.compute()
+    with pytest.warns(RuntimeWarning, match=r"constant_neuron \(1 neurons\); .*constant_metric \(correct\)") as told:
+        scores = acc.compute()
+    assert len(told) == 1
     assert scores.reasons == {
         "constant_neuron": (1,), "non_finite_activation": (2,), "constant_metric": ("correct",),
     }  # fmt: skip
@@ -248,3 +253,11 @@ def test_two_processes_give_one_result(tmp_path):
     acc.update(x, values)
     for rank in range(2):
         np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), acc.compute().pearson, atol=1e-7)
+
+
+def test_a_memory_map_is_read(tmp_path):
+    x, values = sample(100, 4)
+    np.save(tmp_path / "x.npy", x.numpy())
+    acc = NeuronStatistics(4, METRICS)
+    acc.update(np.load(tmp_path / "x.npy", mmap_mode="r"), values)
+    np.testing.assert_allclose(acc.compute().pearson, oracle(x, values), atol=1e-6)

@@ -17,6 +17,9 @@ from skillfast import Binary, Categorical, Continuous, NeuronStatistics, samplin
 from skillfast.errors import ArgumentError, DataError
 from skillfast.statistics.cells import exact_rows
 
+# Warnings of what has no score have tests of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
+
 METRICS = {"label": Categorical(4), "right": Binary(), "loss": Continuous()}
 COLUMNS = ("label:0", "label:1", "label:2", "label:3", "right", "loss")
 

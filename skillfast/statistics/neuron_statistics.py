@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 FILE = "statistics.safetensors"
 
 
+def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """Anything array-like as a detached tensor; a read-only array (a memory map) is copied, torch cannot share it."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values, device=device).detach()
+
+
 class NeuronStatistics:
     """Correlates every neuron with every metric in one pass; what it keeps does not grow with the observations.
 
@@ -121,14 +128,14 @@ class NeuronStatistics:
             raise ArgumentError(f"metrics: expected values for {sorted(self.metrics)}, got {sorted(metrics)}")
         parts = []
         for name, metric in self.metrics.items():
-            values = torch.as_tensor(metrics[name], device=self.device).detach()
+            values = as_tensor(metrics[name], self.device)
             if values.shape != (n,):
                 raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(values.shape)}")
             parts.append(metric.check(name, values))
         return torch.stack(parts, 1)
 
     def _activations(self, activations: ArrayLike | torch.Tensor) -> torch.Tensor:
-        x = torch.as_tensor(activations, device=self.device).detach()
+        x = as_tensor(activations, self.device)
         if x.dim() != 2 or x.shape[1] != self.n_neurons:
             raise ArgumentError(f"activations: expected [n, {self.n_neurons}], got shape {list(x.shape)}")
         return x if x.is_floating_point() else x.float()
@@ -144,7 +151,7 @@ class NeuronStatistics:
             column = first + self._numbered + torch.arange(n, dtype=torch.float64, device=self.device)
             self._numbered += n
         else:
-            column = torch.as_tensor(groups, device=self.device).double()
+            column = as_tensor(groups, self.device).double()
             if column.shape != (n,) or bool((column != column.floor()).any()):
                 raise ArgumentError(f"groups: expected {n} whole numbers, got shape {list(column.shape)}")
         return torch.cat([checked, column[:, None]], 1)
@@ -320,6 +327,10 @@ class NeuronStatistics:
                 f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_cells}, {list(other.metrics)} "
                 f"and {list(other.statistics)}"
             )
+        if self.confidence is not None and self._numbered and other._numbered and self._stream == other._stream:
+            raise ArgumentError(
+                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
+            )
         if other._keeping:  # it still has all its rows
             self._update(other._buffer[: other._filled].clone(), other._values[: other._filled].clone())
             return
@@ -399,11 +410,17 @@ class NeuronStatistics:
         return NeuronStatistics.from_state_dict(state, device)
 
     def compute(self) -> NeuronScores:
-        """The scores of everything counted so far; counting may go on.
+        """The scores of everything counted so far; counting may go on. Warns once of whatever has no score.
 
         Raises:
             ArgumentError: Nothing was counted.
         """
+        result = self.scores()
+        scoring.warn_of_reasons(result)
+        return result
+
+    def scores(self) -> NeuronScores:
+        """`compute` without the warning."""
         if self.n_observations == 0:
             raise ArgumentError("compute: expected at least one observation, got none; call update first")
         self._settle()

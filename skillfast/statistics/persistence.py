@@ -30,6 +30,7 @@ def state_of(statistics: NeuronStatistics) -> dict[str, Any]:
         "seed": statistics.seed,
         "buffer_rows": statistics.buffer_rows,
         "stream": [statistics._stream, statistics._shards, statistics._numbered],
+        "shifted": statistics._shifted,
         "comoments": {name: tensor.clone() for name, tensor in statistics._moments.state_dict().items()},
         "kept": {"rows": statistics._buffer[:filled].clone(), "values": statistics._values[:filled].clone()},
         "table": None if table is None else table.state_dict(),
@@ -54,7 +55,7 @@ def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
     for name, tensor in statistics._moments.state_dict().items():
         tensor.copy_(state["comoments"][name])
     statistics._stream, statistics._shards, statistics._numbered = state["stream"]
-    statistics._shifted = int(statistics._moments.count) > 0 or state["table"] is not None
+    statistics._shifted = state["shifted"]
     if statistics._replicates is not None:
         statistics._replicates.load(state["replicates"])
     if state["table"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,3 +71,14 @@ def _cell_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> cell
         rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
     layout = cells.CellLayout.of(statistics.metrics, statistics.n_cells)
     return cells.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))
+
+
+def warn_of_reasons(scores: NeuronScores) -> None:
+    """One warning that names whatever has no score, or edges that are stale."""
+    if not scores.reasons:
+        return
+    parts = [
+        f"{name} ({len(where)} neurons)" if isinstance(where[0], int) else f"{name} ({', '.join(map(str, where))})"
+        for name, where in scores.reasons.items()
+    ]
+    warnings.warn(f"some scores are not defined: {'; '.join(parts)}", RuntimeWarning, stacklevel=3)
