@@ -32,7 +32,7 @@ def neuron_scale_kernel(
 
 
 def launch(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Runs the kernel over x [batch, ..., D]; the arguments are those of `skillfast.ops.neuron_scale`, checked."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

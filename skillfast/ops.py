@@ -6,10 +6,15 @@ that runs it. Import this module for its side effect (the registration), call th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from skillfast import backends
 from skillfast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _LIBRARY = torch.library.Library("skillfast", "DEF")
 _LIBRARY.define("neuron_scale(Tensor x, Tensor scale, Tensor? shift=None, Tensor? condition=None) -> Tensor")
@@ -172,33 +177,16 @@ def cells_update(
     torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
 
 
-def _neuron_scale(  # the dispatcher leaves out arguments that equal their default
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
-) -> torch.Tensor:
-    return backends.implementation("neuron_scale", x)(x, scale, shift, condition)
+def _chosen(op: str) -> Callable[..., torch.Tensor | None]:
+    def run(x: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor | None:
+        return backends.implementation(op, x)(x, *rest)
+
+    return run
 
 
-def _comoments_update(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
-    backends.implementation("comoments_update", x)(x, y, shift, sum_x, sum_xx, sum_xy)
-
-
-def _cells_update(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
-    backends.implementation("cells_update", x)(x, edges, channels, hats, table)
-
-
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("neuron_scale", _neuron_scale, _device)
-    _LIBRARY.impl("comoments_update", _comoments_update, _device)
-    _LIBRARY.impl("cells_update", _cells_update, _device)
+for _op in ("neuron_scale", "comoments_update", "cells_update"):
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_op, _chosen(_op), _device)
 
 
 @torch.library.register_fake("skillfast::neuron_scale")

@@ -7,12 +7,13 @@ from typing import Literal, get_args
 Kind = Literal["mlp", "attn", "head"]
 Pool = Literal["mean", "cls", "max", "last"]
 Mode = Literal["zero", "mean"]
+Finetune = Literal["none", "head", "last-block", "all"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 POOLS: tuple[Pool, ...] = get_args(Pool)
 MODES: tuple[Mode, ...] = get_args(Mode)
 STATISTICS = ("pearson", "spearman", "auroc", "mutual_info")
 DATASETS = ("digits", "cifar10", "imagefolder")
-FINETUNE = ("none", "head", "last-block", "all")
+FINETUNE: tuple[Finetune, ...] = get_args(Finetune)
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "native", "triton", "reference")

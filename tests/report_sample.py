@@ -72,7 +72,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _cost() -> dict[str, Any]:
-    phases = {"data": 0.41, "train": 61.2, "trace": 0.83, "select": 0.02, "sweep": 7.94, "report": 0.66}
+    phases = {"data": 0.41, "train": 61.2, "trace": 0.83, "select": 0.02, "sweep": 7.94, "baseline": 0.66}
     return {
         "seconds": {**phases, "total": sum(phases.values())}, "samples_per_s": 1240.5, "forward_s": 0.71,
         "trace_over_forward": 1.17, "peak_rss_bytes": 912_345_678, "peak_device_bytes": None, "state_bytes": 412_672,

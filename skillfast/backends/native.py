@@ -34,7 +34,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `skillfast.ops.neuron_scale`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

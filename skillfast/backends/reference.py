@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `skillfast.ops.neuron_scale`."""
     if condition is None:

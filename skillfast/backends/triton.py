@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -12,42 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, condition: torch.Tensor | None
-) -> torch.Tensor:
-    """See `skillfast.ops.neuron_scale`."""
-    from skillfast.kernels import neuron_scale as kernel
+def _launcher(op: str) -> Callable:
+    def launch(*arguments: torch.Tensor | None) -> torch.Tensor | None:
+        return importlib.import_module(f"skillfast.kernels.{op}").launch(*arguments)
 
-    return kernel.launch(x, scale, shift, condition)
-
-
-def comoments_update(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
-    """See `skillfast.ops.comoments_update`."""
-    from skillfast.kernels import comoments_update as kernel
-
-    kernel.launch(x, y, shift, sum_x, sum_xx, sum_xy)
-
-
-def cells_update(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
-    """See `skillfast.ops.cells_update`."""
-    from skillfast.kernels import cells_update as kernel
-
-    kernel.launch(x, edges, channels, hats, table)
+    return launch
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "neuron_scale": neuron_scale,
-    "comoments_update": comoments_update,
-    "cells_update": cells_update,
+    op: _launcher(op) for op in ("neuron_scale", "comoments_update", "cells_update")
 }
 
 

@@ -99,6 +99,12 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
     say(
         f"baseline accuracy {accuracy:.1%} (mean of {len(subject.splits.classes)} classes, {len(intact.labels)} images)"
     )
+    if subject.splits.name != "digits":
+        parts = subject.splits
+        say(
+            f"{parts.name}: {len(parts.select)} images to select on, {len(parts.validate)} to validate, "
+            f"{len(parts.test)} to test; {subject.normalisation}"
+        )
     noise = 2 * math.sqrt(chance * (1 - chance) / len(intact.labels))  # two standard errors of guessing
     if accuracy < chance + max(noise, 0.1 * (1 - chance)):
         say(
@@ -209,7 +215,7 @@ def _model(subject: Subject) -> dict[str, Any]:
 def _write(
     directory: Path, results: dict[str, Any], skills: dict[str, Skill], scores: NeuronScores, clock: Clock
 ) -> None:
-    """All files; results.json twice, so that the report's own time is in it."""
+    """All files; results.json after what it sums up, the page last."""
     from skillfast.report import write_report
 
     save_skills(directory, skills.values())

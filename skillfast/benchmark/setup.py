@@ -114,8 +114,6 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
         splits, normalisation = _images(config, loaded.data_config, quiet)
     if splits.skipped:
         say(f"{len(splits.skipped)} unreadable images left out: {', '.join(splits.skipped[:3])}")
-    say(f"{config.dataset}: {len(splits.select)} images to select on, {len(splits.validate)} to validate, "
-        f"{len(splits.test)} to test; {normalisation}")  # fmt: skip
     model = loaded.model.to(device)
     mode = training.resolve_finetune(config.finetune, loaded)
     if mode != "none":

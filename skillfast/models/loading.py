@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn import functional
 
 from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.files import replacing
 from skillfast.models.training import finetune
 from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
 
@@ -278,14 +278,8 @@ def _read_cached(model: nn.Module, path: Path) -> dict[str, Any]:
 
 def _write_cached(model: nn.Module, trained: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(model.state_dict(), temporary, metadata={"trained": json.dumps(trained)})
-        Path(temporary).replace(path)  # a reader finds all of it or nothing
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _arguments(kwargs: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from skillfast.data.splits import TensorImages, loader
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.progress import track
+from skillfast.vocabulary import FINETUNE, Finetune
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from skillfast.data.splits import LabelledDataset, Splits
     from skillfast.models.loading import LoadedModel
-
-Mode = Literal["none", "head", "last-block", "all"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 # (epochs, learning rate). The first two train on cached activations, where an epoch costs little.
 _RECIPES = {"head": (40, 3e-3), "last-block": (8, 5e-4), "all": (10, 1e-4), "scratch": (60, 1e-3)}
@@ -32,7 +30,7 @@ _WARMUP = 0.1  # share of the steps
 _CACHE_LIMIT = 2 << 30  # bytes of frozen activations kept, about 200 images of each of 10 classes for ViT-B/16, twice
 
 
-def resolve_finetune(requested: str | None, loaded: LoadedModel) -> Mode:
+def resolve_finetune(requested: str | None, loaded: LoadedModel) -> Finetune:
     """Say what to train.
 
     Args:
@@ -167,14 +165,16 @@ def accuracy(
     return right.double() / torch.bincount(dataset.labels, minlength=n_classes).double()
 
 
-def _check_mode(mode: str) -> Mode:
-    for known in MODES:
+def _check_mode(mode: str) -> Finetune:
+    for known in FINETUNE:
         if mode == known:
             return known
-    raise ArgumentError(f"--finetune: expected one of {', '.join(MODES)}, got {mode!r}; leave it out for the default")
+    raise ArgumentError(
+        f"--finetune: expected one of {', '.join(FINETUNE)}, got {mode!r}; leave it out for the default"
+    )
 
 
-def _parts(model: nn.Module, mode: Mode) -> list[nn.Module]:
+def _parts(model: nn.Module, mode: Finetune) -> list[nn.Module]:
     """Find the modules that a mode trains."""
     if mode == "all":
         return [model]
@@ -229,7 +229,7 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def _cache_frozen(
     model: nn.Module,
-    mode: Mode,
+    mode: Finetune,
     data: LabelledDataset,
     batch_size: int,
     device: torch.device,
@@ -262,7 +262,7 @@ def _cache_frozen(
     return rest, TensorImages(torch.cat(kept), data.labels, data.classes)
 
 
-def _cut(model: nn.Module, mode: Mode) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
+def _cut(model: nn.Module, mode: Finetune) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
     """Find the first trained module and what follows from its input on."""
     if mode == "head":
         classifier = model.get_classifier()  # type: ignore[operator]

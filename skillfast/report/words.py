@@ -28,7 +28,7 @@ PHASES = {
     "trace": "tracing the neurons",
     "select": "choosing the skills",
     "sweep": "removing them",
-    "report": "writing the report",
+    "baseline": "accuracy of the intact model",
     "total": "the whole run",
 }
 # the half of "not defined (denominator is 0)" that goes where an interval would
