@@ -103,7 +103,7 @@ def test_pearson_survives_an_offset():
 def test_pearson_goes_on_past_two_to_the_24():
     """float32 counters stick there: the state is put past it, then rows that change the result follow."""
     x, values = sample(4096, 5)
-    acc = NeuronStatistics(5, METRICS)
+    acc = NeuronStatistics(5, METRICS, ("pearson",))
     acc.update(x, values)
     for _ in range(13):  # doubles 4,096 rows to 33.5 million
         acc.merge(acc)
