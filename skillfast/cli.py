@@ -115,6 +115,8 @@ _subject = _options(
 )
 _tracing = _options(
     click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names."),
+    click.option("--statistics", type=_Names(), default=",".join(words.STATISTICS), show_default=True),
+    click.option("--cells", type=int, default=128, show_default=True, help="Per neuron; fewer take less memory."),
     click.option("--pool", type=click.Choice(words.POOLS), default="mean", show_default=True, help="Over tokens."),
 )
 _selection = _options(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ from skillfast.progress import track
 from skillfast.statistics import distributed
 from skillfast.statistics.cells import exact_rows
 from skillfast.statistics.edges import calibration_rows
-from skillfast.statistics.neuron_statistics import NeuronStatistics, as_tensor
+from skillfast.statistics.neuron_statistics import NeuronStatistics, as_tensor, state_bytes
 from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
@@ -143,6 +145,7 @@ class Tracer:
         self._devices: dict[str, _DeviceRows] = {}
         for device, members in by_device.items():
             width = sum(site.width for site in members)
+            _warn_of_size(device, width, state_bytes(width, metrics, statistics, cells, confidence))
             accumulator = NeuronStatistics(
                 width,
                 metrics,
@@ -267,6 +270,29 @@ class Tracer:
         group = self._devices[site.name]
         members = tuple(s for s in self.sites if self._devices[s.name] is group)
         return replace(computed[id(group)], sites=members)[site.name]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _warn_of_size(device: torch.device, neurons: int, needed: int) -> None:
+    """Says before the pass that its state will not fit, and what to turn down."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        warnings.warn(
+            f"the state of {neurons:,} neurons takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
+            f"{device}: trace Pearson's r alone, with fewer cells, or some of the sites at a time",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:

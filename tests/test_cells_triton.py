@@ -44,6 +44,7 @@ def test_interpreted_equals_reference():
         text=True,
         timeout=500,
         check=False,
+        cwd="/",  # from the checkout, its own skillfast would come before the installed one
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 

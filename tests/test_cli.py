@@ -95,6 +95,16 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
 
 
+@pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info"])
+def test_bench_by_another_statistic(pictures, tmp_path, method):
+    result = run("bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8, "--method", method,
+                 "--cells", 64, "--output", tmp_path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    skills = json.loads((tmp_path / "skills.json").read_text())["skills"]
+    assert {skill["method"] for skill in skills} == {method}
+    assert method in (tmp_path / "report.html").read_text()
+
+
 def test_info():
     result = run("info", "--model", "vit_tiny_patch16_224", "--model-kwarg", "depth=2")
     assert result.exit_code == 0
@@ -108,6 +118,7 @@ def test_info():
         (["--nonsense"], 2, "No such option"),
         (["--dataset", "mnist"], 2, "Invalid value for '--dataset'"),
         (["--dataset", "imagefolder"], 2, "expected --data-dir with --dataset imagefolder"),
+        (["--statistics", "pearson", "--method", "auroc"], 2, "expected one of the statistics that are traced"),
         (["--batch-size", "0"], 2, "batch_size: expected at least 1, got 0"),
         (["--mean", "a"], 2, "expected numbers such as"),
         (["--device", "cuda:99"], 2, "device 'cuda:99': expected one that is there"),

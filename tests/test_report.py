@@ -293,7 +293,7 @@ def test_import_is_cheap():
         "import sys, skillfast.report\n"
         "assert not {'torch', 'plotly', 'rich', 'jinja2', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
 # the page in a browser

@@ -234,27 +234,6 @@ def test_updates_in_and_out_of_inference_mode_mix():
     np.testing.assert_allclose(acc.compute().pearson, oracle(x, values), atol=1e-6)
 
 
-def _process(rank, folder, x, values):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    acc = NeuronStatistics(6, METRICS)
-    rows = slice(0, 40) if rank == 0 else slice(40, None)
-    acc.update(x[rows], {name: v[rows] for name, v in values.items()})
-    acc.all_reduce()
-    np.save(f"{folder}/{rank}.npy", acc.compute().pearson)
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_one_result(tmp_path):
-    x, values = sample(101, 6)
-    torch.multiprocessing.spawn(_process, (str(tmp_path), x, values), nprocs=2)
-    acc = NeuronStatistics(6, METRICS)
-    acc.update(x, values)
-    for rank in range(2):
-        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), acc.compute().pearson, atol=1e-7)
-
-
 def test_a_memory_map_is_read(tmp_path):
     x, values = sample(100, 4)
     np.save(tmp_path / "x.npy", x.numpy())

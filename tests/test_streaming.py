@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -312,24 +316,37 @@ def test_a_stream_is_shuffled_in_a_buffer(pictures):
     assert "stale_edges" not in skillfast.trace(make_vit(), mixed, cells=16, classes=5).reasons
 
 
-def _process(rank, folder, n, cells):
-    import torch.distributed as dist
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+import skillfast
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    g = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(n, 3, 16, 16, generator=g), torch.arange(n) % 5)
-    for shuffle in (False, True):
-        loader = DataLoader(data, 16, sampler=DistributedSampler(data, 2, rank, shuffle=shuffle))
-        scores = skillfast.trace(make_vit(), loader, cells=cells, classes=5)
-        scores.save(f"{folder}/{rank}-{shuffle}")
-    dist.destroy_process_group()
+folder, tests, n, cells = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sys.path.insert(0, tests)
+from conftest import make_vit
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+data = TensorDataset(torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 5)
+for shuffle in (False, True):
+    loader = DataLoader(data, 16, sampler=DistributedSampler(data, shuffle=shuffle))
+    skillfast.trace(make_vit(), loader, cells=cells, classes=5).save(f"{folder}/{dist.get_rank()}-{shuffle}")
+dist.destroy_process_group()
+"""
 
 
 @pytest.mark.parametrize(("n", "cells"), [(101, 128), (301, 8)])
-def test_two_processes_give_the_result_of_one(tmp_path, n, cells):
+def test_two_processes_under_torchrun_give_the_result_of_one(tmp_path, n, cells):
     """101 and 301 do not divide by two: a DistributedSampler repeats a sample, which must not count twice."""
-    torch.multiprocessing.spawn(_process, (str(tmp_path), n, cells), nprocs=2)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [tmp_path / "script.py", tmp_path, Path(__file__).parent, n, cells]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], check=False, capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     g = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(n, 3, 16, 16, generator=g), torch.arange(n) % 5)
     want = skillfast.trace(make_vit(), DataLoader(data, 16), cells=cells, classes=5)

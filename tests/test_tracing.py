@@ -217,6 +217,22 @@ def test_the_data_frame_is_long(vit, batches):
         scores.to_dataframe(metric="nothing")
 
 
+def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatch):
+    from skillfast import tracing
+    from skillfast.statistics.neuron_statistics import state_bytes
+
+    metrics = {"label": Categorical(5), "loss": Continuous()}
+    for statistics, confidence in ((("pearson",), None), (("pearson", "auroc"), None), (("pearson",), 16)):
+        acc = skillfast.NeuronStatistics(50, metrics, statistics, cells=16, confidence=confidence, buffer_rows=8)
+        acc.calibrate(torch.randn(64, 50), {"label": torch.arange(64) % 5, "loss": torch.randn(64)})
+        known = state_bytes(50, metrics, statistics, 16, confidence)
+        columns = 1 + 6 + 2 * 6 + (confidence or 0) * (1 + 2 * 6)  # float64 per column and replicate, not per neuron
+        assert abs(acc.state_bytes - known) <= 8 * columns
+    monkeypatch.setattr(tracing, "free_bytes", lambda _: 10_000)
+    with pytest.warns(RuntimeWarning, match=r"the state of 384 neurons takes .* trace Pearson's r alone, with fewer"):
+        skillfast.Tracer(vit, metrics, sites=("attn", "mlp", "head"))
+
+
 def test_a_double_model_is_traced(batches):
     model = make_vit().double()
     scores = skillfast.trace(model, [(x.double(), y) for x, y in batches])

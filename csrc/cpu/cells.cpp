@@ -170,7 +170,7 @@ void cells_lanes(const CellsArgs& args, int64_t begin, int64_t end) {
     case DType::bfloat16:
       return lanes_of<bf16>(args, begin, end);
     case DType::float16:
-      return lanes_of<_Float16>(args, begin, end);
+      return lanes_of<half>(args, begin, end);
     case DType::float64:
       return lanes_of<double>(args, begin, end);
   }

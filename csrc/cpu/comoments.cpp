@@ -118,7 +118,7 @@ void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end) {
     case DType::bfloat16:
       return lanes<bf16>(args, begin, end);
     case DType::float16:
-      return lanes<_Float16>(args, begin, end);
+      return lanes<half>(args, begin, end);
     case DType::float64:
       return lanes<double>(args, begin, end);
   }

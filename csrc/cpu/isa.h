@@ -20,9 +20,38 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Before GCC 12 on x86-64 and GCC 13 on Arm, C++ has no _Float16.
+#if defined(SKILLFAST_SOFT_HALF)
+#elif defined(__aarch64__)
+typedef __fp16 half;
+#elif defined(__FLT16_MAX__) && (__GNUC__ >= 12 || defined(__clang__))
+typedef _Float16 half;
+#else
+#define SKILLFAST_SOFT_HALF
+#endif
+#ifdef SKILLFAST_SOFT_HALF
+struct half {
+  uint16_t bits;
+};
+#endif
+
 static inline float to_float(float value) { return value; }
 static inline double to_float(double value) { return value; }
-static inline float to_float(_Float16 value) { return static_cast<float>(value); }
+static inline float to_float(half value) {
+#ifdef SKILLFAST_SOFT_HALF
+  uint32_t bits = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  result *= 0x1p112f;  // the exponent's bias: right for numbers below the smallest normal one, too
+  std::memcpy(&bits, &result, sizeof(bits));
+  if ((value.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  bits |= static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+#else
+  return static_cast<float>(value);
+#endif
+}
 static inline float to_float(bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float result;
@@ -47,6 +76,31 @@ inline bf16 from_float<bf16>(float value) {
   const uint32_t quiet = (bits >> 16) | 0x40u;
   return bf16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
+
+#ifdef SKILLFAST_SOFT_HALF
+template <>
+inline half from_float<half>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  uint32_t result;
+  if (bits > 0x7f800000u) {
+    result = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // rounds to 65,536 or more
+    result = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // below the smallest normal number: the addition rounds
+    float shifted;
+    std::memcpy(&shifted, &bits, sizeof(shifted));
+    shifted += 0.5f;
+    std::memcpy(&result, &shifted, sizeof(result));
+    result -= 0x3f000000u;
+  } else {
+    result = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  return half{static_cast<uint16_t>(result | sign)};
+}
+#endif
 
 void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end);  // rows of [batch * tokens]
 void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end);      // neurons

@@ -43,7 +43,7 @@ void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end) 
     case DType::bfloat16:
       return scale_rows<bf16, float>(args, begin, end);
     case DType::float16:
-      return scale_rows<_Float16, float>(args, begin, end);
+      return scale_rows<half, float>(args, begin, end);
     case DType::float64:
       return scale_rows<double, double>(args, begin, end);
   }

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS
+from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, STATISTICS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class BenchConfig:
         seed: Of every random choice.
         sites: Kinds or names of sites.
         pool: How tokens become one observation.
-        method: How neurons are ranked.
+        statistics: What the trace computes.
+        cells: Cells per neuron for all but Pearson's r.
+        method: The statistic by which neurons are ranked.
         share: Share of all neurons that a skill takes, at most.
         max_site_share: Share of one site's neurons that a skill takes, at most.
         scale: Factor on the activations of a removed skill's neurons.
@@ -63,6 +65,8 @@ class BenchConfig:
     seed: int = 0
     sites: tuple[str, ...] = KINDS
     pool: str = "mean"
+    statistics: tuple[str, ...] = STATISTICS
+    cells: int = 128
     method: str = "pearson"
     share: float = 0.03
     max_site_share: float = 0.25
@@ -76,6 +80,11 @@ class BenchConfig:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ArgumentError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
+        if self.method not in self.statistics:
+            raise ArgumentError(
+                f"method: expected one of the statistics that are traced, {', '.join(self.statistics)}, got "
+                f"{self.method!r}"
+            )
         for name in ("batch_size", "control_draws", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,7 +13,7 @@ import torch
 from skillfast.tracing import Tracer, classification_forward
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from skillfast.metrics import Metric
 
@@ -53,10 +53,9 @@ def trace_over_forward(
     model: torch.nn.Module,
     loader: Iterable[Any],
     metrics: Mapping[str, Metric],
-    sites: Sequence[str],
-    pool: Any,
+    **settings: Any,
 ) -> dict[str, float | int]:
-    """Time a few batches with and without tracing, in turn.
+    """Time a few batches with and without tracing, in turn; the settings are the `Tracer`'s.
 
     Returns:
         forward_s (seconds of the plain forwards over those batches), samples_per_s (of the traced ones),
@@ -65,7 +64,7 @@ def trace_over_forward(
     device = next(model.parameters()).device
     plain = traced = 0.0
     samples = 0
-    tracer = Tracer(model, metrics, sites=sites, pool=pool)
+    tracer = Tracer(model, metrics, **settings)
     with torch.inference_mode():
         for images, label in islice(loader, MEASURED_BATCHES):
             batch = (images.to(device), label.to(device))

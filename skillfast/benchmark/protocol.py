@@ -82,8 +82,10 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             subject.model,
             subject.loader("select"),
             metrics.classification(subject.splits.classes),
-            config.sites,
-            config.pool,
+            sites=config.sites,
+            pool=config.pool,
+            statistics=config.statistics,
+            cells=config.cells,
         )
     results = _results(subject, list(skills.values()), swept)
     results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}

@@ -189,6 +189,8 @@ def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
         subject.loader("select"),
         sites=subject.config.sites,
         pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
+        statistics=subject.config.statistics,
+        cells=subject.config.cells,
         classes=subject.splits.classes,
         quiet=quiet,
     )

@@ -43,7 +43,7 @@ METHODS = {
 FLAGS = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
     "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
-    "pool", "method", "share", "max_site_share", "scale", "control_draws", "backend",
+    "pool", "statistics", "cells", "method", "share", "max_site_share", "scale", "control_draws", "backend",
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _flag(key: str, value: Any) -> list[str]:
         return [name if value else f"--no-{key.replace('_', '-')}"]
     if key == "model_kwargs":
         return [word for option, given in value.items() for word in ("--model-kwarg", f"{option}={given}")]
-    if key == "sites":
+    if key in ("sites", "statistics"):
         return [name, ",".join(value)]
     return [name, *map(str, value)] if isinstance(value, list) else [name, str(value)]
 
