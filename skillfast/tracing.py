@@ -18,7 +18,8 @@ from skillfast.progress import track
 from skillfast.statistics import distributed
 from skillfast.statistics.cells import exact_rows
 from skillfast.statistics.edges import calibration_rows
-from skillfast.statistics.neuron_statistics import NeuronStatistics, as_tensor, state_bytes
+from skillfast.statistics.neuron_statistics import NeuronStatistics, as_tensor
+from skillfast.statistics.planning import state_bytes
 from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 

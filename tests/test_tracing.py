@@ -219,7 +219,7 @@ def test_the_data_frame_is_long(vit, batches):
 
 def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatch):
     from skillfast import tracing
-    from skillfast.statistics.neuron_statistics import state_bytes
+    from skillfast.statistics.planning import state_bytes
 
     metrics = {"label": Categorical(5), "loss": Continuous()}
     for statistics, confidence in ((("pearson",), None), (("pearson", "auroc"), None), (("pearson",), 16)):

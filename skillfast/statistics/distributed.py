@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from skillfast.errors import ArgumentError
-from skillfast.statistics import comoments
+from skillfast.statistics import comoments, confidence
 from skillfast.statistics.cells import Overflow
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from skillfast.statistics.comoments import CoMoments
 
 _SLICE = 1 << 22  # table entries summed at once in int64: 32 MB
+
+
+def stream() -> int:
+    """A number for this process's own bootstrap weights: 0 in the first process, and where there is no other."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return int(confidence.mix(rank) >> np.uint64(1)) if rank else 0
 
 
 def gather(value: Any, group: Any) -> list[Any]:

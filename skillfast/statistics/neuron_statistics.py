@@ -12,7 +12,6 @@ from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.statistics import cells, comoments, confidence, distributed, persistence, scoring
 from skillfast.statistics.cell_state import CellState
-from skillfast.statistics.cells import CellLayout
 from skillfast.statistics.comoments import CoMoments
 from skillfast.statistics.confidence import Replicates
 from skillfast.vocabulary import STATISTICS
@@ -33,23 +32,6 @@ def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | Non
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()
     return torch.as_tensor(values, device=device).detach()
-
-
-def state_bytes(
-    n_neurons: int,
-    metrics: Mapping[str, Metric],
-    statistics: Sequence[str] = STATISTICS,
-    cells: int = 128,
-    confidence: int | None = None,
-) -> int:
-    """How many bytes the state of such an accumulator takes, without its buffer and a continuous metric's scalars."""
-    columns = sum(len(metric.columns(name)) for name, metric in metrics.items())
-    per_neuron = 8 * (2 + columns) + 4  # sums of x, x^2 and each x y; the shift
-    if any(name in scoring.OF_CELLS for name in statistics):
-        per_neuron += 4 * (CellLayout.of(metrics, cells).entries + cells - 1)  # the table and its edges
-    if confidence is not None:
-        per_neuron += 8 * confidence * (2 + columns)
-    return n_neurons * per_neuron
 
 
 class NeuronStatistics:
@@ -116,7 +98,7 @@ class NeuronStatistics:
                 else Replicates.zeros(seed, confidence, n_neurons, len(self.columns), self.device)
             )
         self._cells: CellState | None = None
-        self._stream = 0  # tells the observations of this accumulator from those of its shards
+        self._stream = distributed.stream()  # tells its observations from those of shards and other processes
         self._shards = 0
         self._numbered = 0  # observations that have a number of their own
         self._shifted = False  # whether the co-moments have their shift
