@@ -36,7 +36,7 @@ print("equal")
 """
 
 
-def test_interpreted_equals_reference():
+def test_interpreted_equals_reference(triton_interpreter):
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED.format(folder=str(Path(__file__).parent))],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -122,13 +122,15 @@ def test_pearson_goes_on_past_two_to_the_24():
 def test_any_cut_order_and_merge_tree_gives_the_same(data):
     n = data.draw(st.integers(20, 300))
     x, values = sample(n, 6, seed=data.draw(st.integers(0, 9)))
-    whole = NeuronStatistics(6, METRICS)
+    first = NeuronStatistics(6, METRICS)
+    first.calibrate(x[:20], {name: v[:20] for name, v in values.items()})
+    whole = first.like()
     whole.update(x, values)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
     shards = []
     for rows in torch.tensor_split(order, cuts):
-        shard = whole.like()
+        shard = first.like()
         for batch in rows.split(data.draw(st.integers(1, 50))):
             shard.update(x[batch], {name: v[batch] for name, v in values.items()})
         shards.append(shard)

@@ -76,7 +76,7 @@ def run(code, *arguments, **environment):
     return done.stdout.strip()
 
 
-def test_interpreted_kernels_equal_the_reference():
+def test_interpreted_kernels_equal_the_reference(triton_interpreter):
     assert run(INTERPRETED, TRITON_INTERPRET="1") == "interpreted"
 
 

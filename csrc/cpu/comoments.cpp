@@ -4,7 +4,7 @@ namespace skillfast::SKILLFAST_ISA {
 namespace {
 
 constexpr int kLanes = SKILLFAST_VECTOR_BYTES / sizeof(float);
-constexpr int kRows = 16;    // rows summed in float32 before they are added to the float64 sums
+constexpr int kRows = 8;     // rows summed in float32 before they are added to the float64 sums
 constexpr int kColumns = 6;  // columns of y in one sweep over a tile: 6 + 2 sums, x and y fit AVX2's 16 registers
 constexpr int kPanel = 256;  // neurons whose kRows rows stay in cache for all columns
 
