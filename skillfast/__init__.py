@@ -14,7 +14,7 @@ _PUBLIC = {
     "Continuous": "metrics",
     "NeuronScores": "statistics.neuron_scores",
     "NeuronStatistics": "statistics.neuron_statistics",
-    "Tracer": "tracing",
+    "Tracer": "tracer",
     "correlate": "tracing",
     "trace": "tracing",
     "Skill": "skills",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from skillfast.skills import select as select
     from skillfast.statistics.neuron_scores import NeuronScores as NeuronScores
     from skillfast.statistics.neuron_statistics import NeuronStatistics as NeuronStatistics
-    from skillfast.tracing import Tracer as Tracer
+    from skillfast.tracer import Tracer as Tracer
     from skillfast.tracing import correlate as correlate
     from skillfast.tracing import trace as trace
 

@@ -11,9 +11,10 @@ import torch
 
 from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.metrics import Categorical
 from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, unwrap_compiled
 from skillfast.progress import track
-from skillfast.tracing import classes_of, refuse_training
+from skillfast.tracing import classes_of, image_batch, refuse_training
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Condition:
             raise ArgumentError(f"components: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
         if self.mode not in MODES:
             raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        if not np.isfinite(self.scale):
+        if not isinstance(self.scale, int | float) or not abs(self.scale) < float(np.finfo(np.float32).max):
             raise ArgumentError(f"scale: expected a finite number, got {self.scale}")
 
 
@@ -213,10 +214,10 @@ def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: i
 def sweep(
     model: torch.nn.Module,
     loader: Iterable[Any],
-    conditions: Sequence[Condition],
+    conditions: Iterable[Condition],
     *,
     reference: NeuronScores | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | int | None = None,
     keep_predictions: bool = False,
     stacked_rows: int = 512,
     quiet: bool = True,
@@ -239,13 +240,22 @@ def sweep(
     """
     model = unwrap_compiled(model)
     refuse_training(model, "sweep")
-    names = tuple(classes if classes is not None else classes_of(loader, model))
+    conditions = list(conditions)
+    for condition in conditions:
+        if not isinstance(condition, Condition):
+            raise ArgumentError(f"conditions: expected Condition(skill), got {type(condition).__name__}")
+    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
     runner = _Stacked(model, _Interventions(model, conditions, reference), len(conditions), stacked_rows)
     labels, top2, predictions = [], [], []
     with torch.inference_mode():
-        for images, label in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
+        for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
+            images, label = image_batch(batch)
+            if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(names):
+                raise ArgumentError(
+                    f"labels: expected class indices in [0, {len(names)}), got {int(label.min())} to {int(label.max())}"
+                )
             best, predicted = runner.run(images)
-            labels.append(label.numpy())
+            labels.append(label.cpu().numpy())
             top2.append(best)
             predictions.append(predicted)
     if not labels:
@@ -278,7 +288,7 @@ class _Stacked:
         """The intact model's two best classes [batch, 2], and predictions [n_conditions, batch]."""
         images = images.to(self.device)
         top2 = self.model(images).topk(2, dim=1).indices.cpu().numpy()
-        step = max(1, self.stacked_rows // len(images))
+        step = max(1, self.stacked_rows // max(1, len(images)))
         parts = [
             self._predict(images, range(start, min(start + step, self.n_conditions)))
             for start in range(0, self.n_conditions, step)

@@ -116,11 +116,24 @@ def read_nested(path: Path, schema: str, remedy: str) -> dict[str, Any]:
     tensors, header = _read(path, schema, remedy, "pt")
 
     def join(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        name = value.get("tensor")
+        return tensors[name] if len(value) == 1 and isinstance(name, str) else {k: join(v) for k, v in value.items()}
 
-    return {key: join(value) for key, value in header.items()}
+    with whole(path, remedy):
+        return {key: join(value) for key, value in header.items()}
+
+
+@contextmanager
+def whole(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what a file with missing or other keys raises on the way back into a DataError of one line."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: expected a whole file, got one with other keys ({error!r}); {remedy}") from error
 
 
 def read_arrays(path: Path, schema: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -139,5 +152,5 @@ def _read(path: Path, schema: str, remedy: str, framework: str) -> tuple[dict[st
         raise _unreadable(path, error, remedy) from error
     except (SafetensorError, ValueError) as error:
         raise DataError(f"{path}: expected a safetensors file, got one that is broken ({error}); {remedy}") from error
-    check_schema(str(path), header.get("schema"), schema, remedy)
+    check_schema(str(path), header.get("schema") if isinstance(header, dict) else header, schema, remedy)
     return arrays, header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ class Categorical:
     classes: tuple[str, ...]
 
     def __init__(self, classes: Sequence[str] | int) -> None:
-        names = tuple(str(i) for i in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+        if hasattr(classes, "__index__"):  # numpy's integers, too
+            classes = [str(i) for i in range(operator.index(classes))]
+        names = tuple(map(str, classes))
         if len(names) < 2 or len(set(names)) != len(names):
             raise ArgumentError(f"Categorical classes: expected at least two different names, got {list(names)[:5]}")
         object.__setattr__(self, "classes", names)
@@ -36,7 +39,7 @@ class Categorical:
     def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Indices [n] as float64 [n]; raises ArgumentError on an index out of range."""
         index = values.double()
-        whole = bool((index == index.floor()).all())
+        whole = bool((torch.isfinite(index) & (index == index.floor())).all())
         if index.numel() and not (whole and int(index.min()) >= 0 and int(index.max()) < len(self.classes)):
             raise ArgumentError(
                 f"metric {name!r}: expected class indices in [0, {len(self.classes)}), got {index.min():g} to "
@@ -123,6 +126,13 @@ def classification_values(logits: torch.Tensor, label: torch.Tensor) -> dict[str
         nats), each [n].
     """
     logits = logits.float()
+    if label.shape != logits.shape[:1] or (
+        len(label) and not 0 <= int(label.min()) <= int(label.max()) < logits.shape[1]
+    ):
+        raise ArgumentError(
+            f"labels: expected {len(logits)} class indices in [0, {logits.shape[1]}), the model's outputs, got shape "
+            f"{list(label.shape)}" + (f" from {int(label.min())} to {int(label.max())}" if label.numel() else "")
+        )
     return {
         "label": label,
         "correct": logits.argmax(1) == label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -80,15 +80,15 @@ def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Or
 def _rows_of(batch: Any) -> int:
     """How many observations a batch has, by its first tensor."""
     if isinstance(batch, torch.Tensor):
-        return len(batch)
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+        return len(batch) if batch.dim() else 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
     return next((count for count in map(_rows_of, parts) if count), 0)
 
 
 def _bytes_of(batch: Any) -> int:
     if isinstance(batch, torch.Tensor):
         return batch.numel() * batch.element_size()
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
     return sum(map(_bytes_of, parts))
 
 

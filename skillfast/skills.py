@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from skillfast import files
-from skillfast.errors import ArgumentError, DataError
+from skillfast.errors import ArgumentError
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Skill:
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        neurons = {site: torch.as_tensor(index, dtype=torch.int64).unique() for site, index in self.neurons.items()}
+        neurons = {site: _indices(self.name, site, index) for site, index in self.neurons.items()}
         for site, index in neurons.items():
             if index.numel() and int(index[0]) < 0:
                 raise ArgumentError(f"skill {self.name!r}: expected indices from 0 in {site}, got {int(index[0])}")
@@ -62,6 +63,16 @@ class Skill:
             "settings": dict(self.settings),
             "neurons": {site: index.tolist() for site, index in self.neurons.items()},
         }
+
+
+def _indices(skill: str, site: str, index: Any) -> torch.Tensor:
+    """Indices, or a bool mask over the site's neurons, as ascending int64 without repeats."""
+    tensor = torch.as_tensor(index)
+    if tensor.dtype == torch.bool:
+        tensor = tensor.nonzero()[:, 0]
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+        raise ArgumentError(f"skill {skill!r}: expected whole numbers or a mask in {site}, got {tensor.dtype}")
+    return tensor.to(torch.int64).unique()
 
 
 def overlap(skills: Sequence[Skill]) -> np.ndarray:
@@ -86,11 +97,10 @@ def load_skills(directory: str | Path) -> dict[str, Skill]:
     """Read a folder's `skills.json`, or that file; raises DataError where it is missing, broken or another version."""
     path = Path(directory)
     path = path if path.is_file() else path / FILE
-    value = files.read_json(path, SCHEMA, "write it with save_skills or `skillfast bench`")
-    try:
+    remedy = "write it with save_skills or `skillfast bench`"
+    value = files.read_json(path, SCHEMA, remedy)
+    with files.whole(path, remedy):
         skills = [Skill(**entry, fingerprint=value["fingerprint"]) for entry in value["skills"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: expected a {SCHEMA} file, got one with other keys ({error})") from error
     return {skill.name: skill for skill in skills}
 
 
@@ -139,12 +149,21 @@ def select(
     settings = {
         "share": share, "max_site_share": max_site_share, "signed": signed, "contrastive": contrastive,
     }  # fmt: skip
+    ranking = {column: _ranking(scores, method, column, signed, contrastive) for column in columns}
+    chosen = {column: _best(scores, ranking[column], share, max_site_share) for column in columns}
+    empty = [column for column, neurons in chosen.items() if not any(len(index) for index in neurons.values())]
+    if empty:
+        warnings.warn(
+            f"no neuron was chosen for {', '.join(empty)}: none has a score above 0 within the shares",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     short = [column.partition(":")[2] or column for column in columns]
     names = short if len(set(short)) == len(short) else columns
     return {
         name: Skill(
             name=name,
-            neurons=_best(scores, _ranking(scores, method, column, signed, contrastive), share, max_site_share),
+            neurons=chosen[column],
             metric=column,
             method=method,
             settings=settings,

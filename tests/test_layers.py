@@ -15,6 +15,7 @@ LAYERS = [
     {"report", "benchmark"},
     {"skills", "ablation"},
     {"tracing"},
+    {"tracer"},
     {"statistics"},
     {"models", "data"},
     {"metrics", "progress", "sampling"},

@@ -11,6 +11,7 @@ from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import Site
 from skillfast.skills import overlap
 
+pytestmark = pytest.mark.filterwarnings("ignore:no neuron was chosen")
 SITES = (Site("blocks.0.mlp", "mlp", 0, "a", 8), Site("blocks.1.attn", "attn", 1, "b", 4, 2))
 
 
@@ -39,6 +40,20 @@ def test_the_best_neurons_of_each_column_are_chosen():
     assert neurons(skillfast.select(scores(values), signed=False, share=2 / 12, max_site_share=1)["loss"]) == {
         "blocks.0.mlp": [0], "blocks.1.attn": [3],
     }  # fmt: skip
+
+
+def test_an_empty_skill_is_told():
+    values = np.zeros((12, 3))
+    values[0, 0] = 0.5
+    with pytest.warns(RuntimeWarning, match="no neuron was chosen for label:b, loss: none has a score above 0"):
+        skillfast.select(scores(values))
+
+
+def test_masks_are_taken_and_floats_refused():
+    skill = skillfast.Skill("mine", {"head": np.array([False, True, False, True])})
+    assert neurons(skill) == {"head": [1, 3]}
+    with pytest.raises(ArgumentError, match=r"expected whole numbers or a mask in head, got torch\.float"):
+        skillfast.Skill("mine", {"head": [1.7]})
 
 
 def test_no_site_gives_more_than_its_share():
@@ -105,7 +120,10 @@ def test_skills_are_saved_and_loaded(tmp_path):
         (None, "expected a file, got none"),
         ("{", "expected JSON"),
         ('{"schema": "skillfast.skills/2"}', "expected schema 'skillfast.skills/1', got 'skillfast.skills/2'"),
-        ('{"schema": "skillfast.skills/1", "skills": [{"colour": 1}]}', "expected a skillfast.skills/1 file"),
+        (
+            '{"schema": "skillfast.skills/1", "skills": [{"colour": 1}]}',
+            "expected a whole file, got one with other keys",
+        ),
     ],
 )
 def test_broken_skill_files_are_refused(tmp_path, text, words):

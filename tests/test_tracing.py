@@ -218,7 +218,7 @@ def test_the_data_frame_is_long(vit, batches):
 
 
 def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatch):
-    from skillfast import tracing
+    from skillfast import tracer
     from skillfast.statistics.planning import state_bytes
 
     metrics = {"label": Categorical(5), "loss": Continuous()}
@@ -228,7 +228,7 @@ def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatc
         known = state_bytes(50, metrics, statistics, 16, confidence)
         columns = 1 + 6 + 2 * 6 + (confidence or 0) * (1 + 2 * 6)  # float64 per column and replicate, not per neuron
         assert abs(acc.state_bytes - known) <= 8 * columns
-    monkeypatch.setattr(tracing, "free_bytes", lambda _: 10_000)
+    monkeypatch.setattr(tracer, "free_bytes", lambda _: 10_000)
     with pytest.warns(RuntimeWarning, match=r"the state of 384 neurons takes .* trace Pearson's r alone, with fewer"):
         skillfast.Tracer(vit, metrics, sites=("attn", "mlp", "head"))
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast.tracing import Tracer, classification_forward
+from skillfast.tracer import Tracer
+from skillfast.tracing import classification_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -362,7 +362,12 @@ def _exact_slice(
     rows: torch.Tensor, y: torch.Tensor, ranked_y: torch.Tensor, labels: torch.Tensor, scores: CellScores, part: slice
 ) -> None:
     n = rows.shape[0]
-    ranks = torch.from_numpy(rankdata(rows.float().cpu().numpy(), axis=0)).to(rows.device) - (n + 1) / 2  # [N, d]
+    ranks = (
+        torch.from_numpy(rankdata((rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy(), axis=0)).to(
+            rows.device
+        )
+        - (n + 1) / 2
+    )  # [N, d]
     covariance = ranks.T @ ranked_y
     scale = ranks.square().sum(0).sqrt()[:, None] * ranked_y.square().sum(0).sqrt()
     scores.spearman[part] = torch.where(scale > 0, (covariance / scale).clamp(-1, 1), torch.nan)

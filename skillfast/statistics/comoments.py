@@ -66,7 +66,7 @@ class CoMoments:
 
 def choose_shift(state: CoMoments, x: torch.Tensor, y: torch.Tensor) -> None:
     """Take the means of these rows, x [n, D] and y float64 [n, M], as the shift of a state that has seen nothing."""
-    mean_x = x.double().mean(0)
+    mean_x = x.double().mean(0).float()
     # A shift that is not finite would poison rows that are.
     state.shift_x.copy_(torch.where(torch.isfinite(mean_x), mean_x, torch.zeros_like(mean_x)))
     state.shift_y.copy_(y.mean(0))

@@ -22,7 +22,12 @@ _PER_COLUMN = (
     "pearson", "pearson_low", "pearson_high", "pearson_p", "pearson_q", "spearman", "spearman_bound", "auroc",
     "auroc_bound", "mutual_info",
 )  # fmt: skip
-_OF_NEURONS = ("constant_neuron", "non_finite_activation", "stale_edges")  # reasons that hold indices of neurons
+OF_NEURONS = (
+    "constant_neuron",
+    "non_finite_activation",
+    "stale_edges",
+    "beyond_float32",
+)  # reasons that hold indices of neurons
 _PER_NEURON = ("mean", "std")
 
 
@@ -50,7 +55,8 @@ class NeuronScores:
         fingerprint: Of the model's architecture, or None.
         reasons: What went wrong and where: `constant_neuron` and `non_finite_activation` hold indices of neurons,
             `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
-            cells no longer divide the rows: their bounds are wide, calibrate on random rows.
+            cells no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds
+            neurons whose squares leave float32's range, `metric_beyond_float32` columns that do: rescale them.
     """
 
     columns: tuple[str, ...]
@@ -102,7 +108,7 @@ class NeuronScores:
             raise ArgumentError(f"site: expected one of {', '.join(slices) or 'none (no model)'}, got {site!r}")
         rows = slices[site]
         reasons: dict[str, tuple[Any, ...]] = {
-            name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop) if name in _OF_NEURONS else where
+            name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop) if name in OF_NEURONS else where
             for name, where in self.reasons.items()
         }
         arrays: dict[str, Any] = {name: array[rows] for name, array in self.arrays().items()}
@@ -156,18 +162,18 @@ class NeuronScores:
     @staticmethod
     def load(directory: str | Path) -> NeuronScores:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        arrays, header = files.read_arrays(
-            Path(directory) / FILE, SCHEMA, "write it with NeuronScores.save or `skillfast trace`"
-        )
-        return NeuronScores(
-            columns=tuple(header["columns"]),
-            n_observations=header["n_observations"],
-            sites=tuple(Site(**site) for site in header["sites"]),
-            pool=header["pool"],
-            fingerprint=header["fingerprint"],
-            reasons={name: tuple(where) for name, where in header["reasons"].items()},
-            **arrays,
-        )
+        path, remedy = Path(directory) / FILE, "write it with NeuronScores.save or `skillfast trace`"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return NeuronScores(
+                columns=tuple(header["columns"]),
+                n_observations=header["n_observations"],
+                sites=tuple(Site(**site) for site in header["sites"]),
+                pool=header["pool"],
+                fingerprint=header["fingerprint"],
+                reasons={name: tuple(where) for name, where in header["reasons"].items()},
+                **arrays,
+            )
 
 
 def _neuron_frame(scores: NeuronScores) -> pd.DataFrame:

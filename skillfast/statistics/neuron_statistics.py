@@ -10,7 +10,7 @@ import torch
 
 from skillfast import files
 from skillfast.errors import ArgumentError
-from skillfast.statistics import cells, comoments, confidence, distributed, persistence, scoring
+from skillfast.statistics import cells, comoments, confidence, distributed, inputs, persistence, scoring
 from skillfast.statistics.cell_state import CellState
 from skillfast.statistics.comoments import CoMoments
 from skillfast.statistics.confidence import Replicates
@@ -24,22 +24,16 @@ if TYPE_CHECKING:
     from skillfast.metrics import Metric
     from skillfast.statistics.neuron_scores import NeuronScores
 
+MOST_COLUMNS = 32_000  # a row's channel is an int16
 FILE = "statistics.safetensors"
-
-
-def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
-    """Anything array-like as a detached tensor; a read-only array (a memory map) is copied, torch cannot share it."""
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()
-    return torch.as_tensor(values, device=device).detach()
 
 
 class NeuronStatistics:
     """Correlates every neuron with every metric in one pass; what it keeps does not grow with the observations.
 
     The first 16 rows per cell are kept, and up to there all scores are exact; then they set the edges of the cells,
-    unless `calibrate` has, and every later row is counted and forgotten. Rows that come in an order (sorted by class,
-    drifting) make poor edges: calibrate on random rows first.
+    unless `calibrate` has, and every later row is counted, as float32, and forgotten. Rows that come in an order
+    (sorted by class, drifting) make poor edges: calibrate on random rows first.
 
     Args:
         n_neurons: Number of neurons, D.
@@ -86,7 +80,15 @@ class NeuronStatistics:
         self.n_cells = cells
         self.buffer_rows = buffer_rows
         self.device = torch.device(device)
-        self.columns = tuple(column for name, metric in self.metrics.items() for column in metric.columns(name))
+        columns = [column for name, metric in self.metrics.items() for column in metric.columns(name)]
+        if len(set(columns)) < len(columns) or any(":" in name for name in self.metrics):
+            raise ArgumentError(f"metrics: expected names without ':' that give each column its own, got {columns[:5]}")
+        if len(columns) > MOST_COLUMNS and set(self.statistics) != {"pearson"}:
+            raise ArgumentError(
+                f"metrics: expected at most {MOST_COLUMNS} columns for {', '.join(scoring.OF_CELLS)}, got "
+                f"{len(columns)}; ask for Pearson's r alone"
+            )
+        self.columns = tuple(columns)
         # Made outside inference mode, so that updates inside and outside of it may mutate it.
         with torch.inference_mode(False):
             self._moments = CoMoments.zeros(n_neurons, len(self.columns), self.device)
@@ -98,9 +100,11 @@ class NeuronStatistics:
                 else Replicates.zeros(seed, confidence, n_neurons, len(self.columns), self.device)
             )
         self._cells: CellState | None = None
+        self._merged: set[int] = set()  # streams whose numbers others have used
         self._stream = distributed.stream()  # tells its observations from those of shards and other processes
         self._shards = 0
         self._numbered = 0  # observations that have a number of their own
+        self._wide = False  # whether float64 rows came, which the float32 shift does not meet exactly
         self._shifted = False  # whether the co-moments have their shift
         self._filled = 0  # rows in the buffer
         self._summed = 0  # of these, how many the co-moments have already
@@ -124,21 +128,12 @@ class NeuronStatistics:
 
     def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
         """The metrics' values for n observations, checked: float64 [n, metrics] on the state's device."""
-        if set(metrics) != set(self.metrics):
-            raise ArgumentError(f"metrics: expected values for {sorted(self.metrics)}, got {sorted(metrics)}")
-        parts = []
-        for name, metric in self.metrics.items():
-            values = as_tensor(metrics[name], self.device)
-            if values.shape != (n,):
-                raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(values.shape)}")
-            parts.append(metric.check(name, values))
-        return torch.stack(parts, 1)
+        return inputs.check_values(self.metrics, metrics, n, self.device)
 
     def _activations(self, activations: ArrayLike | torch.Tensor) -> torch.Tensor:
-        x = as_tensor(activations, self.device)
-        if x.dim() != 2 or x.shape[1] != self.n_neurons:
-            raise ArgumentError(f"activations: expected [n, {self.n_neurons}], got shape {list(x.shape)}")
-        return x if x.is_floating_point() else x.float()
+        x = inputs.check_activations(activations, self.n_neurons, self.device)
+        self._wide |= x.dtype == torch.float64
+        return x
 
     def _named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self.metrics, values.T.contiguous(), strict=False))  # the groups come last
@@ -151,9 +146,7 @@ class NeuronStatistics:
             column = first + self._numbered + torch.arange(n, dtype=torch.float64, device=self.device)
             self._numbered += n
         else:
-            column = as_tensor(groups, self.device).double()
-            if column.shape != (n,) or bool((column != column.floor()).any()):
-                raise ArgumentError(f"groups: expected {n} whole numbers, got shape {list(column.shape)}")
+            column = inputs.check_groups(groups, n, self.device)
         return torch.cat([checked, column[:, None]], 1)
 
     def _expanded(self, values: torch.Tensor) -> torch.Tensor:
@@ -327,10 +320,8 @@ class NeuronStatistics:
                 f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_cells}, {list(other.metrics)} "
                 f"and {list(other.statistics)}"
             )
-        if self.confidence is not None and self._numbered and other._numbered and self._stream == other._stream:
-            raise ArgumentError(
-                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
-            )
+        self._take_streams(other)
+        self._wide |= other._wide
         if other._keeping:  # it still has all its rows
             self._update(other._buffer[: other._filled].clone(), other._values[: other._filled].clone())
             return
@@ -351,6 +342,19 @@ class NeuronStatistics:
             for name, tensor in self._replicates.tensors().items():
                 tensor += getattr(moved, name).to(self.device)
         self._shifted = True
+
+    def _take_streams(self, other: NeuronStatistics) -> None:
+        """No two observations may share a number, or they would share their bootstrap weights."""
+        if self.confidence is None:
+            return
+        ours, theirs = (acc._merged | ({acc._stream} if acc._numbered else set()) for acc in (self, other))
+        if ours & theirs:
+            raise ArgumentError(
+                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
+            )
+        self._merged |= theirs
+        if self._stream in theirs:
+            self._stream = int(confidence.mix(self._stream, len(self._merged), 1) >> np.uint64(1))
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum over the processes of a `torch.distributed` group; every process then holds all observations.
@@ -406,8 +410,10 @@ class NeuronStatistics:
             DataError: The file is missing, broken or of another version.
             ArgumentError: Its tensors do not fit what it says of itself.
         """
-        state = files.read_nested(Path(directory) / FILE, persistence.SCHEMA, "write it with NeuronStatistics.save")
-        return NeuronStatistics.from_state_dict(state, device)
+        path, remedy = Path(directory) / FILE, "write it with NeuronStatistics.save"
+        state = files.read_nested(path, persistence.SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return NeuronStatistics.from_state_dict(state, device)
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted so far; counting may go on. Warns once of whatever has no score.

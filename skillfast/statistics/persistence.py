@@ -29,8 +29,9 @@ def state_of(statistics: NeuronStatistics) -> dict[str, Any]:
         "confidence": statistics.confidence,
         "seed": statistics.seed,
         "buffer_rows": statistics.buffer_rows,
-        "stream": [statistics._stream, statistics._shards, statistics._numbered],
+        "stream": [statistics._stream, statistics._shards, statistics._numbered, *sorted(statistics._merged)],
         "shifted": statistics._shifted,
+        "wide": statistics._wide,
         "comoments": {name: tensor.clone() for name, tensor in statistics._moments.state_dict().items()},
         "kept": {"rows": statistics._buffer[:filled].clone(), "values": statistics._values[:filled].clone()},
         "table": None if table is None else table.state_dict(),
@@ -52,10 +53,12 @@ def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
     """Put the tensors into an empty accumulator; raises ArgumentError where one has another shape."""
     layout = CellLayout.of(statistics.metrics, statistics.n_cells)
     _check_shapes(statistics, state, layout)
+    _check_contents(state, layout)
     for name, tensor in statistics._moments.state_dict().items():
         tensor.copy_(state["comoments"][name])
-    statistics._stream, statistics._shards, statistics._numbered = state["stream"]
-    statistics._shifted = state["shifted"]
+    statistics._stream, statistics._shards, statistics._numbered, *merged = state["stream"]
+    statistics._merged = set(merged)
+    statistics._shifted, statistics._wide = state["shifted"], state["wide"]
     if statistics._replicates is not None:
         statistics._replicates.load(state["replicates"])
     if state["table"] is not None:
@@ -83,3 +86,21 @@ def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout
         found = None if stored.get(name) is None else list(stored[name].shape)
         if found != shape:
             raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}; it is damaged, start again")
+
+
+def _check_contents(state: Mapping[str, Any], layout: CellLayout) -> None:
+    """What shapes do not tell; raises ArgumentError."""
+    count, table = int(state["comoments"]["count"]), state["table"]
+    wrong = []
+    if count < 0:
+        wrong.append(f"count {count}")
+    if table is not None:
+        if bool((table["edges"][:, 1:] < table["edges"][:, :-1]).any()):
+            wrong.append("edges that do not ascend")
+        wrong += [
+            f"{len(table[f'values.{name}'])} values of {name!r}"
+            for name in layout.hats
+            if len(table[f"values.{name}"]) != count or not len(table[f"reference.{name}"])
+        ]
+    if wrong:
+        raise ArgumentError(f"state_dict: expected a state of {count} rows, got {', '.join(wrong)}; it is damaged")

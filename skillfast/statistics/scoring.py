@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from skillfast.statistics.neuron_statistics import NeuronStatistics
 
 ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
+LEAST_SQUARE = 1e-30  # mean squares of a neuron below this underflow in float32
+LEAST_VARIANCE, MOST_VARIANCE = 1e-60, 1e50  # of a metric, likewise
 OF_CELLS = tuple(name for name in STATISTICS if name != "pearson")
 
 
@@ -23,12 +25,17 @@ def scores(statistics: NeuronStatistics) -> NeuronScores:
     state = statistics._moments
     mean, variance, _, variance_y = comoments.mean_and_variance(state)
     n = state.count.double()
-    non_finite = ~torch.isfinite(mean + variance)
-    constant_x = ~non_finite & (variance <= ROUNDING * state.sum_xx / n)
-    constant_y = variance_y <= ROUNDING * state.sum_yy / n
+    non_finite = ~torch.isfinite(mean)
+    square = state.sum_xx / n
+    # Rows are squared and multiplied in float32: what leaves its range there has no r, though it has ranks.
+    beyond_x = ~non_finite & (~torch.isfinite(square) | ((square < LEAST_SQUARE) & (state.sum_x != 0)))
+    beyond_y = ((variance_y < LEAST_VARIANCE) & (variance_y > 0)) | (variance_y > MOST_VARIANCE)
+    rounding = ROUNDING * square + (torch.finfo(torch.float32).eps / 2 * mean).square() * statistics._wide
+    constant_x = ~non_finite & ~beyond_x & (variance <= rounding)
+    constant_y = (variance_y <= ROUNDING * state.sum_yy / n) & ~beyond_y
     arrays: dict[str, torch.Tensor] = {}
     if "pearson" in statistics.statistics:
-        arrays["pearson"] = comoments.pearson(state, constant_x, constant_y)
+        arrays["pearson"] = comoments.pearson(state, constant_x | beyond_x, constant_y | beyond_y)
     stale = torch.zeros_like(constant_x)
     counted = _cell_scores(statistics, non_finite)
     if counted is not None:
@@ -48,7 +55,9 @@ def scores(statistics: NeuronStatistics) -> NeuronScores:
         "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
         "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
         "stale_edges": tuple(stale.nonzero()[:, 0].tolist()),
+        "beyond_float32": tuple(beyond_x.nonzero()[:, 0].tolist()),
         "constant_metric": tuple(c for c, flat in zip(statistics.columns, constant_y.tolist(), strict=True) if flat),
+        "metric_beyond_float32": tuple(c for c, far in zip(statistics.columns, beyond_y.tolist(), strict=True) if far),
     }
     return NeuronScores(
         columns=statistics.columns,

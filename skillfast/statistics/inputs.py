@@ -1,0 +1,68 @@
+"""What callers hand to an accumulator, as tensors that fit it; raises ArgumentError in one line where they do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from skillfast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import ArrayLike
+
+    from skillfast.metrics import Metric
+
+
+def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """Anything array-like as a detached tensor; a read-only array (a memory map) is copied, torch cannot share it."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().to(device)
+    try:
+        array = np.ascontiguousarray(values)
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+    except (TypeError, ValueError) as error:
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ArgumentError(f"values: expected numbers, array-like, got {kind} ({error})") from error
+
+
+def check_activations(activations: ArrayLike | torch.Tensor, n_neurons: int, device: torch.device) -> torch.Tensor:
+    """Activations [n, n_neurons] in a floating dtype; integers become float64."""
+    x = as_tensor(activations, device)
+    if x.dim() != 2 or x.shape[1] != n_neurons:
+        raise ArgumentError(f"activations: expected [n, {n_neurons}], got shape {list(x.shape)}")
+    if x.is_complex():
+        raise ArgumentError(f"activations: expected real numbers, got {x.dtype}; pass their size or their parts")
+    return x if x.is_floating_point() else x.double()
+
+
+def check_values(
+    metrics: Mapping[str, Metric], given: Mapping[str, ArrayLike | torch.Tensor], n: int, device: torch.device
+) -> torch.Tensor:
+    """Each metric's values for n observations: float64 [n, metrics]."""
+    if set(given) != set(metrics):
+        raise ArgumentError(f"metrics: expected values for {sorted(metrics)}, got {sorted(given)}")
+    parts = []
+    for name, metric in metrics.items():
+        values = as_tensor(given[name], device)
+        if values.shape != (n,):
+            raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(values.shape)}")
+        if values.is_complex():
+            raise ArgumentError(f"metric {name!r}: expected real numbers, got {values.dtype}")
+        parts.append(metric.check(name, values))
+    return torch.stack(parts, 1)
+
+
+def check_groups(groups: ArrayLike | torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """Group numbers as float64 [n]."""
+    column = as_tensor(groups, device).double()
+    whole = (column == column.floor()) & (column.abs() < 2**53)  # what float64 tells apart
+    if column.shape != (n,) or not bool(whole.all()):
+        raise ArgumentError(
+            f"groups: expected {n} whole numbers below 2^53, got other values or shape {list(column.shape)}; "
+            "number the groups"
+        )
+    return column
