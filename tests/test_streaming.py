@@ -99,6 +99,22 @@ def test_all_four_statistics_against_scipy(n, dtype):
         assert np.median(scores.spearman_bound[:, 5]) <= 0.04
 
 
+@pytest.mark.parametrize("classes", [2, 37, 100])
+def test_metrics_of_few_and_many_classes(classes):
+    g = torch.Generator().manual_seed(0)
+    label = torch.randint(0, classes, (20_000,), generator=g)
+    x = torch.randn(20_000, 2, generator=g) + (label == 1)[:, None] * torch.tensor([0.0, 2.0])
+    acc = NeuronStatistics(2, {"label": Categorical(classes)})
+    acc.update(x, {"label": label})
+    scores = acc.compute()
+    for k in range(0, classes, max(1, classes // 9)):
+        for d in range(2):
+            rho = stats.spearmanr(x[:, d], label == k).statistic
+            assert abs(scores.spearman[d, k] - rho) <= min(5e-4, scores.spearman_bound[d, k])
+            area = roc_auc_score(label == k, x[:, d])
+            assert abs(scores.auroc[d, k] - area) <= scores.auroc_bound[d, k]
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 @given(data=st.data())
 def test_the_same_edges_give_bitwise_the_same_table(data):
