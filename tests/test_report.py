@@ -494,7 +494,7 @@ def test_a_failed_write_leaves_the_older_report(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         report.write_report(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.json", "skills.json"]
