@@ -14,8 +14,10 @@ import skillfast
 from skillfast import BenchConfig
 from skillfast.ablation import per_class_accuracy
 from skillfast.benchmark import contribution, removal
+from skillfast.benchmark.cost import trace_over_forward
 from skillfast.data import load_digits
 from skillfast.errors import ArgumentError
+from skillfast.metrics import classification
 from skillfast.models.loading import load_or_train_digits
 from skillfast.models.sites import Site, find_sites
 
@@ -122,6 +124,14 @@ def test_shares_of_a_planted_skill():
     found = contribution.layer_contribution(drops, drops[..., None], ["3"])
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.5, 0.5, 0])
     assert found["non_additivity"] == 1
+
+
+@pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman")])
+def test_cost_of_batches_that_fill_the_buffer(vit, statistics):
+    loader = [(torch.randn(600, 3, 16, 16), torch.arange(600) % 5)] * 2
+    found = trace_over_forward(vit, loader, classification(5), statistics=statistics, cells=8)
+    assert found["trace_over_forward"] > 0  # two batches say no more
+    assert found["samples_per_s"] > 0
 
 
 @pytest.fixture(scope="module")

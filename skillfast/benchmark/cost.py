@@ -72,7 +72,8 @@ def trace_over_forward(
             if samples == 0:  # the first forward pays for allocations, the first rows for the cells' edges
                 with tracer:
                     tracer.step(**classification_forward(model, batch)[1])
-                    tracer.calibrate()
+                    if set(settings.get("statistics", ())) != {"pearson"}:  # which has no edges
+                        tracer.calibrate()
             start = _now(device)
             model(batch[0])
             middle = _now(device)
