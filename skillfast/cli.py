@@ -181,7 +181,9 @@ def bench(quiet: bool, **options: Any) -> None:
 def trace(quiet: bool, top: int, output: str, **options: Any) -> None:
     """Correlate every neuron with label, correctness, confidence and loss; write scores.safetensors."""
     from skillfast.benchmark.setup import traced
+    from skillfast.files import output_folder
 
+    output_folder(output)  # before anything is trained for nothing
     scores = traced(_config(options), quiet=quiet, say=_say(quiet))
     path = scores.save(output)
     if not quiet:

@@ -21,14 +21,12 @@ from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
     from skillfast.statistics.neuron_scores import NeuronScores
-
-    Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
 
 def pool_tokens(x: torch.Tensor, pool: Pool, out: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from skillfast.statistics.cells import exact_rows
 from skillfast.statistics.edges import calibration_rows
 from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.tracer import Tracer
 from skillfast.vocabulary import STATISTICS, Pool
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from skillfast.statistics.neuron_scores import NeuronScores
 
     Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
-from skillfast.tracer import Tracer
 
 MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the caller says so
 

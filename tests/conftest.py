@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +47,18 @@ def triton_interpreter() -> None:
 
     if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
+
+
+def one_line(error: type[Exception], call: Callable[..., object], *args: object, **kwargs: object) -> str:
+    """The message of what the call raises: `<what>: expected <x>, got <y>; <remedy>`, in one line."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert ": expected " in text
+    assert ", got " in text
+    assert "; " in text
+    return text
 
 
 @pytest.fixture

@@ -140,6 +140,28 @@ def test_mistakes_are_told_in_one_line(arguments, code, words, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_what_cannot_be_is_told_before_the_default_model_is_trained(tmp_path, monkeypatch):
+    from skillfast.models import loading
+
+    monkeypatch.setattr(loading, "load_or_train_digits", lambda *_, **__: pytest.fail("trained for nothing"))
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (["--sites", "nose"], "site 'nose': expected one of mlp, attn, head"),
+        (["--output", tmp_path / "file" / "out"], "expected one that can be written"),
+    ):
+        result = run("trace", "--quiet", *arguments)
+        assert result.exit_code == 2, result.output
+        assert words in result.output
+
+
+def test_trace_shows_whatever_statistic_there_is(pictures, tmp_path):
+    arguments = [a for a in TINY if a != "--quiet"]
+    result = run("trace", *arguments, "--dataset", "imagefolder", "--data-dir", pictures, "--finetune", "none",
+                 "--statistics", "spearman", "--output", tmp_path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "spearman" in result.output
+
+
 def test_a_wrong_site_is_told(pictures, tmp_path):
     result = run("trace", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--finetune", "none",
                  "--sites", "mlp,nose", "--output", tmp_path)  # fmt: skip

@@ -80,11 +80,6 @@ class BenchConfig:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ArgumentError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
-        if self.method not in self.statistics:
-            raise ArgumentError(
-                f"method: expected one of the statistics that are traced, {', '.join(self.statistics)}, got "
-                f"{self.method!r}"
-            )
         for name in ("batch_size", "control_draws", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:

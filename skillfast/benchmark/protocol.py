@@ -19,6 +19,7 @@ from skillfast.ablation import Condition, SweepResult, sweep
 from skillfast.benchmark import contribution, removal
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
 from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.skills import Skill, overlap, save_skills, select
 
@@ -63,6 +64,11 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
+    if config.method not in config.statistics:
+        raise ArgumentError(
+            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
+            f"{config.method!r}"
+        )
     directory = files.output_folder(config.output)
     clock = Clock()
     with ExitStack() as stack:

@@ -137,6 +137,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
 def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
     with clock.phase("data"):
         splits = data.load_digits(config.seed)
+        choose_sites(loading.digits_model().model, config.sites)  # before anything is trained for nothing
     with clock.phase("train"):
         loaded, trained = loading.load_or_train_digits(splits, config.seed, quiet=quiet)
     trained = {"from": "scratch", **trained}

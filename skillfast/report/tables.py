@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, term_interval, term_value
+from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -101,10 +102,11 @@ def top_neurons_table(scores: NeuronScores, top: int) -> Table:
 
     names = [(site.name, unit) for site in scores.sites for unit in range(site.width)]
     table = Table(title=Text(f"{scores.n_neurons:,} neurons, {scores.n_observations:,} observations"))
-    for heading in ("metric", "site", "neuron", "Pearson's r"):
+    statistic = next(name for name in STATISTICS if name in scores.arrays())
+    for heading in ("metric", "site", "neuron", statistic):
         table.add_column(heading, justify="right" if heading != "site" else "left")
     for i, column in enumerate(scores.columns):
-        values = scores.statistic("pearson")[:, i]
+        values = scores.statistic(statistic)[:, i]
         order = np.argsort(-np.nan_to_num(np.abs(values), nan=-1), kind="stable")[:top]
         table.add_section()
         for rank, neuron in enumerate(order):
