@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Kind = Literal["mlp", "attn", "head"]
-Pool = Literal["mean", "cls", "max", "last"]
-Mode = Literal["zero", "mean"]
+Pool = Literal["mean", "cls", "max", "last", "none"]
+Mode = Literal["zero", "mean", "resample"]
 Finetune = Literal["none", "head", "last-block", "all"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -135,7 +135,6 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
         conditions,
         classes=subject.splits.classes,
         keep_predictions=True,
-        stacked_rows=config.batch_size,
         quiet=quiet,
     )
 

@@ -1,0 +1,198 @@
+"""What a model's forward does in which order, seen once on a few samples."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from skillfast.ablation.budget import PeakBytes
+from skillfast.errors import ModelError
+from skillfast.models.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def first_tensor(output: Any) -> Any:
+    """A module's output, or the first part of one that has several."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_first_tensor(output: Any, value: torch.Tensor) -> Any:
+    """The output with another first part."""
+    return type(output)((value, *output[1:])) if isinstance(output, tuple | list) else value
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in a model's output: a tensor, or an object with `.logits`.
+
+    Raises:
+        ModelError: Neither.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        raise ModelError(f"model: expected logits or an output with .logits, got {type(output).__name__}; wrap it")
+    return logits
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The order of a model's blocks and sites, and what may be kept of them.
+
+    Attributes:
+        blocks: Paths of the modules that hold sites, in the order of their calls.
+        sites: In the order in which their projections ran; those that never did are missing.
+        block_of: Site -> position in `blocks`, None for the classifier; in the order of `sites`.
+        owners: Site -> path of the module around its projection, where that gives out the projection's output as it is.
+        feeds: Path of an owner -> path of the block's module (a norm) whose output is the owner's input.
+        batched: Block -> for each leaf of its arguments, whether it has a row per sample.
+        head: The classifier's site, or None.
+        head_is_last: Whether the classifier's output is the model's.
+        sequential: Whether each block and site ran once.
+        tokens: Tokens per sample.
+        running_bytes: Bytes that a forward takes at its peak, per sample.
+    """
+
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    block_of: Mapping[str, int | None]
+    owners: Mapping[str, str]
+    feeds: Mapping[str, str]
+    batched: Mapping[str, list[bool]]
+    head: Site | None
+    head_is_last: bool
+    sequential: bool
+    tokens: int
+    running_bytes: float
+
+    def sites_until(self, site: Site) -> list[Site]:
+        """The sites of this site's block up to it, in the order of their calls."""
+        same = [s for s in self.sites if self.block_of[s.name] == self.block_of[site.name]]
+        return same[: same.index(site) + 1]
+
+    def has_batched_arguments(self, block: str) -> bool:
+        """Whether a block takes more than the hidden state with a row per sample: a mask, say."""
+        return any(self.batched[block][1:])
+
+
+def block_path(site: Site) -> str:
+    """Path of the block that a site is in: up to the last number."""
+    found = re.match(r"^(.*\b\d+)\.", site.path)
+    return found[1] if found else ""
+
+
+def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
+    """Run two samples through a model and watch.
+
+    Args:
+        model: In evaluation mode.
+        inputs: [2, ...], on the model's device.
+    """
+    sites = find_sites(model)
+    watch = _Watch(model, sites)
+    with watch, PeakBytes() as memory:
+        output = logits_of(model(inputs))
+    fired = [site for name in watch.fired for site in sites if site.name == name]
+    blocks = tuple(dict.fromkeys(watch.entered))
+    head = next((site for site in sites if site.kind == "head"), None)
+    inner = [site for site in fired if site.kind != "head"]
+    owners = {site.name: site.path.rpartition(".")[0] for site in inner if watch.hands_out(site)}
+    for site in inner:  # a start needs all earlier sites of its block kept, too
+        same = [s for s in inner if block_path(s) == block_path(site)]
+        if any(s.name not in owners for s in same[: same.index(site)]):
+            owners.pop(site.name, None)
+    return Survey(
+        blocks=blocks,
+        sites=tuple(fired),
+        block_of={site.name: None if site.kind == "head" else blocks.index(block_path(site)) for site in fired},
+        owners=owners,
+        feeds={owner: feed for owner in owners.values() if (feed := watch.feed(owner)) is not None},
+        batched=watch.batched,
+        head=head if head is not None and head.name in watch.fired else None,
+        head_is_last=head is not None and watch.same(watch.outputs.get(head.path), output),
+        sequential=len(watch.fired) == len(set(watch.fired)) and len(watch.entered) == len(blocks),
+        tokens=watch.tokens,
+        running_bytes=memory.peak / len(inputs),
+    )
+
+
+class _Watch:
+    """Hooks on everything that a survey asks about, for the duration of a context."""
+
+    def __init__(self, model: torch.nn.Module, sites: tuple[Site, ...]) -> None:
+        self.model = model
+        self.sites = sites
+        self.entered: list[str] = []
+        self.fired: list[str] = []
+        self.batched: dict[str, list[bool]] = {}
+        self.outputs: dict[str, Any] = {}  # path -> output, of projections, owners and the blocks' own modules
+        self.inputs: dict[str, list[Any]] = {}  # path -> argument leaves, of owners
+        self.tokens = 1
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Watch:
+        modules = dict(self.model.named_modules())
+        for block in dict.fromkeys(block_path(site) for site in self.sites if site.kind != "head"):
+            self._on_call(modules[block], lambda args, kwargs, block=block: self._enter_block(block, (args, kwargs)))
+            for name, child in modules[block].named_children():
+                self._on_output(f"{block}.{name}", child)
+        for site in self.sites:
+            self._on_call(modules[site.path], lambda args, _, site=site: self._fire(site, args[0]))
+            self._on_output(site.path, modules[site.path])
+            owner = site.path.rpartition(".")[0]
+            if site.kind != "head" and owner:
+                self._on_call(
+                    modules[owner], lambda *call, owner=owner: self.inputs.__setitem__(owner, tree_leaves(call))
+                )
+                self._on_output(owner, modules[owner])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _on_call(self, module: torch.nn.Module, see: Any) -> None:
+        handle = module.register_forward_pre_hook(lambda _, args, kwargs: see(args, kwargs), with_kwargs=True)
+        self._stack.callback(handle.remove)
+
+    def _on_output(self, path: str, module: torch.nn.Module) -> None:
+        def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+            self.outputs[path] = output
+
+        self._stack.callback(module.register_forward_hook(keep).remove)
+
+    def _enter_block(self, block: str, call: Any) -> None:
+        self.entered.append(block)
+        leaves = tree_leaves(call)
+        rows = leaves[0].shape[0]
+        self.batched[block] = [
+            isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in leaves
+        ]
+
+    def _fire(self, site: Site, x: torch.Tensor) -> None:
+        self.fired.append(site.name)
+        self.tokens = max(self.tokens, x[0].numel() // x.shape[-1])
+
+    @staticmethod
+    def same(a: Any, b: Any) -> bool:
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (a is b or torch.equal(a, b))
+
+    def hands_out(self, site: Site) -> bool:
+        """Whether the projection is a plain linear layer whose output its owner gives out unchanged."""
+        projection = self.model.get_submodule(site.path)
+        plain = type(projection) is torch.nn.Linear and projection.weight.is_floating_point()
+        owner = site.path.rpartition(".")[0]
+        return plain and self.same(first_tensor(self.outputs.get(owner)), self.outputs.get(site.path))
+
+    def feed(self, owner: str) -> str | None:
+        """The sibling of an owner whose output is the owner's input, or None."""
+        parent = owner.rpartition(".")[0]
+        inputs = {id(leaf) for leaf in self.inputs.get(owner, []) if isinstance(leaf, torch.Tensor)}
+        for path, output in self.outputs.items():
+            if path != owner and path.rpartition(".")[0] == parent and id(output) in inputs:
+                return path
+        return None

@@ -1,0 +1,313 @@
+"""`sweep`: the baseline and many conditions over a loader."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast.ablation.budget import SHARE_OF_FREE, rows_that_fit
+from skillfast.ablation.interventions import Condition, Interventions, hooked
+from skillfast.ablation.replay import Record, Replay, Start
+from skillfast.ablation.survey import logits_of, survey
+from skillfast.errors import ArgumentError
+from skillfast.metrics import Categorical
+from skillfast.models.sites import unwrap_compiled
+from skillfast.progress import track
+from skillfast.tracer import free_bytes
+from skillfast.tracing import classes_of, image_batch, refuse_training
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of logits, as a share of the largest
+HALF_TOLERANCE = 5e-2
+UNKNOWN_FREE = 1 << 32  # bytes to take where the system does not tell what is free
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What the model does without and with each condition.
+
+    Attributes:
+        classes: Class names.
+        labels: int64 [n], the true class of every sample.
+        baseline: float64 [n_classes], accuracy per class of the intact model; NaN for a class without samples.
+        per_class_accuracy: float64 [n_conditions, n_classes], in the order the conditions were given.
+        baseline_margin: float64 [n_classes], mean of the true class's logit minus the best other one's.
+        per_class_margin: float64 [n_conditions, n_classes].
+        top2: int64 [n, 2], the intact model's two best classes per sample.
+        predictions: int64 [n_conditions, n], or None where they were not asked for.
+        baseline_embeddings: float32 [n, E], the classifier's input, or None where they were not asked for.
+        embeddings: float32 [n_conditions, n, E], or None where they were not asked for.
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    baseline: np.ndarray
+    per_class_accuracy: np.ndarray
+    baseline_margin: np.ndarray
+    per_class_margin: np.ndarray
+    top2: np.ndarray
+    predictions: np.ndarray | None = None
+    baseline_embeddings: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+
+
+def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Mean over each class's samples: values [..., n] -> float64 [..., n_classes]; NaN for a class without samples."""
+    member = (labels[:, None] == np.arange(n_classes)).astype(np.float64)  # [n, n_classes]
+    counts = member.sum(0)
+    with np.errstate(invalid="ignore"):
+        return np.where(counts > 0, values @ member / counts, np.nan)
+
+
+def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Share of each class's samples that are predicted right: predictions [..., n] -> float64 [..., n_classes]."""
+    return per_class_mean(predictions == labels, labels, n_classes)
+
+
+def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The true class's logit minus the best other one's, float32 [..., n], of logits [..., n, classes]."""
+    index = labels.expand(logits.shape[:-1])[..., None]
+    logits = logits.float()
+    others = logits.scatter(-1, index, -torch.inf).amax(-1)
+    return logits.gather(-1, index)[..., 0] - others
+
+
+def sweep(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    conditions: Iterable[Condition],
+    *,
+    reference: NeuronScores | None = None,
+    classes: Sequence[str] | int | None = None,
+    keep_predictions: bool = False,
+    keep_embeddings: bool = False,
+    memory_budget: int | None = None,
+    quiet: bool = True,
+) -> SweepResult:
+    """Run the baseline and every condition over a loader; a condition's forward starts at the first site it touches.
+
+    Predictions are those of a plain loop over the conditions, but for samples whose two best logits are closer than
+    the dtype tells apart. Where a model does not allow to start in the middle, the whole forward is run, with a
+    warning.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels).
+        conditions: In the order of the result's rows.
+        reference: Scores of this model, for conditions with `mode="mean"`.
+        classes: Class names; from the loader's dataset or the model by default.
+        keep_predictions: Keep every condition's prediction of every sample.
+        keep_embeddings: Keep the classifier's input, of every sample under every condition.
+        memory_budget: Bytes that intermediate results may take beyond the model; by default half of what is free.
+        quiet: Show no progress bar.
+
+    Raises:
+        ArgumentError: A condition that does not fit the model, or a budget too small for one sample.
+        ModelError: A model in training mode.
+    """
+    model = unwrap_compiled(model)
+    refuse_training(model, "sweep")
+    conditions = list(conditions)
+    for condition in conditions:
+        if not isinstance(condition, Condition):
+            raise ArgumentError(f"conditions: expected Condition(skill), got {type(condition).__name__}")
+    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
+    runner = Runner(model, Interventions(model, conditions, reference), memory_budget)
+    parts = []
+    with torch.inference_mode():
+        for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
+            images, labels = image_batch(batch)
+            if not len(labels):
+                continue
+            if not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+                raise ArgumentError(
+                    f"labels: expected class indices in [0, {len(names)}), got {int(labels.min())} to "
+                    f"{int(labels.max())}"
+                )
+            parts.append(runner.run(images, labels, keep_embeddings))
+    if not parts:
+        raise ArgumentError("sweep: expected at least one batch, got an empty loader")
+    return _result(parts, names, keep_predictions, keep_embeddings)
+
+
+@dataclass
+class _Part:
+    """One batch's outcome; row 0 of the first dimension is the intact model."""
+
+    labels: np.ndarray  # [batch]
+    second: np.ndarray  # [batch], the intact model's second best class
+    predictions: np.ndarray  # [1 + conditions, batch]
+    margins: np.ndarray  # float32 [1 + conditions, batch]
+    embeddings: np.ndarray | None  # float32 [1 + conditions, batch, E]
+
+
+def _result(
+    parts: Sequence[_Part], classes: tuple[str, ...], keep_predictions: bool, keep_embeddings: bool
+) -> SweepResult:
+    labels = np.concatenate([part.labels for part in parts])
+    predictions = np.concatenate([part.predictions for part in parts], 1)
+    accuracy = per_class_accuracy(predictions, labels, len(classes))
+    margin = per_class_mean(np.concatenate([part.margins for part in parts], 1), labels, len(classes))
+    embeddings = (
+        np.concatenate([part.embeddings for part in parts if part.embeddings is not None], 1)
+        if keep_embeddings
+        else None
+    )
+    return SweepResult(
+        classes=classes,
+        labels=labels,
+        baseline=accuracy[0],
+        per_class_accuracy=accuracy[1:],
+        baseline_margin=margin[0],
+        per_class_margin=margin[1:],
+        top2=np.stack([predictions[0], np.concatenate([part.second for part in parts])], 1),
+        predictions=predictions[1:] if keep_predictions else None,
+        baseline_embeddings=None if embeddings is None else embeddings[0],
+        embeddings=None if embeddings is None else embeddings[1:],
+    )
+
+
+class Runner:
+    """Runs batches under all conditions.
+
+    Args:
+        model: In evaluation mode.
+        interventions: Of all conditions.
+        memory_budget: Bytes, or None for half of what is free.
+    """
+
+    def __init__(self, model: torch.nn.Module, interventions: Interventions, memory_budget: int | None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.interventions = interventions
+        self.replay: Replay | None = None
+        self.memory_budget = memory_budget
+        self._most_rows: int | None = None  # halved when memory ran out
+
+    def run(self, images: torch.Tensor, labels: torch.Tensor, keep_embeddings: bool) -> _Part:
+        """One batch under the intact model and every condition."""
+        images, labels = images.to(self.device), labels.to(self.device)
+        replay = self._prepared(images)
+        samples, rows = self._sizes(images)
+        chunks = [
+            self._chunk(replay, part, of_part, rows, keep_embeddings)
+            for part, of_part in zip(images.split(samples), labels.split(samples), strict=True)
+        ]
+        return _Part(
+            labels=labels.cpu().numpy(),
+            second=np.concatenate([chunk.second for chunk in chunks]),
+            predictions=np.concatenate([chunk.predictions for chunk in chunks], 1),
+            margins=np.concatenate([chunk.margins for chunk in chunks], 1),
+            embeddings=(
+                np.concatenate([chunk.embeddings for chunk in chunks if chunk.embeddings is not None], 1)
+                if keep_embeddings
+                else None
+            ),
+        )
+
+    def _prepared(self, images: torch.Tensor) -> Replay:
+        """The model's survey and each start's route, from the first batch."""
+        if self.replay is None:
+            few = images[:2] if len(images) > 1 else images[:1].repeat(2, *(1,) * (images.dim() - 1))
+            replay = Replay(self.model, self.interventions, survey(self.model, few))
+            dtype = logits_of(self.model(few)).dtype
+            replay.verify(few, lambda i: self._plain(few, i), TOLERANCE.get(dtype, HALF_TOLERANCE))
+            whole = sum(len(replay.members[start]) for start, route in replay.routes.items() if route.start is None)
+            if whole:
+                warnings.warn(
+                    f"sweep: {whole} of {len(self.interventions.conditions)} conditions run the whole forward of this "
+                    f"{type(self.model).__name__}, which does not allow to start in the middle",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            self.kept_bytes = replay.record(few).nbytes / len(few)
+            self.replay = replay
+        return self.replay
+
+    def _plain(self, images: torch.Tensor, condition: int) -> torch.Tensor:
+        with hooked(self.model, self.interventions, self.interventions.sites, [condition]):
+            return logits_of(self.model(images))
+
+    def _sizes(self, images: torch.Tensor) -> tuple[int, int]:
+        """Samples at a time, and stacked rows."""
+        assert self.replay is not None
+        if self.memory_budget is None:
+            free = free_bytes(self.device)
+            self.memory_budget = UNKNOWN_FREE if free is None else int(SHARE_OF_FREE * free)
+        known = self.replay.survey
+        samples, rows = rows_that_fit(
+            self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, len(images), self.device
+        )
+        if self.interventions.resamples and samples < len(images):
+            raise ArgumentError(
+                f"memory budget: expected enough for a batch of {len(images)} samples, whose activations mode "
+                f"'resample' exchanges, got enough for {samples}; use smaller batches"
+            )
+        return samples, rows
+
+    def _chunk(
+        self, replay: Replay, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
+    ) -> _Part:
+        record = replay.record(images)
+        if keep_embeddings and record.embedding is None:
+            raise ArgumentError(
+                f"embeddings: expected a model with a linear classifier, got {type(self.model).__name__} without one; "
+                "leave out keep_embeddings"
+            )
+        n, shape = len(images), (1 + len(self.interventions.conditions), len(images))
+        first, second = record.logits.topk(2, dim=1).indices.cpu().numpy().T
+        part = _Part(
+            labels=labels.cpu().numpy(),
+            second=second,
+            predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
+            margins=np.broadcast_to(margins(record.logits, labels).cpu().numpy(), shape).copy(),
+            embeddings=None,
+        )
+        if keep_embeddings:
+            assert record.embedding is not None
+            part.embeddings = np.broadcast_to(
+                record.embedding.float().cpu().numpy(), (*shape, record.embedding.shape[-1])
+            ).copy()
+        for start, conditions in replay.members.items():
+            if start is None:
+                continue
+            for some, logits, embeddings in self._stacks(replay, record, start, conditions, rows // n):
+                at = [1 + i for i in some]
+                part.predictions[at] = logits.argmax(-1).cpu().numpy()
+                part.margins[at] = margins(logits, labels).cpu().numpy()
+                if part.embeddings is not None and embeddings is not None:
+                    part.embeddings[at] = embeddings.float().cpu().numpy()
+        return part
+
+    def _stacks(
+        self, replay: Replay, record: Record, start: Start, conditions: Sequence[int], size: int
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor | None]]:
+        """A start's conditions, `size` at a time; fewer once memory has run out."""
+        done = 0
+        while done < len(conditions):
+            size = max(1, size if self._most_rows is None else min(size, self._most_rows // len(record.inputs)))
+            some = conditions[done : done + size]
+            try:
+                logits, embeddings = replay.run(record, start, some)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or len(some) == 1:
+                    raise
+                self._most_rows = len(some) // 2 * len(record.inputs)
+                continue
+            yield some, logits, embeddings
+            done += len(some)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+__all__ = ["SweepResult", "per_class_accuracy", "sweep"]
