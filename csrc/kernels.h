@@ -18,6 +18,21 @@ struct NeuronScaleArgs {
   DType dtype;
 };
 
+enum class Activation : int { identity = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
+enum class Pool : int { none = 0, mean = 1, cls = 2, max = 3, last = 4, moments = 5 };
+
+constexpr int64_t kActPanel = 512;  // neurons that one thread captures at a time: a row of them stays in its cache
+
+// What flows out of an activation, act(x) * scale[condition[b]] + shift[condition[b]], and its tokens pooled.
+struct ActPoolArgs {
+  NeuronScaleArgs flow;  // its scale and shift may be null; out is null where nothing is to be written
+  Activation activation;
+  Pool pool;
+  const uint8_t* mask;  // [batch, tokens], 0: left out of the pooling; or null
+  const void* center;   // [width], subtracted before `moments` are summed; or null; of scale's type
+  void* pooled;         // [batch, width], for `moments` [2, batch, width]; float64 with a float64 x, else float32
+};
+
 // Adds the co-moments of n rows of x, shifted, against n rows of y.
 struct CoMomentsArgs {
   const void* x;  // [n, width], unit stride in the last dimension
@@ -27,7 +42,8 @@ struct CoMomentsArgs {
   const float* shift;  // [width]: subtracted from x before anything is summed
   double* sum_x;       // [width]
   double* sum_xx;      // [width]
-  double* sum_xy;      // [columns, width]
+  double* sum_xy;      // [columns, width], stride_xy between columns
+  int64_t stride_xy;
   DType dtype;
 };
 
@@ -44,10 +60,23 @@ struct CellsArgs {
   DType dtype;
 };
 
+// ActPoolArgs whose observations (each sample pooled, or each token with Pool::none) are added to the statistics as
+// well.
+struct ActPoolAccumulateArgs {
+  ActPoolArgs capture;  // its pooled and center are not used
+  const float* y;       // [batch, columns], or [batch, tokens, columns] where y_per_token
+  bool y_per_token;     // with Pool::none only
+  CoMomentsArgs sums;   // its x, n, y and dtype are not used
+  bool has_cells;
+  CellsArgs cells;  // its x, n and dtype are not used; channels and hats have a row per observation
+};
+
 // CPU ops: the widest instruction set that the processor has, on n_threads of the process's OpenMP threads.
 void neuron_scale(const NeuronScaleArgs& args, int n_threads);
 void comoments_update(const CoMomentsArgs& args, int n_threads);
 void cells_update(const CellsArgs& args, int n_threads);
+void act_mask_pool(const ActPoolArgs& args, int n_threads);
+void act_pool_accumulate(const ActPoolAccumulateArgs& args, int n_threads);
 
 const char* cpu_isa();               // "baseline", "avx2" or "avx512"
 bool set_cpu_isa(const char* name);  // for tests; false where it was not built or the processor lacks it

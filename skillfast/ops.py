@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from skillfast import backends
+from skillfast.backends.capture import accumulation_dtype, empty_capture
 from skillfast.errors import ArgumentError
+from skillfast.vocabulary import ACTIVATIONS, POOLS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _LIBRARY = torch.library.Library("skillfast", "DEF")
 _LIBRARY.define("neuron_scale(Tensor x, Tensor scale, Tensor? shift=None, Tensor? condition=None) -> Tensor")
@@ -22,9 +24,19 @@ _LIBRARY.define(
     "comoments_update(Tensor x, Tensor y, Tensor shift, Tensor(a!) sum_x, Tensor(b!) sum_xx, Tensor(c!) sum_xy) -> ()"
 )
 
+_LIBRARY.define(
+    "act_mask_pool(Tensor x, str activation, str pool, Tensor? scale=None, Tensor? shift=None, Tensor? condition=None, "
+    "Tensor? mask=None, Tensor? center=None, bool write=True) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "act_pool_accumulate(Tensor x, Tensor y, Tensor center, Tensor(a!) sum_x, Tensor(b!) sum_xx, Tensor(c!) sum_xy, "
+    "str activation, str pool, Tensor? scale=None, Tensor? shift=None, Tensor? condition=None, Tensor? mask=None, "
+    "bool write=True, Tensor? edges=None, Tensor? channels=None, Tensor? hats=None, Tensor(d!)? table=None) -> Tensor"
+)
 _LIBRARY.define("cells_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
 
 MAX_CELLS = 256
+CAPTURE_POOLS = (*POOLS, "moments")
 
 
 def _expect(what: str, expected: object, got: object) -> None:
@@ -32,8 +44,163 @@ def _expect(what: str, expected: object, got: object) -> None:
         raise ArgumentError(f"{what}: expected {expected}, got {got}")
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _check_flow(
+    op: str,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    condition: torch.Tensor | None,
+) -> None:
+    """Checks activations and what is done to them per sample."""
+    if x.dim() < 2:
+        raise ArgumentError(f"{op} x: expected [batch, ..., D], got shape {list(x.shape)}")
+    if scale is None:
+        _expect(f"{op} shift and condition without scale", (None, None), (shift, condition))
+        return
+    if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
+        raise ArgumentError(
+            f"{op} scale: expected [conditions, {x.shape[-1]}] to fit x {list(x.shape)}, got shape {list(scale.shape)}"
+        )
+    _expect(f"{op} scale's dtype", accumulation_dtype(x.dtype), scale.dtype)
+    if shift is not None:
+        _expect(f"{op} shift's shape", list(scale.shape), list(shift.shape))
+        _expect(f"{op} shift's dtype", scale.dtype, shift.dtype)
+    if condition is not None:
+        _expect(f"{op} condition's shape", [x.shape[0]], list(condition.shape))
+        _expect(f"{op} condition's dtype", torch.int64, condition.dtype)
+        if condition.device.type == "cpu" and condition.numel() and not torch.compiler.is_compiling():
+            low, high = int(condition.min()), int(condition.max())
+            if low < 0 or high >= scale.shape[0]:
+                raise ArgumentError(f"{op} condition: expected indices in [0, {scale.shape[0]}), got {low} to {high}")
+    elif scale.shape[0] < 1:
+        raise ArgumentError(f"{op} scale: expected at least one row, got none")
+
+
+def _check_capture(op: str, x: torch.Tensor, activation: str, pool: str, pools: Sequence[str]) -> int:
+    """Checks what is pooled, and gives the number of tokens."""
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"{op} activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if pool not in pools:
+        raise ArgumentError(f"{op} pool: expected one of {', '.join(pools)}, got {pool!r}")
+    return x[0].numel() // x.shape[-1] if x.shape[0] and x.shape[-1] else 1
+
+
+def _check_mask(op: str, x: torch.Tensor, mask: torch.Tensor | None, tokens: int) -> None:
+    if mask is not None:
+        _expect(f"{op} mask's shape", [x.shape[0], tokens], list(mask.shape))
+        _expect(f"{op} mask's dtype", torch.bool, mask.dtype)
+
+
+def act_mask_pool(
+    x: torch.Tensor,
+    activation: str = "identity",
+    pool: str = "mean",
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    center: torch.Tensor | None = None,
+    write: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply an activation and each sample's condition, and pool the tokens of what flows on: one read, one write.
+
+    Args:
+        x: What goes into the activation, [batch, ..., D]: float32, bfloat16, float16 or float64.
+        activation: `"identity"`, `"gelu"` (by erf), `"gelu_tanh"`, `"relu"` or `"silu"`.
+        pool: `"mean"`, `"cls"` (first token), `"max"` or `"last"`; `"moments"` for the sums of y and y^2 over the
+            tokens, about `center`; `"none"` to pool nothing.
+        scale: As in `neuron_scale`, or None.
+        shift: Likewise.
+        condition: Likewise.
+        mask: bool [batch, tokens], False for what is left out of the pooling (padding), or None.
+        center: [D] of the accumulation dtype, for `"moments"`; None for 0.
+        write: Whether y is wanted.
+
+    Returns:
+        y, of x's shape and dtype (empty without `write`), and what was pooled from it as rounded: float32 (float64 of a
+        float64 x) [batch, D], `[2, batch, D]` for `"moments"`, empty for `"none"`. A sample without tokens gives NaN,
+        and sums of 0.
+
+    Raises:
+        ArgumentError: Shapes or dtypes that do not fit together, an unknown activation or pool.
+    """
+    _check_flow("act_mask_pool", x, scale, shift, condition)
+    tokens = _check_capture("act_mask_pool", x, activation, pool, CAPTURE_POOLS)
+    _check_mask("act_mask_pool", x, mask, tokens)
+    if center is not None:
+        _expect("act_mask_pool center's shape", [x.shape[-1]], list(center.shape))
+        _expect("act_mask_pool center's dtype", accumulation_dtype(x.dtype), center.dtype)
+    return torch.ops.skillfast.act_mask_pool(x, activation, pool, scale, shift, condition, mask, center, write)
+
+
+def act_pool_accumulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    center: torch.Tensor,
+    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    activation: str = "identity",
+    pool: str = "mean",
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    write: bool = True,
+    cells: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`act_mask_pool` whose observations are added to the statistics where they are, and never stored.
+
+    Args:
+        x: As in `act_mask_pool`, not float64.
+        y: float32, metric columns already shifted: [batch, M], or [batch, tokens, M] with `pool="none"`.
+        center: float32 [D], subtracted before anything is summed.
+        sums: sum_x [D], sum_xx [D] and sum_xy [M, D], as in `comoments_update`; mutated.
+        activation: As in `act_mask_pool`.
+        pool: `"mean"`, `"cls"`, `"max"`, `"last"`; `"none"`: each token that the mask leaves is an observation.
+        scale: As in `act_mask_pool`.
+        shift: Likewise.
+        condition: Likewise.
+        mask: Likewise.
+        write: Whether what flows on is wanted.
+        cells: edges, channels, hats and table as in `cells_update`, channels and hats with a row per sample, or per
+            sample and token with `pool="none"`; the table is mutated. None for Pearson's r alone.
+
+    Returns:
+        What flows on, of x's shape and dtype; empty without `write`.
+
+    Raises:
+        ArgumentError: Shapes or dtypes that do not fit together, an unknown activation or pool.
+    """
+    op = "act_pool_accumulate"
+    _check_flow(op, x, scale, shift, condition)
+    tokens = _check_capture(op, x, activation, pool, POOLS)
+    _check_mask(op, x, mask, tokens)
+    if x.dtype == torch.float64:
+        raise ArgumentError(f"{op} x: expected float32, bfloat16 or float16, got float64; use act_mask_pool")
+    batch, width = x.shape[0], x.shape[-1]
+    shapes = [[batch, y.shape[-1]]] + ([[batch, tokens, y.shape[-1]]] if pool == "none" else [])
+    if y.dim() < 1 or list(y.shape) not in shapes:
+        wanted = " or ".join(str([*shape[:-1], "M"]).replace("'", "") for shape in shapes)
+        raise ArgumentError(f"{op} y: expected {wanted}, got shape {list(y.shape)}")
+    _expect(f"{op} y's dtype", torch.float32, y.dtype)
+    for name, tensor, shape, dtype in (
+        ("center", center, [width], torch.float32),
+        ("sum_x", sums[0], [width], torch.float64),
+        ("sum_xx", sums[1], [width], torch.float64),
+        ("sum_xy", sums[2], [y.shape[-1], width], torch.float64),
+    ):
+        _expect(f"{op} {name}'s shape", shape, list(tensor.shape))
+        _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"{op} {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    edges = channels = hats = table = None
+    if cells is not None:
+        edges, channels, hats, table = cells
+        _check_cells(op, batch * tokens if pool == "none" else batch, width, edges, channels, hats, table)
+    return torch.ops.skillfast.act_pool_accumulate(
+        x, y, center, *sums, activation, pool, scale, shift, condition, mask, write, edges, channels, hats, table
+    )
 
 
 def neuron_scale(
@@ -59,28 +226,7 @@ def neuron_scale(
     Raises:
         ArgumentError: Shapes or dtypes that do not fit together, or a condition out of range (checked on the CPU).
     """
-    if x.dim() < 2:
-        raise ArgumentError(f"neuron_scale x: expected [batch, ..., D], got shape {list(x.shape)}")
-    if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
-        raise ArgumentError(
-            f"neuron_scale scale: expected [conditions, {x.shape[-1]}] to fit x {list(x.shape)}, "
-            f"got shape {list(scale.shape)}"
-        )
-    _expect("neuron_scale scale's dtype", _accumulation_dtype(x.dtype), scale.dtype)
-    if shift is not None:
-        _expect("neuron_scale shift's shape", list(scale.shape), list(shift.shape))
-        _expect("neuron_scale shift's dtype", scale.dtype, shift.dtype)
-    if condition is not None:
-        _expect("neuron_scale condition's shape", [x.shape[0]], list(condition.shape))
-        _expect("neuron_scale condition's dtype", torch.int64, condition.dtype)
-        if condition.device.type == "cpu" and condition.numel() and not torch.compiler.is_compiling():
-            low, high = int(condition.min()), int(condition.max())
-            if low < 0 or high >= scale.shape[0]:
-                raise ArgumentError(
-                    f"neuron_scale condition: expected indices in [0, {scale.shape[0]}), got {low} to {high}"
-                )
-    elif scale.shape[0] < 1:
-        raise ArgumentError("neuron_scale scale: expected at least one row, got none")
+    _check_flow("neuron_scale", x, scale, shift, condition)
     return torch.ops.skillfast.neuron_scale(x, scale, shift, condition)
 
 
@@ -127,6 +273,42 @@ def comoments_update(
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
+def _check_cells(
+    op: str,
+    n: int,
+    width: int,
+    edges: torch.Tensor,
+    channels: torch.Tensor,
+    hats: torch.Tensor,
+    table: torch.Tensor,
+) -> None:
+    """Checks a cell table of `width` neurons and what n observations add to it."""
+    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_CELLS:
+        raise ArgumentError(
+            f"{op} edges: expected [{width}, C - 1] with C from 2 to {MAX_CELLS}, got shape {list(edges.shape)}"
+        )
+    for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
+        _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
+        if tensor.dim() != 2 or tensor.shape[0] != n:
+            raise ArgumentError(f"{op} {name}: expected [{n}, columns], got shape {list(tensor.shape)}")
+    _expect(f"{op} hats' columns modulo 8", 0, hats.shape[1] % 8)
+    _expect(f"{op} edges' dtype", torch.float32, edges.dtype)
+    _expect(f"{op} table's dtype", torch.int32, table.dtype)
+    cells = edges.shape[1] + 1
+    counts = table.shape[-1] // cells - hats.shape[1]
+    if counts < 0 or list(table.shape) != [width, cells * (counts + hats.shape[1])]:
+        raise ArgumentError(
+            f"{op} table: expected [{width}, {cells} * (P + {hats.shape[1]})], got shape {list(table.shape)}"
+        )
+    for name, tensor in (("edges", edges), ("table", table)):
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"{op} {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if channels.device.type == "cpu" and channels.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in channels.aminmax())
+        if low < -1 or high >= counts:
+            raise ArgumentError(f"{op} channels: expected indices in [-1, {counts}), got {low} to {high}")
+
+
 def cells_update(
     x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
 ) -> None:
@@ -149,31 +331,7 @@ def cells_update(
     """
     if x.dim() != 2:
         raise ArgumentError(f"cells_update x: expected [n, D], got shape {list(x.shape)}")
-    n, width = x.shape
-    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_CELLS:
-        raise ArgumentError(
-            f"cells_update edges: expected [{width}, C - 1] with C from 2 to {MAX_CELLS}, got shape {list(edges.shape)}"
-        )
-    for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
-        _expect(f"cells_update {name}'s dtype", dtype, tensor.dtype)
-        if tensor.dim() != 2 or tensor.shape[0] != n:
-            raise ArgumentError(f"cells_update {name}: expected [{n}, columns], got shape {list(tensor.shape)}")
-    _expect("cells_update hats' columns modulo 8", 0, hats.shape[1] % 8)
-    _expect("cells_update edges' dtype", torch.float32, edges.dtype)
-    _expect("cells_update table's dtype", torch.int32, table.dtype)
-    cells = edges.shape[1] + 1
-    counts = table.shape[-1] // cells - hats.shape[1]
-    if counts < 0 or list(table.shape) != [width, cells * (counts + hats.shape[1])]:
-        raise ArgumentError(
-            f"cells_update table: expected [{width}, {cells} * (P + {hats.shape[1]})], got shape {list(table.shape)}"
-        )
-    for name, tensor in (("edges", edges), ("table", table)):
-        if not tensor.is_contiguous():
-            raise ArgumentError(f"cells_update {name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if channels.device.type == "cpu" and channels.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in channels.aminmax())
-        if low < -1 or high >= counts:
-            raise ArgumentError(f"cells_update channels: expected indices in [-1, {counts}), got {low} to {high}")
+    _check_cells("cells_update", *x.shape, edges, channels, hats, table)
     torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
 
 
@@ -184,7 +342,7 @@ def _chosen(op: str) -> Callable[..., torch.Tensor | None]:
     return run
 
 
-for _op in ("neuron_scale", "comoments_update", "cells_update"):
+for _op in ("neuron_scale", "comoments_update", "cells_update", "act_mask_pool", "act_pool_accumulate"):
     for _device in ("CPU", "CUDA"):
         _LIBRARY.impl(_op, _chosen(_op), _device)
 
@@ -192,6 +350,16 @@ for _op in ("neuron_scale", "comoments_update", "cells_update"):
 @torch.library.register_fake("skillfast::neuron_scale")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("skillfast::act_mask_pool")
+def _(x: torch.Tensor, _activation: str, pool: str, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_capture(x, pool, write=bool(rest[5]))
+
+
+@torch.library.register_fake("skillfast::act_pool_accumulate")
+def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
+    return empty_capture(x, "none", write=bool(rest[11]))[0]
 
 
 @torch.library.register_fake("skillfast::comoments_update")

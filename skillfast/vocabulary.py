@@ -7,10 +7,12 @@ from typing import Literal, get_args
 Kind = Literal["mlp", "attn", "head"]
 Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample"]
+Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 POOLS: tuple[Pool, ...] = get_args(Pool)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MODES: tuple[Mode, ...] = get_args(Mode)
 STATISTICS = ("pearson", "spearman", "auroc", "mutual_info")
 DATASETS = ("digits", "cifar10", "imagefolder")

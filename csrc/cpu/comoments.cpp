@@ -85,7 +85,7 @@ void panel_update(const CoMomentsArgs& args, int64_t d0, int width) {
       for (int d = 0; d < width; d += kLanes) sum_products_any(columns, panel + d, y, args.columns, rows, sums + d);
       if (narrow) continue;
       for (int m = 0; m < columns; ++m) {
-        double* state = args.sum_xy + (m0 + m) * args.width + d0;
+        double* state = args.sum_xy + (m0 + m) * args.stride_xy + d0;
         for (int d = 0; d < width; ++d) state[d] += sums[m * kPanel + d];
       }
       std::memset(local_xy, 0, sizeof(double) * kColumns * kPanel);
@@ -97,7 +97,7 @@ void panel_update(const CoMomentsArgs& args, int64_t d0, int width) {
   }
   if (!narrow) return;
   for (int64_t m = 0; m < args.columns; ++m) {
-    double* state = args.sum_xy + m * args.width + d0;
+    double* state = args.sum_xy + m * args.stride_xy + d0;
     for (int d = 0; d < width; ++d) state[d] += local_xy[m * kPanel + d];
   }
 }

@@ -6,12 +6,16 @@
 
 namespace skillfast {
 
-#define SKILLFAST_DECLARE(isa)                                                \
-  namespace isa {                                                             \
-  void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end); \
-  void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);     \
-  void cells_lanes(const CellsArgs&, int64_t begin, int64_t end);             \
+#define SKILLFAST_DECLARE(isa)                                                              \
+  namespace isa {                                                                           \
+  void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end);               \
+  void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);                   \
+  void cells_lanes(const CellsArgs&, int64_t begin, int64_t end);                           \
+  void act_pool_items(const ActPoolArgs&, int64_t begin, int64_t end);                      \
+  void act_pool_accumulate_lanes(const ActPoolAccumulateArgs&, int64_t begin, int64_t end); \
   }
+#define SKILLFAST_KERNELS(isa) \
+  isa::neuron_scale_rows, isa::comoments_lanes, isa::cells_lanes, isa::act_pool_items, isa::act_pool_accumulate_lanes
 SKILLFAST_DECLARE(baseline)
 #ifdef SKILLFAST_HAS_avx2
 SKILLFAST_DECLARE(avx2)
@@ -29,6 +33,8 @@ struct Kernels {
   void (*neuron_scale_rows)(const NeuronScaleArgs&, int64_t, int64_t);
   void (*comoments_lanes)(const CoMomentsArgs&, int64_t, int64_t);
   void (*cells_lanes)(const CellsArgs&, int64_t, int64_t);
+  void (*act_pool_items)(const ActPoolArgs&, int64_t, int64_t);
+  void (*act_pool_accumulate_lanes)(const ActPoolAccumulateArgs&, int64_t, int64_t);
 };
 
 // Widest first.
@@ -39,14 +45,14 @@ const Kernels kKernels[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::neuron_scale_rows, avx512::comoments_lanes, avx512::cells_lanes},
+     SKILLFAST_KERNELS(avx512)},
 #endif
 #ifdef SKILLFAST_HAS_avx2
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::neuron_scale_rows,
-     avx2::comoments_lanes, avx2::cells_lanes},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, SKILLFAST_KERNELS(avx2)},
 #endif
-    {"baseline", [] { return true; }, baseline::neuron_scale_rows, baseline::comoments_lanes, baseline::cells_lanes},
+    {"baseline", [] { return true; }, SKILLFAST_KERNELS(baseline)},
 };
+#undef SKILLFAST_KERNELS
 
 const Kernels* widest() {
   for (const Kernels& kernels : kKernels) {
@@ -103,6 +109,28 @@ void cells_update(const CellsArgs& args, int n_threads) {
       n_threads, args.width, kNeurons,
       [](const void* context, int64_t begin, int64_t end) {
         current()->cells_lanes(*static_cast<const CellsArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+void act_mask_pool(const ActPoolArgs& args, int n_threads) {
+  constexpr int64_t kElements = 1 << 15;
+  const int64_t panels = (args.flow.width + kActPanel - 1) / kActPanel;
+  const int64_t width = args.flow.width < kActPanel ? args.flow.width : kActPanel;
+  parallel_for(
+      n_threads, args.flow.batch * panels, kElements / (width * args.flow.tokens + 1) + 1,
+      [](const void* context, int64_t begin, int64_t end) {
+        current()->act_pool_items(*static_cast<const ActPoolArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+void act_pool_accumulate(const ActPoolAccumulateArgs& args, int n_threads) {
+  constexpr int64_t kNeurons = 64;  // a panel of act_pool_accumulate.cpp
+  parallel_for(
+      n_threads, args.capture.flow.width, kNeurons,
+      [](const void* context, int64_t begin, int64_t end) {
+        current()->act_pool_accumulate_lanes(*static_cast<const ActPoolAccumulateArgs*>(context), begin, end);
       },
       &args);
 }

@@ -75,6 +75,11 @@ class Record:
     neurons: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def finite(self) -> bool:
+        """Whether corrections may be added: removing a neuron that is not finite is no subtraction."""
+        return bool(self.logits.isfinite().all())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
         kept = [leaf for leaves, _ in self.calls.values() for leaf in leaves]
@@ -248,7 +253,7 @@ class Replay:
         Returns:
             Logits [conditions, batch, classes], and embeddings [conditions, batch, E] or None without a classifier.
         """
-        route = self.routes[start]
+        route = self.routes[start] if record.finite else Route(None)
         n = len(conditions)
         if route.start is not None and route.start.block is None:
             assert self.survey.head is not None

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from skillfast.statistics.neuron_scores import NeuronScores
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of logits, as a share of the largest
-HALF_TOLERANCE = 5e-2
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
+HALF_TOLERANCE = 3e-2
 UNKNOWN_FREE = 1 << 32  # bytes to take where the system does not tell what is free
 
 

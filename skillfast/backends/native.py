@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.vocabulary import ACTIVATIONS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -15,15 +18,13 @@ except ImportError as error:  # a checkout that was never built
     _core = None  # type: ignore[assignment]
     _import_error = str(error)
 
+_POOLS = {"none": 0, "mean": 1, "cls": 2, "max": 3, "last": 4, "moments": 5}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     """`x` as (tensor, stride_batch, stride_token, batch, tokens) with unit stride in the last dimension."""
-    if x.dim() == 2:
-        x = x.unsqueeze(1)
-    elif x.dim() > 3:
-        x = x.flatten(1, -2)
+    x = as_tokens(x)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x, x.stride(0), x.stride(1), x.shape[0], x.shape[1]
@@ -95,10 +96,82 @@ def cells_update(
     )  # fmt: skip
 
 
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Copies where they are needed; the caller holds them until the kernel has run."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def act_mask_pool(
+    x: torch.Tensor,
+    activation: str,
+    pool: str,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    center: torch.Tensor | None = None,
+    write: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `skillfast.ops.act_mask_pool`."""
+    y, pooled = empty_capture(x, pool, write)
+    if x.numel() == 0:
+        return y, pooled.fill_(0.0 if pool == "moments" else torch.nan)
+    rows, stride_batch, stride_token, batch, tokens = _rows(x)
+    given = _contiguous(scale, shift, condition, mask, center)
+    _core.act_mask_pool(
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),  # type: ignore[arg-type]
+        _POOLS[pool], *map(_address, given), y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, pooled
+
+
+def act_pool_accumulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    center: torch.Tensor,
+    sum_x: torch.Tensor,
+    sum_xx: torch.Tensor,
+    sum_xy: torch.Tensor,
+    activation: str,
+    pool: str,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    write: bool = True,
+    edges: torch.Tensor | None = None,
+    channels: torch.Tensor | None = None,
+    hats: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `skillfast.ops.act_pool_accumulate`."""
+    out, _ = empty_capture(x, "none", write)
+    if x.numel() == 0:
+        return out
+    rows, stride_batch, stride_token, batch, tokens = _rows(x)
+    given = _contiguous(scale, shift, condition, mask)
+    of_cells = _contiguous(edges, channels, hats, table)
+    y = y.contiguous()
+    cells = metrics = counts = weights = 0
+    if edges is not None and channels is not None and hats is not None and table is not None:
+        cells, metrics, weights = edges.shape[1] + 1, channels.shape[1], hats.shape[1]
+        counts = table.shape[1] // cells - weights
+    _core.act_pool_accumulate(
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),  # type: ignore[arg-type]
+        _POOLS[pool], *map(_address, given), out.data_ptr() if write else 0, _DTYPES[x.dtype], y.shape[-1],
+        y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(), sum_xy.data_ptr(), cells,
+        metrics, counts, weights, *map(_address, of_cells), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "neuron_scale": neuron_scale,
     "comoments_update": comoments_update,
     "cells_update": cells_update,
+    "act_mask_pool": act_mask_pool,
+    "act_pool_accumulate": act_pool_accumulate,
 }
 _ON_CUDA = ("neuron_scale",)
 

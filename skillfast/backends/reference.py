@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
+
+from skillfast.backends.capture import accumulation_dtype, as_tokens, empty_capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,10 +68,111 @@ def cells_update(
             view.index_add_(0, at.flatten(), hats.to(torch.int32).expand_as(at).flatten())
 
 
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+def _flow(
+    x: torch.Tensor,
+    activation: str,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    condition: torch.Tensor | None,
+) -> torch.Tensor:
+    value = _ACTIVATIONS[activation](x.to(accumulation_dtype(x.dtype)))
+    return (value if scale is None else neuron_scale(value, scale, shift, condition)).to(x.dtype)
+
+
+def act_mask_pool(
+    x: torch.Tensor,
+    activation: str,
+    pool: str,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    center: torch.Tensor | None = None,
+    write: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `skillfast.ops.act_mask_pool`."""
+    out, pooled = empty_capture(x, pool, write)
+    y = _flow(x, activation, scale, shift, condition)
+    if write:
+        out.copy_(y)
+    if pool == "none":
+        return out, pooled
+    rows = as_tokens(y).to(pooled.dtype)  # [batch, tokens, D]
+    batch, tokens, _ = rows.shape
+    if rows.numel() == 0:
+        return out, pooled.fill_(0.0 if pool == "moments" else torch.nan)
+    here = torch.ones(batch, tokens, dtype=torch.bool, device=x.device) if mask is None else mask
+    some = here.any(1)[:, None]  # [batch, 1]
+    left = here[:, :, None]
+    if pool == "moments":
+        shifted = torch.where(left, rows if center is None else rows - center, 0).double()
+        pooled.copy_(torch.stack([shifted.sum(1), shifted.square().sum(1)]))
+        return out, pooled
+    if pool == "mean":
+        row = torch.where(left, rows, 0).sum(1, dtype=torch.float64) / left.sum(1)
+    elif pool == "max":
+        row = rows.masked_fill(~left, -torch.inf).amax(1)
+    else:
+        order = torch.arange(tokens, device=x.device)
+        at = torch.where(here, order, tokens).amin(1) if pool == "cls" else torch.where(here, order, -1).amax(1)
+        row = rows[torch.arange(batch, device=x.device), at.clamp(0, tokens - 1)]
+    return out, pooled.copy_(torch.where(some, row, torch.nan))
+
+
+def act_pool_accumulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    center: torch.Tensor,
+    sum_x: torch.Tensor,
+    sum_xx: torch.Tensor,
+    sum_xy: torch.Tensor,
+    activation: str,
+    pool: str,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    condition: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    write: bool = True,
+    edges: torch.Tensor | None = None,
+    channels: torch.Tensor | None = None,
+    hats: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `skillfast.ops.act_pool_accumulate`."""
+    flow = _flow(x, activation, scale, shift, condition)
+    out = flow if write else flow.new_empty(0)
+    if x.numel() == 0:
+        return out
+    if pool == "none":
+        rows = as_tokens(flow).float()
+        y = (y if y.dim() == 3 else y[:, None].expand(-1, rows.shape[1], -1)).flatten(0, 1)
+        rows, here = rows.flatten(0, 1), None if mask is None else mask.flatten()
+    else:
+        rows, here = act_mask_pool(flow, "identity", pool, mask=mask)[1], None
+    if here is not None:
+        rows, y = rows[here], y[here]
+        channels, hats = (None if t is None else t[here] for t in (channels, hats))
+    comoments_update(rows, y, center, sum_x, sum_xx, sum_xy)
+    if edges is not None and channels is not None and hats is not None and table is not None:
+        cells_update(rows, edges, channels, hats, table)
+    return out
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "neuron_scale": neuron_scale,
     "comoments_update": comoments_update,
     "cells_update": cells_update,
+    "act_mask_pool": act_mask_pool,
+    "act_pool_accumulate": act_pool_accumulate,
 }
 
 

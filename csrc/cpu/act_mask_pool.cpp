@@ -1,0 +1,33 @@
+#include "cpu/pooling.h"
+
+namespace skillfast::SKILLFAST_ISA {
+namespace {
+
+template <typename T, typename S>
+void items(const ActPoolArgs& args, int64_t begin, int64_t end) {
+  const int64_t panels = (args.flow.width + kActPanel - 1) / kActPanel;
+  S* pooled = static_cast<S*>(args.pooled);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / panels, d0 = item % panels * kActPanel, left = args.flow.width - d0;
+    S* row = pooled == nullptr ? nullptr : pooled + sample * args.flow.width + d0;
+    S* squares = args.pool == Pool::moments ? row + args.flow.batch * args.flow.width : nullptr;
+    pool_panel<T, S>(args, sample, d0, left < kActPanel ? left : kActPanel, row, squares);
+  }
+}
+
+}  // namespace
+
+void act_pool_items(const ActPoolArgs& args, int64_t begin, int64_t end) {
+  switch (args.flow.dtype) {
+    case DType::float32:
+      return items<float, float>(args, begin, end);
+    case DType::bfloat16:
+      return items<bf16, float>(args, begin, end);
+    case DType::float16:
+      return items<half, float>(args, begin, end);
+    case DType::float64:
+      return items<double, double>(args, begin, end);
+  }
+}
+
+}  // namespace skillfast::SKILLFAST_ISA
