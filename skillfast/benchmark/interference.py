@@ -1,0 +1,212 @@
+"""How skills interfere: classes that turn, compete or hang together when another class's skill is removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import binom, false_discovery_control
+
+from skillfast.ablation import per_class_accuracy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LEVEL = 0.05
+"""Share of false discoveries among the pairs that are called significant."""
+
+
+def class_means(embeddings: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Mean embedding of each class: [n, E] and int64 [n] -> float64 [K, E]; NaN for a class without images."""
+    means = np.full((n_classes, embeddings.shape[1]), np.nan)
+    with np.errstate(invalid="ignore"):  # embeddings that overflowed
+        for label in np.unique(labels):
+            means[label] = embeddings[labels == label].mean(0, dtype=np.float64)
+    return means
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Where the intact model's classes lie, seen from the mean of all its embeddings.
+
+    Attributes:
+        labels: int64 [n].
+        centre: float64 [E], the mean embedding.
+        means: float64 [K, E], of the classes, centred.
+        smallest: A class mean this near the centre has no direction: float32's rounding of the embeddings decides it.
+    """
+
+    labels: np.ndarray
+    centre: np.ndarray
+    means: np.ndarray
+    smallest: float
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray, labels: np.ndarray, n_classes: int) -> Directions:
+        """From the intact model's embeddings [n, E]."""
+        with np.errstate(invalid="ignore"):
+            centre = embeddings.mean(0, dtype=np.float64)
+        size = float(np.sqrt(np.square(embeddings, dtype=np.float64).sum(1).mean()))
+        means = class_means(embeddings, labels, n_classes) - centre
+        return cls(labels, centre, means, size * float(np.finfo(np.float32).eps))
+
+    def angles(self, embeddings: np.ndarray) -> np.ndarray:
+        """Angle between each class's mean before and after, in degrees.
+
+        Args:
+            embeddings: [n, E], of the same images after a removal.
+
+        Returns:
+            float64 [K]; NaN for a class without images, or whose mean is the centre before or after.
+        """
+        after = class_means(embeddings, self.labels, len(self.means)) - self.centre
+        lengths = np.linalg.norm(self.means, axis=1), np.linalg.norm(after, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            u, v = (x / length[:, None] for x, length in zip((self.means, after), lengths, strict=True))
+            # the arc cosine of u v loses half the digits of a small angle; this loses none (Kahan)
+            degrees = np.degrees(2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1)))
+            return np.where(np.minimum(*lengths) > self.smallest, degrees, np.nan)
+
+
+@dataclass(frozen=True)
+class BeyondOracle:
+    """What each removal does to each class that the oracle's removal does not: row = removed, column = class.
+
+    Attributes:
+        change: float64 [K, K], accuracy of the class under the removal minus that under the oracle's; NaN for a class
+            without images.
+        p_gain: float64 [K, K], of an exact one-sided McNemar test over the class's images that it gains.
+        p_loss: Likewise that it loses.
+    """
+
+    change: np.ndarray
+    p_gain: np.ndarray
+    p_loss: np.ndarray
+
+    @classmethod
+    def of(cls, predictions: np.ndarray, oracle: np.ndarray, labels: np.ndarray) -> BeyondOracle:
+        """From predictions int64 [K, n] under each removal and under the oracle's, and labels int64 [n]."""
+        member = (labels[:, None] == np.arange(len(predictions))).astype(np.float64)  # [n, K]
+        right, best = predictions == labels, oracle == labels
+        gains, losses = (right & ~best) @ member, (best & ~right) @ member  # [K, K] images
+        with np.errstate(invalid="ignore"):
+            change = (gains - losses) / member.sum(0)
+        # images right in both or wrong in both say nothing; of the others half are gains if nothing is to be found
+        p_gain, p_loss = (binom.sf(count - 1, gains + losses, 0.5) for count in (gains, losses))
+        return cls(change, p_gain, p_loss)
+
+
+def find_pairs(beyond: BeyondOracle, matrix: np.ndarray, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Pairs that compete (each removal helps the other class) or are linked (each hurts it), beyond the oracle.
+
+    Both directions must hold, so a pair's p is the larger one (intersection-union test); Benjamini-Hochberg runs over
+    all pairs and both kinds together.
+
+    Args:
+        beyond: Of the removals.
+        matrix: float64 [K, K], the removal matrix.
+        classes: Class names.
+
+    Returns:
+        For `"competition"` and `"linkage"` every pair of that kind: `classes` [a, b], `change` and `beyond_oracle` in
+        accuracy (of b without a, of a without b), `p`, `q` and `significant`. Significant ones first, then by the
+        weaker of the two directions, largest first.
+    """
+    defined = np.flatnonzero(~np.isnan(np.diagonal(beyond.change)))
+    if len(defined) < 2:
+        return {"competition": [], "linkage": []}
+    i, j = np.array(list(combinations(defined, 2))).T  # [pairs] each
+    p = np.stack([np.maximum(test[i, j], test[j, i]) for test in (beyond.p_gain, beyond.p_loss)])  # [2, pairs]
+    q = false_discovery_control(p.ravel(), method="bh").reshape(p.shape)
+    found = {}
+    for row, (kind, sign) in enumerate((("competition", 1), ("linkage", -1))):
+        weaker = np.minimum(sign * beyond.change[i, j], sign * beyond.change[j, i])  # [pairs]
+        order = np.lexsort((-weaker, q[row] > LEVEL))
+        found[kind] = [
+            {
+                **_pair(int(i[c]), int(j[c]), beyond, matrix, classes),
+                "p": float(p[row, c]),
+                "q": float(q[row, c]),
+                "significant": bool(q[row, c] <= LEVEL),
+            }
+            for c in order[weaker[order] > 0]
+        ]
+    return found
+
+
+def _pair(a: int, b: int, beyond: BeyondOracle, matrix: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "classes": [classes[a], classes[b]],
+        "change": [float(matrix[a, b]), float(matrix[b, a])],
+        "beyond_oracle": [float(beyond.change[a, b]), float(beyond.change[b, a])],
+    }
+
+
+def interference(
+    angles: np.ndarray,
+    predictions: np.ndarray,
+    oracle: np.ndarray,
+    baseline: np.ndarray,
+    labels: np.ndarray,
+    overlap: np.ndarray,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """The interference object of results.json.
+
+    Args:
+        angles: float64 [K, K], of `Directions.angles`, a row per removal; NaN where there is none.
+        predictions: int64 [K, n], with skill i removed.
+        oracle: int64 [K, n], with class i's logit removed.
+        baseline: int64 [n], of the intact model.
+        labels: int64 [n].
+        overlap: float64 [K, K], Jaccard index of the skills' neurons.
+        classes: Class names.
+
+    Returns:
+        The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
+    """
+    k = len(classes)
+    matrix = per_class_accuracy(predictions, labels, k) - per_class_accuracy(baseline, labels, k)
+    pairs = find_pairs(BeyondOracle.of(predictions, oracle, labels), matrix, classes)
+    other = ~np.eye(k, dtype=bool)
+    return {
+        "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
+        "own_angle_deg": _mean(angles[~other]),
+        "other_angle_deg": _mean(angles[other]),
+        **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
+        "strongest": {
+            "angle": _largest(np.where(other, angles, np.nan), classes, "angle_deg"),
+            "overlap": _largest(np.where(np.tri(k, k=-1, dtype=bool).T, overlap, np.nan), classes, "jaccard"),
+            **{kind: found[0] if found else None for kind, found in pairs.items()},
+        },
+        "overlap": overlap.tolist(),
+        **_reasons(angles, labels, classes),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else None
+
+
+def _largest(values: np.ndarray, classes: Sequence[str], name: str) -> dict[str, Any] | None:
+    """The largest value of a matrix and the two classes it stands for; None where none is above 0."""
+    if not (values > 0).any():
+        return None
+    i, j = divmod(int(np.nanargmax(values)), len(classes))
+    return {"classes": [classes[i], classes[j]], name: float(values[i, j])}
+
+
+def _reasons(angles: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Why a value is missing, and of which classes."""
+    counts = np.bincount(labels, minlength=len(classes))
+    undirected = np.isnan(angles).any(0) & (counts > 0)
+    reasons = {
+        "no_images": [name for name, count in zip(classes, counts, strict=True) if count == 0],
+        "one_image": [name for name, count in zip(classes, counts, strict=True) if count == 1],
+        "no_direction": [name for name, missing in zip(classes, undirected, strict=True) if missing],
+    }
+    named = {reason: names for reason, names in reasons.items() if names}
+    return {"reasons": named} if named else {}
