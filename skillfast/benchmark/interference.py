@@ -177,8 +177,8 @@ def interference(
         "other_angle_deg": _mean(angles[other]),
         **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
         "strongest": {
-            "angle": _largest(np.where(other, angles, np.nan), classes, "angle_deg"),
-            "overlap": _largest(np.where(np.tri(k, k=-1, dtype=bool).T, overlap, np.nan), classes, "jaccard"),
+            "angle": _largest(np.where(other, angles, np.nan), classes, ("removed", "class", "angle_deg")),
+            "overlap": _largest(np.where(other, overlap, np.nan), classes, ("one", "other", "jaccard")),
             **{kind: found[0] if found else None for kind, found in pairs.items()},
         },
         "overlap": overlap.tolist(),
@@ -191,12 +191,12 @@ def _mean(values: np.ndarray) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def _largest(values: np.ndarray, classes: Sequence[str], name: str) -> dict[str, Any] | None:
-    """The largest value of a matrix and the two classes it stands for; None where none is above 0."""
+def _largest(values: np.ndarray, classes: Sequence[str], keys: tuple[str, str, str]) -> dict[str, Any] | None:
+    """The largest value of a matrix with the classes of its row and column; None where none is above 0."""
     if not (values > 0).any():
         return None
     i, j = divmod(int(np.nanargmax(values)), len(classes))
-    return {"classes": [classes[i], classes[j]], name: float(values[i, j])}
+    return dict(zip(keys, (classes[i], classes[j], float(values[i, j])), strict=True))
 
 
 def _reasons(angles: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, list[str]]]:

@@ -28,6 +28,7 @@ PHASES = {
     "trace": "tracing the neurons",
     "select": "choosing the skills",
     "sweep": "removing them",
+    "embeddings": "comparing embeddings",
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
 }
