@@ -55,6 +55,11 @@ def test_changes_equal_those_of_plain_hooks(vit, batches, conditions):
     assert found.angles[[0, 1, 3]].min() > 0.1
 
 
+def test_a_model_without_a_classifier_has_no_embeddings(vit, batches):
+    vit.head = torch.nn.Identity()
+    assert compare_embeddings(vit, batches, [], classes=24) is None
+
+
 def test_one_removal_at_a_time_gives_the_same(vit, batches, conditions):
     together = compare_embeddings(vit, batches, conditions, classes=CLASSES)
     singly = compare_embeddings(vit, batches, conditions, classes=CLASSES, bytes_at_once=1)

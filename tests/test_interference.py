@@ -190,6 +190,14 @@ def test_classes_without_images_are_named():
     ] == ["b"]
 
 
+def test_a_model_without_embeddings_has_pairs_but_no_angles():
+    predictions, oracle, right, labels = planted_pairs()
+    found = interference(None, predictions, oracle, right, labels, np.eye(K), "abcde")
+    assert {"angles_deg", "own_angle_deg", "other_angle_deg"}.isdisjoint(found)
+    assert found["strongest"]["angle"] is None
+    assert len(found["competition"]) == len(found["linkage"]) == 1
+
+
 @pytest.mark.filterwarnings("ignore:some scores are not defined")
 def test_planted_skills_turn_their_own_class_alone():
     """The planted model writes each class's evidence where no other class's is: others keep their direction."""

@@ -311,6 +311,19 @@ def test_page_says_what_dashboards_see(values, text):
     assert text in words
 
 
+def test_page_of_a_model_without_embeddings():
+    results, skills = both()
+    del results["standard_metrics"]
+    for key in ("angles_deg", "own_angle_deg", "other_angle_deg"):
+        del results["interference"][key]
+    results["interference"]["strongest"]["angle"] = None
+    validator("results").validate(results)
+    found = Elements(report.render(results, skills))
+    assert "The strongest competition: airplane and truck." in found.words
+    assert "angles" not in {attrs.get("id") for _, attrs in found.tags}
+    assert "What the dashboards see" not in found.words
+
+
 def test_page_says_what_was_left_out():
     results, skills = both()
     results["standard_metrics"]["reasons"] = {"zero_or_not_finite": {"cat": 1200}, "one_image": ["dog"]}

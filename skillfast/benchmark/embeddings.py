@@ -10,6 +10,7 @@ import numpy as np
 from skillfast.ablation import sweep
 from skillfast.benchmark.interference import Directions
 from skillfast.benchmark.standard_metrics import Comparison, Dashboard
+from skillfast.models.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,7 +46,7 @@ def compare_embeddings(
     seed: int = 0,
     bytes_at_once: int = BYTES_AT_ONCE,
     quiet: bool = True,
-) -> EmbeddingChanges:
+) -> EmbeddingChanges | None:
     """Sweep the conditions and keep what their embeddings say, not the embeddings.
 
     Args:
@@ -57,9 +58,11 @@ def compare_embeddings(
         bytes_at_once: Embeddings to hold, about; a pass over the loader for as many conditions as fit, one at least.
         quiet: Show no progress bars.
 
-    Raises:
-        ArgumentError: A model without a linear classifier.
+    Returns:
+        The changes; None for a model without one linear classifier, whose input would be the embedding.
     """
+    if not any(site.kind == "head" for site in find_sites(model)):
+        return None
     intact = sweep(model, loader, [], classes=classes, keep_embeddings=True, quiet=quiet)
     before = intact.baseline_embeddings
     assert before is not None

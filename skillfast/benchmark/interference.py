@@ -145,7 +145,7 @@ def _pair(a: int, b: int, beyond: BeyondOracle, matrix: np.ndarray, classes: Seq
 
 
 def interference(
-    angles: np.ndarray,
+    angles: np.ndarray | None,
     predictions: np.ndarray,
     oracle: np.ndarray,
     baseline: np.ndarray,
@@ -156,7 +156,8 @@ def interference(
     """The interference object of results.json.
 
     Args:
-        angles: float64 [K, K], of `Directions.angles`, a row per removal; NaN where there is none.
+        angles: float64 [K, K], of `Directions.angles`, a row per removal; NaN where there is none. None for a model
+            without embeddings.
         predictions: int64 [K, n], with skill i removed.
         oracle: int64 [K, n], with class i's logit removed.
         baseline: int64 [n], of the intact model.
@@ -171,13 +172,22 @@ def interference(
     matrix = per_class_accuracy(predictions, labels, k) - per_class_accuracy(baseline, labels, k)
     pairs = find_pairs(BeyondOracle.of(predictions, oracle, labels), matrix, classes)
     other = ~np.eye(k, dtype=bool)
+    turned = {}
+    if angles is not None:
+        turned = {
+            "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
+            "own_angle_deg": _mean(angles[~other]),
+            "other_angle_deg": _mean(angles[other]),
+        }
     return {
-        "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
-        "own_angle_deg": _mean(angles[~other]),
-        "other_angle_deg": _mean(angles[other]),
+        **turned,
         **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
         "strongest": {
-            "angle": _largest(np.where(other, angles, np.nan), classes, ("removed", "class", "angle_deg")),
+            "angle": (
+                None
+                if angles is None
+                else _largest(np.where(other, angles, np.nan), classes, ("removed", "class", "angle_deg"))
+            ),
             "overlap": _largest(np.where(other, overlap, np.nan), classes, ("one", "other", "jaccard")),
             **{kind: found[0] if found else None for kind, found in pairs.items()},
         },
@@ -199,10 +209,10 @@ def _largest(values: np.ndarray, classes: Sequence[str], keys: tuple[str, str, s
     return dict(zip(keys, (classes[i], classes[j], float(values[i, j])), strict=True))
 
 
-def _reasons(angles: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _reasons(angles: np.ndarray | None, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Why a value is missing, and of which classes."""
     counts = np.bincount(labels, minlength=len(classes))
-    undirected = np.isnan(angles).any(0) & (counts > 0)
+    undirected = np.zeros(len(counts), dtype=bool) if angles is None else np.isnan(angles).any(0) & (counts > 0)
     reasons = {
         "no_images": [name for name, count in zip(classes, counts, strict=True) if count == 0],
         "one_image": [name for name, count in zip(classes, counts, strict=True) if count == 1],

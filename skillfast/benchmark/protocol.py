@@ -153,7 +153,7 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
 
 
 def _results(
-    subject: Subject, skills: Sequence[Skill], swept: SweepResult, embedded: EmbeddingChanges
+    subject: Subject, skills: Sequence[Skill], swept: SweepResult, embedded: EmbeddingChanges | None
 ) -> dict[str, Any]:
     """results.json without its cost."""
     k, n = len(skills), len(swept.labels)
@@ -167,6 +167,12 @@ def _results(
     oracle = removal.oracle_predictions(swept.top2, k)[None]
     drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
     block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
+    angles, seen = None, {}
+    if embedded is not None:
+        angles = embedded.angles
+        seen["standard_metrics"] = standard_metrics(
+            embedded.dashboard, embedded.comparisons, drops[0], subject.splits.classes, bootstrap
+        )
     return {
         "schema": SCHEMA,
         "environment": _environment(subject),
@@ -192,11 +198,9 @@ def _results(
             **contribution.layer_contribution(drops, resampled, subject.splits.classes),
             "per_block": contribution.per_block(blocks, *block_drops, subject.splits.classes),
         },
-        "standard_metrics": standard_metrics(
-            embedded.dashboard, embedded.comparisons, drops[0], subject.splits.classes, bootstrap
-        ),
+        **seen,
         "interference": interference(
-            embedded.angles, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
+            angles, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
         ),
     }
 

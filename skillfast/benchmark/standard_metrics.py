@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import mode, rankdata
+from sklearn import config_context
 from sklearn.neighbors import NearestNeighbors
 
 from skillfast.benchmark.removal import interval
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 N_NEIGHBOURS = 5
 MAX_ANCHORS = 1000
 ROWS = 256  # of similarities at a time
+WORKING_MIB = 128  # of distances at a time; scikit-learn takes 1,024 unless told
 PER_IMAGE = ("cosine", "rank_preservation", "knn_accuracy_change")
 
 
@@ -49,7 +51,7 @@ class Dashboard:
     Neighbours are other test images, the image itself left out: before and after alike they are embedded by the model
     that is judged, and no image that chose the skill is among them.
 
-    Memory: about 3 float64 copies of [n, E], and 2 of [anchors, n]: 0.4 GB for n = 10,000 and E = 768.
+    Memory: about 3 float64 copies of [n, E], and 2 of [anchors, n]: 0.5 GB for n = 10,000 and E = 768.
 
     Args:
         embeddings: [n, E], of the intact model.
@@ -122,7 +124,8 @@ class Dashboard:
         if len(self.labels) <= n_neighbours:
             return np.full(len(self.labels), np.nan)
         index = NearestNeighbors(n_neighbors=n_neighbours, metric="cosine").fit(embeddings)
-        votes = self.labels[index.kneighbors(return_distance=False)]  # [n, n_neighbours], without the image itself
+        with config_context(working_memory=WORKING_MIB):
+            votes = self.labels[index.kneighbors(return_distance=False)]  # [n, n_neighbours], without the image itself
         # as in KNeighborsClassifier, the first of equally many votes wins
         right = (mode(votes, axis=1).mode == self.labels).astype(np.float64)
         right[np.bincount(self.labels)[self.labels] == 1] = np.nan  # no neighbour could be of its class

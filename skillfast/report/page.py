@@ -27,7 +27,7 @@ def make_figures(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, A
         if results["layer_contribution"].get("per_block"):
             made["contribution-blocks"] = figures.contribution_by_block(results)
     found = results.get("interference") or {}
-    if found.get("angles_deg"):
+    if found.get("angles_deg") is not None:
         made["angles"] = interference.angles(results)
     if found.get("overlap"):
         made["overlap"] = figures.overlap(results)
@@ -57,6 +57,7 @@ def _resource(name: str) -> str:
 def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
     classes = results["dataset"]["classes"]
     made = make_figures(results, skills)
+    found = results.get("interference") or {}
     matrix = [[cell(v) for v in row] for row in results["removal_matrix"]]
     return {
         "results": results,
@@ -73,8 +74,8 @@ def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
         "by_block": "contribution-blocks" in made,
         "closest": figures.closest_pairs(results) if "overlap" in made else None,
         "angles_say": interference.angles_say(results) if "angles" in made else None,
-        "pairs_say": interference.pairs_say(results) if "angles" in made else [],
-        "pairs": interference.pair_rows(results) if "angles" in made else [],
+        "pairs_say": interference.pairs_say(results) if found.get("strongest") else [],
+        "pairs": interference.pair_rows(results) if found.get("strongest") else [],
         "dashboards": interference.dashboard_rows(results) if results.get("standard_metrics") else None,
         "dashboards_say": interference.dashboards_say(results) if results.get("standard_metrics") else [],
         "percent": percent,
