@@ -9,6 +9,7 @@ from scipy.stats import binomtest, false_discovery_control
 import skillfast
 from skillfast.benchmark.interference import BeyondOracle, Directions, class_means, find_pairs, interference
 from skillfast.benchmark.removal import oracle_predictions, removal_matrix
+from skillfast.skills import overlap
 
 K = 5
 
@@ -230,3 +231,24 @@ def test_planted_skills_turn_their_own_class_alone():
     found = interference(angles, predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
     assert found["competition"] == found["linkage"] == []
     assert found["own_angle_deg"] > 50 * found["other_angle_deg"]
+
+
+def test_planted_inhibition_and_shared_neurons_are_competition_and_linkage():
+    """The neurons of 0 and 1 suppress each other's evidence in images that show both; 2 and 4 share their neurons."""
+    model = planted.model()
+    with torch.no_grad():
+        for one, other in ((0, 1), (1, 0)):
+            model.blocks[1].mlp.fc2.weight[5 + other, planted.PLANTED[one]["blocks.1.mlp"]] = -3
+    images, labels = planted.images(120)
+    patches = images.reshape(120, 3, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(120, 4, 192).clone()
+    patches[labels == 0, :, 1] = patches[labels == 1, :, 0] = 2.5  # weaker than their own, which is 3
+    images = patches.view(120, 2, 2, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(120, 3, 16, 16)
+    shared = {**planted.PLANTED[2], **planted.PLANTED[4]}
+    neurons = [planted.PLANTED[0], planted.PLANTED[1], shared, planted.PLANTED[3], shared, {}]
+    skills = [skillfast.Skill(str(label), sites) for label, sites in enumerate(neurons)]
+    result = skillfast.sweep(model, [(images, labels)], map(skillfast.Condition, skills), keep_predictions=True)
+    oracle = oracle_predictions(result.top2, planted.CLASSES)
+    found = interference(None, result.predictions, oracle, result.top2[:, 0], result.labels, overlap(skills), "012345")
+    assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["competition"]] == [(["0", "1"], [1, 1])]
+    assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["linkage"]] == [(["2", "4"], [-1, -1])]
+    assert found["strongest"]["overlap"] == {"one": "2", "other": "4", "jaccard": 1}
