@@ -120,6 +120,7 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
     overlap = _overlap(k, rng)
     return {
         "angles_deg": angles, "own_angle_deg": 40.3, "other_angle_deg": 10.2, "overlap": overlap,
+        "ci95": {"own_angle_deg": [39.1, 41.8], "other_angle_deg": [9.9, 10.6]},
         "competition": [pair], "linkage": [],
         "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
                       "overlap": {"one": a, "other": b, "jaccard": 0.2}},

@@ -64,5 +64,6 @@ def test_one_removal_at_a_time_gives_the_same(vit, batches, conditions):
     together = compare_embeddings(vit, batches, conditions, classes=CLASSES)
     singly = compare_embeddings(vit, batches, conditions, classes=CLASSES, bytes_at_once=1)
     np.testing.assert_allclose(singly.angles, together.angles, atol=1e-3)
+    np.testing.assert_allclose(singly.resampled_angles, together.resampled_angles, atol=1e-3)
     for one, other in zip(singly.comparisons, together.comparisons, strict=True):
         np.testing.assert_allclose(one.cosine, other.cosine, atol=1e-6)

@@ -8,7 +8,7 @@ from scipy.stats import binomtest, false_discovery_control
 
 import skillfast
 from skillfast.benchmark.interference import BeyondOracle, Directions, class_means, find_pairs, interference
-from skillfast.benchmark.removal import oracle_predictions, removal_matrix
+from skillfast.benchmark.removal import Bootstrap, interval, oracle_predictions, removal_matrix
 from skillfast.skills import overlap
 
 K = 5
@@ -90,6 +90,40 @@ def test_what_has_no_direction_has_no_angle():
     assert np.isnan(class_means(embeddings, labels, 4)[2]).all()
 
 
+def test_the_interval_of_an_angle_covers():
+    """Class means 30 degrees apart before and after: the 95 % interval holds that about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(2).repeat(80)
+    means = np.array([[3.0, 0, 0], [-3, 0, 0]])
+    held = 0
+    for trial in range(200):
+        before = means[labels] + rng.normal(size=(160, 3))
+        after = rotated(means, 30)[labels] + rng.normal(size=(160, 3))
+        directions = Directions(labels, np.zeros(3), class_means(before, labels, 2), 0)
+        low, high = interval(directions.resampled_angles(before, after, Bootstrap(labels, 300, trial))[0])
+        held += low <= 30 <= high
+    assert 180 <= held <= 199
+
+
+def test_resampled_angles_of_images_that_are_all_alike():
+    labels = np.arange(2).repeat(5)
+    before = np.eye(3)[labels].astype(np.float32)
+    directions, bootstrap = Directions.of(before, labels, 2), Bootstrap(labels, 20)
+    assert not directions.resampled_angles(before, before, bootstrap).any()
+    after = rotated(before.astype(np.float64), 20)
+    want = np.repeat(directions.angles(after)[:, None], 20, 1)
+    np.testing.assert_allclose(directions.resampled_angles(before, after, bootstrap), want)
+
+
+def turns(angles):
+    """Angles, and themselves as the only resample."""
+    return angles, angles[..., None]
+
+
+def no_turn(k):
+    return turns(np.zeros((k, k)))
+
+
 def planted_pairs(n=100, moved=20):
     """Removing 0 helps 1 and removing 1 helps 0; removing 2 hurts 3 and the reverse; removing 0 hurts 4, no more."""
     labels = np.arange(K).repeat(n)
@@ -110,7 +144,7 @@ def planted_pairs(n=100, moved=20):
 def test_planted_competition_and_linkage_are_found_and_nothing_besides():
     predictions, oracle, right, labels = planted_pairs()
     classes = ["a", "b", "c", "d", "e"]
-    found = interference(np.zeros((K, K)), predictions, oracle, right, labels, np.eye(K), classes)
+    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), classes)
     assert [pair["classes"] for pair in found["competition"]] == [["a", "b"]]
     assert [pair["classes"] for pair in found["linkage"]] == [["c", "d"]]
     for key in ("beyond_oracle", "change"):
@@ -133,7 +167,7 @@ def test_what_the_oracle_does_too_is_no_competition():
 
 def test_too_few_images_are_named_but_not_significant():
     predictions, oracle, right, labels = planted_pairs(moved=3)
-    found = interference(np.zeros((K, K)), predictions, oracle, right, labels, np.eye(K), "abcde")
+    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), "abcde")
     assert found["competition"] == found["linkage"] == []
     strongest = found["strongest"]["competition"]
     assert strongest["classes"] == ["a", "b"]
@@ -182,19 +216,18 @@ def test_classes_without_images_are_named():
     labels = np.array([0, 0, 1, 1, 3])
     predictions = np.array([[1, 1, 1, 1, 3], [0, 0, 0, 0, 3], [0, 0, 1, 1, 3], [0, 0, 1, 1, 0]])
     angles = np.where(np.arange(4) == 2, np.nan, np.zeros((4, 4)))
-    found = interference(angles, predictions, predictions, labels, labels, np.eye(4), "abcd")
+    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
     assert found["reasons"] == {"no_images": ["c"], "one_image": ["d"]}
     assert [row[2] for row in found["angles_deg"]] == [None] * 4
     angles[:, 1] = np.nan
-    assert interference(angles, predictions, predictions, labels, labels, np.eye(4), "abcd")["reasons"][
-        "no_direction"
-    ] == ["b"]
+    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
+    assert found["reasons"]["no_direction"] == ["b"]
 
 
 def test_a_model_without_embeddings_has_pairs_but_no_angles():
     predictions, oracle, right, labels = planted_pairs()
     found = interference(None, predictions, oracle, right, labels, np.eye(K), "abcde")
-    assert {"angles_deg", "own_angle_deg", "other_angle_deg"}.isdisjoint(found)
+    assert {"angles_deg", "own_angle_deg", "other_angle_deg", "ci95"}.isdisjoint(found)
     assert found["strongest"]["angle"] is None
     assert len(found["competition"]) == len(found["linkage"]) == 1
 
@@ -228,7 +261,7 @@ def test_planted_skills_turn_their_own_class_alone():
     predictions = np.concatenate([result.predictions, result.top2[None, :, 0]])  # a removal of "none" does nothing
     angles = np.concatenate([angles, np.zeros((1, 6))])
     oracle = oracle_predictions(result.top2, planted.CLASSES)
-    found = interference(angles, predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
+    found = interference(turns(angles), predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
     assert found["competition"] == found["linkage"] == []
     assert found["own_angle_deg"] > 50 * found["other_angle_deg"]
 

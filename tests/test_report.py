@@ -314,7 +314,7 @@ def test_page_says_what_dashboards_see(values, text):
 def test_page_of_a_model_without_embeddings():
     results, skills = both()
     del results["standard_metrics"]
-    for key in ("angles_deg", "own_angle_deg", "other_angle_deg"):
+    for key in ("angles_deg", "own_angle_deg", "other_angle_deg", "ci95"):
         del results["interference"][key]
     results["interference"]["strongest"]["angle"] = None
     validator("results").validate(results)

@@ -9,6 +9,7 @@ import numpy as np
 
 from skillfast.ablation import sweep
 from skillfast.benchmark.interference import Directions
+from skillfast.benchmark.removal import Bootstrap
 from skillfast.benchmark.standard_metrics import Comparison, Dashboard
 from skillfast.models.sites import find_sites
 
@@ -30,11 +31,13 @@ class EmbeddingChanges:
         dashboard: Of the intact model.
         comparisons: One per removal.
         angles: float64 [removals, K], of `Directions.angles`.
+        resampled_angles: float64 [removals, K, replicates].
     """
 
     dashboard: Dashboard
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
+    resampled_angles: np.ndarray
 
 
 def compare_embeddings(
@@ -52,9 +55,9 @@ def compare_embeddings(
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels), the same in each pass.
-        conditions: The removals.
+        conditions: The removals, one at least.
         classes: Class names.
-        seed: Of the choice of anchors.
+        seed: Of the choice of anchors and of the resamples.
         bytes_at_once: Embeddings to hold, about; a pass over the loader for as many conditions as fit, one at least.
         quiet: Show no progress bars.
 
@@ -68,7 +71,8 @@ def compare_embeddings(
     assert before is not None
     dashboard = Dashboard(before, intact.labels, seed=seed)
     directions = Directions.of(before, intact.labels, len(classes))
-    comparisons, angles = [], []
+    bootstrap = Bootstrap(intact.labels, seed=seed)
+    comparisons, angles, resampled = [], [], []
     step = max(1, bytes_at_once // before.nbytes)
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
@@ -77,4 +81,5 @@ def compare_embeddings(
         for after in swept:
             comparisons.append(dashboard.compare(after))
             angles.append(directions.angles(after))
-    return EmbeddingChanges(dashboard, tuple(comparisons), np.array(angles).reshape(len(conditions), len(classes)))
+            resampled.append(directions.resampled_angles(before, after, bootstrap))
+    return EmbeddingChanges(dashboard, tuple(comparisons), np.stack(angles), np.stack(resampled))

@@ -10,9 +10,12 @@ import numpy as np
 from scipy.stats import binom, false_discovery_control
 
 from skillfast.ablation import per_class_accuracy
+from skillfast.benchmark.removal import interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from skillfast.benchmark.removal import Bootstrap
 
 LEVEL = 0.05
 """Share of false discoveries among the pairs that are called significant."""
@@ -62,12 +65,36 @@ class Directions:
             float64 [K]; NaN for a class without images, or whose mean is the centre before or after.
         """
         after = class_means(embeddings, self.labels, len(self.means)) - self.centre
-        lengths = np.linalg.norm(self.means, axis=1), np.linalg.norm(after, axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            u, v = (x / length[:, None] for x, length in zip((self.means, after), lengths, strict=True))
-            # the arc cosine of u v loses half the digits of a small angle; this loses none (Kahan)
-            degrees = np.degrees(2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1)))
-            return np.where(np.minimum(*lengths) > self.smallest, degrees, np.nan)
+        return _angles(self.means, after, self.smallest)
+
+    def resampled_angles(self, before: np.ndarray, after: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
+        """`angles` in resamples of the images; the centre stays.
+
+        Args:
+            before: [n, E], of the intact model.
+            after: [n, E], of the same images after a removal.
+            bootstrap: Resamples of the n images.
+
+        Returns:
+            float64 [K, replicates].
+        """
+        rows = np.full((len(self.means), bootstrap.replicates), np.nan)
+        for label, (member, weights) in enumerate(zip(bootstrap.members, bootstrap.weights, strict=True)):
+            if len(member):
+                with np.errstate(invalid="ignore"):
+                    means = [weights.T @ (x[member].astype(np.float64) - self.centre) for x in (before, after)]
+                rows[label] = _angles(means[0], means[1], self.smallest)
+        return rows
+
+
+def _angles(one: np.ndarray, other: np.ndarray, smallest: float) -> np.ndarray:
+    """Angles in degrees between the rows of [m, E], float64 [m]; NaN where either is no longer than `smallest`."""
+    lengths = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        u, v = (x / length[:, None] for x, length in zip((one, other), lengths, strict=True))
+        # the arc cosine of u v loses half the digits of a small angle; this loses none (Kahan)
+        degrees = np.degrees(2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1)))
+        return np.where(np.minimum(*lengths) > smallest, degrees, np.nan)
 
 
 @dataclass(frozen=True)
@@ -145,7 +172,7 @@ def _pair(a: int, b: int, beyond: BeyondOracle, matrix: np.ndarray, classes: Seq
 
 
 def interference(
-    angles: np.ndarray | None,
+    turns: tuple[np.ndarray, np.ndarray] | None,
     predictions: np.ndarray,
     oracle: np.ndarray,
     baseline: np.ndarray,
@@ -156,8 +183,8 @@ def interference(
     """The interference object of results.json.
 
     Args:
-        angles: float64 [K, K], of `Directions.angles`, a row per removal; NaN where there is none. None for a model
-            without embeddings.
+        turns: Angles float64 [K, K], of `Directions.angles`, a row per removal, NaN where there is none; and resampled
+            [K, K, replicates]. None for a model without embeddings.
         predictions: int64 [K, n], with skill i removed.
         oracle: int64 [K, n], with class i's logit removed.
         baseline: int64 [n], of the intact model.
@@ -172,15 +199,9 @@ def interference(
     matrix = per_class_accuracy(predictions, labels, k) - per_class_accuracy(baseline, labels, k)
     pairs = find_pairs(BeyondOracle.of(predictions, oracle, labels), matrix, classes)
     other = ~np.eye(k, dtype=bool)
-    turned = {}
-    if angles is not None:
-        turned = {
-            "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
-            "own_angle_deg": _mean(angles[~other]),
-            "other_angle_deg": _mean(angles[other]),
-        }
+    angles = None if turns is None else turns[0]
     return {
-        **turned,
+        **({} if turns is None else _turned(*turns)),
         **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
         "strongest": {
             "angle": (
@@ -196,9 +217,30 @@ def interference(
     }
 
 
+def _turned(angles: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+    """The angles, their means over the diagonal and the rest, and intervals of these."""
+    own = np.eye(len(angles), dtype=bool)
+    return {
+        "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
+        "own_angle_deg": _mean(angles[own]),
+        "other_angle_deg": _mean(angles[~own]),
+        "ci95": {
+            "own_angle_deg": interval(_mean_of_defined(resampled[own])),
+            "other_angle_deg": interval(_mean_of_defined(resampled[~own])),
+        },
+    }
+
+
 def _mean(values: np.ndarray) -> float | None:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
+
+
+def _mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over rows [m, replicates] without those that are not defined: [replicates], NaN where none is."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, values, 0).sum(0) / defined.sum(0)
 
 
 def _largest(values: np.ndarray, classes: Sequence[str], keys: tuple[str, str, str]) -> dict[str, Any] | None:

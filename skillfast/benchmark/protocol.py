@@ -167,9 +167,9 @@ def _results(
     oracle = removal.oracle_predictions(swept.top2, k)[None]
     drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
     block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
-    angles, seen = None, {}
+    turns, seen = None, {}
     if embedded is not None:
-        angles = embedded.angles
+        turns = embedded.angles, embedded.resampled_angles
         seen["standard_metrics"] = standard_metrics(
             embedded.dashboard, embedded.comparisons, drops[0], subject.splits.classes, bootstrap
         )
@@ -200,7 +200,7 @@ def _results(
         },
         **seen,
         "interference": interference(
-            angles, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
+            turns, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
         ),
     }
 

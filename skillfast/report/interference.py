@@ -59,9 +59,13 @@ def _pair(kind: str, pair: Mapping[str, Any]) -> str:
 def angles_say(results: dict[str, Any]) -> str:
     """How far classes turn, their own and the one that turns most."""
     found = results["interference"]
+    own, other = (
+        f"{degrees(found[key])} {interval(found['ci95'][key], degrees)}".rstrip()
+        for key in ("own_angle_deg", "other_angle_deg")
+    )
     text = (
-        f"Without its skill, the mean embedding of a class turns by {degrees(found['own_angle_deg'])} on average, and "
-        f"that of each other class by {degrees(found['other_angle_deg'])}."
+        f"Without its skill, the mean embedding of a class turns by {own} on average, and that of each other class by "
+        f"{other}; 95 % intervals in brackets."
     )
     most = found["strongest"]["angle"]
     if not most:
