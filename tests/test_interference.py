@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest, false_discovery_control
 
 import skillfast
-from skillfast.benchmark.interference import BeyondOracle, Directions, class_means, find_pairs, interference
+from skillfast.benchmark.interference import Directions, Effects, class_means, find_pairs, interference
 from skillfast.benchmark.removal import Bootstrap, interval, oracle_predictions, removal_matrix
 from skillfast.skills import overlap
 
@@ -159,10 +159,18 @@ def test_planted_competition_and_linkage_are_found_and_nothing_besides():
 def test_what_the_oracle_does_too_is_no_competition():
     """Images freed by the removal go to the other class in the oracle as well."""
     predictions, _, right, labels = planted_pairs()
-    found = find_pairs(
-        BeyondOracle.of(predictions, predictions, labels), removal_matrix(predictions, right, labels), "abcde"
-    )
-    assert found == {"competition": [], "linkage": []}
+    assert find_pairs(Effects.of(predictions, predictions, right, labels), "abcde") == {
+        "competition": [], "linkage": [],
+    }  # fmt: skip
+
+
+def test_gaining_less_than_by_the_oracle_is_no_linkage():
+    """The oracle frees images of the other class, the removal does not: nobody is hurt."""
+    _, _, right, labels = planted_pairs()
+    oracle = np.tile(labels, (K, 1))
+    effects = Effects.of(np.tile(right, (K, 1)), oracle, right, labels)
+    assert (effects.beyond_oracle == -0.5).all()
+    assert find_pairs(effects, "abcde") == {"competition": [], "linkage": []}
 
 
 def test_too_few_images_are_named_but_not_significant():
@@ -179,20 +187,24 @@ def test_p_and_q_equal_scipys():
     rng = np.random.default_rng(4)
     labels = rng.integers(0, 4, 300)
     predictions, oracle = rng.integers(0, 4, (2, 4, 300))
-    beyond = BeyondOracle.of(predictions, oracle, labels)
+    baseline = rng.integers(0, 4, 300)
+    effects = Effects.of(predictions, oracle, baseline, labels)
+    np.testing.assert_allclose(effects.change, removal_matrix(predictions, baseline, labels))
     for i in range(4):
         for j in range(4):
             own = labels == j
-            right, best = predictions[i, own] == j, oracle[i, own] == j
-            gains, losses = int((right & ~best).sum()), int((best & ~right).sum())
-            assert beyond.change[i, j] == pytest.approx(right.mean() - best.mean())
-            assert beyond.p_gain[i, j] == pytest.approx(binomtest(gains, gains + losses, alternative="greater").pvalue)
-            assert beyond.p_loss[i, j] == pytest.approx(binomtest(losses, gains + losses, alternative="greater").pvalue)
+            right = predictions[i, own] == j
+            tests = []
+            for other in (baseline[own] == j, oracle[i, own] == j):
+                gains, losses = int((right & ~other).sum()), int((other & ~right).sum())
+                tests.append([binomtest(x, gains + losses, alternative="greater").pvalue for x in (gains, losses)])
+            assert effects.beyond_oracle[i, j] == pytest.approx(right.mean() - (oracle[i, own] == j).mean())
+            assert [effects.p_gain[i, j], effects.p_loss[i, j]] == pytest.approx(np.max(tests, axis=0))
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
-    p = [max(test[i, j], test[j, i]) for test in (beyond.p_gain, beyond.p_loss) for i, j in pairs]
+    p = [max(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss) for i, j in pairs]
     q = dict(zip([(kind, *pair) for kind in ("competition", "linkage") for pair in pairs],
                  false_discovery_control(p), strict=True))  # fmt: skip
-    found = find_pairs(beyond, np.zeros((4, 4)), "0123")
+    found = find_pairs(effects, "0123")
     entries = [(kind, entry) for kind, pairs in found.items() for entry in pairs]
     assert entries
     for kind, entry in entries:
@@ -200,14 +212,14 @@ def test_p_and_q_equal_scipys():
 
 
 def test_false_discoveries_are_rare():
-    """Removal and oracle differ by chance alone: hardly ever is any of the 20 claims significant."""
+    """Removal, oracle and intact model differ by chance alone: hardly ever is any of the 20 claims significant."""
     rng = np.random.default_rng(5)
     labels = np.arange(K).repeat(100)
     any_found = 0
     for _ in range(200):
-        flips = rng.random((2, K, 500)) < 0.1
-        predictions, oracle = np.where(flips, (labels + 1) % K, labels)
-        found = find_pairs(BeyondOracle.of(predictions, oracle, labels), np.zeros((K, K)), "abcde")
+        flips = rng.random((2 * K + 1, 500)) < 0.1
+        predictions, oracle, baseline = np.split(np.where(flips, (labels + 1) % K, labels), [K, 2 * K])
+        found = find_pairs(Effects.of(predictions, oracle, baseline[0], labels), "abcde")
         any_found += any(pair["significant"] for pairs in found.values() for pair in pairs)
     assert any_found <= 10
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom, false_discovery_control
 
-from skillfast.ablation import per_class_accuracy
 from skillfast.benchmark.removal import interval
 
 if TYPE_CHECKING:
@@ -98,76 +97,81 @@ def _angles(one: np.ndarray, other: np.ndarray, smallest: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class BeyondOracle:
-    """What each removal does to each class that the oracle's removal does not: row = removed, column = class.
+class Effects:
+    """What each removal does to each class's accuracy: row = removed, column = class; NaN for one without images.
 
     Attributes:
-        change: float64 [K, K], accuracy of the class under the removal minus that under the oracle's; NaN for a class
-            without images.
-        p_gain: float64 [K, K], of an exact one-sided McNemar test over the class's images that it gains.
-        p_loss: Likewise that it loses.
+        change: float64 [K, K], the removal matrix.
+        beyond_oracle: float64 [K, K], accuracy under the removal minus that under the oracle's.
+        p_gain: float64 [K, K], that the class is helped, and more than by the oracle: the larger p of two exact
+            one-sided McNemar tests over its images, against the intact model and against the oracle.
+        p_loss: Likewise that it is hurt.
     """
 
     change: np.ndarray
+    beyond_oracle: np.ndarray
     p_gain: np.ndarray
     p_loss: np.ndarray
 
     @classmethod
-    def of(cls, predictions: np.ndarray, oracle: np.ndarray, labels: np.ndarray) -> BeyondOracle:
-        """From predictions int64 [K, n] under each removal and under the oracle's, and labels int64 [n]."""
+    def of(cls, predictions: np.ndarray, oracle: np.ndarray, baseline: np.ndarray, labels: np.ndarray) -> Effects:
+        """From predictions int64 [K, n] under each removal and under the oracle's, intact ones [n] and labels [n]."""
         member = (labels[:, None] == np.arange(len(predictions))).astype(np.float64)  # [n, K]
-        right, best = predictions == labels, oracle == labels
-        gains, losses = (right & ~best) @ member, (best & ~right) @ member  # [K, K] images
-        with np.errstate(invalid="ignore"):
-            change = (gains - losses) / member.sum(0)
-        # images right in both or wrong in both say nothing; of the others half are gains if nothing is to be found
-        p_gain, p_loss = (binom.sf(count - 1, gains + losses, 0.5) for count in (gains, losses))
-        return cls(change, p_gain, p_loss)
+        right = predictions == labels
+        found = []
+        for reference in (baseline == labels, oracle == labels):
+            gains, losses = (right & ~reference) @ member, (reference & ~right) @ member  # [K, K] images
+            with np.errstate(invalid="ignore"):
+                change = (gains - losses) / member.sum(0)
+            # images right in both or wrong in both say nothing; of the others half are gains if nothing is to be found
+            found.append((change, *(binom.sf(count - 1, gains + losses, 0.5) for count in (gains, losses))))
+        (change, *p_intact), (beyond, *p_oracle) = found
+        return cls(change, beyond, *map(np.maximum, p_intact, p_oracle))
 
 
-def find_pairs(beyond: BeyondOracle, matrix: np.ndarray, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Pairs that compete (each removal helps the other class) or are linked (each hurts it), beyond the oracle.
 
     Both directions must hold, so a pair's p is the larger one (intersection-union test); Benjamini-Hochberg runs over
     all pairs and both kinds together.
 
     Args:
-        beyond: Of the removals.
-        matrix: float64 [K, K], the removal matrix.
+        effects: Of the removals.
         classes: Class names.
 
     Returns:
         For `"competition"` and `"linkage"` every pair of that kind: `classes` [a, b], `change` and `beyond_oracle` in
         accuracy (of b without a, of a without b), `p`, `q` and `significant`. Significant ones first, then by the
-        weaker of the two directions, largest first.
+        weakest of these effects, largest first.
     """
-    defined = np.flatnonzero(~np.isnan(np.diagonal(beyond.change)))
+    defined = np.flatnonzero(~np.isnan(np.diagonal(effects.change)))
     if len(defined) < 2:
         return {"competition": [], "linkage": []}
     i, j = np.array(list(combinations(defined, 2))).T  # [pairs] each
-    p = np.stack([np.maximum(test[i, j], test[j, i]) for test in (beyond.p_gain, beyond.p_loss)])  # [2, pairs]
+    p = np.stack([np.maximum(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss)])  # [2, pairs]
     q = false_discovery_control(p.ravel(), method="bh").reshape(p.shape)
     found = {}
     for row, (kind, sign) in enumerate((("competition", 1), ("linkage", -1))):
-        weaker = np.minimum(sign * beyond.change[i, j], sign * beyond.change[j, i])  # [pairs]
-        order = np.lexsort((-weaker, q[row] > LEVEL))
+        both = np.minimum(sign * effects.change, sign * effects.beyond_oracle)  # [K, K]
+        weakest = np.minimum(both[i, j], both[j, i])  # [pairs]
+        order = np.lexsort((-weakest, q[row] > LEVEL))
         found[kind] = [
             {
-                **_pair(int(i[c]), int(j[c]), beyond, matrix, classes),
+                **_pair(int(i[c]), int(j[c]), effects, classes),
                 "p": float(p[row, c]),
                 "q": float(q[row, c]),
                 "significant": bool(q[row, c] <= LEVEL),
             }
-            for c in order[weaker[order] > 0]
+            for c in order[weakest[order] > 0]
         ]
     return found
 
 
-def _pair(a: int, b: int, beyond: BeyondOracle, matrix: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+def _pair(a: int, b: int, effects: Effects, classes: Sequence[str]) -> dict[str, Any]:
     return {
         "classes": [classes[a], classes[b]],
-        "change": [float(matrix[a, b]), float(matrix[b, a])],
-        "beyond_oracle": [float(beyond.change[a, b]), float(beyond.change[b, a])],
+        "change": [float(effects.change[a, b]), float(effects.change[b, a])],
+        "beyond_oracle": [float(effects.beyond_oracle[a, b]), float(effects.beyond_oracle[b, a])],
     }
 
 
@@ -196,8 +200,7 @@ def interference(
         The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
     """
     k = len(classes)
-    matrix = per_class_accuracy(predictions, labels, k) - per_class_accuracy(baseline, labels, k)
-    pairs = find_pairs(BeyondOracle.of(predictions, oracle, labels), matrix, classes)
+    pairs = find_pairs(Effects.of(predictions, oracle, baseline, labels), classes)
     other = ~np.eye(k, dtype=bool)
     angles = None if turns is None else turns[0]
     return {
