@@ -191,6 +191,18 @@ def test_a_class_that_loses_nothing_has_no_shares():
     assert contribution.per_block([], np.zeros((1, 2)), np.zeros((1, 2, 5)), ["a", "b"]) == []
 
 
+def test_one_block_carries_everything():
+    drops = np.full((1, 2), 0.4)
+    (entry,) = contribution.per_block([3], drops, drops[..., None], ["a", "b"])
+    assert entry == {
+        "block": 3, "share": 1, "ci95": [1, 1], "bottom_up": 1, "top_down": 1, "per_class": {"a": 1, "b": 1},
+    }  # fmt: skip
+    skills = [skillfast.Skill("a", {"blocks.3.mlp": [1]})]
+    sites = [Site("blocks.3.mlp", "mlp", 3, "a", 5), Site("head", "head", None, "b", 9)]
+    assert contribution.occupied_blocks(skills, sites) == [3]
+    assert contribution.block_conditions(skills, sites, 0.0) == []
+
+
 def test_the_interval_of_a_blocks_share_covers():
     """Of 0.6 lost, blocks 0 and 1 take 0.2 and 0.4 of the images, whichever goes first."""
     rng = np.random.default_rng(0)

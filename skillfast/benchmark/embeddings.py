@@ -58,7 +58,8 @@ def compare_embeddings(
         conditions: The removals, one at least.
         classes: Class names.
         seed: Of the choice of anchors and of the resamples.
-        bytes_at_once: Embeddings to hold, about; a pass over the loader for as many conditions as fit, one at least.
+        bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
+            many conditions as fit, one at least.
         quiet: Show no progress bars.
 
     Returns:
