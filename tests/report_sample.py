@@ -79,14 +79,26 @@ def _cost() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _contribution(classes: list[str], rng: random.Random) -> dict[str, Any]:
+def _contribution(classes: list[str], blocks: int, rng: random.Random) -> dict[str, Any]:
     def shares() -> dict[str, float]:
         mlp, head = rng.uniform(0.35, 0.55), rng.uniform(0.2, 0.4)
         return {"mlp": mlp, "attn": 1 - mlp - head, "head": head}
 
     total = shares()
     ends = {kind: [value - 0.04, value + 0.05] for kind, value in total.items()}
-    return {**total, "non_additivity": 0.31, "per_class": {name: shares() for name in classes}, "ci95": ends}
+    return {**total, "non_additivity": 0.31, "per_class": {name: shares() for name in classes}, "ci95": ends,
+            "per_block": _per_block(classes, blocks)}  # fmt: skip
+
+
+def _per_block(classes: list[str], blocks: int) -> list[dict[str, Any]]:
+    """Later blocks carry more; the head, which is last, the most."""
+    places = [*range(blocks), None]
+    total = sum(range(len(places) + 1))
+    return [
+        {"block": block, "share": (i + 1) / total, "ci95": [i / total, (i + 2) / total], "bottom_up": (i + 1) / total,
+         "top_down": (i + 1) / total, "per_class": dict.fromkeys(classes, (i + 1) / total)}
+        for i, block in enumerate(places)
+    ]  # fmt: skip
 
 
 def _overlap(k: int, rng: random.Random) -> list[list[float]]:
@@ -95,6 +107,41 @@ def _overlap(k: int, rng: random.Random) -> list[list[float]]:
         for j in range(i):
             rows[i][j] = rows[j][i] = round(max(0.0, rng.gauss(0.06, 0.05)), 3)
     return rows
+
+
+def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
+    k = len(classes)
+    angles = [[rng.uniform(30, 50) if i == j else rng.uniform(0.5, 20) for j in range(k)] for i in range(k)]
+    a, b = classes[0], classes[-1]
+    pair = {"classes": [a, b], "change": [0.05, 0.04], "beyond_oracle": [0.05, 0.03], "p": 1e-4, "q": 0.008,
+            "significant": True}  # fmt: skip
+    weak = {**pair, "change": [-0.02, -0.02], "beyond_oracle": [-0.02, -0.02], "p": 0.5, "q": 0.62,
+            "significant": False}  # fmt: skip
+    overlap = _overlap(k, rng)
+    return {
+        "angles_deg": angles, "own_angle_deg": 40.3, "other_angle_deg": 10.2, "overlap": overlap,
+        "ci95": {"own_angle_deg": [39.1, 41.8], "other_angle_deg": [9.9, 10.6]},
+        "competition": [pair], "linkage": [],
+        "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
+                      "overlap": {"one": a, "other": b, "jaccard": 0.2}},
+    }  # fmt: skip
+
+
+def _standard_metrics(classes: list[str], matrix: list[list[float]], rng: random.Random) -> dict[str, Any]:
+    def seen(drop: float) -> dict[str, Any]:
+        return {"cosine": rng.uniform(0.92, 0.98), "rank_preservation": rng.uniform(0.9, 0.95), "cka": 0.97,
+                "knn_accuracy_change": rng.uniform(-0.01, 0.01), "target_knn_accuracy_change": -0.02,
+                "target_drop": drop}  # fmt: skip
+
+    drops = [-row[i] for i, row in enumerate(matrix)]
+    return {
+        **seen(sum(drops) / len(drops)), "knn_accuracy": 0.974, "n_neighbours": 5, "n_ranked": 50 * len(classes),
+        "ci95": {"cosine": [0.91, 0.98], "rank_preservation": [0.9, 0.95], "knn_accuracy_change": [-0.01, 0.01]},
+        "per_class": {
+            name: {**seen(drop), "knn_accuracy_change_per_class": [0.0] * len(classes)}
+            for name, drop in zip(classes, drops, strict=True)
+        },
+    }  # fmt: skip
 
 
 def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
@@ -124,8 +171,9 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         "cost": _cost(),
     }  # fmt: skip
     if optional:
-        results["layer_contribution"] = _contribution(classes, rng)
-        results["interference"] = {"overlap": _overlap(n_classes, rng)}
+        results["layer_contribution"] = _contribution(classes, blocks, rng)
+        results["standard_metrics"] = _standard_metrics(classes, found, rng)
+        results["interference"] = _interference(classes, rng)
     return results
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from importlib import resources
 
@@ -124,6 +125,118 @@ def test_shares_of_a_planted_skill():
     found = contribution.layer_contribution(drops, drops[..., None], ["3"])
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.5, 0.5, 0])
     assert found["non_additivity"] == 1
+
+
+BLOCKS = [0, 1, 3, None]
+
+
+def block_worth(game):
+    """Worth of the whole and of every set of `block_conditions` in a game over four blocks: [1 + 6, ...]."""
+    players = range(len(BLOCKS))
+    sets = [players, *(players[:i] for i in (1, 2, 3)), *(players[-i:] for i in (1, 2, 3))]
+    return np.array([game(frozenset(s)) for s in sets])
+
+
+def exact_shapley(game):
+    """Over all orders of the four blocks."""
+    total = np.zeros(4)
+    orders = list(itertools.permutations(range(4)))
+    for order in orders:
+        for i, block in enumerate(order):
+            total[block] += game(frozenset(order[: i + 1])) - game(frozenset(order[:i]))
+    return total / len(orders)
+
+
+def pairwise_game(seed):
+    """Blocks add up, and every pair of them adds something more."""
+    rng = np.random.default_rng(seed)
+    alone, joint = rng.normal(size=4), rng.normal(size=(4, 4))
+    return lambda s: sum(alone[i] for i in s) + sum(joint[i, j] for i in s for j in s if i < j)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_that_interact_in_pairs_get_their_shapley_values(seed):
+    game = pairwise_game(seed)
+    values = block_worth(game)
+    np.testing.assert_allclose(np.mean(contribution.block_values(values[1:], values[0]), 0), exact_shapley(game))
+
+
+def test_blocks_add_up_to_the_whole_in_any_game():
+    values = np.random.default_rng(0).normal(size=(7, 5, 3))
+    for order in contribution.block_values(values[1:], values[0]):
+        np.testing.assert_allclose(order.sum(0), values[0])
+    drops = np.abs(values[..., 0])
+    found = contribution.per_block(BLOCKS, drops, drops[..., None], list("abcde"))
+    assert [entry["block"] for entry in found] == BLOCKS
+    for key in ("share", "bottom_up", "top_down"):
+        assert sum(entry[key] for entry in found) == pytest.approx(1)
+    assert sum(entry["per_class"]["d"] for entry in found) == pytest.approx(1)
+
+
+def test_blocks_that_stand_in_for_each_other_share():
+    """Either of the blocks 1 and 3 carries the skill: whichever goes last costs everything."""
+    values = block_worth(lambda s: float({1, 2} <= s))[:, None]
+    found = contribution.per_block(BLOCKS, values, values[..., None], ["a"])
+    assert [entry["share"] for entry in found] == [0, 0.5, 0.5, 0]
+    assert [entry["bottom_up"] for entry in found] == [0, 0, 1, 0]
+    assert [entry["top_down"] for entry in found] == [0, 1, 0, 0]
+
+
+def test_a_class_that_loses_nothing_has_no_shares():
+    drops = np.stack([block_worth(pairwise_game(1)) ** 2, np.zeros(7)], 1)
+    found = contribution.per_block(BLOCKS, drops, drops[..., None], ["a", "b"])
+    assert [entry["per_class"]["b"] for entry in found] == [None] * 4
+    nothing = contribution.per_block(BLOCKS, 0 * drops, 0 * drops[..., None], ["a", "b"])
+    assert [(entry["share"], entry["ci95"]) for entry in nothing] == [(None, None)] * 4
+    assert contribution.per_block([], np.zeros((1, 2)), np.zeros((1, 2, 5)), ["a", "b"]) == []
+
+
+def test_one_block_carries_everything():
+    drops = np.full((1, 2), 0.4)
+    (entry,) = contribution.per_block([3], drops, drops[..., None], ["a", "b"])
+    assert entry == {
+        "block": 3, "share": 1, "ci95": [1, 1], "bottom_up": 1, "top_down": 1, "per_class": {"a": 1, "b": 1},
+    }  # fmt: skip
+    skills = [skillfast.Skill("a", {"blocks.3.mlp": [1]})]
+    sites = [Site("blocks.3.mlp", "mlp", 3, "a", 5), Site("head", "head", None, "b", 9)]
+    assert contribution.occupied_blocks(skills, sites) == [3]
+    assert contribution.block_conditions(skills, sites, 0.0) == []
+
+
+def test_the_interval_of_a_blocks_share_covers():
+    """Of 0.6 lost, blocks 0 and 1 take 0.2 and 0.4 of the images, whichever goes first."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for trial in range(200):
+        labels = np.arange(2).repeat(100)
+        lost = rng.random(200)  # below 0.2: by block 0, then up to 0.6 by block 1
+        wrong = np.stack([lost < 0.6, lost < 0.2, (lost >= 0.2) & (lost < 0.6)])[:, None].repeat(2, 1)  # [3, K, n]
+        drops = np.stack([[row[k, labels == k].mean() for k in range(2)] for row in wrong])
+        resampled = removal.Bootstrap(labels, 300, trial).own_class(wrong.astype(float))
+        low, high = contribution.per_block([0, 1], drops, resampled, ["a", "b"])[0]["ci95"]
+        held += low <= 1 / 3 <= high
+    assert 180 <= held <= 199
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_shares_by_block_of_planted_skills():
+    """Classes 0 to 2 and 4 live in one block each; 3 in blocks 0 and 2, which can each carry it."""
+    images, labels = planted.images(120)
+    model = planted.model()
+    skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
+    sites = find_sites(model)
+    conditions = contribution.block_conditions(skills, sites, 0.0)
+    assert len(conditions) == 2 * 2 * len(skills)
+    whole = [skillfast.Condition(skill) for skill in skills]
+    result = skillfast.sweep(model, [(images, labels)], [*whole, *conditions])
+    accuracy = result.per_class_accuracy.reshape(5, 5, planted.CLASSES)  # [1 + 2 (blocks - 1), K, classes]
+    drops = 1 - np.stack([np.diagonal(row) for row in accuracy])
+    blocks = contribution.occupied_blocks(skills, sites)
+    assert blocks == [0, 1, 2]
+    found = contribution.per_block(blocks, drops, drops[..., None], list("01234"))
+    shares = [[entry["per_class"][name] for entry in found] for name in "01234"]
+    assert shares == [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0.5, 0, 0.5], [0, 0, 1]]
+    assert [entry["share"] for entry in found] == pytest.approx([0.3, 0.4, 0.3])
 
 
 @pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman")])

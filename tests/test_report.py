@@ -93,7 +93,9 @@ REQUIRED = [
     "random_control", "cost", "environment.torch", "config.seed", "config.max_site_share", "model.sites",
     "model.trained.from", "dataset.n_test", "baseline.per_class", "selectivity.ratio", "selectivity.ci95",
     "selectivity.ci95.harm_ratio", "oracle.removal_matrix", "oracle.target_drop", "random_control.draws",
-    "layer_contribution.ci95", "cost.seconds.sweep", "cost.peak_device_bytes",
+    "layer_contribution.ci95", "cost.seconds.sweep", "cost.peak_device_bytes", "interference.overlap",
+    "interference.linkage", "interference.strongest.angle", "standard_metrics.rank_preservation",
+    "standard_metrics.per_class",
 ]  # fmt: skip
 
 
@@ -109,7 +111,8 @@ def test_schema_misses_a_missing_key(path):
 @pytest.mark.parametrize(
     "path",
     ["", "model", "dataset", "baseline", "selectivity", "selectivity.ci95", "oracle", "random_control", "cost",
-     "layer_contribution"],
+     "layer_contribution", "interference", "interference.strongest", "interference.strongest.competition",
+     "standard_metrics", "standard_metrics.ci95"],
 )  # fmt: skip
 def test_schema_refuses_a_misspelt_key(path):
     results, _ = both()
@@ -137,6 +140,11 @@ def test_schema_refuses_a_misspelt_key(path):
         ("config.finetune", "last"),
         ("cost.peak_rss_bytes", 1.5),
         ("interference", {"overlap": [[1.0, 1.2], [1.2, 1.0]]}),
+        ("interference.angles_deg", [[0.0, 181.0], [1.0, 2.0]]),
+        ("interference.competition", [{"classes": ["cat", "dog"]}]),
+        ("standard_metrics.cosine", 1.1),
+        ("standard_metrics.reasons", {"bad_luck": ["cat"]}),
+        ("layer_contribution.per_block", [{"block": 0, "share": 0.5}]),
     ],
 )
 def test_schema_refuses_a_wrong_value(path, value):
@@ -189,7 +197,8 @@ def test_page_is_one_file(n_classes, optional):
     policy = next(attrs["content"] for tag, attrs in tags if tag == "meta" and "http-equiv" in attrs)
     assert policy.startswith("default-src 'none';")
     assert ("contribution" in {attrs.get("id") for _, attrs in tags}) == optional
-    assert ("overlap" in {attrs.get("id") for _, attrs in tags}) == optional
+    for name in ("overlap", "angles", "contribution-blocks", "dashboards-title"):
+        assert (name in {attrs.get("id") for _, attrs in tags}) == optional
 
 
 def test_page_is_accessible():
@@ -266,6 +275,65 @@ def test_steps_and_places():
     assert drawn == sum(map(len, neurons.values()))
     mlp = next(i for i, trace in enumerate(places["data"]) if trace["name"] == "MLP")
     assert places["frames"][4]["data"][mlp]["y"][3] == len(neurons["blocks.3.mlp"])
+
+
+def test_page_names_the_strongest_interference():
+    results, skills = both()
+    words = Elements(report.render(results, skills)).words
+    assert (
+        "The strongest competition: airplane and truck. Without the skill of airplane, truck changes by +5.00" in words
+    )
+    assert "Chance alone can do that (q = 0.62)." in words
+    assert "The other class that turns most is truck, by 19.9° without the skill of airplane." in words
+    results["interference"]["strongest"] = dict.fromkeys(results["interference"]["strongest"])
+    results["interference"]["competition"] = []
+    words = Elements(report.render(results, skills)).words
+    assert "No two classes compete. No two classes are linked." in words
+    assert "turns most" not in words
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "would not notice that a class suffers"),
+        ({"cosine": 0.5, "rank_preservation": 0.3, "knn_accuracy_change": -0.3}, "Here the averages move as well"),
+        ({"cosine": 0.5}, "Part of these averages hardly moves"),
+        ({"cosine": None}, "a cosine similarity of not defined"),
+    ],
+)
+def test_page_says_what_dashboards_see(values, text):
+    results, skills = both()
+    results["standard_metrics"] |= {
+        "target_drop": 0.4, "cosine": 0.95, "rank_preservation": 0.92, "knn_accuracy_change": -0.01, **values,
+    }  # fmt: skip
+    words = Elements(report.render(results, skills)).words
+    assert "Each removal costs its class 40.0 points on average" in words
+    assert text in words
+
+
+def test_page_of_a_model_without_embeddings():
+    results, skills = both()
+    del results["standard_metrics"]
+    for key in ("angles_deg", "own_angle_deg", "other_angle_deg", "ci95"):
+        del results["interference"][key]
+    results["interference"]["strongest"]["angle"] = None
+    validator("results").validate(results)
+    found = Elements(report.render(results, skills))
+    assert "The strongest competition: airplane and truck." in found.words
+    assert "angles" not in {attrs.get("id") for _, attrs in found.tags}
+    assert "What the dashboards see" not in found.words
+
+
+def test_page_says_what_was_left_out():
+    results, skills = both()
+    results["standard_metrics"]["reasons"] = {"zero_or_not_finite": {"cat": 1200}, "one_image": ["dog"]}
+    results["interference"]["reasons"] = {"no_direction": ["bird"]}
+    results["interference"]["angles_deg"][0][2] = None
+    results["layer_contribution"]["per_block"][1] |= {"share": None, "ci95": None}
+    words = Elements(report.render(results, skills)).words
+    assert "1,200 embeddings that were zero or not finite, under the removal of cat." in words
+    assert "for dog: one test image" in words
+    assert "for bird: no angle" in words
 
 
 @pytest.mark.parametrize(
@@ -411,7 +479,7 @@ def test_page_opens_and_steps(browse, n_classes, blocks):
     assert told["errors"] == console == []
     assert not told["hostile"]
     # the figures of the page, each of several drawings
-    assert len(told["drawn"]) == 10
+    assert len(told["drawn"]) == 12
     assert min(told["drawn"]) >= 1
     assert told["opened"] == 2
     step = 2 % n_classes

@@ -18,7 +18,10 @@ from skillfast import __version__, backends, files, metrics
 from skillfast.ablation import Condition, SweepResult, sweep
 from skillfast.benchmark import contribution, removal
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
+from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
+from skillfast.benchmark.interference import interference
 from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.benchmark.standard_metrics import standard_metrics
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.skills import Skill, overlap, save_skills, select
@@ -84,6 +87,15 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             )
         with clock.phase("sweep"):
             swept = _sweep(subject, list(skills.values()), quiet)
+        with clock.phase("embeddings"):
+            embedded = compare_embeddings(
+                subject.model,
+                subject.loader("test"),
+                [Condition(skill, scale=config.scale) for skill in skills.values()],
+                classes=subject.splits.classes,
+                seed=config.seed,
+                quiet=quiet,
+            )
         measured = trace_over_forward(
             subject.model,
             subject.loader("select"),
@@ -93,7 +105,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             statistics=config.statistics,
             cells=config.cells,
         )
-    results = _results(subject, list(skills.values()), swept)
+    results = _results(subject, list(skills.values()), swept, embedded)
     results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}
     _write(directory, results, skills, scores, clock)
     return BenchReport(results, skills, directory)
@@ -122,11 +134,12 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
 
 
 def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResult:
-    """Every skill's components, then its random controls."""
+    """Every skill's components, then its blocks, then its random controls."""
     config = subject.config
     sites = choose_sites(subject.model, config.sites)
     conditions: list[Condition] = [
         *contribution.component_conditions(skills, config.scale),
+        *contribution.block_conditions(skills, sites, config.scale),
         *removal.control_conditions(skills, sites, config.control_draws, config.scale, config.seed),
     ]
     return sweep(
@@ -139,17 +152,27 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
     )
 
 
-def _results(subject: Subject, skills: Sequence[Skill], swept: SweepResult) -> dict[str, Any]:
+def _results(
+    subject: Subject, skills: Sequence[Skill], swept: SweepResult, embedded: EmbeddingChanges | None
+) -> dict[str, Any]:
     """results.json without its cost."""
     k, n = len(skills), len(swept.labels)
     labels, intact = swept.labels, swept.top2[:, 0]
     assert swept.predictions is not None
-    parts, controls = np.split(swept.predictions, [len(contribution.SUBSETS) * k])
-    parts = parts.reshape(-1, k, n)  # [subsets, K, n], the whole skill first
+    blocks = contribution.occupied_blocks(skills, choose_sites(subject.model, subject.config.sites))
+    rows = swept.predictions.reshape(-1, k, n)
+    n_parts = len(contribution.SUBSETS)
+    parts, by_block, controls = np.split(rows, [n_parts, n_parts + max(0, 2 * (len(blocks) - 1))])
     bootstrap = removal.Bootstrap(labels, seed=subject.config.seed)
     oracle = removal.oracle_predictions(swept.top2, k)[None]
-    drops = -np.stack([np.diagonal(removal.removal_matrix(part, intact, labels)) for part in parts])
-    resampled = -bootstrap.own_class((parts == labels).astype(np.float64) - (intact == labels))
+    drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
+    block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
+    turns, seen = None, {}
+    if embedded is not None:
+        turns = embedded.angles, embedded.resampled_angles
+        seen["standard_metrics"] = standard_metrics(
+            embedded.dashboard, embedded.comparisons, drops[0], subject.splits.classes, bootstrap
+        )
     return {
         "schema": SCHEMA,
         "environment": _environment(subject),
@@ -168,11 +191,17 @@ def _results(subject: Subject, skills: Sequence[Skill], swept: SweepResult) -> d
             "removal_matrix": removal.removal_matrix(oracle[0], intact, labels).tolist(),
         },
         "random_control": {
-            **removal.selectivity(controls.reshape(-1, k, n), intact, labels, bootstrap),
+            **removal.selectivity(controls, intact, labels, bootstrap),
             "draws": subject.config.control_draws,
         },
-        "layer_contribution": contribution.layer_contribution(drops, resampled, subject.splits.classes),
-        "interference": {"overlap": overlap(skills).tolist()},
+        "layer_contribution": {
+            **contribution.layer_contribution(drops, resampled, subject.splits.classes),
+            "per_block": contribution.per_block(blocks, *block_drops, subject.splits.classes),
+        },
+        **seen,
+        "interference": interference(
+            turns, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
+        ),
     }
 
 

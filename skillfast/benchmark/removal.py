@@ -91,6 +91,24 @@ class Bootstrap:
         return np.stack(rows, -2)
 
 
+def own_drops(
+    predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap
+) -> tuple[np.ndarray, np.ndarray]:
+    """What class i loses under conditions that take parts of skill i.
+
+    Args:
+        predictions: int64 [conditions, K, n].
+        baseline: int64 [n], of the intact model.
+        labels: int64 [n].
+        bootstrap: Resamples of the n images.
+
+    Returns:
+        float64 [conditions, K], and resampled [conditions, K, replicates].
+    """
+    drops = -np.stack([np.diagonal(removal_matrix(part, baseline, labels)) for part in predictions])
+    return drops, -bootstrap.own_class((predictions == labels).astype(np.float64) - (baseline == labels))
+
+
 def interval(values: np.ndarray) -> list[float] | None:
     """The middle 95 % of bootstrap values; None where any end is not a number (a ratio over 0)."""
     with np.errstate(invalid="ignore"):

@@ -302,6 +302,34 @@ def contribution(results: dict[str, Any]) -> Figure:
     return {"data": data, "layout": layout}
 
 
+def contribution_by_block(results: dict[str, Any]) -> Figure:
+    """Share of each block in what a removal costs, with 95 % intervals."""
+    found = results["layer_contribution"]["per_block"]
+    places = [_place(entry) for entry in found]
+    shown = [entry for entry in found if finite(entry["share"]) is not None]
+    ends = [entry["ci95"] or [entry["share"]] * 2 for entry in shown]
+    reach = {
+        "array": [max(high - entry["share"], 0.0) for entry, (_, high) in zip(shown, ends, strict=True)],
+        "arrayminus": [max(entry["share"] - low, 0.0) for entry, (low, _) in zip(shown, ends, strict=True)],
+    }
+    bars = {
+        "type": "bar",
+        "x": [_place(entry) for entry in shown],
+        "y": [entry["share"] for entry in shown],
+        "marker": {"color": [colour("--head" if entry["block"] is None else "--skill") for entry in shown]},
+        "error_y": {"type": "data", "symmetric": False, "color": colour("--ink"), "thickness": 1.5, **reach},
+        "customdata": [[percent(entry["bottom_up"]), percent(entry["top_down"])] for entry in shown],
+        "hovertemplate": "block %{x}: %{y:.1%}<br>%{customdata[0]} when the blocks before it are removed, "
+        "%{customdata[1]} when those after it are<extra></extra>",
+    }
+    layout = base(
+        bargap=0.25,
+        xaxis=across(places, "block", tickangle=0),
+        yaxis=amounts("share of the loss", tickformat=".0%", zeroline=True),
+    )
+    return {"data": [bars], "layout": layout}
+
+
 def overlap(results: dict[str, Any]) -> Figure:
     """Jaccard overlap of every two skills' neurons; the diagonal, always 1, is left empty."""
     names = labels(results["dataset"]["classes"])

@@ -7,7 +7,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from skillfast.report import figures, files, words
+from skillfast.report import figures, files, interference, words
 from skillfast.report.formatting import cell, percent
 from skillfast.report.parts import MAX_WRITTEN
 
@@ -24,7 +24,12 @@ def make_figures(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, A
     }
     if results.get("layer_contribution"):
         made["contribution"] = figures.contribution(results)
-    if (results.get("interference") or {}).get("overlap"):
+        if results["layer_contribution"].get("per_block"):
+            made["contribution-blocks"] = figures.contribution_by_block(results)
+    found = results.get("interference") or {}
+    if found.get("angles_deg") is not None:
+        made["angles"] = interference.angles(results)
+    if found.get("overlap"):
         made["overlap"] = figures.overlap(results)
     return made
 
@@ -52,6 +57,7 @@ def _resource(name: str) -> str:
 def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
     classes = results["dataset"]["classes"]
     made = make_figures(results, skills)
+    found = results.get("interference") or {}
     matrix = [[cell(v) for v in row] for row in results["removal_matrix"]]
     return {
         "results": results,
@@ -65,7 +71,13 @@ def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
         "selectivity": words.selectivity_rows(results),
         "draws": results["random_control"].get("draws"),
         "contribution": words.contribution_rows(results) if "contribution" in made else None,
+        "by_block": "contribution-blocks" in made,
         "closest": figures.closest_pairs(results) if "overlap" in made else None,
+        "angles_say": interference.angles_say(results) if "angles" in made else None,
+        "pairs_say": interference.pairs_say(results) if found.get("strongest") else [],
+        "pairs": interference.pair_rows(results) if found.get("strongest") else [],
+        "dashboards": interference.dashboard_rows(results) if results.get("standard_metrics") else None,
+        "dashboards_say": interference.dashboards_say(results) if results.get("standard_metrics") else [],
         "percent": percent,
         "details": words.details(results),
         "command": words.command(results),

@@ -28,6 +28,7 @@ PHASES = {
     "trace": "tracing the neurons",
     "select": "choosing the skills",
     "sweep": "removing them",
+    "embeddings": "comparing embeddings",
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
 }
@@ -152,7 +153,8 @@ def contribution_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         for kind, name, _ in KINDS
         if finite(found.get(kind)) is not None
     ]
-    return [*rows, ("non-additivity", percent(found.get("non_additivity")), "")]
+    rest = interval((found.get("ci95") or {}).get("non_additivity"), percent)
+    return [*rows, ("non-additivity", percent(found.get("non_additivity")), rest)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

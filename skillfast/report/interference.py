@@ -1,0 +1,171 @@
+"""Figures and words on how skills interfere, and on what usual dashboards see of their removal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, points
+from skillfast.report.parts import SEQUENTIAL, Figure, across, base, down, heatmap, labels, largest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEGREE = "\N{DEGREE SIGN}"
+MOST_PAIRS = 12
+HIGH = 0.9  # a dashboard shows a similarity above this as nothing to see
+SMALL = 0.2  # and a change below this part of the target's loss
+
+
+def degrees(value: float | None) -> str:
+    """An angle."""
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:.1f}{DEGREE}"
+
+
+def similarity(value: float | None) -> str:
+    """A similarity or a correlation."""
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:.3f}"
+
+
+def angles(results: dict[str, Any]) -> Figure:
+    """How far each class's mean embedding turns under each removal."""
+    names = labels(results["dataset"]["classes"])
+    rows = [[finite(v) for v in row] for row in results["interference"]["angles_deg"]]
+    trace = heatmap(
+        rows,
+        names,
+        names,
+        [["" if v is None else f"{v:.0f}" if v >= 9.95 else f"{v:.1f}" for v in row] for row in rows],
+        "turn of the class's mean embedding, degrees",
+        zmin=0,
+        zmax=largest(rows, 0.1),
+        colorscale=SEQUENTIAL,
+        hovertemplate=f"without the skill of <b>%{{y}}</b><br><b>%{{x}}</b> turns by %{{z:.1f}}{DEGREE}<extra></extra>",
+    )
+    return {"data": [trace], "layout": base(xaxis=across(names), yaxis=down(names, "removed skill"))}
+
+
+def _pair(kind: str, pair: Mapping[str, Any]) -> str:
+    """One pair as a sentence."""
+    (a, b), (on_b, on_a) = pair["classes"], pair["change"]
+    text = (
+        f"The strongest {kind}: {a} and {b}. Without the skill of {a}, {b} changes by {points(on_b, signed=True)} "
+        f"points; without that of {b}, {a} by {points(on_a, signed=True)}."
+    )
+    return text if pair["significant"] else f"{text} Chance alone can do that (q = {pair['q']:.2g})."
+
+
+def angles_say(results: dict[str, Any]) -> str:
+    """How far classes turn, their own and the one that turns most."""
+    found = results["interference"]
+    own, other = (
+        f"{degrees(found[key])} {interval(found['ci95'][key], degrees)}".rstrip()
+        for key in ("own_angle_deg", "other_angle_deg")
+    )
+    text = (
+        f"Without its skill, the mean embedding of a class turns by {own} on average, and that of each other class by "
+        f"{other}; 95 % intervals in brackets."
+    )
+    most = found["strongest"]["angle"]
+    if not most:
+        return text
+    return (
+        f"{text} The other class that turns most is {most['class']}, by {degrees(most['angle_deg'])} without the skill "
+        f"of {most['removed']}."
+    )
+
+
+def pairs_say(results: dict[str, Any]) -> list[str]:
+    """The strongest pair of each kind, and what was left out."""
+    found = results["interference"]
+    nothing = {
+        "competition": "No two classes compete.",
+        "linkage": "No two classes are linked.",
+    }
+    out = [
+        _pair(kind, found["strongest"][kind]) if found["strongest"][kind] else text for kind, text in nothing.items()
+    ]
+    return out + [_reason(reason, where) for reason, where in found.get("reasons", {}).items()]
+
+
+def pair_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The pairs that count, else the strongest: kind, classes, changes beside those beyond the oracle's, q."""
+    found = results["interference"]
+    rows = []
+    for kind in ("competition", "linkage"):
+        pairs = found[kind] or [pair for pair in [found["strongest"][kind]] if pair]
+        for pair in pairs[:MOST_PAIRS]:
+            changes = [
+                f"{points(change, signed=True)} ({points(beyond, signed=True)})"
+                for change, beyond in zip(pair["change"], pair["beyond_oracle"], strict=True)
+            ]
+            q = f"{pair['q']:.2g}" + ("" if pair["significant"] else ", not significant")
+            rows.append((kind, *pair["classes"], *changes, q))
+    return rows
+
+
+def dashboard_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The mean over all removals, then each removal: the target's loss, then what a dashboard shows."""
+    found = results["standard_metrics"]
+    ends = found["ci95"]
+
+    def row(name: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+        own = values["target_knn_accuracy_change"]
+        return (
+            name,
+            points(values["target_drop"]),
+            similarity(values["cosine"]),
+            percent(values["rank_preservation"]),
+            points(values["knn_accuracy_change"], signed=True),
+            points(own, signed=True),
+            similarity(values["cka"]),
+        )
+
+    bounds = (
+        "95 % interval",
+        interval(results["selectivity"]["ci95"].get("target_drop"), points),
+        interval(ends["cosine"], similarity),
+        interval(ends["rank_preservation"], percent),
+        interval(ends["knn_accuracy_change"], points),
+        "",
+        "",
+    )
+    return [row("mean", found), bounds, *(row(name, values) for name, values in found["per_class"].items())]
+
+
+def dashboards_say(results: dict[str, Any]) -> list[str]:
+    """What the numbers of the table mean, and what was left out of them."""
+    found = results["standard_metrics"]
+    drop, cosine, rank, knn = (
+        finite(found[key]) for key in ("target_drop", "cosine", "rank_preservation", "knn_accuracy_change")
+    )
+    facts = (
+        f"Each removal costs its class {points(drop)} points on average. Meanwhile the embeddings keep a cosine "
+        f"similarity of {similarity(cosine)} and {percent(rank)} of their neighbours' order, and kNN accuracy changes "
+        f"by {points(knn, signed=True)} points."
+    )
+    out = [facts]
+    if drop is not None and drop > 0 and cosine is not None and rank is not None and knn is not None:
+        quiet = [cosine >= HIGH, rank >= HIGH, abs(knn) <= SMALL * drop]
+        out.append(
+            "Whoever watches these averages alone would not notice that a class suffers."
+            if all(quiet)
+            else "Here the averages move as well; which class suffers they do not say."
+            if not any(quiet)
+            else "Part of these averages hardly moves; which class suffers none of them says."
+        )
+    return out + [_reason(reason, where) for reason, where in found.get("reasons", {}).items()]
+
+
+def _reason(reason: str, where: Any) -> str:
+    if reason == "zero_or_not_finite":
+        total = number_of(sum(where.values()))
+        return f"Left out: {total} embeddings that were zero or not finite, under the removal of {', '.join(where)}."
+    text = {
+        "one_image": "one test image says little, and has no neighbour of its class",
+        "no_images": "no test images",
+        "no_direction": "no angle, since the mean embedding lies in the middle of all",
+        "constant_embeddings": "all embeddings are the same after its removal",
+    }[reason]
+    return f"Not defined, or hardly, for {', '.join(where)}: {text}."
