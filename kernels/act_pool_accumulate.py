@@ -1,4 +1,4 @@
-"""`act_pool_accumulate` in Triton: a program takes BLOCK_D neurons through some of the samples, and adds what it summed.
+"""`act_pool_accumulate` in Triton: a program takes BLOCK_D neurons through some samples, then adds its sums.
 
 Sums are kept in registers over the samples and meet the state once, by float64 atomics; the order of those is the
 GPU's, so the last bits of the sums vary from run to run. The cells are integers and do not.

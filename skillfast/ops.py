@@ -354,12 +354,12 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 @torch.library.register_fake("skillfast::act_mask_pool")
 def _(x: torch.Tensor, _activation: str, pool: str, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_capture(x, pool, write=bool(rest[5]))
+    return empty_capture(x, pool, write=rest[5] is not False if len(rest) > 5 else True)
 
 
 @torch.library.register_fake("skillfast::act_pool_accumulate")
 def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
-    return empty_capture(x, "none", write=bool(rest[11]))[0]
+    return empty_capture(x, "none", write=rest[11] is not False if len(rest) > 11 else True)[0]
 
 
 @torch.library.register_fake("skillfast::comoments_update")
