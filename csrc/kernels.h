@@ -21,7 +21,10 @@ struct NeuronScaleArgs {
 enum class Activation : int { identity = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
 enum class Pool : int { none = 0, mean = 1, cls = 2, max = 3, last = 4, moments = 5 };
 
-constexpr int64_t kActPanel = 512;  // neurons that one thread captures at a time: a row of them stays in its cache
+// Neurons of one sample that a thread captures at a time. Rows cut into strips are read at half the speed or less, so
+// this is the width of most models' rows, not that of the first cache.
+constexpr int64_t kActPanel = 4096;
+constexpr int64_t kAccumulatePanel = 1024;  // likewise, at most, where all samples pass a strip of neurons
 
 // What flows out of an activation, act(x) * scale[condition[b]] + shift[condition[b]], and its tokens pooled.
 struct ActPoolArgs {

@@ -1,23 +1,27 @@
-"""`Tracer`: hooks that read the neurons of each forward into an accumulator."""
+"""`Tracer`: reads the neurons of each forward into an accumulator."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from skillfast.capture import reading
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_compiled
+from skillfast.observations import Expected, PooledRows, TokenRows
 from skillfast.statistics import distributed
-from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.neuron_scores import OF_NEURONS
 from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.statistics.planning import state_bytes
 from skillfast.statistics.scoring import warn_of_reasons
+from skillfast.statistics.token_statistics import TokenStatistics
 from skillfast.vocabulary import POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
@@ -27,73 +31,6 @@ if TYPE_CHECKING:
 
     from skillfast.metrics import Metric
     from skillfast.statistics.neuron_scores import NeuronScores
-
-
-def pool_tokens(x: torch.Tensor, pool: Pool, out: torch.Tensor) -> None:
-    """Write one row per sample: x [batch, tokens..., D] or [batch, D] into out [batch, D]."""
-    if x.dim() == 2:
-        out.copy_(x)
-        return
-    x = x.flatten(1, -2)  # [batch, tokens, D]
-    if pool == "mean":
-        torch.mean(x, 1, dtype=out.dtype, out=out)
-    elif pool == "max":
-        out.copy_(x.amax(1))
-    else:
-        out.copy_(x[:, 0 if pool == "cls" else -1])
-
-
-class _DeviceRows:
-    """The sites on one device: their accumulator, and the rows of the forward that runs."""
-
-    def __init__(self, sites: Sequence[Site], statistics: NeuronStatistics) -> None:
-        self.statistics = statistics
-        ends = np.cumsum([site.width for site in sites]).tolist()
-        self.columns = {site.name: slice(end - site.width, end) for site, end in zip(sites, ends, strict=True)}
-        self.rows: torch.Tensor | None = None  # [batch, sum of widths], written by the hooks
-        self.fired: set[str] = set()
-
-    def write(self, site: Site, x: torch.Tensor, pool: Pool) -> None:
-        if site.name in self.fired:
-            raise ModelError(
-                f"{site.name}: expected one forward per step, got a second; call tracer.step() after each forward, "
-                "or tracer.discard() to leave one out"
-            )
-        if self.rows is None:
-            self.rows = self.statistics.reserve(x.shape[0])
-        if x.shape[0] != self.rows.shape[0]:
-            raise ModelError(
-                f"{site.name}: expected one row per sample ({self.rows.shape[0]}), got activations of shape "
-                f"{list(x.shape)}; models that fold tokens into the batch are not supported"
-            )
-        self.fired.add(site.name)
-        pool_tokens(x.detach(), pool, self.rows[:, self.columns[site.name]])
-
-    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
-        if self.rows is None:
-            return
-        for name in self.columns.keys() - self.fired:
-            self.rows[:, self.columns[name]] = torch.nan  # never a row of an earlier batch
-        n = self.rows.shape[0]
-        if valid is not None:
-            keep = torch.as_tensor(valid, device=self.statistics.device)
-            values = {name: as_tensor(v, keep.device) for name, v in values.items()}
-            for name, value in values.items():
-                if value.shape != (n,):
-                    raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(value.shape)}")
-            if keep.shape != (n,) or keep.dtype != torch.bool:
-                raise ArgumentError(f"valid: expected {n} booleans, got shape {list(keep.shape)} of {keep.dtype}")
-            kept = self.rows[keep]
-            self.rows[: len(kept)] = kept
-            values = {name: value[keep] for name, value in values.items()}
-            groups = None if groups is None else torch.as_tensor(groups, device=keep.device)[keep]
-            n = len(kept)
-        self.statistics.commit(self.statistics.check(values, n), groups)
-        self.discard()
-
-    def discard(self) -> None:
-        self.rows = None
-        self.fired = set()
 
 
 class Tracer:
@@ -106,8 +43,10 @@ class Tracer:
         model: The model whose `forward` runs inside the context.
         metrics: Name -> `Categorical`, `Binary` or `Continuous`.
         sites: Kinds (`"mlp"`, `"attn"`, `"head"`) or names (`"blocks.3.mlp"`).
-        pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`.
-        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`;
+            `"none"`: each token is an observation.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`. With tokens as
+            observations Pearson's r counts every token, the others 4 of each example, drawn at random.
         cells: Cells per neuron for all but Pearson's r; 2 to 256.
         confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         seed: Of the replicates.
@@ -132,52 +71,53 @@ class Tracer:
         buffer_rows: int = 512,
     ) -> None:
         refuse_compiled(model)
-        reserved = {"self", "valid", "groups"} & set(metrics)
+        reserved = {"self", "valid", "groups", "mask"} & set(metrics)
         if reserved:
-            raise ArgumentError(f"metrics: expected other names than step() has of its own, got {', '.join(reserved)}")
+            raise ArgumentError(
+                f"metrics: expected other names than step() has of its own, got {', '.join(sorted(reserved))}"
+            )
         if pool not in POOLS:
             raise ArgumentError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
         self._model = model
         self._pool = pool
+        self._metrics = tuple(metrics)
         self.sites = choose_sites(model, sites)
         self._seen: set[str] = set()
-        self._handles: list[Any] = []
-        by_device: dict[torch.device, list[Site]] = {}
+        self._stack = ExitStack()
+        self._expected = Expected()
+        by_group: dict[tuple[torch.device, bool], list[Site]] = {}
         for site in self.sites:
-            by_device.setdefault(next(model.get_submodule(site.path).parameters()).device, []).append(site)
-        self._devices: dict[str, _DeviceRows] = {}
-        for device, members in by_device.items():
+            device = device_of(model.get_submodule(site.path), model)
+            # A classifier may see one row of an example whose blocks see many tokens.
+            by_group.setdefault((device, pool == "none" and site.kind == "head"), []).append(site)
+        self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
+        for (device, _), members in by_group.items():
             width = sum(site.width for site in members)
             _warn_of_size(device, width, state_bytes(width, metrics, statistics, cells, confidence))
-            accumulator = NeuronStatistics(
-                width,
-                metrics,
-                statistics,
-                cells=cells,
-                confidence=confidence,
-                seed=seed,
-                buffer_rows=buffer_rows,
-                device=device,
-            )
-            rows = _DeviceRows(members, accumulator)
-            self._devices |= {site.name: rows for site in members}
+            settings: dict[str, Any] = {
+                "cells": cells, "confidence": confidence, "seed": seed, "buffer_rows": buffer_rows, "device": device,
+            }  # fmt: skip
+            rows: PooledRows | TokenRows
+            if pool == "none":
+                tokens = TokenStatistics(width, metrics, statistics, **settings)
+                rows = TokenRows(members, self._expected, tokens)
+            else:
+                pooled = NeuronStatistics(width, metrics, statistics, **settings)
+                rows = PooledRows(members, self._expected, pooled, pool)
+            self._rows |= {site.name: rows for site in members}
 
-    def _groups(self) -> list[_DeviceRows]:
-        return list(dict.fromkeys(self._devices.values()))
+    def _groups(self) -> list[PooledRows | TokenRows]:
+        return list(dict.fromkeys(self._rows.values()))
 
     def __enter__(self) -> Tracer:
-        for site in self.sites:
-
-            def read(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], site: Site = site) -> None:
-                self._devices[site.name].write(site, args[0], self._pool)
-
-            self._handles.append(self._model.get_submodule(site.path).register_forward_pre_hook(read))
+        with ExitStack() as stack:  # undoes what was done where a later site fails
+            for site in self.sites:
+                stack.enter_context(reading(self._model, site, partial(self._rows[site.name].read, site)))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
         self.discard()
 
     @property
@@ -201,8 +141,9 @@ class Tracer:
 
         Args:
             valid: bool [batch]; rows that are False are left out (padding of a last batch, repeated samples).
-            groups: [batch] whole numbers; observations of one group are resampled together for `confidence`.
-            **values: One [batch] array per metric.
+            groups: [batch] whole numbers; observations of one group are resampled together for `confidence`. The
+                tokens of an example are a group by themselves.
+            **values: One [batch] array per metric; those that `expect` was told are left out.
 
         Raises:
             ArgumentError: Values that do not fit the metrics or the batch.
@@ -212,12 +153,49 @@ class Tracer:
         if not fired:
             raise ModelError("step: expected a forward of the traced model since the last step, got none")
         self._seen |= fired
+        if self._pool != "none":
+            values = {**self._expected.values, **values}
         for group in self._groups():
             group.count(values, valid, groups)
+        self._expect_nothing()
+
+    def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
+        """Tell what is known of the next forward before it runs.
+
+        Args:
+            mask: [batch, tokens], true or 1 for real tokens: padding is left out of every observation.
+            **values: Metrics that are known already; `step` is then called without them. With tokens as observations
+                either every metric or none, [batch] or [batch, tokens]; they are accumulated inside the layers.
+
+        Raises:
+            ArgumentError: An unknown metric, or a mask that is not [batch, tokens].
+            ModelError: A forward waits for its step.
+        """
+        self._require_step("expect")
+        metrics = self._metrics
+        unknown = [name for name in values if name not in metrics]
+        if unknown or (self._pool == "none" and values and len(values) < len(metrics)):
+            wanted = "all" if self._pool == "none" else "some"
+            raise ArgumentError(
+                f"expect: expected {wanted} of the metrics {', '.join(metrics)}, got {', '.join(values)}; the others "
+                "may be told to step() where each has one value per example"
+            )
+        self._expect_nothing()
+        if mask is not None:
+            tensor = torch.as_tensor(mask)
+            if tensor.dim() != 2:
+                raise ArgumentError(
+                    f"mask: expected [batch, tokens], got shape {list(tensor.shape)}; 1 for real tokens"
+                )
+            self._expected.mask = tensor != 0
+        self._expected.values = {name: torch.as_tensor(value) for name, value in values.items()}
+
+    def _expect_nothing(self) -> None:
+        self._expected.mask, self._expected.values = None, {}
 
     def _require_step(self, what: str) -> None:
         """Rows of an open forward lie in the accumulator's buffer, which must not be emptied under them."""
-        if any(group.rows is not None for group in self._groups()):
+        if any(group.open for group in self._groups()):
             raise ModelError(
                 f"{what}: expected step() or discard() after the last forward, got neither; call one first"
             )
@@ -226,6 +204,7 @@ class Tracer:
         """Forget the last forward instead of counting it."""
         for group in self._groups():
             group.discard()
+        self._expect_nothing()
 
     def calibrate(self) -> None:
         """Let the observations so far, random ones, set the cell edges, and forget them; count from zero.
@@ -235,7 +214,7 @@ class Tracer:
         """
         self._require_step("calibrate")
         for group in self._groups():
-            group.statistics.calibrate_on_counted()
+            group.calibrate()
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`."""
@@ -251,7 +230,7 @@ class Tracer:
             ArgumentError: Nothing was counted.
         """
         self._require_step("compute")
-        computed = {id(group): group.statistics.scores() for group in self._groups()}
+        computed = {id(group): group.scores() for group in self._groups()}
         parts = [self._site_scores(site, computed) for site in self.sites]
         starts = np.cumsum([0, *(site.width for site in self.sites)]).tolist()
         reasons = {
@@ -281,9 +260,17 @@ class Tracer:
         return scores
 
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
-        group = self._devices[site.name]
-        members = tuple(s for s in self.sites if self._devices[s.name] is group)
-        return replace(computed[id(group)], sites=members)[site.name]
+        group = self._rows[site.name]
+        return replace(computed[id(group)], sites=group.sites)[site.name]
+
+
+def device_of(module: torch.nn.Module, model: torch.nn.Module) -> torch.device:
+    """Where a module computes: the device of its parameters or buffers, else of the model's."""
+    for tensors in (module.parameters(), module.buffers(), model.parameters()):
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                return tensor.device
+    return torch.device("cpu")
 
 
 def free_bytes(device: torch.device) -> int | None:

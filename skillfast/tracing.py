@@ -80,6 +80,7 @@ def trace(
     confidence: int | None = None,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
+    mask: Callable[[Any], torch.Tensor] | None = None,
     quiet: bool = True,
 ) -> NeuronScores:
     """One pass over a loader: a loop over `Tracer`.
@@ -93,12 +94,15 @@ def trace(
         loader: Batches; (images, labels) unless `forward` says otherwise.
         metrics: The metrics, or `"classification"`: label, correct, confidence and loss.
         sites: Kinds or names of sites.
-        pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example.
+        pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example; `"none"`: each token counts. A
+            metric with a value per token ([batch, tokens]) then takes a second forward of each batch, in which it is
+            known beforehand: nothing is stored per token.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
         cells: Cells per neuron for all but Pearson's r; 2 to 256.
         confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         classes: Class names for `"classification"`; from the loader's dataset or the model by default.
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
+        mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding.
         quiet: Show no progress bar.
 
     Returns:
@@ -117,30 +121,61 @@ def trace(
         metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells, confidence=confidence)
+    counted = _Counted(tracer, model, run, mask)
     order = sampling.plan(loader, calibration_rows(cells), exact_rows(cells))
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:
-            _calibrate(tracer, model, order.calibration, run)
+            for batch in order.calibration:
+                counted.batch(batch)
+            if tracer.n_observations:
+                tracer.calibrate()
         for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
-            _, values = run(model, batch)
-            if not values:
-                raise ArgumentError(
-                    "forward: expected (output, {metric: values}), got no metrics; return each one's values"
-                )
-            rows = valid.next(len(next(iter(values.values()))))
-            tracer.step(valid=rows.own, groups=rows.place, **values)
+            counted.batch(batch, valid)
     if order.distributed:
         tracer.all_reduce()
     return tracer.compute()
 
 
-def _calibrate(tracer: Tracer, model: torch.nn.Module, batches: Iterable[Any], run: Forward) -> None:
-    for batch in batches:
-        _, values = run(model, batch)
-        tracer.step(**values)
-    if tracer.n_observations:
-        tracer.calibrate()
+class _Counted:
+    """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
+
+    def __init__(
+        self, tracer: Tracer, model: torch.nn.Module, run: Forward, mask: Callable[[Any], torch.Tensor] | None
+    ) -> None:
+        self.tracer = tracer
+        self.model = model
+        self.run = run
+        self.mask = mask
+
+    def batch(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
+        """Run and count one batch, of it the rows that are this process's own."""
+        mask = None if self.mask is None else self.mask(batch)
+        self.tracer.expect(mask)
+        _, values = self.run(self.model, batch)
+        if not values:
+            raise ArgumentError(
+                "forward: expected (output, {metric: values}), got no metrics; return each one's values"
+            )
+        n = len(next(iter(values.values())))
+        rows = None if valid is None else valid.next(n)
+        if any(value.dim() > 1 for value in map(as_tensor, values.values())):
+            self._again(batch, mask, values, None if rows is None else rows.own)
+        elif rows is None:
+            self.tracer.step(**values)
+        else:
+            self.tracer.step(valid=rows.own, groups=rows.place, **values)
+
+    def _again(
+        self, batch: Any, mask: torch.Tensor | None, values: Mapping[str, torch.Tensor], own: torch.Tensor | None
+    ) -> None:
+        self.tracer.discard()
+        if own is not None:
+            shape = next(value.shape for value in values.values() if value.dim() > 1)
+            mask = (torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu() != 0) & own.cpu()[:, None]
+        self.tracer.expect(mask, **values)
+        self.run(self.model, batch)
+        self.tracer.step()
 
 
 def _length(loader: Iterable[Any]) -> int | None:

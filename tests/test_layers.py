@@ -16,6 +16,7 @@ LAYERS = [
     {"skills", "ablation"},
     {"tracing"},
     {"tracer"},
+    {"observations", "capture"},
     {"statistics"},
     {"models", "data"},
     {"metrics", "progress", "sampling"},

@@ -5,11 +5,12 @@
 namespace skillfast::SKILLFAST_ISA {
 namespace {
 
-constexpr int kLanes = 64;  // neurons at a time: several panels for every thread, also of narrow sites
-constexpr int kRows = 64;   // observations collected before they are added
+constexpr int kLanes = kAccumulatePanel;
+constexpr int kRows = 32;             // observations collected before they are added
+constexpr int kStride = kLanes + 16;  // not a power of two: a column of them must not fall into one cache set
 
 struct Observations {
-  alignas(64) float x[kRows * kLanes];
+  alignas(64) float x[kRows * kStride];
   int rows = 0;
   int64_t first = 0;  // its number, which is its row of y, channels and hats; rows of one batch follow each other
 };
@@ -18,7 +19,7 @@ void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, con
   if (seen.rows == 0) return;
   if (y != nullptr) {
     CoMomentsArgs sums = args.sums;
-    sums.x = seen.x, sums.stride_row = kLanes, sums.n = seen.rows, sums.width = width;
+    sums.x = seen.x, sums.stride_row = kStride, sums.n = seen.rows, sums.width = width;
     sums.y = y + seen.first * sums.columns;
     sums.shift += d0, sums.sum_x += d0, sums.sum_xx += d0, sums.sum_xy += d0;
     sums.dtype = DType::float32;
@@ -26,7 +27,7 @@ void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, con
   }
   if (args.has_cells) {
     CellsArgs cells = args.cells;
-    cells.x = seen.x, cells.stride_row = kLanes, cells.n = seen.rows, cells.width = width;
+    cells.x = seen.x, cells.stride_row = kStride, cells.n = seen.rows, cells.width = width;
     cells.channels += seen.first * cells.metrics, cells.hats += seen.first * cells.weights;
     cells.edges += d0 * (cells.cells - 1), cells.table += d0 * cells.cells * (cells.counts + cells.weights);
     cells.dtype = DType::float32;
@@ -42,14 +43,18 @@ float* next_row(const ActPoolAccumulateArgs& args, Observations& seen, int64_t n
     add_observations(args, seen, y, d0, width);
   }
   if (seen.rows == 0) seen.first = number;
-  return seen.x + kLanes * seen.rows++;
+  return seen.x + kStride * seen.rows++;
 }
 
 // Tokens as observations whose metrics are those of their sample: sum over the tokens first, multiply once.
 struct SampleSums {
-  alignas(64) float sums[kLanes] = {}, squares[kLanes] = {};
-  alignas(64) double total[kLanes] = {}, total_squares[kLanes] = {};
+  alignas(64) float sums[kLanes], squares[kLanes];
+  alignas(64) double total[kLanes], total_squares[kLanes];
   int waiting = 0;
+
+  explicit SampleSums(int width) {
+    for (int d = 0; d < width; ++d) sums[d] = squares[d] = 0.0f, total[d] = total_squares[d] = 0.0;
+  }
 
   void add(const float* __restrict row, const float* __restrict shift, int width) {
     for (int d = 0; d < width; ++d) {
@@ -85,7 +90,7 @@ void tokens_of_sample(const ActPoolAccumulateArgs& args, int64_t sample, int64_t
   const ActPoolArgs& capture = args.capture;
   const int64_t tokens = capture.flow.tokens;
   const float* y = args.y_per_token ? args.y : nullptr;
-  SampleSums sums;
+  SampleSums sums(y == nullptr ? width : 0);
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t number = sample * tokens + token;
     const bool here = capture.mask == nullptr || capture.mask[number] != 0;

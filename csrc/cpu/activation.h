@@ -3,11 +3,34 @@
 #pragma once
 #include "cpu/isa.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace skillfast::SKILLFAST_ISA {
 
-// Phi(x) - 1/2 and tanh(x) as x * P(x^2) / Q(x^2), fitted by reweighted least squares; off by at most 8e-9 and 2e-8,
-// in float32 arithmetic by 2e-7 and 4e-7. Beyond the limits both are constant.
-static inline float phi(float x) {
+// exp(y) for y <= 0: 2^n times a polynomial in what is left, |r| <= ln(2) / 2; off by 1e-8 of the result.
+static inline float exp_negative(float y) {
+  const float shifted = y * 1.442695041f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
+  const float n = shifted - 12582912.0f;
+  const float r = (y - n * 0.693145752f) - n * 1.42860677e-06f;
+  float p = 1.392618181e-03f;
+  p = p * r + 8.363177630e-03f;
+  p = p * r + 4.166655463e-02f;
+  p = p * r + 1.666657700e-01f;
+  p = p * r + 5.000000000e-01f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  const float value = (1.0f + r + r * r * p) * power;
+  return y < -87.0f ? 0.0f : value;
+}
+static inline double exp_negative(double y) { return __builtin_exp(y); }
+
+// x * Phi(x), with Phi(x) - 1/2 = x * P(x^2) / Q(x^2) and constant beyond 5.5; off by at most 2e-7 of x.
+static inline float gelu(float x) {
   const float t = x * x;
   float p = 2.274936998e-08f, q = 1.197498921e-06f;
   p = p * t + 6.352048587e-06f, q = q * t + 7.364610642e-05f;
@@ -16,56 +39,92 @@ static inline float phi(float x) {
   p = p * t + 3.385234083e-02f, q = q * t + 2.515211534e-01f;
   p = p * t + 3.989422347e-01f, q = q * t + 1.0f;
   const float inside = x * p / q;
-  return x > 5.5f ? 0.5f : (x < -5.5f ? -0.5f : inside);
+  return x * (0.5f + (x > 5.5f ? 0.5f : (x < -5.5f ? -0.5f : inside)));
 }
 
-static inline float tanh_of(float x) {
+// The same to 3e-6 of x, for results that are rounded to half a float, which is a thousand times coarser.
+static inline float gelu_coarse(float x) {
   const float t = x * x;
-  float p = 1.409924611e-08f, q = 8.073619921e-07f;
-  p = p * t + 2.112157235e-05f, q = q * t + 3.335690540e-04f;
-  p = p * t + 3.525819424e-03f, q = q * t + 2.599113617e-02f;
-  p = p * t + 1.340620618e-01f, q = q * t + 4.673951757e-01f;
-  p = p * t + 9.999999455e-01f, q = q * t + 1.0f;
+  float p = 3.319611671e-05f, q = 1.163337615e-03f;
+  p = p * t + 3.822425401e-03f, q = q * t + 2.373123916e-02f;
+  p = p * t + 2.728782767e-02f, q = q * t + 2.350751517e-01f;
+  p = p * t + 3.989407911e-01f, q = q * t + 1.0f;
   const float inside = x * p / q;
-  return x > 8.5f ? 1.0f : (x < -8.5f ? -1.0f : inside);
+  return x * (0.5f + (x > 4.6f ? 0.5f : (x < -4.6f ? -0.5f : inside)));
 }
 
-static inline double phi(double x) { return 0.5 * __builtin_erf(x * 0.7071067811865475244); }
-static inline double tanh_of(double x) { return __builtin_tanh(x); }
+static inline double gelu(double x) { return 0.5 * x * __builtin_erfc(x * -0.7071067811865475244); }
 
-template <Activation activation, typename S>
+// x / (1 + exp(-u)): the exponential of the negative one of u and -u, so that small results are exact, too.
+template <typename S>
+static inline S times_sigmoid(S x, S u) {
+  const S e = exp_negative(u < S(0) ? u : -u);
+  return x * ((u < S(0) ? e : S(1)) / (S(1) + e));
+}
+
+template <Activation activation, bool coarse, typename S>
 static inline S activated(S x) {
-  if constexpr (activation == Activation::gelu) return x * (S(0.5) + phi(x));
+  if constexpr (activation == Activation::gelu && coarse) return gelu_coarse(x);
+  if constexpr (activation == Activation::gelu) return gelu(x);
   if constexpr (activation == Activation::gelu_tanh) {
-    const S inner = S(0.7978845608028653559) * (x + S(0.044715) * x * x * x);
-    return x * (S(0.5) + S(0.5) * tanh_of(inner));
+    return times_sigmoid(x, S(1.5957691216057307118) * (x + S(0.044715) * x * x * x));
   }
   if constexpr (activation == Activation::relu) return x < S(0) ? S(0) : x;
-  if constexpr (activation == Activation::silu) return x * (S(0.5) + S(0.5) * tanh_of(S(0.5) * x));
+  if constexpr (activation == Activation::silu) return times_sigmoid(x, x);
   return x;
 }
 
-template <Activation activation, typename S>
+template <Activation activation, bool coarse, typename S>
 static inline void activate_row(S* __restrict row, int64_t width) {
   if constexpr (activation == Activation::identity) return;
-  for (int64_t d = 0; d < width; ++d) row[d] = activated<activation, S>(row[d]);
+  for (int64_t d = 0; d < width; ++d) row[d] = activated<activation, coarse, S>(row[d]);
 }
 
-template <typename S>
+template <bool coarse, typename S>
 static inline void activate(Activation activation, S* row, int64_t width) {
   switch (activation) {
     case Activation::identity:
       return;
     case Activation::gelu:
-      return activate_row<Activation::gelu, S>(row, width);
+      return activate_row<Activation::gelu, coarse, S>(row, width);
     case Activation::gelu_tanh:
-      return activate_row<Activation::gelu_tanh, S>(row, width);
+      return activate_row<Activation::gelu_tanh, coarse, S>(row, width);
     case Activation::relu:
-      return activate_row<Activation::relu, S>(row, width);
+      return activate_row<Activation::relu, coarse, S>(row, width);
     case Activation::silu:
-      return activate_row<Activation::silu, S>(row, width);
+      return activate_row<Activation::silu, coarse, S>(row, width);
   }
 }
+
+// Writes a row in its own type, and leaves it as it was rounded.
+template <typename T, typename S>
+static inline void store_row(S* __restrict row, T* __restrict out, int64_t width) {
+  for (int64_t d = 0; d < width; ++d) {
+    out[d] = from_float<T>(row[d]);
+    if constexpr (sizeof(T) != sizeof(S)) row[d] = to_float(out[d]);
+  }
+}
+
+#if defined(__AVX512F__)
+// GCC packs 32 bits to 16 in a dozen instructions; there is one.
+static inline void store_row(float* __restrict row, bf16* __restrict out, int64_t width) {
+  int64_t d = 0;
+  for (; d + 16 <= width; d += 16) {
+    const __m512 value = _mm512_loadu_ps(row + d);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    _mm512_storeu_si512(row + d, _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  for (; d < width; ++d) {
+    out[d] = from_float<bf16>(row[d]);
+    row[d] = to_float(out[d]);
+  }
+}
+#endif
 
 // Reads `width` neurons from d0 of one token, writes what flows on, and leaves it in `row` as written (rounded).
 template <typename T, typename S>
@@ -74,7 +133,7 @@ static inline void flow_row(const ActPoolArgs& args, int64_t sample, int64_t tok
   const NeuronScaleArgs& flow = args.flow;
   const T* __restrict x = static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token + d0;
   for (int64_t d = 0; d < width; ++d) row[d] = to_float(x[d]);
-  activate(args.activation, row, width);
+  activate<sizeof(T) != sizeof(S)>(args.activation, row, width);
   if (flow.scale != nullptr) {
     const int64_t at = (flow.condition == nullptr ? 0 : flow.condition[sample]) * flow.width + d0;
     const S* __restrict scale = static_cast<const S*>(flow.scale) + at;
@@ -88,11 +147,10 @@ static inline void flow_row(const ActPoolArgs& args, int64_t sample, int64_t tok
   if (flow.out == nullptr && (sizeof(T) == sizeof(S) || !changed)) return;
   T* __restrict out =
       flow.out == nullptr ? nullptr : static_cast<T*>(flow.out) + (sample * flow.tokens + token) * flow.width + d0;
-  if (out != nullptr) {
-    for (int64_t d = 0; d < width; ++d) out[d] = from_float<T>(row[d]);
-  }
-  if constexpr (sizeof(T) != sizeof(S)) {
+  if (out == nullptr) {
     for (int64_t d = 0; d < width; ++d) row[d] = to_float(from_float<T>(row[d]));
+  } else {
+    store_row(row, out, width);
   }
 }
 

@@ -126,9 +126,12 @@ void act_mask_pool(const ActPoolArgs& args, int n_threads) {
 }
 
 void act_pool_accumulate(const ActPoolAccumulateArgs& args, int n_threads) {
-  constexpr int64_t kNeurons = 64;  // a panel of act_pool_accumulate.cpp
+  constexpr int64_t kNeurons = 64;
+  const int64_t width = args.capture.flow.width, threads = n_threads > 1 ? n_threads : 1;
+  const int64_t share = (width + threads - 1) / threads;  // strips as wide as leave none of the threads idle
+  const int64_t strip = (share + kNeurons - 1) / kNeurons * kNeurons;
   parallel_for(
-      n_threads, args.capture.flow.width, kNeurons,
+      n_threads, width, strip < kAccumulatePanel ? strip : kAccumulatePanel,
       [](const void* context, int64_t begin, int64_t end) {
         current()->act_pool_accumulate_lanes(*static_cast<const ActPoolAccumulateArgs*>(context), begin, end);
       },

@@ -54,6 +54,12 @@ def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 def refuse_compiled(model: torch.nn.Module) -> None:
     """Raises ModelError where the caller runs a compiled model itself, whose hooks would not fire."""
+    compiled = [path for path, module in model.named_modules() if getattr(module, "_compiled_call_impl", None)]
+    if compiled:
+        raise ModelError(
+            f"model: expected modules that run their hooks, got {compiled[0] or type(model).__name__} compiled by its "
+            ".compile(), which skips hooks added later; use the model before it is compiled"
+        )
     if unwrap_compiled(model) is not model:
         raise ModelError(
             "model: expected a module that runs its hooks, got one wrapped by torch.compile, which skips hooks added "

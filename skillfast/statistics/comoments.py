@@ -81,6 +81,25 @@ def update(state: CoMoments, x: torch.Tensor, y: torch.Tensor) -> None:
     ops.comoments_update(x, shifted.float(), state.shift_x, state.sum_x, state.sum_xx, state.sum_xy)
 
 
+def update_sums(state: CoMoments, sums: torch.Tensor, counts: torch.Tensor, shifted: torch.Tensor) -> None:
+    """Add examples whose rows were summed already: each has one value per column and `counts` rows.
+
+    Args:
+        state: Mutated.
+        sums: [2, n, D], sums of the rows about the state's shift, and of their squares.
+        counts: int64 [n].
+        shifted: float64 [n, M], columns about the state's shift.
+    """
+    x, squares = sums.double()
+    weighted = shifted * counts[:, None]
+    state.count += counts.sum()
+    state.sum_x += x.sum(0)
+    state.sum_xx += squares.sum(0)
+    state.sum_y += weighted.sum(0)
+    state.sum_yy += (weighted * shifted).sum(0)
+    state.sum_xy += shifted.T @ x
+
+
 def reshift(state: CoMoments, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
     """The same rows summed about another shift, in float64."""
     n = state.count.double()

@@ -103,6 +103,18 @@ class Replicates:
         squares = (x.float() - shift).square()
         ops.comoments_update(squares, w, torch.zeros_like(shift), *unused, self.sum_xx)
 
+    def add_sums(self, sums: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, groups: torch.Tensor) -> None:
+        """Count examples by sums of their rows [2, n, D] about the shift, and of squares; counts, groups int64 [n]."""
+        w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(sums.device).double()
+        x, squares = sums.double()
+        many = w * counts[:, None]  # [n, B]
+        self.count += many.sum(0)
+        self.sum_y += many.T @ y
+        self.sum_yy += many.T @ y.square()
+        self.sum_x += w.T @ x
+        self.sum_xx += w.T @ squares
+        self.sum_xy += (w[:, :, None] * y[:, None, :]).flatten(1).T @ x
+
     def reshift(self, dx: torch.Tensor, dy: torch.Tensor) -> Replicates:
         """The same rows about a shift that is smaller by dx [D] and dy [M]."""
         b, m = self.sum_y.shape

@@ -1,0 +1,349 @@
+"""What the sites of one device saw in a forward, until its metrics are known: pooled rows, or sums over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast import ops
+from skillfast.backends.capture import as_tokens
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.statistics.inputs import as_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from skillfast.models.sites import Site
+    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.neuron_statistics import NeuronStatistics
+    from skillfast.statistics.token_statistics import TokenStatistics
+    from skillfast.vocabulary import Activation, Pool
+
+
+@dataclass
+class Expected:
+    """What is known of a forward before it runs.
+
+    Attributes:
+        mask: bool [batch, tokens], False for padding; or None.
+        values: Metrics, each [batch] or, with tokens as observations, [batch, tokens].
+    """
+
+    mask: torch.Tensor | None = None
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def mask_for(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
+        """The mask on the activations' device; None for activations without tokens."""
+        if self.mask is None or x.dim() == 2:
+            return None
+        batch, tokens, _ = as_tokens(x).shape
+        if tuple(self.mask.shape) != (batch, tokens):
+            raise ArgumentError(
+                f"mask: expected one for the {batch} x {tokens} tokens of {site.name}, got shape "
+                f"{list(self.mask.shape)}; give the mask of what runs through the blocks"
+            )
+        return self.mask.to(x.device)
+
+
+def pooled_row(
+    x: torch.Tensor, activation: Activation, pool: Pool, mask: torch.Tensor | None, write: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What flows on, and one row per sample; see `ops.act_mask_pool`."""
+    if not write and activation == "identity" and mask is None and (x.dim() == 2 or pool in ("cls", "last")):
+        return x, x if x.dim() == 2 else as_tokens(x)[:, 0 if pool == "cls" else -1]  # nothing to reduce
+    return ops.act_mask_pool(x, activation, pool, mask=mask, write=write)
+
+
+class _Rows:
+    """What both kinds have in common: columns of the sites, and which of them fired.
+
+    Args:
+        sites: Of one device.
+        expected: Shared by all; the tracer fills it.
+    """
+
+    def __init__(self, sites: Sequence[Site], expected: Expected) -> None:
+        ends = np.cumsum([site.width for site in sites]).tolist()
+        self.sites = tuple(sites)
+        self.columns = {site.name: slice(end - site.width, end) for site, end in zip(sites, ends, strict=True)}
+        self.expected = expected
+        self.fired: set[str] = set()
+        self.batch: int | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a forward waits to be counted."""
+        return self.batch is not None
+
+    def _enter(self, site: Site, x: torch.Tensor) -> bool:
+        """Checks a site's activations; whether they are the first of this forward."""
+        if site.name in self.fired:
+            raise ModelError(
+                f"{site.name}: expected one forward per step, got a second; call tracer.step() after each forward, "
+                "or tracer.discard() to leave one out"
+            )
+        first = self.batch is None
+        if self.batch is None:
+            self.batch = x.shape[0]
+        if x.shape[0] != self.batch:
+            raise ModelError(
+                f"{site.name}: expected one row per sample ({self.batch}), got activations of shape "
+                f"{list(x.shape)}; models that fold tokens into the batch are not supported"
+            )
+        self.fired.add(site.name)
+        return first
+
+    def discard(self) -> None:
+        """Forget the forward that waits."""
+        self.batch = None
+        self.fired = set()
+
+
+def _kept(valid: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
+    if valid is None:
+        return None
+    keep = torch.as_tensor(valid, device=device)
+    if keep.shape != (n,) or keep.dtype != torch.bool:
+        raise ArgumentError(f"valid: expected {n} booleans, got shape {list(keep.shape)} of {keep.dtype}")
+    return keep
+
+
+def _values_of(values: Mapping[str, Any], n: int, device: torch.device) -> dict[str, torch.Tensor]:
+    tensors = {name: as_tensor(value, device) for name, value in values.items()}
+    for name, value in tensors.items():
+        if value.shape != (n,):
+            raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(value.shape)}")
+    return tensors
+
+
+class PooledRows(_Rows):
+    """One row per sample in the accumulator's own buffer.
+
+    Args:
+        sites: Of one device.
+        expected: Shared by all.
+        statistics: Of these sites' neurons.
+        pool: How tokens become one row.
+    """
+
+    def __init__(self, sites: Sequence[Site], expected: Expected, statistics: NeuronStatistics, pool: Pool) -> None:
+        super().__init__(sites, expected)
+        self.statistics = statistics
+        self.pool = pool
+        self._rows: torch.Tensor | None = None  # [batch, sum of widths]
+
+    def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
+        """Pool a site's activations into its columns; gives what flows on."""
+        if self._enter(site, x):
+            self._rows = self.statistics.reserve(x.shape[0])
+        assert self._rows is not None
+        y, row = pooled_row(x, activation, self.pool, self.expected.mask_for(site, x), write)
+        self._rows[:, self.columns[site.name]] = row
+        return y
+
+    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
+        """Count the forward's rows with their metrics."""
+        if self._rows is None or self.batch is None:
+            return
+        for name in self.columns.keys() - self.fired:
+            self._rows[:, self.columns[name]] = torch.nan  # never a row of an earlier batch
+        n, device = self.batch, self.statistics.device
+        keep = _kept(valid, n, device)
+        if keep is not None:
+            values = {name: value[keep] for name, value in _values_of(values, n, device).items()}
+            kept = self._rows[keep]
+            self._rows[: len(kept)] = kept
+            groups = None if groups is None else torch.as_tensor(groups, device=device)[keep]
+            n = len(kept)
+        self.statistics.commit(self.statistics.check(values, n), groups)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the forward that waits."""
+        super().discard()
+        self._rows = None
+
+    def calibrate(self) -> None:
+        """Let what was counted set the cells' edges, and forget it."""
+        self.statistics.calibrate_on_counted()
+
+    def scores(self) -> NeuronScores:
+        """Of all neurons of these sites."""
+        return self.statistics.scores()
+
+
+class TokenRows(_Rows):
+    """Each token an observation: sums over the tokens of a sample, and a few tokens drawn at random for the ranks.
+
+    Metrics with one value per sample need no more than each sample's sums, so they may be known after the forward.
+    Metrics per token must be expected before it, and are accumulated while the activations are in registers.
+
+    Args:
+        sites: Of one device, with the same tokens.
+        expected: Shared by all.
+        statistics: Of these sites' neurons.
+    """
+
+    def __init__(self, sites: Sequence[Site], expected: Expected, statistics: TokenStatistics) -> None:
+        super().__init__(sites, expected)
+        self.statistics = statistics
+        self._centered: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tokens: tuple[int, torch.Tensor | None] | None = None  # tokens per sample, mask
+        self._sums: torch.Tensor | None = None  # [2, batch, sum of widths]: sums and sums of squares about the center
+        self._added: dict[str, tuple[torch.Tensor, ...]] = {}  # site -> sum_x, sum_xx, sum_xy of this forward
+        self._values: torch.Tensor | None = None  # float64 [batch, tokens, metrics], where they were expected
+        self._picked: torch.Tensor | None = None  # int64 [batch, s]
+        self._sample: torch.Tensor | None = None  # [batch * s, sum of widths], a view of the sampled rows' buffer
+
+    def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
+        """Sum a site's activations over the tokens; gives what flows on."""
+        first = self._enter(site, x)
+        mask = self.expected.mask_for(site, x)
+        tokens = as_tokens(x).shape[1]
+        if first:
+            self._begin(x.shape[0], tokens, mask)
+        if self._tokens is None or self._tokens[0] != tokens:
+            raise ModelError(
+                f"{site.name}: expected the {self._tokens and self._tokens[0]} tokens of the sites before it, got "
+                f"{tokens}; trace sites of one resolution at a time"
+            )
+        columns = self.columns[site.name]
+        center = self.statistics.center[columns]
+        if site.name not in self._centered:
+            self._centered.add(site.name)
+            if not self.statistics.counted:
+                mean = ops.act_mask_pool(x, activation, "mean", mask=mask, write=False)[1].nanmean(0).float()
+                center.copy_(torch.where(mean.isfinite(), mean, 0))
+        if self._values is not None:
+            y = self._accumulate(site, x, activation, mask, center, write or self._sample is not None)
+        else:
+            assert self._sums is not None
+            about = center.double() if x.dtype == torch.float64 else center
+            y, sums = ops.act_mask_pool(
+                x, activation, "moments", mask=mask, center=about, write=write or activation != "identity"
+            )
+            self._sums[:, :, columns] = sums.to(self._sums.dtype)
+        flowing = y if y.numel() else x
+        if self._sample is not None:
+            assert self._picked is not None
+            rows = as_tokens(flowing).gather(1, self._picked[:, :, None].expand(-1, -1, x.shape[-1]))
+            self._sample[:, columns] = rows.flatten(0, 1)
+        return y
+
+    def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
+        """Room for a forward."""
+        statistics = self.statistics
+        self._tokens = (tokens, mask)
+        if self.expected.values:
+            self._values = statistics.check_tokens(self.expected.values, batch, tokens, mask)
+        else:
+            self._sums = torch.empty(2, batch, statistics.n_neurons, device=statistics.device)
+        picked = statistics.pick(batch, tokens, mask)
+        if picked is not None:
+            self._picked = picked
+            self._sample = statistics.reserve(picked.numel())
+
+    def _accumulate(
+        self,
+        site: Site,
+        x: torch.Tensor,
+        activation: Activation,
+        mask: torch.Tensor | None,
+        center: torch.Tensor,
+        write: bool,
+    ) -> torch.Tensor:
+        """Sums with the expected metrics, kept apart until the step."""
+        assert self._values is not None
+        y = self.statistics.shifted_columns(self._values)
+        width, columns = x.shape[-1], y.shape[-1]
+        shapes = ((width,), (width,), (columns, width))
+        sums = tuple(torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in shapes)
+        self._added[site.name] = sums
+        per_token = y if x.dim() > 2 else y[:, 0]
+        return ops.act_pool_accumulate(
+            x.float() if x.dtype == torch.float64 else x,
+            per_token,
+            center.contiguous(),
+            sums,  # type: ignore[arg-type]
+            activation,
+            "none",
+            mask=mask,
+            write=write,
+        ).to(x.dtype)
+
+    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
+        """Count the forward's tokens with their metrics."""
+        if self.batch is None or self._tokens is None:
+            return
+        n, device = self.batch, self.statistics.device
+        tokens, mask = self._tokens
+        counts = torch.full((n,), tokens, device=device) if mask is None else mask.sum(1)
+        missing = self.columns.keys() - self.fired
+        if self._values is not None:
+            if values or valid is not None:
+                raise ArgumentError(
+                    "step: expected no values after expect() told them, got "
+                    f"{', '.join(values) or 'valid'}; tell everything to expect(), rows to leave out by its mask"
+                )
+            for name in missing:
+                self._add_nothing(name, device)
+            self.statistics.add_accumulated(
+                self._values, mask, {self.columns[name]: sums for name, sums in self._added.items()}
+            )
+            checked = self._values
+        else:
+            assert self._sums is not None
+            for name in missing:
+                self._sums[:, :, self.columns[name]] = torch.nan
+            checked = self.statistics.check(_per_sample(values, n, device), n)[:, None].expand(-1, tokens, -1)
+            keep = _kept(valid, n, device)
+            if keep is not None:
+                counts = counts * keep
+            here = counts > 0
+            self.statistics.add_sums(
+                self._sums[:, here], counts[here], checked[here, 0],
+                None if groups is None else torch.as_tensor(groups, device=device)[here],
+            )  # fmt: skip
+        if self._sample is not None and self._picked is not None:
+            for name in missing:
+                self._sample[:, self.columns[name]] = torch.nan
+            self.statistics.commit(self._sample, self._picked, checked, counts > 0)
+        self.discard()
+
+    def _add_nothing(self, name: str, device: torch.device) -> None:
+        columns = self.columns[name]
+        width, m = columns.stop - columns.start, len(self.statistics.columns)
+        self._added[name] = tuple(
+            torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+            for shape in ((width,), (width,), (m, width))
+        )
+
+    def discard(self) -> None:
+        """Forget the forward that waits."""
+        super().discard()
+        self._forget()
+
+    def calibrate(self) -> None:
+        """Let what was counted set the cells' edges, and forget it."""
+        self.statistics.calibrate_on_counted()
+
+    def scores(self) -> NeuronScores:
+        """Of all neurons of these sites."""
+        return self.statistics.scores()
+
+
+def _per_sample(values: Mapping[str, Any], n: int, device: torch.device) -> dict[str, torch.Tensor]:
+    tensors = {name: as_tensor(value, device) for name, value in values.items()}
+    per_token = [name for name, value in tensors.items() if value.dim() > 1]
+    if per_token:
+        raise ArgumentError(
+            f"metric {per_token[0]!r}: expected {n} values, one per example, got shape "
+            f"{list(tensors[per_token[0]].shape)}; tell values per token to tracer.expect() before the forward"
+        )
+    return _values_of(tensors, n, device)

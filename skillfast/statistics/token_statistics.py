@@ -1,0 +1,227 @@
+"""`TokenStatistics`: an accumulator whose observations are tokens, of which no row is kept.
+
+Pearson's r counts every token, from sums over each example's tokens. Ranks need rows: they come from a few tokens of
+each example, drawn at random, in an accumulator of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.errors import ArgumentError
+from skillfast.statistics import comoments
+from skillfast.statistics.neuron_statistics import NeuronStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from skillfast.metrics import Metric
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+SAMPLED = 4  # tokens per example and forward that the ranks are computed from
+
+
+class TokenStatistics:
+    """Correlates every neuron with every metric over tokens.
+
+    Args:
+        n_neurons: Number of neurons, D.
+        metrics: Name -> kind of metric.
+        statistics: Which statistics to compute; all but Pearson's r from a sample of the tokens.
+        seed: Of the sample, and of the replicates.
+        device: Where the state lives.
+        **settings: Further settings of `NeuronStatistics`.
+    """
+
+    def __init__(
+        self,
+        n_neurons: int,
+        metrics: Mapping[str, Metric],
+        statistics: Sequence[str],
+        *,
+        seed: int,
+        device: torch.device,
+        **settings: Any,
+    ) -> None:
+        common = {"seed": seed, "device": device, "buffer_rows": settings["buffer_rows"], "cells": settings["cells"]}
+        self._sums = NeuronStatistics(
+            n_neurons,
+            metrics,
+            ("pearson",),
+            confidence=settings["confidence"],
+            **common,  # type: ignore[arg-type]
+        )
+        ranked = tuple(name for name in statistics if name != "pearson")
+        self._sampled = NeuronStatistics(n_neurons, metrics, ranked, **common) if ranked else None  # type: ignore[arg-type]
+        self.has_pearson = "pearson" in statistics
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self._sums.device
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons."""
+        return self._sums.n_neurons
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the metric columns."""
+        return self._sums.columns
+
+    @property
+    def center(self) -> torch.Tensor:
+        """float32 [D], what every sum is about; set it before anything is counted."""
+        return self._sums._moments.shift_x
+
+    @property
+    def counted(self) -> bool:
+        """Whether anything was."""
+        return self.n_observations > 0
+
+    @property
+    def n_observations(self) -> int:
+        """Tokens counted so far."""
+        return int(self._sums._moments.count)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state and the buffers, in bytes."""
+        return self._sums.state_bytes + (0 if self._sampled is None else self._sampled.state_bytes)
+
+    def check(self, values: Mapping[str, torch.Tensor], n: int) -> torch.Tensor:
+        """The metrics' values of n observations, checked: float64 [n, metrics]."""
+        return self._sums.check(values, n)
+
+    def check_tokens(
+        self, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Metrics of every token, checked: float64 [batch, tokens, metrics]; 0 where the mask leaves a token out."""
+        if self._sums.confidence is not None:
+            raise ArgumentError(
+                "confidence: expected metrics with one value per example, got values told before the forward; leave "
+                "out confidence, or give them to step()"
+            )
+        here = torch.ones(batch, tokens, dtype=torch.bool, device=self.device) if mask is None else mask
+        flat = {}
+        for name, value in values.items():
+            tensor = value.to(self.device)
+            if tensor.shape not in ((batch,), (batch, tokens)):
+                raise ArgumentError(
+                    f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape {list(value.shape)}"
+                )
+            flat[name] = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens))[here]
+        checked = torch.zeros(batch, tokens, len(self._sums.metrics), dtype=torch.float64, device=self.device)
+        checked[here] = self.check(flat, int(here.sum()))
+        if not self._sums._shifted:
+            self._sums._moments.shift_y.copy_(self._sums._expanded(checked[here]).mean(0))
+            self._sums._shifted = True
+        return checked
+
+    def shifted_columns(self, checked: torch.Tensor) -> torch.Tensor:
+        """Metric columns about their shift: float32 [batch, tokens, M]."""
+        batch, tokens, _ = checked.shape
+        columns = self._sums._expanded(checked.flatten(0, 1)) - self._sums._moments.shift_y
+        return columns.float().view(batch, tokens, -1)
+
+    def add_accumulated(
+        self, checked: torch.Tensor, mask: torch.Tensor | None, added: Mapping[slice, tuple[torch.Tensor, ...]]
+    ) -> None:
+        """Count tokens whose sums with the metrics exist already, by the neurons' columns."""
+        values = checked.flatten(0, 1) if mask is None else checked[mask]
+        state = self._sums._moments
+        shifted = self._sums._expanded(values) - state.shift_y
+        state.count += len(values)
+        state.sum_y += shifted.sum(0)
+        state.sum_yy += shifted.square().sum(0)
+        for columns, (sum_x, sum_xx, sum_xy) in added.items():
+            state.sum_x[columns] += sum_x
+            state.sum_xx[columns] += sum_xx
+            state.sum_xy[:, columns] += sum_xy
+
+    def add_sums(
+        self, sums: torch.Tensor, counts: torch.Tensor, checked: torch.Tensor, groups: torch.Tensor | None
+    ) -> None:
+        """Count examples by the sums over their tokens.
+
+        Args:
+            sums: [2, n, D], sums of the activations about `center` and of their squares.
+            counts: int64 [n], tokens of each example.
+            checked: float64 [n, metrics].
+            groups: int64 [n], or None.
+        """
+        statistics = self._sums
+        values = statistics._with_groups(checked, groups)
+        columns = statistics._expanded(values)
+        if not statistics._shifted:
+            statistics._moments.shift_y.copy_((columns * counts[:, None]).sum(0) / counts.sum())
+            statistics._shifted = True
+        shifted = columns - statistics._moments.shift_y
+        comoments.update_sums(statistics._moments, sums, counts, shifted)
+        if statistics._replicates is not None:
+            statistics._replicates.add_sums(sums, counts, shifted, values[:, -1].long())
+
+    def pick(self, batch: int, tokens: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """int64 [batch, s]: which tokens of each example the ranks see, with replacement; None without ranks."""
+        if self._sampled is None:
+            return None
+        drawn = torch.rand(batch, min(SAMPLED, tokens), generator=self._generator).to(self.device)
+        if mask is None:
+            return (drawn * tokens).long().clamp_max(tokens - 1)
+        real = mask.sum(1, keepdim=True)
+        nth = (drawn * real).long().clamp_max(tokens - 1)  # the n-th real token
+        order = torch.argsort(~mask, dim=1, stable=True)  # real tokens first
+        return order.gather(1, nth)
+
+    def reserve(self, n: int) -> torch.Tensor:
+        """Room for n sampled rows; see `NeuronStatistics.reserve`."""
+        assert self._sampled is not None
+        return self._sampled.reserve(n)
+
+    def commit(self, rows: torch.Tensor, picked: torch.Tensor, checked: torch.Tensor, keep: torch.Tensor) -> None:
+        """Count sampled rows [batch * s, D], of tokens [batch, s], with metrics float64 [batch, tokens, metrics]."""
+        assert self._sampled is not None
+        s = picked.shape[1]
+        values = checked.gather(1, picked[:, :, None].expand(-1, -1, checked.shape[-1])).flatten(0, 1)
+        if not bool(keep.all()):
+            of_row = keep.repeat_interleave(s)
+            kept = rows[of_row]
+            rows[: len(kept)] = kept
+            values = values[of_row]
+        self._sampled.commit(values)
+
+    def calibrate_on_counted(self) -> None:
+        """Let the sampled tokens so far set the cells' edges, and forget all that was counted."""
+        if self._sampled is not None:
+            self._sampled.calibrate_on_counted()
+        state = self._sums._moments
+        for tensor in (state.count, state.sum_x, state.sum_xx, state.sum_y, state.sum_yy, state.sum_xy):
+            tensor.zero_()
+        if self._sums._replicates is not None:
+            for tensor in self._sums._replicates.tensors().values():
+                tensor.zero_()
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the processes of a `torch.distributed` group."""
+        self._sums.all_reduce(group)
+        if self._sampled is not None:
+            self._sampled.all_reduce(group)
+
+    def scores(self) -> NeuronScores:
+        """Pearson's r, mean and deviation of all tokens; ranks of those that were sampled."""
+        found = self._sums.scores()
+        if not self.has_pearson:
+            found = replace(found, pearson=None)
+        if self._sampled is None:
+            return found
+        ranked = self._sampled.scores()
+        names = ("spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info")
+        reasons = {**found.reasons}
+        if "stale_edges" in ranked.reasons:
+            reasons["stale_edges"] = ranked.reasons["stale_edges"]
+        return replace(found, reasons=reasons, **{name: getattr(ranked, name) for name in names})
