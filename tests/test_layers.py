@@ -19,6 +19,7 @@ LAYERS = [
     {"observations", "capture"},
     {"statistics"},
     {"models", "data"},
+    {"auxiliary"},
     {"metrics", "progress", "sampling"},
     {"ops"},
     {"backends"},

@@ -194,7 +194,7 @@ def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_pretrained_with_a_hub(monkeypatch: pytest.MonkeyPatch):
     kwargs = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3}
     served = timm.create_model(NAME, num_classes=1000, **kwargs).state_dict()
-    monkeypatch.setattr(weights, "_probe", lambda endpoint: None)
+    monkeypatch.setattr(weights, "probe", lambda endpoint: None)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **more: dict(served))
     loaded = create_model(NAME, 3, pretrained=True, model_kwargs=kwargs, quiet=True)
     assert (loaded.source, loaded.head_replaced) == ("pretrained", True)
