@@ -12,8 +12,9 @@ from tiny_models import make_tokenizer, save_model
 
 import skillfast
 from skillfast import Categorical, Continuous, auxiliary
+from skillfast.data.splits import loader
 from skillfast.data.text import read_text
-from skillfast.data.tokens import Collate, Prompt, TextForward, TokenExamples, batches, class_logits, split_text
+from skillfast.data.tokens import Collate, Prompt, TextForward, TokenExamples, batches, split_text
 from skillfast.errors import ArgumentError, DataError, SkillfastError
 
 ROWS = [
@@ -133,6 +134,8 @@ def test_data_sets_by_name(monkeypatch):
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 from skillfast.models.huggingface import load_language_model  # noqa: E402
+from skillfast.models.sites import find_sites  # noqa: E402
+from skillfast.models.text_classifier import TextClassifier  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +162,10 @@ DECODERS = ["GPT2LMHeadModel", "LlamaForCausalLM", "GPTNeoXForCausalLM", "Mistra
 PROMPT = Prompt("{text} this is", ("bad", "good"))
 
 
-def alone(examples, language_model, words=None):
+def alone(examples, classifier):
     """Each example's logits from a forward of its own."""
-    loader = batches(examples, language_model, 1)
     with torch.no_grad():
-        return torch.cat([class_logits(language_model.model, batch, words) for batch in loader])
+        return torch.cat([classifier.logits(batch) for batch in batches(examples, 1)])
 
 
 @pytest.mark.parametrize(
@@ -174,10 +176,12 @@ def alone(examples, language_model, words=None):
 def test_padding_changes_no_logit_of_a_classifier(tmp_path, folders, model_class, side):
     loaded = load_language_model(str(folders(model_class)), "classification", classes=["negative", "positive"])
     examples = TokenExamples(read_text(write(tmp_path / "x.tsv")), loaded)
-    want = alone(examples, loaded)
+    classifier = TextClassifier(loaded, 2)
+    want = alone(examples, classifier)
     with torch.no_grad():
-        batch = next(iter(batches(examples, loaded, 6, side=side)))
-        got = class_logits(loaded.model, batch)
+        batch = next(iter(batches(examples, 6, side=side)))
+        got = classifier.logits(batch)
+        torch.testing.assert_close(classifier(classifier.pack(batch)), got)
     column = batch["attention_mask"][:, 0 if side == "left" else -1]
     assert column.min() == 0  # there is padding, and there
     assert column.max() == 1
@@ -191,9 +195,10 @@ def test_padding_changes_no_logit_of_a_label_word(tmp_path, folders, model_class
     loaded = load_language_model(str(folders(model_class)), "causal")
     examples = TokenExamples(read_text(write(tmp_path / "x.tsv")), loaded, PROMPT)
     words = PROMPT.ids(loaded.tokenizer, examples.classes)
-    want = alone(examples, loaded, words)
+    classifier = TextClassifier(loaded, 2, words)
+    want = alone(examples, classifier)
     with torch.no_grad():
-        got = class_logits(loaded.model, next(iter(batches(examples, loaded, 6, side=side))), words)
+        got = classifier.logits(next(iter(batches(examples, 6, side=side))))
         ids = loaded.tokenizer("good fun movie this is", return_tensors="pt")["input_ids"]
         plain = loaded.model(ids).logits[0, -1, loaded.tokenizer.convert_tokens_to_ids(["bad", "good"])]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -208,17 +213,24 @@ def test_a_batch_is_what_the_tokenizer_makes(tmp_path, folders):
     loaded = load_language_model(str(folder), "classification", classes=["a", "b"])
     path = write(tmp_path / "x.jsonl", [("good fun", "movie", "a"), ("bad", "the plot is long", "b")], ("t", "p", "l"))
     table = read_text(path, text_column="t", pair_column="p", label_column="l")
-    batch = next(iter(batches(TokenExamples(table, loaded), loaded, 2)))
+    batch = next(iter(batches(TokenExamples(table, loaded), 2)))
     want = loaded.tokenizer(list(table.texts), list(table.pairs), padding=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert batch[name].tolist() == want[name].tolist(), name
     assert batch["labels"].tolist() == [0, 1]
-    assert "position_ids" not in batch
     assert batch["token_type_ids"].max() == 1
     examples = TokenExamples(table, loaded)
     left = Collate(loaded, "left")([examples[0], examples[1]])
-    assert left["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]]
-    assert left["input_ids"][0].tolist() == [0, 0, *want["input_ids"][0, :6].tolist()]
+    n = int(want["attention_mask"][0].sum())
+    assert left["input_ids"][0, -n:].tolist() == want["input_ids"][0, :n].tolist()
+    assert left["attention_mask"].sum(1).tolist() == want["attention_mask"].sum(1).tolist()
+    packed, labels = next(iter(loader(examples, 2)))
+    assert (
+        packed.tolist()
+        == torch.stack([batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")], 1).tolist()
+    )
+    assert labels.tolist() == [0, 1]
+    assert TextClassifier.token_mask(packed).tolist() == want["attention_mask"].bool().tolist()
 
 
 def test_trace_over_text_equals_plain_hooks(tmp_path, folders):
@@ -230,15 +242,16 @@ def test_trace_over_text_equals_plain_hooks(tmp_path, folders):
     examples = TokenExamples(read_text(path, columns=["length"]), loaded)
     forward = TextForward(auxiliary.choose(["label", "margin", "column:length"], examples.classes, examples.metrics))
     assert forward.kinds["length"] == Continuous()
-    loader = batches(examples, loaded, 4)
-    scores = skillfast.trace(loaded.model, loader, forward.kinds, forward=forward, pool="cls", statistics=("pearson",))
-    kept, margins = [], []
-    handle = loaded.model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(
-        lambda _, x: kept.append(x[0][:, 0])
+    classifier = TextClassifier(loaded, 2)
+    scores = skillfast.trace(
+        classifier, batches(examples, 4), forward.kinds, forward=forward, pool="cls", statistics=("pearson",)
     )
+    kept, margins = [], []
+    projection = loaded.model.bert.encoder.layer[1].output.dense
+    handle = projection.register_forward_pre_hook(lambda _, x: kept.append(x[0][:, 0]))
     with torch.no_grad():
-        for batch in batches(examples, loaded, 1):
-            logits = class_logits(loaded.model, batch)[0]
+        for batch in batches(examples, 1):
+            logits = classifier.logits(batch)[0]
             margins.append(float(logits[batch["labels"][0]] - logits[1 - batch["labels"][0]]))
     handle.remove()
     x = torch.cat(kept).double().numpy()
@@ -248,12 +261,51 @@ def test_trace_over_text_equals_plain_hooks(tmp_path, folders):
     np.testing.assert_allclose(scores["blocks.1.mlp"].pearson, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_class", [*HEADS, *DECODERS])
+def test_a_text_classifier_has_the_sites_of_its_model(folders, model_class):
+    causal = model_class in DECODERS
+    loaded = load_language_model(
+        str(folders(model_class)), "causal" if causal else "classification", classes=["a", "b"]
+    )
+    classifier = TextClassifier(loaded, 2, torch.tensor([5, 6]) if causal else None)
+    own, of_wrapper = find_sites(loaded.model), find_sites(classifier)
+    assert [(s.name, s.width, s.heads, f"language_model.{s.path}") for s in own] == [
+        (s.name, s.width, s.heads, s.path) for s in of_wrapper
+    ]
+    assert classifier.num_features == own[-1].width
+    assert len(classifier.blocks) == 2
+    assert classifier.state_dict().keys() == {f"language_model.{name}" for name in loaded.model.state_dict()}
+
+
+@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_text_goes_through_the_default_trace_and_sweep(tmp_path, folders, model_class):
+    causal = model_class in DECODERS
+    rows = [(" ".join([*ROWS[i % 6][0].split(), *["fun"] * (i % 4)]), ROWS[i % 6][1]) for i in range(30)]
+    table = read_text(write(tmp_path / "x.tsv", rows))
+    loaded = load_language_model(
+        str(folders(model_class)), "causal" if causal else "classification", classes=["a", "b"]
+    )
+    prompt = PROMPT if causal else None
+    examples = TokenExamples(table, loaded, prompt)
+    classifier = TextClassifier(loaded, 2, PROMPT.ids(loaded.tokenizer, table.classes) if causal else None).eval()
+    pool = "last" if causal else "cls"
+    scores = skillfast.trace(classifier, loader(examples, 7), pool=pool, statistics=("pearson",))
+    assert scores.columns == ("label:negative", "label:positive", "correct", "confidence", "loss")
+    single = skillfast.trace(classifier, loader(examples, 1), pool=pool, statistics=("pearson",))  # no padding at all
+    np.testing.assert_allclose(scores.pearson, single.pearson, atol=1e-4)
+    skill = skillfast.select(scores, metric="label", share=0.1)["positive"]
+    result = skillfast.sweep(classifier, loader(examples, 7), [skillfast.Condition(skill)], keep_predictions=True)
+    with torch.no_grad(), skillfast.ablate(classifier, skill):
+        want = torch.cat([classifier(x) for x, _ in loader(examples, 1)]).argmax(1)
+    assert result.predictions[0].tolist() == want.tolist()
+
+
 def test_columns_of_words_are_classes(tmp_path, folders):
     loaded = load_language_model(str(folders("BertForSequenceClassification")), "classification", classes=["a", "b"])
     rows = [("good", "a", "y"), ("bad", "b", "x"), ("fun", "b", "y")]
     examples = TokenExamples(read_text(write(tmp_path / "x.tsv", rows), columns=["length"]), loaded)
     assert examples.metrics == {"length": Categorical(["x", "y"])}
-    assert next(iter(batches(examples, loaded, 3)))["columns"]["length"].tolist() == [1, 0, 1]
+    assert next(iter(batches(examples, 3)))["columns"]["length"].tolist() == [1, 0, 1]
 
 
 def test_texts_and_prompts_longer_than_the_context(tmp_path, folders):

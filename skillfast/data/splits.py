@@ -91,8 +91,15 @@ def loader(
         drop_last: leave out a last batch that is not full.
 
     Returns:
-        A loader of (images float32 `[b, C, H, W]`, labels int64 `[b]`).
+        A loader of (images float32 `[b, C, H, W]`, labels int64 `[b]`), or of what the dataset's `collate` makes.
     """
     # a generator of its own even when not shuffling: iterating then leaves the global random state alone
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, generator=generator)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        generator=generator,
+        collate_fn=getattr(dataset, "collate", None),  # of examples that are no tensors of one size
+    )

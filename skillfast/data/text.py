@@ -108,10 +108,11 @@ def read_text(
     if not places:
         raise DataError(f"{name}: expected at least one example, got none; check the file")
     where = _Where(name, tuple(places))
+    texts = _texts(values[text_column], text_column, where)
     labels, names = _labels(values[label_column], label_column, classes, where)
     return TextTable(
         name=name,
-        texts=_texts(values[text_column], text_column, where),
+        texts=texts,
         pairs=None if pair_column is None else _texts(values[pair_column], pair_column, where),
         labels=labels,
         classes=names,

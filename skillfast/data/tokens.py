@@ -1,12 +1,11 @@
-"""Text as a language model reads it: tokens in padded batches, and logits over the classes.
+"""Text as a language model reads it: tokens, in padded batches.
 
-A classification head gives those logits itself. A model that only predicts tokens reads each text inside a prompt; its
-logits of one word per class at the last token are the classes' logits.
+A model with a classification head reads the texts as they are. One that only predicts tokens reads each text inside a
+prompt; its logits of one word per class at the last token are the classes' logits.
 """
 
 from __future__ import annotations
 
-import inspect
 import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from skillfast.data.splits import Splits
 from skillfast.errors import ArgumentError, DataError
 from skillfast.metrics import Categorical, Continuous
-from skillfast.models.sites import module_device
+from skillfast.models.text_classifier import TextClassifier, accepts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Side = Literal["left", "right"]
-_OWN_POSITIONS = "create_position_ids_from_input_ids"  # RoBERTa and MPNet find positions from the ids themselves
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Prompt:
 
 
 class TokenExamples:
-    """Tokenised examples, a map-style data set for `batches`.
+    """Tokenised examples: a map-style data set for `batches` and for `data.loader`.
 
     Args:
         table: The examples.
@@ -108,6 +106,7 @@ class TokenExamples:
         self, table: TextTable, language_model: LanguageModel, prompt: Prompt | None = None, *, truncate: bool = False
     ) -> None:
         self.table = table
+        self.language_model = language_model
         self.classes = table.classes
         self.labels = torch.from_numpy(table.labels)
         pairs = table.pairs or (None,) * len(table)
@@ -120,10 +119,8 @@ class TokenExamples:
             second = {} if table.pairs is None else {"text_pair": list(table.pairs)}
             cut = {"truncation": True, "max_length": context} if truncate else {}
             encoded = tokenizer(list(table.texts), verbose=False, **second, **cut)
-        takes = inspect.signature(language_model.model.forward).parameters
-        self.encoded: dict[str, list[list[int]]] = {
-            name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded and name in takes
-        }
+        names = accepts(language_model.model, ("input_ids", "token_type_ids"))
+        self.encoded: dict[str, list[list[int]]] = {name: encoded[name] for name in names if name in encoded}
         self.lengths = np.array([len(ids) for ids in self.encoded["input_ids"]])
         too_long = np.flatnonzero(self.lengths > context)
         if len(too_long):
@@ -135,6 +132,11 @@ class TokenExamples:
                 f"model's context, got {self.lengths[too_long[0]]}; {remedy}"
             )
         self.columns = {name: _as_metric(values) for name, values in table.columns.items()}
+
+    def collate(self, examples: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Examples as a `TextClassifier` takes them: int64 [batch, inputs, tokens], and labels [batch]."""
+        batch = Collate(self.language_model)(examples)
+        return TextClassifier.pack(batch), batch["labels"]
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -165,17 +167,15 @@ class Collate:
 
     Args:
         language_model: Whose tokenizer pads.
-        side: Where padding goes; None: where the tokenizer puts it. The head of an encoder reads the first position,
-            so its logits are right with padding on the right only.
+        side: Where padding goes; None: on the left for a model that predicts tokens, so that the last token is a real
+            one, else where the tokenizer puts it. The head of an encoder reads the first position, so its logits are
+            right with padding on the right only.
     """
 
     def __init__(self, language_model: LanguageModel, side: Side | None = None) -> None:
         self.tokenizer = language_model.tokenizer
-        self.side: Side = side or self.tokenizer.padding_side
-        model = language_model.model
-        takes = inspect.signature(model.forward).parameters
-        own = any(hasattr(module, _OWN_POSITIONS) for module in model.modules())
-        self.positions = "position_ids" in takes and not own
+        own: Side = "left" if language_model.task == "causal" else self.tokenizer.padding_side
+        self.side: Side = side or own
 
     def __call__(self, examples: Sequence[Batch]) -> Batch:
         """Examples as tensors: inputs [batch, tokens], `attention_mask`, `labels` [batch], `columns` of [batch]."""
@@ -183,10 +183,7 @@ class Collate:
         width = max(len(example["input_ids"]) for example in inputs)
         fill = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         batch: Batch = {name: _padded([e[name] for e in inputs], width, fill[name], self.side) for name in inputs[0]}
-        mask = _padded([[1] * len(e["input_ids"]) for e in inputs], width, 0, self.side)
-        batch["attention_mask"] = mask
-        if self.positions and self.side == "left":  # else the first real token would be at another position
-            batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        batch["attention_mask"] = _padded([[1] * len(e["input_ids"]) for e in inputs], width, 0, self.side)
         batch["labels"] = torch.tensor([example["label"] for example in examples])
         batch["columns"] = {
             name: torch.tensor(np.array([example["columns"][name] for example in examples]))
@@ -204,58 +201,35 @@ def _padded(rows: Sequence[Sequence[int]], width: int, value: int, side: Side) -
 
 def batches(
     examples: TokenExamples,
-    language_model: LanguageModel,
     batch_size: int,
     *,
     shuffle: bool = False,
     seed: int = 0,
     side: Side | None = None,
 ) -> DataLoader[Batch]:
-    """A loader of padded batches, in an order that only the seed determines.
+    """A loader of padded batches as dictionaries, with the data's further columns.
 
     Args:
         examples: The data.
-        language_model: Whose tokenizer pads.
         batch_size: Examples per batch.
         shuffle: A new random order in every pass.
         seed: Of that order.
-        side: Where padding goes; None: where the tokenizer puts it.
+        side: As for `Collate`.
     """
     generator = torch.Generator().manual_seed(seed)
-    collate = Collate(language_model, side)
+    collate = Collate(examples.language_model, side)
     return DataLoader(examples, batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def class_logits(model: torch.nn.Module, batch: Batch, words: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits [batch, classes] of a batch from `batches`.
-
-    Args:
-        model: The model.
-        batch: On any device.
-        words: int64 [classes], the label words' tokens, for a model that predicts tokens; None for one with a head.
-    """
-    device = module_device(model.get_input_embeddings())  # type: ignore[operator]
-    inputs = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "columns")}
-    if words is None:
-        return model(**inputs).logits
-    logits = model(**inputs, use_cache=False).logits  # [batch, tokens, vocabulary]
-    mask = inputs["attention_mask"]
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = (places * mask).argmax(1).to(logits.device)  # of the last real token, whichever side the padding is
-    return logits[torch.arange(len(last), device=logits.device), last][:, words.to(logits.device)]
-
-
 class TextForward:
-    """The `forward` of `trace` for these batches: logits over the classes, and the metrics' values.
+    """The `forward` of `trace` for `batches`: a `TextClassifier`'s logits, and the metrics' values.
 
     Args:
         metrics: From `auxiliary.choose`.
-        words: As for `class_logits`.
     """
 
-    def __init__(self, metrics: Mapping[str, Auxiliary], words: torch.Tensor | None = None) -> None:
+    def __init__(self, metrics: Mapping[str, Auxiliary]) -> None:
         self.metrics = dict(metrics)
-        self.words = words
 
     @property
     def kinds(self) -> dict[str, Metric]:
@@ -264,7 +238,7 @@ class TextForward:
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Logits [batch, classes] and values [batch] of each metric."""
-        logits = class_logits(model, batch, self.words)
+        logits: torch.Tensor = model.logits(batch)  # type: ignore[operator]
         labels = batch["labels"].to(logits.device)
         return logits, {name: m.values(logits, labels, batch["columns"]) for name, m in self.metrics.items()}
 
