@@ -63,7 +63,6 @@ FUNCTIONS: dict[str, Values] = {
     "margin": margin,
     "entropy": entropy,
 }
-DEFAULT = ("label", "correct", "confidence", "loss")
 
 
 def token_log_probabilities(

@@ -351,6 +351,7 @@ def test_splits_share_no_line_and_depend_on_the_seed_alone(tmp_path, folders):
     table = read_text(write(tmp_path / "x.tsv", [(f"good {'fun ' * (i % 7)}", "ab"[i % 2]) for i in range(90)]))
     first, again, other = (split_text(table, loaded, seed=seed) for seed in (0, 0, 1))
     places = [part.table.places for part in (first.select, first.validate, first.test)]
+    assert all((np.diff(part.lengths) >= 0).all() for part in (first.select, first.validate, first.test))
     assert sorted(len(part) for part in places) == [12, 30, 48]
     assert len(set().union(*places)) == 90
     assert first.test.table.places == again.test.table.places != other.test.table.places
@@ -359,6 +360,25 @@ def test_splits_share_no_line_and_depend_on_the_seed_alone(tmp_path, folders):
     assert few.test.table.places[0] in table.places[:20]
     text = one_line(DataError, split_text, table, loaded, test=table.take(range(20)), test_per_class=11)
     assert "expected at least 11 examples of class 'a', got 10; lower --test-per-class" in text
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_shuffled_batches_hold_each_text_once_and_little_padding(tmp_path, folders, drop_last):
+    loaded = load_language_model(str(folders("BertForSequenceClassification")), "classification", classes=["a", "b"])
+    rows = [(" ".join(["fun"] * (1 + i * 7 % 25)), "ab"[i % 2]) for i in range(203)]
+    examples = TokenExamples(read_text(write(tmp_path / "x.tsv", rows)), loaded)
+    passes = loader(examples, 10, shuffle=True, seed=3, drop_last=drop_last)
+    first, second = list(passes), list(passes)
+    assert len(first) == len(passes) == 20 + (not drop_last)
+    found = sorted(int(n) for x, _ in first for n in TextClassifier.token_mask(x).sum(1))
+    assert drop_last or found == sorted(examples.lengths.tolist())
+    assert len(found) == (200 if drop_last else 203)
+    assert [x.shape for x, _ in first] != [x.shape for x, _ in second]
+    again = next(iter(loader(examples, 10, shuffle=True, seed=3, drop_last=drop_last)))
+    assert torch.equal(again[0], first[0][0])
+    padding = [1 - float(TextClassifier.token_mask(x).float().mean()) for x, _ in first]
+    plain = [1 - float(TextClassifier.token_mask(x).float().mean()) for x, _ in loader(examples, 10)]
+    assert np.mean(padding) < 0.3 * np.mean(plain)
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path):

@@ -167,14 +167,15 @@ class Collate:
 
     Args:
         language_model: Whose tokenizer pads.
-        side: Where padding goes; None: on the left for a model that predicts tokens, so that the last token is a real
-            one, else where the tokenizer puts it. The head of an encoder reads the first position, so its logits are
-            right with padding on the right only.
+        side: Where padding goes; None: on the left for a decoder, so that the last token is a real one, else where
+            the tokenizer puts it. The head of an encoder reads the first position, so its logits are right with
+            padding on the right only.
     """
 
     def __init__(self, language_model: LanguageModel, side: Side | None = None) -> None:
         self.tokenizer = language_model.tokenizer
-        own: Side = "left" if language_model.task == "causal" else self.tokenizer.padding_side
+        reads_last = language_model.task == "causal" or hasattr(language_model.model, "score")  # a decoder's classifier
+        own: Side = "left" if reads_last else self.tokenizer.padding_side
         self.side: Side = side or own
 
     def __call__(self, examples: Sequence[Batch]) -> Batch:
@@ -254,7 +255,7 @@ def split_text(
     test_per_class: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Examples in three parts that share no line: select, validate and test.
+    """Examples in three parts that share no line: select, validate and test, each with short texts first.
 
     Args:
         table: The examples; a third of them tests where there is no `test`. A fifth of the rest validates.
@@ -284,10 +285,17 @@ def split_text(
         "test": (test or table, held_out),
     }
     made = {
-        name: TokenExamples(source.take(np.sort(np.concatenate(rows))), language_model, prompt, truncate=truncate)
+        name: TokenExamples(source.take(_by_length(source, rows)), language_model, prompt, truncate=truncate)
         for name, (source, rows) in parts.items()
     }
     return Splits(name="text", classes=table.classes, **made)  # type: ignore[arg-type]
+
+
+def _by_length(table: TextTable, rows: list[np.ndarray]) -> np.ndarray:
+    """The rows of all classes, short texts first: batches of like lengths have little padding."""
+    chosen = np.sort(np.concatenate(rows))
+    pairs = table.pairs or ("",) * len(table)
+    return chosen[np.argsort([len(table.texts[i]) + len(pairs[i]) for i in chosen], kind="stable")]
 
 
 def _shuffled_by_class(table: TextTable, seed: int) -> list[np.ndarray]:
