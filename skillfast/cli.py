@@ -281,5 +281,46 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
         _show(sites_table(model, find_sites(made)))
 
 
+@main.command(cls=_Command)
+@click.option("--model", required=True, help="hf: and a name on the hub, a folder or a config.json.")
+@click.option("--task", type=click.Choice(["own", "classification", "causal"]), default="own", show_default=True)
+@click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names.")
+@click.option("--statistics", type=_Names(), default=",".join(words.STATISTICS), show_default=True)
+@click.option("--cells", type=int, default=128, show_default=True)
+@click.option("--metrics", type=_Names(), default=",".join(words.METRICS), show_default=True)
+@click.option("--classes", type=int, default=2, show_default=True, help="Of the labels.")
+@click.option("--confidence", type=int, help="Replicates of the bootstrap.")
+@click.option("--dtype", type=click.Choice(words.DTYPES), default="bfloat16", show_default=True)
+@click.option("--bits", type=click.Choice(["4", "8"]), help="Of quantised linear layers.")
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--tokens", type=int, default=512, show_default=True, help="Per example.")
+@click.option("--examples", type=int, default=100_000, show_default=True)
+@click.option("--devices", type=int, default=1, show_default=True, help="Over which the blocks are spread.")
+@click.option("--device-memory", help="Of one device, such as 80GiB; by default what is free here.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def plan(model: str, bits: str | None, device_memory: str | None, as_json: bool, **options: Any) -> None:
+    """Say what tracing a language model will take, before its weights are loaded.
+
+    From its configuration alone: sites, neurons, the exact size of the state, and the peak of each device. Exits with
+    1 where it does not fit.
+    """
+    import json
+
+    from skillfast.plan import Settings, parse_bytes
+    from skillfast.plan import plan as run
+
+    settings = Settings(bits=None if bits is None else int(bits), **options)
+    found = run(model, settings, device_memory=None if device_memory is None else parse_bytes(device_memory))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        from skillfast.report import plan_table
+
+        _show(plan_table(found))
+        click.echo(found.verdict())
+    if not found.fits:
+        click.get_current_context().exit(1)
+
+
 def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else click.echo

@@ -152,6 +152,17 @@ class Plan:
         """Whether nothing is known not to fit."""
         return all(device.fits is not False for device in self.devices)
 
+    def verdict(self) -> str:
+        """Whether it fits, in a line or a few; and what makes it fit."""
+        largest = max(self.devices, key=lambda device: device.peak)
+        if largest.capacity is None:
+            return f"largest peak {gib(largest.peak)}; pass --device-memory to know whether it fits"
+        if self.fits:
+            return f"fits: largest peak {gib(largest.peak)} of {gib(largest.capacity)}"
+        lines = [f"does not fit: largest peak {gib(largest.peak)} of {gib(largest.capacity)}"]
+        lines += [f"  {setting}: {gib(peak)}" for setting, peak in self.remedies]
+        return "\n".join(lines if self.remedies else [*lines, "  no single setting makes it fit: take more devices"])
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -286,6 +297,11 @@ def _free() -> int | None:
     if torch.cuda.is_available():
         return min(free_bytes(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
     return free_bytes(torch.device("cpu"))
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def parse_bytes(text: str) -> int:
