@@ -30,9 +30,17 @@ _UNNAMED = "LABEL_"  # what transformers calls classes that nobody named
 
 
 def prepare_text(
-    config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool, say: Callable[[str], None]
+    config: BenchConfig, device: torch.device, clock: Clock, *, traces: bool, quiet: bool, say: Callable[[str], None]
 ) -> tuple[TextClassifier, Splits, dict[str, Any]]:
     """Read the text, load the model, and train it where its head is new.
+
+    Args:
+        config: The settings.
+        device: Where the model runs.
+        clock: Measures the phases.
+        traces: Whether the run will trace: then its pooling must leave padding out.
+        quiet: Show no progress bar.
+        say: Called with each line worth reading.
 
     Returns:
         The classifier on its device, the data, and how its weights came about.
@@ -52,7 +60,8 @@ def prepare_text(
             dtype=torch.float32 if prompt is None else getattr(torch, config.dtype),
             seed=config.seed,
         )
-        _check_pool(config.pool, Collate(loaded).side)
+        if traces:
+            _check_pool(config.pool, Collate(loaded).side)
         if prompt is None and (named := _own_classes(loaded)) is not None and len(named) == len(table.classes):
             table = _read(config, config.data_file, named)
         words = None if prompt is None else prompt.ids(loaded.tokenizer, table.classes)
