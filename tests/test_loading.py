@@ -81,7 +81,7 @@ def test_unknown_models():
     text = message_of(f"{NAME}.nope", 10)
     assert f"expected a pretrained tag of {NAME}, got 'nope'; it has augreg_in21k, augreg_in21k_ft_in1k" in text
     assert "got a Hugging Face model; language models are hf:NAME with --dataset text" in message_of("hf:gpt2", 10)
-    assert "got a folder, which" in message_of("/", 10)
+    assert "got a folder; language models are hf:NAME" in message_of("/", 10)
 
 
 def test_arguments_that_do_not_fit():
