@@ -90,7 +90,11 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 _subject = _options(
-    click.option("--model", help="timm's name of a vision transformer; the default is a small one for the digits."),
+    click.option(
+        "--model",
+        help="timm's name of a vision transformer, or hf: and a language model's name or folder; the default is a "
+        "small one for the digits.",
+    ),
     click.option("--model-kwarg", "model_kwarg", multiple=True, metavar="KEY=VALUE", help="Of its constructor."),
     click.option("--checkpoint", type=click.Path(), help="Its weights: a .safetensors or .pt file."),
     click.option("--pretrained/--no-pretrained", default=False, help="Download the weights that timm names."),
@@ -100,8 +104,17 @@ _subject = _options(
     click.option("--epochs", type=int, help="Passes of that training."),
     click.option("--dataset", type=click.Choice(words.DATASETS), default="digits", show_default=True),
     click.option("--data-dir", type=click.Path(), help="Folder with train/<class> and test/<class>, or CIFAR-10's."),
-    click.option("--train-per-class", type=int, help="Training images of each class; all by default."),
-    click.option("--test-per-class", type=int, help="Test images of each class; all by default."),
+    click.option("--data-file", help="Text: a .tsv, .csv or .jsonl file, or hf:NAME[:CONFIG][@SPLIT]."),
+    click.option("--test-file", help="Likewise, to test on; a third of --data-file by default."),
+    click.option("--text-column", default="text", show_default=True),
+    click.option("--label-column", default="label", show_default=True),
+    click.option("--pair-column", help="A second text, for inference tasks."),
+    click.option("--prompt", help="Template with {text}, for a model that only predicts tokens."),
+    click.option("--label-words", type=_Names(), default="", help="Its words for the classes: ' bad, good'."),
+    click.option("--pad-token", help="What to pad with, where the tokenizer has nothing."),
+    click.option("--truncate", is_flag=True, help="Cut texts that are longer than the model's context."),
+    click.option("--train-per-class", type=int, help="Training examples of each class; all by default."),
+    click.option("--test-per-class", type=int, help="Test examples of each class; all by default."),
     click.option("--mean", type=_Numbers(), help="Of the images, per channel; the model's own by default."),
     click.option("--std", type=_Numbers(), help="Likewise."),
     click.option("--crop-pct", type=float, help="Share of the image that the centre crop keeps; likewise."),
@@ -176,10 +189,17 @@ def bench(quiet: bool, **options: Any) -> None:
 @main.command(cls=_Command)
 @_subject
 @_tracing
+@click.option(
+    "--metrics",
+    type=_Names(),
+    default=",".join(words.METRICS),
+    show_default=True,
+    help=f"Of text: {', '.join(words.ALL_METRICS)}, module:function, column:NAME.",
+)
 @click.option("--top", type=int, default=5, show_default=True, help="Neurons to show per metric.")
 @_output
 def trace(quiet: bool, top: int, output: str, **options: Any) -> None:
-    """Correlate every neuron with label, correctness, confidence and loss; write scores.safetensors."""
+    """Correlate every neuron with label, correctness, confidence and loss, or others; write scores.safetensors."""
     from skillfast.benchmark.setup import traced
     from skillfast.files import output_folder
 
@@ -239,7 +259,7 @@ def report(directory: str) -> None:
 
 
 @main.command(cls=_Command)
-@click.option("--model", help="timm's name: list its sites.")
+@click.option("--model", help="timm's name, or hf: and a name or folder: list its sites.")
 @click.option("--model-kwarg", multiple=True, metavar="KEY=VALUE")
 def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
     """Show versions and backends, and where a model's neurons are."""
@@ -249,12 +269,57 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
     for name, text in backends.status().items():
         click.echo(f"  {name}: {text}")
     if model is not None:
+        from skillfast.models.huggingface import is_huggingface, load_config, skeleton
         from skillfast.models.loading import create_model, parse_model_kwargs
         from skillfast.models.sites import find_sites
         from skillfast.report import sites_table
 
-        loaded = create_model(model, 1000, model_kwargs=parse_model_kwargs(model_kwarg))
-        _show(sites_table(model, find_sites(loaded.model)))
+        if is_huggingface(model):
+            made = skeleton(load_config(model))
+        else:
+            made = create_model(model, 1000, model_kwargs=parse_model_kwargs(model_kwarg)).model
+        _show(sites_table(model, find_sites(made)))
+
+
+@main.command(cls=_Command)
+@click.option("--model", required=True, help="hf: and a name on the hub, a folder or a config.json.")
+@click.option("--task", type=click.Choice(["own", "classification", "causal"]), default="own", show_default=True)
+@click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names.")
+@click.option("--statistics", type=_Names(), default=",".join(words.STATISTICS), show_default=True)
+@click.option("--cells", type=int, default=128, show_default=True)
+@click.option("--metrics", type=_Names(), default=",".join(words.METRICS), show_default=True)
+@click.option("--classes", type=int, default=2, show_default=True, help="Of the labels.")
+@click.option("--confidence", type=int, help="Replicates of the bootstrap.")
+@click.option("--dtype", type=click.Choice(words.DTYPES), default="bfloat16", show_default=True)
+@click.option("--bits", type=click.Choice(["4", "8"]), help="Of quantised linear layers.")
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--tokens", type=int, default=512, show_default=True, help="Per example.")
+@click.option("--examples", type=int, default=100_000, show_default=True)
+@click.option("--devices", type=int, default=1, show_default=True, help="Over which the blocks are spread.")
+@click.option("--device-memory", help="Of one device, such as 80GiB; by default what is free here.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def plan(model: str, bits: str | None, device_memory: str | None, as_json: bool, **options: Any) -> None:
+    """Say what tracing a language model will take, before its weights are loaded.
+
+    From its configuration alone: sites, neurons, the exact size of the state, and the peak of each device. Exits with
+    1 where it does not fit.
+    """
+    import json
+
+    from skillfast.plan import Settings, parse_bytes
+    from skillfast.plan import plan as run
+
+    settings = Settings(bits=None if bits is None else int(bits), **options)
+    found = run(model, settings, device_memory=None if device_memory is None else parse_bytes(device_memory))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        from skillfast.report import plan_table
+
+        _show(plan_table(found))
+        click.echo(found.verdict())
+    if not found.fits:
+        click.get_current_context().exit(1)
 
 
 def _say(quiet: bool) -> Callable[[str], None]:

@@ -124,7 +124,7 @@ def test_info():
         (["--device", "cuda:99"], 2, "device 'cuda:99': expected one that is there"),
         (["--device", "abacus"], 2, "device: expected cpu, cuda or cuda:<number>, got 'abacus'"),
         (["--model", "vit_tiny_patch16_223"], 1, "vit_tiny_patch16_224"),
-        (["--model", "resnet18", "--epochs", "1"], 1, "ResNet: expected blocks with linear modules"),
+        (["--model", "resnet18", "--epochs", "1"], 1, "ResNet: expected blocks named as in a known family"),
         (["--model", "vit_tiny_patch16_224"], 2, "expected one for the digits' [1, 8, 8] images, got one for [3, 224"),
         (["--model", "vit_tiny_patch16_224", "--checkpoint", "nowhere.safetensors"], 1, "nowhere.safetensors"),
         (["--model", "vit_tiny_patch16_224", "--model-kwarg", "depth"], 2, "expected key=value, got 'depth'"),

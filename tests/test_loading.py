@@ -80,8 +80,8 @@ def test_unknown_models():
     assert "got an unknown one" in message_of("timm/vit", 10)
     text = message_of(f"{NAME}.nope", 10)
     assert f"expected a pretrained tag of {NAME}, got 'nope'; it has augreg_in21k, augreg_in21k_ft_in1k" in text
-    assert "got a Hugging Face model, which this version of skillfast does not support" in message_of("hf:gpt2", 10)
-    assert "got a folder, which" in message_of("/", 10)
+    assert "got a Hugging Face model; language models are hf:NAME with --dataset text" in message_of("hf:gpt2", 10)
+    assert "got a folder; language models are hf:NAME" in message_of("/", 10)
 
 
 def test_arguments_that_do_not_fit():
@@ -194,7 +194,7 @@ def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_pretrained_with_a_hub(monkeypatch: pytest.MonkeyPatch):
     kwargs = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3}
     served = timm.create_model(NAME, num_classes=1000, **kwargs).state_dict()
-    monkeypatch.setattr(weights, "_probe", lambda endpoint: None)
+    monkeypatch.setattr(weights, "probe", lambda endpoint: None)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **more: dict(served))
     loaded = create_model(NAME, 3, pretrained=True, model_kwargs=kwargs, quiet=True)
     assert (loaded.source, loaded.head_replaced) == ("pretrained", True)

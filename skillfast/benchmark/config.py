@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, STATISTICS
+from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, METRICS, STATISTICS
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,24 @@ class BenchConfig:
     """The settings of `skillfast.bench`; every default is that of the command line.
 
     Attributes:
-        model: timm's name; None is the small vision transformer for the digits.
+        model: timm's name, or `hf:` and a name on the hub or a folder; None is the small vision transformer for the
+            digits.
         model_kwargs: Further arguments of the model's constructor.
         checkpoint: A safetensors or `.pt` file with the model's weights.
         pretrained: Use the weights that timm downloads.
         finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None: what the model needs.
         epochs: Passes of that training; None for the default of the mode.
-        dataset: `"digits"`, `"cifar10"` or `"imagefolder"`.
-        data_dir: The folder of the latter two.
+        dataset: `"digits"`, `"cifar10"`, `"imagefolder"` or `"text"`.
+        data_dir: The folder of images.
+        data_file: Text: a `.tsv`, `.csv` or `.jsonl` file, or `hf:NAME[:CONFIG][@SPLIT]`.
+        test_file: Likewise, to test on; None for a third of `data_file`.
+        text_column: Where the text stands.
+        label_column: Where its class stands.
+        pair_column: Where a second text stands.
+        prompt: Template with `{text}` for a model that only predicts tokens.
+        label_words: Its words for the classes, in their order.
+        pad_token: What to pad with, where the tokenizer has nothing.
+        truncate: Cut texts that are longer than the model's context.
         train_per_class: Training images per class to use; None for all.
         test_per_class: Test images per class to use; None for all.
         mean: Per channel, what images are normalised by; None for the model's own.
@@ -34,6 +44,7 @@ class BenchConfig:
         seed: Of every random choice.
         sites: Kinds or names of sites.
         pool: How tokens become one observation.
+        metrics: What text is traced against; see `skillfast.auxiliary`.
         statistics: What the trace computes.
         cells: Cells per neuron for all but Pearson's r.
         method: The statistic by which neurons are ranked.
@@ -53,6 +64,15 @@ class BenchConfig:
     epochs: int | None = None
     dataset: str = "digits"
     data_dir: str | None = None
+    data_file: str | None = None
+    test_file: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    pair_column: str | None = None
+    prompt: str | None = None
+    label_words: tuple[str, ...] = ()
+    pad_token: str | None = None
+    truncate: bool = False
     train_per_class: int | None = None
     test_per_class: int | None = None
     mean: tuple[float, ...] | None = None
@@ -65,6 +85,7 @@ class BenchConfig:
     seed: int = 0
     sites: tuple[str, ...] = KINDS
     pool: str = "mean"
+    metrics: tuple[str, ...] = METRICS
     statistics: tuple[str, ...] = STATISTICS
     cells: int = 128
     method: str = "pearson"
@@ -84,7 +105,8 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {value}")
-        if self.dataset != "digits" and self.data_dir is None:
+        self._check_text()
+        if self.dataset in ("cifar10", "imagefolder") and self.data_dir is None:
             raise ArgumentError(f"data folder: expected --data-dir with --dataset {self.dataset}, got none")
         if self.model is None and self.dataset != "digits":
             raise ArgumentError(
@@ -97,6 +119,30 @@ class BenchConfig:
             )
         if self.checkpoint is not None and self.pretrained:
             raise ArgumentError("weights: expected --checkpoint or --pretrained, got both; leave one out")
+
+    def _check_text(self) -> None:
+        hugging_face = self.model is not None and self.model.startswith("hf:")
+        if hugging_face != (self.dataset == "text"):
+            expected, got = ("--dataset text", f"--dataset {self.dataset}") if hugging_face else ("hf:NAME", self.model)
+            what = "dataset" if hugging_face else "model"
+            raise ArgumentError(
+                f"{what}: expected {expected} with {self.model if hugging_face else '--dataset text'}, got {got}; "
+                "language models read text, timm's models read images"
+            )
+        if self.dataset == "text" and self.data_file is None:
+            raise ArgumentError(
+                "data file: expected --data-file with --dataset text, got none; for example --data-file train.tsv"
+            )
+        if (self.prompt is None) != (not self.label_words):
+            raise ArgumentError(
+                "prompt: expected --prompt and --label-words together, got one; leave both out for a model with a "
+                "classification head"
+            )
+        if self.dataset != "text" and self.metrics != METRICS:
+            raise ArgumentError(
+                f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.metrics)}; trace others with "
+                "skillfast.trace(forward=...)"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that may change the results; the output folder does not."""

@@ -11,9 +11,11 @@ import torch
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, sweep
 from skillfast.benchmark.cost import Clock
+from skillfast.benchmark.text import prepare_text, trace_text
 from skillfast.errors import ArgumentError
 from skillfast.models import loading, training
 from skillfast.models.sites import choose_sites
+from skillfast.models.text_classifier import TextClassifier
 from skillfast.tracing import trace
 
 if TYPE_CHECKING:
@@ -91,13 +93,23 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subject:
+def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, traces: bool = True) -> Subject:
     """Load the data, make the model, and train what must be trained.
+
+    Args:
+        config: The settings.
+        clock: Measures the phases.
+        quiet: Show no progress bar.
+        say: Called with each line worth reading.
+        traces: Whether the run will trace.
 
     Raises:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
     device = choose_device(config.device)
+    if config.dataset == "text":
+        classifier, texts, trained = prepare_text(config, device, clock, traces=traces, quiet=quiet, say=say)
+        return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
     if config.dataset == "digits" and config.model is None:
         return _digits(config, device, clock, quiet=quiet)
     with clock.phase("data"):
@@ -185,6 +197,8 @@ def _what_is_trained(mode: str) -> str:
 
 def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
     """Trace the select part with the subject's settings."""
+    if isinstance(subject.model, TextClassifier):
+        return trace_text(subject.config, subject.model, subject.splits, quiet)
     return trace(
         subject.model,
         subject.loader("select"),
@@ -211,6 +225,6 @@ def ablated(
     """Accuracy on the test part without and with each skill's intervention."""
     conditions = [Condition(skill, tuple(components), config.scale) for skill in skills]
     with backends.use_backend(config.backend):
-        subject = prepare(config, Clock(), quiet=quiet, say=say)
+        subject = prepare(config, Clock(), quiet=quiet, say=say, traces=False)
         with subject.precision():
             return sweep(subject.model, subject.loader("test"), conditions, classes=subject.splits.classes, quiet=quiet)

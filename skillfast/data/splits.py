@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -86,13 +86,53 @@ def loader(
     Args:
         dataset: one part of a `Splits`.
         batch_size: examples per batch.
-        shuffle: a new random order in every pass.
+        shuffle: a new random order in every pass; of a dataset with `lengths`, random batches of like lengths.
         seed: of that order.
         drop_last: leave out a last batch that is not full.
 
     Returns:
-        A loader of (images float32 `[b, C, H, W]`, labels int64 `[b]`).
+        A loader of (images float32 `[b, C, H, W]`, labels int64 `[b]`), or of what the dataset's `collate` makes.
     """
     # a generator of its own even when not shuffling: iterating then leaves the global random state alone
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, generator=generator)  # type: ignore[arg-type]
+    collate = getattr(dataset, "collate", None)  # of examples that are no tensors of one size
+    if shuffle and (lengths := getattr(dataset, "lengths", None)) is not None:
+        batches = _LikeLengths(lengths, batch_size, drop_last, generator)
+        return DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=collate)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        generator=generator,
+        collate_fn=collate,
+    )
+
+
+class _LikeLengths:
+    """Random batches, each of examples of like lengths, so that padding is short: drawn from pools of 16 batches.
+
+    Args:
+        lengths: of the examples.
+        batch_size: examples per batch.
+        drop_last: leave out batches that are not full.
+        generator: of the random numbers.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, drop_last: bool, generator: torch.Generator) -> None:
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.generator = generator
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.lengths), generator=self.generator)
+        pools = (pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(16 * self.batch_size))
+        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+        kept = [batch for batch in batches if len(batch) == self.batch_size or not self.drop_last]
+        for index in torch.randperm(len(kept), generator=self.generator).tolist():
+            yield kept[index].tolist()

@@ -151,8 +151,8 @@ def _find(name: str) -> dict[str, Any]:
     if name.startswith(("hf:", "hf-hub:", "hf_hub:", "local-dir:")) or Path(name).is_dir():
         got = "a Hugging Face model" if name.startswith("hf") else "a folder"
         raise ModelError(
-            f"model '{name}': expected a timm model name, got {got}, which this version of skillfast does not support; "
-            "pass a name of timm.list_models(), and its weights as --checkpoint FILE"
+            f"model '{name}': expected a timm model name for images, got {got}; language models are hf:NAME with "
+            "--dataset text, and weights of timm's models are --checkpoint FILE"
         )
     arch, _, tag = name.partition(".")
     if any(mark in name for mark in "/\\:") or not timm.is_model(arch):

@@ -1,29 +1,43 @@
 """Sites: the inputs of a model's output projections, found by structure.
 
 A neuron is one coordinate of the input of a block's output projection (`mlp.fc2`, `attn.proj`, ...) or of the
-classifier. Module names differ between families, so a family is a row of `PATTERNS`, data and not code.
+classifier. Module names differ between families, so a family is a row of `families.FAMILIES`, data and not code; a
+model of no family says where its sites are (`declare_sites`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.families import HEAD_COUNTS, HEAD_WIDTHS, HEADS, Family, families, register_family
 from skillfast.vocabulary import KINDS, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PATTERNS: tuple[tuple[Kind, str], ...] = (
-    ("attn", r"^(?P<block>.*\b\d+)\.attn\.proj$"),  # timm: ViT, DeiT, BEiT, EVA
-    ("mlp", r"^(?P<block>.*\b\d+)\.mlp\.fc2$"),
-)
-"""(kind, module path) of each known family; `block` is what the sites of one block share."""
+__all__ = [
+    "Family",
+    "Site",
+    "choose_sites",
+    "declare_sites",
+    "find_sites",
+    "fingerprint",
+    "input_width",
+    "module_device",
+    "refuse_compiled",
+    "register_family",
+    "unwrap_compiled",
+]
+
+DECLARED = "skillfast_sites"
+"""Attribute of a model (or of its class) that maps canonical names to module paths."""
 
 
 @dataclass(frozen=True)
@@ -71,57 +85,173 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     """All sites of a model, in the order of its blocks, the classifier's last.
 
     Args:
-        model: A timm vision transformer, or any model with modules named as in `PATTERNS`.
+        model: One that declares its sites, or whose modules are named as in a known family (`families.FAMILIES`): a
+            timm vision transformer, a Hugging Face encoder or decoder. The blocks of an encoder-decoder are counted
+            through, the encoder's first.
 
     Raises:
         ModelError: No module of the model is a known site.
     """
     model = unwrap_compiled(model)
+    if (declared := getattr(model, DECLARED, None)) is not None:
+        return _declared_sites(model, declared)
+    known = families()
+    patterns = [pattern for family in known for pattern in family.patterns()]
     blocks: dict[str, int] = {}
     sites = []
     for path, module in model.named_modules():
-        for kind, pattern in PATTERNS:
-            found = re.match(pattern, path)
-            if found is None or not isinstance(module, torch.nn.Linear):
-                continue
-            index = blocks.setdefault(found["block"], len(blocks))
-            owner = model.get_submodule(path.rpartition(".")[0])
-            heads = getattr(owner, "num_heads", None) if kind == "attn" else None
-            sites.append(Site(f"blocks.{index}.{kind}", kind, index, path, module.in_features, heads))
+        width = input_width(module)
+        if width is None or isinstance(owner := _owner(model, path), torch.nn.MultiheadAttention):
+            continue  # that one never calls its projection
+        for kind, pattern in patterns:
+            if (found := pattern.fullmatch(path)) is not None:
+                index = blocks.setdefault(found["block"], len(blocks))
+                heads = _heads(model, path, owner, width) if kind == "attn" else None
+                sites.append(Site(f"blocks.{index}.{kind}", kind, index, path, width, heads))
+                break
     if not sites:
         raise ModelError(
-            f"{type(model).__name__}: expected blocks with linear modules named attn.proj and mlp.fc2 (timm's vision "
-            "transformers), got none; use a model of that form"
+            f"{type(model).__name__}: expected blocks named as in a known family "
+            f"({', '.join(family.name for family in known)}), got none; declare its sites: "
+            'sites={"blocks.0.mlp": "<path of the projection>", ..., "head": "<path>"}, or for a whole family '
+            "skillfast.models.sites.register_family or an entry point of skillfast.families"
         )
-    head = _classifier(model)
+    head = _classifier(model, known)
     if head is not None:
-        sites.append(Site("head", "head", None, head[0], head[1].in_features))
+        sites.append(Site("head", "head", None, *head))
     return tuple(sites)
 
 
-def _classifier(model: torch.nn.Module) -> tuple[str, torch.nn.Linear] | None:
+def input_width(module: torch.nn.Module) -> int | None:
+    """The number of input features of a projection; None for any other module.
+
+    A projection is whatever has `in_features`, as `nn.Linear`, its quantised kin and adapters around it have, or a
+    transposed linear layer (`Conv1D` of GPT-2), whose weight is [in, out].
+    """
+    if isinstance(width := getattr(module, "in_features", None), int):
+        return width
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return weight.shape[0]
+    return None
+
+
+def module_device(module: torch.nn.Module) -> torch.device:
+    """Where a module computes: its weights' device, or what accelerate moves them to for each forward.
+
+    Packed weights of quantised layers are no parameters; a module with neither parameters nor buffers is on the CPU.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        if (device := getattr(part, "execution_device", None)) is not None:
+            return torch.device(device)
+    for tensors in (module.parameters(), module.buffers()):
+        if (first := next(tensors, None)) is not None:
+            return first.device
+    return torch.device("cpu")
+
+
+def declare_sites(model: torch.nn.Module, paths: Mapping[str, str]) -> tuple[Site, ...]:
+    """Say where the sites of a model of no known family are; the model keeps it, as its attribute `skillfast_sites`.
+
+    Args:
+        model: Any model.
+        paths: Canonical name (`blocks.3.mlp`, `blocks.3.attn`, `head`) -> path of the projection module whose input
+            holds the neurons.
+
+    Returns:
+        The sites.
+
+    Raises:
+        ArgumentError: A name that is not canonical, or a path that is no projection of the model.
+    """
+    model = unwrap_compiled(model)
+    sites = _declared_sites(model, paths)
+    setattr(model, DECLARED, dict(paths))
+    return sites
+
+
+def _declared_sites(model: torch.nn.Module, paths: Mapping[str, str]) -> tuple[Site, ...]:
+    modules = dict(model.named_modules())
+    sites = []
+    for name, path in paths.items():
+        found = re.fullmatch(r"blocks\.(\d+)\.(mlp|attn)|head", name)
+        if found is None:
+            raise ArgumentError(
+                f"site {name!r}: expected a name such as blocks.0.mlp, blocks.0.attn or head, got another; rename it"
+            )
+        width = input_width(modules[path]) if path in modules else None
+        if width is None:
+            got = "no such module" if path not in modules else type(modules[path]).__name__
+            raise ArgumentError(
+                f"site {name!r}: expected the path of a linear layer of {type(model).__name__}, got {path!r} ({got}); "
+                "model.named_modules() lists them"
+            )
+        kind: Kind = next((kind for kind in KINDS if kind == found[2]), "head")
+        heads = _heads(model, path, _owner(model, path), width) if kind == "attn" else None
+        sites.append(Site(name, kind, None if kind == "head" else int(found[1]), path, width, heads))
+    if not sites:
+        raise ArgumentError("sites: expected at least one name and path, got none; see skillfast.models.sites")
+    return tuple(sorted(sites, key=lambda site: (site.block is None, site.block or 0)))
+
+
+def _owner(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _heads(model: torch.nn.Module, path: str, owner: torch.nn.Module, width: int) -> int | None:
+    """Query heads of an attention projection: told by its owner, or by the owner's neighbours (BERT)."""
+    parent = model.get_submodule(".".join(path.split(".")[:-2]))
+    for module in (owner, *parent.children()):
+        counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+        widths: list[Any] = [getattr(module, name, None) for name in HEAD_WIDTHS]
+        counts += [width // each for each in widths if _divides(each, width)]
+        if (heads := next((count for count in counts if _divides(count, width)), None)) is not None:
+            return heads
+    return None
+
+
+def _divides(part: Any, whole: int) -> bool:
+    return isinstance(part, int) and part > 0 and whole % part == 0
+
+
+def _classifier(model: torch.nn.Module, known: Sequence[Family]) -> tuple[str, int] | None:
+    """Path and width of the classifier or the language-model head."""
+    modules = dict(model.named_modules())
     get_classifier = getattr(model, "get_classifier", None)
-    head = get_classifier() if callable(get_classifier) else getattr(model, "head", None)
-    if not isinstance(head, torch.nn.Linear):
-        return None
-    return next((path, module) for path, module in model.named_modules() if module is head)
+    candidates = [get_classifier() if callable(get_classifier) else getattr(model, "head", None)]
+    candidates += [modules.get(path) for path in (*(family.head for family in known if family.head), *HEADS)]
+    get_output = getattr(model, "get_output_embeddings", None)
+    candidates += [get_output() if callable(get_output) else None]
+    for head in candidates:
+        if isinstance(head, torch.nn.Module) and (width := input_width(head)) is not None:
+            return next(path for path, module in modules.items() if module is head), width
+    return None
 
 
-def choose_sites(model: torch.nn.Module, wanted: Sequence[str]) -> tuple[Site, ...]:
-    """The sites of a model that were asked for, by kind (`"mlp"`) or by name (`"blocks.3.mlp"`).
+def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, str]) -> tuple[Site, ...]:
+    """The sites of a model that were asked for.
+
+    Args:
+        model: The model.
+        wanted: Kinds (`"mlp"`) or names (`"blocks.3.mlp"`); or the sites of a model of no known family, which this
+            declares (see `declare_sites`).
 
     Raises:
         ArgumentError: A wanted name is no kind and no site of the model.
         ModelError: The model has no known sites.
     """
+    if isinstance(wanted, Mapping):
+        return declare_sites(model, wanted)
     sites = find_sites(model)
+    kinds = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
     if not wanted:
         raise ArgumentError(f"sites: expected some of {', '.join(KINDS)} or names such as {sites[0].name}, got none")
     for name in wanted:
         if not any(name in (site.kind, site.name) for site in sites):
             raise ArgumentError(
-                f"site {name!r}: expected one of {', '.join(KINDS)} or a name from {sites[0].name} to "
-                f"{sites[-1].name} that this {type(unwrap_compiled(model)).__name__} has; "
+                f"site {name!r}: expected one of {', '.join(kinds)} or a name from {sites[0].name} to "
+                f"{sites[-1].name} that this {type(unwrap_compiled(model)).__name__} has, got another; "
                 "`skillfast info --model ...` lists them"
             )
     return tuple(site for site in sites if site.kind in wanted or site.name in wanted)

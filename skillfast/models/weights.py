@@ -101,7 +101,7 @@ def hub(name: str, cfg: dict[str, Any], quiet: bool) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    unreachable = _probe(constants.ENDPOINT) if cfg.get("hf_hub_id") else None
+    unreachable = probe(constants.ENDPOINT) if cfg.get("hf_hub_id") else None
     if unreachable is not None and not _is_cached(cfg):  # known before a model of any size is built
         raise _no_weights(name, f"{constants.ENDPOINT} cannot be reached ({unreachable})")
     offline, timeout, bars_off = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout(), are_progress_bars_disabled()
@@ -138,7 +138,7 @@ def _is_cached(cfg: dict[str, Any]) -> bool:
     return any(isinstance(try_to_load_from_cache(cfg["hf_hub_id"], file), str) for file in files if file)
 
 
-def _probe(endpoint: str) -> str | None:
+def probe(endpoint: str) -> str | None:
     """Try to reach the hub for a few seconds: why not, or None."""
     from huggingface_hub.utils import get_session
 

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from skillfast.models.sites import Site
+    from skillfast.plan import Plan
     from skillfast.statistics.neuron_scores import NeuronScores
 
 __all__ = [
     "accuracy_table",
     "comparison_table",
+    "plan_table",
     "read_results",
     "render",
     "sites_table",
@@ -125,3 +127,17 @@ def sites_table(name: str, sites: Sequence[Site]) -> Table:
     from skillfast.report import tables
 
     return tables.sites_table(name, sites)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Show what tracing a model takes, device by device.
+
+    Args:
+        plan: as `skillfast.plan.plan` made it.
+
+    Returns:
+        A table for the terminal.
+    """
+    from skillfast.report import tables
+
+    return tables.plan_table(plan)

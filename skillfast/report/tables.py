@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, term_interval, term_value
+from skillfast.report.formatting import (
+    UNDEFINED,
+    finite,
+    interval,
+    number_of,
+    percent,
+    size,
+    term_interval,
+    term_value,
+)
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from skillfast.models.sites import Site
+    from skillfast.plan import Plan
     from skillfast.statistics.neuron_scores import NeuronScores
 
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
@@ -137,4 +147,18 @@ def sites_table(name: str, sites: Sequence[Site]) -> Table:
         table.add_column(heading, justify="right" if heading in ("neurons", "heads") else "left")
     for site in sites:
         table.add_row(site.name, site.kind, f"{site.width:,}", str(site.heads or ""), site.path)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """See `skillfast.report.plan_table`."""
+    title = f"{plan.model}: {plan.parameters:,} parameters, {plan.neurons:,} neurons in {len(plan.sites)} sites"
+    caption = f"state {plan.state:,} bytes in all; results and scalars on the host {size(plan.host)}"
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    for heading in ("device", "parts", "neurons", "weights", "state", "buffer", "forward", "peak"):
+        table.add_column(heading, justify="left" if heading == "parts" else "right")
+    for index, device in enumerate(plan.devices):
+        parts = device.parts[0] if device.parts[0] == device.parts[1] else " to ".join(device.parts)
+        sizes = (device.weights, device.state, device.buffer, device.forward, device.peak)
+        table.add_row(str(index), Text(parts), f"{device.neurons:,}", *map(size, sizes))
     return table

@@ -1,0 +1,281 @@
+"""Language models of the `transformers` library: by name or from a folder, with their tokenizers."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.weights import first_line, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PREFIX = "hf:"
+Task = Literal["classification", "causal", "own"]
+_AUTO = {"classification": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM", "own": "AutoModel"}
+_NO_LIMIT = 10**6  # tokenizers without one say 10^30
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer, ready for use.
+
+    Attributes:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer, with a token to pad with.
+        name: As it was asked for, without the prefix.
+        task: `"classification"`: a head over the classes; `"causal"`: the next token; `"own"`: what its weights are
+            for.
+        context: Tokens that it can read, special ones included.
+        head_replaced: Its weights came without a head for so many classes; this one is new and knows nothing yet.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    name: str
+    task: Task
+    context: int
+    head_replaced: bool
+
+
+def is_huggingface(name: str | None) -> bool:
+    """Whether a `--model` argument means a model of the transformers library."""
+    return name is not None and name.startswith(PREFIX)
+
+
+def load_config(name: str) -> Any:
+    """Read a model's configuration; no weights.
+
+    Args:
+        name: A name on the hub, a folder with a `config.json`, or such a file; with or without the prefix.
+
+    Raises:
+        ModelError: No such model here or on the hub, or a configuration that transformers does not know.
+    """
+    transformers = _library()
+    name = name.removeprefix(PREFIX)
+    if Path(name).is_file():
+        try:
+            values = json.loads(Path(name).read_text(encoding="utf-8"))
+            return transformers.AutoConfig.for_model(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(
+                f"model '{name}': expected a config.json with a known model_type, got {first_line(error)}; "
+                "check the file"
+            ) from error
+    with _from_hub(name, "its configuration") as where:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+
+
+def load_language_model(
+    name: str,
+    task: Task = "own",
+    *,
+    classes: Sequence[str] | None = None,
+    pad_token: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    seed: int = 0,
+) -> LanguageModel:
+    """Load a model, its weights and its tokenizer.
+
+    Args:
+        name: A name on the hub or a folder; with or without the prefix `hf:`.
+        task: `"classification"` puts a head for the classes on it unless the weights have one; `"causal"` predicts
+            tokens; `"own"` is whatever its configuration names as the architecture of its weights.
+        classes: Names of the classes, for classification.
+        pad_token: What to pad with, where the tokenizer has nothing.
+        dtype: Of the weights; None for the dtype of the file.
+        device_map: As in `from_pretrained`: `"auto"` spreads the layers over the devices; needs accelerate.
+        quantization_config: As in `from_pretrained`, for 4-bit and 8-bit layers.
+        seed: Of a new head's weights; the global random state is left as it was.
+
+    Raises:
+        ModelError: No such model here or on the hub, weights or a tokenizer that cannot be read, no token to pad with.
+    """
+    transformers = _library()
+    name = name.removeprefix(PREFIX)
+    config = load_config(name)
+    tokenizer = load_tokenizer(name, pad_token=pad_token)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if task == "classification":
+        options |= {"num_labels": len(_checked(classes)), "ignore_mismatched_sizes": True}
+    with (
+        torch.random.fork_rng(devices=[]),
+        _from_hub(name, "its weights") as where,
+    ):
+        torch.default_generator.manual_seed(seed)
+        model, loading = _model_class(transformers, config, task).from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False, **options, **where
+        )
+    missing = sorted([*loading["missing_keys"], *(str(key[0]) for key in loading["mismatched_keys"])])
+    if missing and not (task == "classification" and all(_is_head(model, key) for key in missing)):
+        raise ModelError(
+            f"model '{name}': expected all weights of {type(model).__name__}, got {len(missing)} missing "
+            f"({', '.join(missing[:3])}); it was made for {_made_for(config)}"
+        )
+    _check_tokens(name, model, tokenizer)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # classification heads of decoders look for the last token
+    return LanguageModel(model.eval(), tokenizer, name, task, _context(model.config, tokenizer), bool(missing))
+
+
+def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:
+    """Load a model's tokenizer.
+
+    Args:
+        name: A name on the hub or a folder; with or without the prefix `hf:`.
+        pad_token: What to pad with, where the tokenizer has nothing; a token of its vocabulary.
+
+    Raises:
+        ModelError: No tokenizer there, or one without a token to pad with.
+    """
+    transformers = _library()
+    name = name.removeprefix(PREFIX)
+    with _from_hub(name, "its tokenizer") as where:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+        raise ModelError(
+            f"model '{name}': expected a tokenizer beside it, got none; save it there with "
+            f"tokenizer.save_pretrained('{name}')"
+        )
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(
+                f"model '{name}': expected a pad token of its tokenizer's vocabulary, got {pad_token!r}; "
+                f"for example {tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)!r}"
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        remedy = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        raise ModelError(
+            f"model '{name}': expected a tokenizer with a pad token, got none; pass --pad-token '{remedy}' (padding is "
+            "masked, so any token serves)"
+        )
+    return tokenizer
+
+
+def skeleton(config: Any, task: Task = "own") -> torch.nn.Module:
+    """A model without weights, on torch's `meta` device: its modules and their sizes, and no memory.
+
+    Args:
+        config: From `load_config`.
+        task: As in `load_language_model`.
+
+    Raises:
+        ModelError: A configuration from which transformers cannot make a model.
+    """
+    transformers = _library()
+    try:
+        with torch.device("meta"), _silent(transformers):
+            chosen = _model_class(transformers, config, task)
+            made = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    except Exception as error:  # of whatever the model's constructor checks
+        raise ModelError(
+            f"model of type {config.model_type}: expected a configuration of a {task} model, got {first_line(error)}; "
+            "check the configuration"
+        ) from error
+    return made.eval()
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            "model: expected the transformers library for a model with the prefix hf:, got none; "
+            "pip install 'skillfast[llm]'"
+        ) from error
+    return transformers
+
+
+def _model_class(transformers: Any, config: Any, task: Task) -> Any:
+    named = next(iter(config.architectures or ()), None)
+    if task == "own" and named is not None and hasattr(transformers, named):
+        return getattr(transformers, named)
+    return getattr(transformers, _AUTO[task])
+
+
+def _checked(classes: Sequence[str] | None) -> Sequence[str]:
+    if classes is None or len(classes) < 2:
+        raise ArgumentError(
+            f"classes: expected at least two for a classification head, got {len(classes or ())}; give the data's"
+        )
+    return classes
+
+
+def _is_head(model: Any, key: str) -> bool:
+    """Whether a tensor belongs to what sits on top of the base model; a new pooler is part of it (BERT)."""
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
+
+
+def _made_for(config: Any) -> str:
+    return ", ".join(config.architectures or ()) or "something that its configuration does not name"
+
+
+def _context(config: Any, tokenizer: Any) -> int:
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits.append(tokenizer.model_max_length)
+    return min([int(limit) for limit in limits if limit is not None and limit < _NO_LIMIT], default=_NO_LIMIT)
+
+
+def _check_tokens(name: str, model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise ModelError(
+            f"model '{name}': expected a tokenizer for its {rows} embeddings, got one of {len(tokenizer)} tokens; "
+            "use the tokenizer that it was trained with"
+        )
+
+
+@contextmanager
+def _from_hub(name: str, what: str) -> Iterator[dict[str, Any]]:
+    """Arguments that say where to look; a failure in one line, and soon where there is no network."""
+    from huggingface_hub import constants
+
+    transformers = _library()
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(
+            f"model '{PREFIX}{name}': expected a folder or a name on the hub, got no such folder; check the path"
+        )
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
+    unreachable = None if local or offline else probe(constants.ENDPOINT)
+    try:
+        with _silent(transformers):
+            yield {"local_files_only": local or offline or unreachable is not None}
+    except ModelError:
+        raise
+    except Exception as error:  # of the hub's client, of safetensors, of whatever reads the files
+        reason, remedy = first_line(error), "check the folder" if local else "check the name, or pass a folder"
+        if unreachable is not None or offline:
+            reason = "it is not in the local cache, and " + (
+                f"{constants.ENDPOINT} cannot be reached ({unreachable})" if unreachable else "HF_HUB_OFFLINE is set"
+            )
+            remedy = "pass --model hf:FOLDER with the files of the model"
+        raise ModelError(f"model '{PREFIX}{name}': expected {what}, got none: {reason}; {remedy}") from error
+
+
+@contextmanager
+def _silent(transformers: Any) -> Iterator[None]:
+    """Keep the library's log lines and bars from the user; what matters of them is in our errors."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

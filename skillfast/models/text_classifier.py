@@ -1,0 +1,98 @@
+"""A language model as the classifier that the rest of the package knows: a tensor in, logits over the classes out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from skillfast.models.sites import find_sites, module_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from skillfast.models.huggingface import LanguageModel
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_OWN_POSITIONS = "create_position_ids_from_input_ids"  # RoBERTa and MPNet find positions from the ids themselves
+
+
+class TextClassifier(nn.Module):
+    """A language model whose forward takes tokenised text packed into one tensor and gives logits.
+
+    Args:
+        loaded: The model.
+        n_classes: How many classes.
+        words: int64 [classes]: for a model that predicts tokens, the tokens whose logits at the last real token are the
+            classes'; None for a model with a classification head.
+
+    Attributes:
+        language_model: The model itself; its sites are this module's.
+        num_classes: How many classes.
+        num_features: Width of the classifier's input.
+    """
+
+    words: Tensor | None
+
+    def __init__(self, loaded: LanguageModel, n_classes: int, words: Tensor | None = None) -> None:
+        super().__init__()
+        self.language_model = loaded.model
+        self.num_classes = n_classes
+        self.register_buffer("words", words, persistent=False)
+        sites = find_sites(loaded.model)
+        self._head = next((site.path for site in sites if site.kind == "head"), None)
+        self._blocks = next((site.path for site in sites if site.kind == "mlp"), "")
+        self.num_features = next((site.width for site in sites if site.kind == "head"), 0)
+        self._takes = set(inspect.signature(loaded.model.forward).parameters)
+        if any(hasattr(module, _OWN_POSITIONS) for module in loaded.model.modules()):
+            self._takes.discard("position_ids")
+        self.train(loaded.model.training)
+
+    def get_classifier(self) -> nn.Module | None:
+        """The classifier or the language-model head, as timm's models tell theirs."""
+        return None if self._head is None else self.language_model.get_submodule(self._head)
+
+    @property
+    def blocks(self) -> nn.Module | None:
+        """The list of blocks, as timm's models have it."""
+        parts = self._blocks.split(".")
+        owners = [self.language_model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
+        return next((owner for owner in owners if isinstance(owner, nn.ModuleList)), None)
+
+    @staticmethod
+    def pack(batch: Mapping[str, Tensor]) -> Tensor:
+        """One tensor int64 [batch, inputs, tokens] of a tokenised batch's `INPUTS`, the last one only where it is."""
+        return torch.stack([batch[name] for name in INPUTS if name in batch], dim=1)
+
+    @staticmethod
+    def token_mask(packed: Tensor) -> Tensor:
+        """Bool [batch, tokens] of a packed batch: which tokens are real."""
+        return packed[:, 1].bool()
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """Logits [batch, classes] of packed text, padded on either side."""
+        return self.logits(dict(zip(INPUTS, packed.unbind(1), strict=False)))
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [batch, classes] of a tokenised batch with `input_ids` and `attention_mask` [batch, tokens]."""
+        device = module_device(self.language_model.get_input_embeddings())  # type: ignore[operator]
+        inputs = {name: batch[name].to(device) for name in INPUTS if name in batch and name in self._takes}
+        mask = inputs["attention_mask"]
+        if "position_ids" in self._takes:  # else a text padded on the left would begin at another position
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if self.words is None:
+            return self.language_model(**inputs).logits
+        logits = self.language_model(**inputs, use_cache=False).logits  # [batch, tokens, vocabulary]
+        places = torch.arange(mask.shape[1], device=device)
+        last = (places * mask).argmax(1).to(logits.device)  # of the last real token
+        return logits[torch.arange(len(last), device=logits.device), last][:, self.words.to(logits.device)]
+
+
+def accepts(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of the names that a model's forward takes."""
+    takes = inspect.signature(model.forward).parameters
+    return [name for name in names if name in takes]

@@ -1,0 +1,117 @@
+"""The command line over text, with tiny models from folders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_models import WORDS, save_model
+
+import skillfast
+from skillfast.cli import main
+
+pytest.importorskip("transformers", reason="needs transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """90 texts whose class is told by a word, and their number of words."""
+    g = np.random.default_rng(0)
+    rows = []
+    for i in range(90):
+        words = list(g.choice(WORDS, size=3 + i % 5))
+        words[int(g.integers(len(words)))] = ("bad", "good")[i % 2]
+        rows.append(f"{' '.join(words)}\t{('neg', 'pos')[i % 2]}\t{len(words)}")
+    path = tmp_path / "x.tsv"
+    path.write_text("\n".join(["sentence\tclass\twords", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def text_options(data, folder, output):
+    return [
+        "--model", f"hf:{folder}", "--dataset", "text", "--data-file", data, "--text-column", "sentence",
+        "--label-column", "class", "--batch-size", "16", "--output", output,
+    ]  # fmt: skip
+
+
+def test_trace_of_an_encoder_whose_head_is_new(data, tmp_path):
+    folder = save_model(tmp_path / "model", "BertForMaskedLM")
+    metrics = "label,loss,entropy,column:words"
+    options = text_options(data, folder, tmp_path / "out")
+    result = run("trace", *options, "--pool", "cls", "--metrics", metrics, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert "(all) on 48 texts" in result.output
+    scores = skillfast.NeuronScores.load(tmp_path / "out")
+    assert scores.columns == ("label:neg", "label:pos", "loss", "entropy", "words")
+    assert scores.n_observations == 48
+    assert scores.pool == "cls"
+
+
+def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM")
+    prompt = ["--prompt", "{sentence} it is", "--label-words", "bad,good"]
+    result = run("bench", *text_options(data, folder, tmp_path / "out"), "--pool", "last", *prompt)
+    assert result.exit_code == 2
+    assert "prompt: expected {text} in the template, got {sentence}" in result.output
+    prompt[1] = "{text} it is"
+    options = [*text_options(data, folder, tmp_path / "out"), *prompt, "--share", "0.05"]
+    result = run("bench", *options, "--pool", "last", "--control-draws", 1)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert found["dataset"] == {
+        "name": "text", "classes": ["neg", "pos"], "n_select": 48, "n_validate": 12, "n_test": 30,
+    }  # fmt: skip
+    assert found["model"]["trained"]["finetune"] == "none"
+    assert found["model"]["neurons"] == 2 * (40 + 24) + 24
+    ablate = [option for option in options if option not in ("--output", tmp_path / "out", "--share", "0.05")]
+    result = run("ablate", *ablate, "--skills", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "skill pos" in result.output
+
+
+def test_classes_that_the_model_names_are_in_its_order(data, tmp_path):
+    names = {"id2label": {0: "pos", 1: "neg"}, "label2id": {"pos": 0, "neg": 1}}
+    folder = save_model(tmp_path / "model", **names)
+    result = run("trace", *text_options(data, folder, tmp_path / "out"), "--pool", "cls", "--statistics", "pearson")
+    assert result.exit_code == 0, result.output
+    assert skillfast.NeuronScores.load(tmp_path / "out").columns[:2] == ("label:pos", "label:neg")
+    other = save_model(tmp_path / "other", id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+    result = run("trace", *text_options(data, other, tmp_path / "out"), "--pool", "cls")
+    assert result.exit_code == 1
+    assert "line 2: expected one of good, bad in column 'class', got 'neg'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (["--pool", "mean"], 2, "pool: expected 'cls' for text that is padded on the right, got 'mean'"),
+        (["--prompt", "{text} is"], 2, "prompt: expected --prompt and --label-words together, got one"),
+        (["--dataset", "digits"], 2, "dataset: expected --dataset text with hf:"),
+        (["--model", "vit_tiny_patch16_224"], 2, "model: expected hf:NAME with --dataset text"),
+        (["--metrics", "column:size"], 1, "expected a column 'size', got sentence, class, words"),
+        (["--metrics", "nothing"], 2, "metric 'nothing': expected one of label"),
+        (["--text-column", "text"], 1, "line 2: expected a column 'text', got sentence, class, words"),
+        (["--data-file", "none.tsv"], 1, "data file 'none.tsv': expected a file, got no such file"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(data, tmp_path, change, code, words):
+    folder = save_model(tmp_path / "model")
+    result = run("trace", *text_options(data, folder, tmp_path / "out"), "--pool", "cls", *change)
+    assert result.exit_code == code, result.output
+    assert words in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_info_lists_the_sites_of_a_language_model(tmp_path):
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM")
+    result = run("info", "--model", f"hf:{folder}")
+    assert result.exit_code == 0, result.output
+    assert "152 neurons in 5 sites" in " ".join(result.output.split())
+    assert "model.layers.1.mlp.down_proj" in result.output

@@ -1,0 +1,137 @@
+"""Language models from folders and by name, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import one_line
+from tiny_models import make_tokenizer, save_model
+
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models import huggingface
+from skillfast.models.huggingface import load_config, load_language_model, load_tokenizer, skeleton
+from skillfast.models.sites import find_sites
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+CLASSES = ["negative", "positive"]
+
+
+def test_a_folder_with_a_head_keeps_it(tmp_path):
+    folder = save_model(tmp_path, num_labels=2)
+    loaded = load_language_model(f"hf:{folder}", "classification", classes=CLASSES)
+    assert not loaded.head_replaced
+    assert not loaded.model.training
+    assert loaded.context == 32
+    assert loaded.name == str(folder)
+    saved = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), saved.parameters(), strict=True))
+    own = load_language_model(str(folder))
+    assert type(own.model).__name__ == "BertForSequenceClassification"
+    half = load_language_model(str(folder), "classification", classes=CLASSES, dtype=torch.bfloat16)
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("model_class", "labels"), [("BertForMaskedLM", 2), ("BertForSequenceClassification", 5)])
+def test_a_head_that_is_missing_or_of_another_size_is_new_and_depends_on_the_seed(tmp_path, model_class, labels):
+    folder = save_model(tmp_path, model_class, num_labels=labels)
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        load_language_model(str(folder), "classification", classes=CLASSES, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.head_replaced
+    assert first.model.classifier.out_features == 2
+    assert torch.equal(first.model.classifier.weight, again.model.classifier.weight)
+    assert not torch.equal(first.model.classifier.weight, other.model.classifier.weight)
+
+
+def test_the_context_is_the_smaller_of_the_models_and_the_tokenizers(tmp_path):
+    folder = save_model(tmp_path, "GPT2LMHeadModel", make_tokenizer(model_max_length=9))
+    assert load_language_model(str(folder), "causal").context == 9
+    assert load_language_model(str(save_model(tmp_path / "t5", "T5ForConditionalGeneration"))).context == 10**6
+
+
+def damage(folder, what):
+    if what == "config":
+        (folder / "config.json").write_text("{", encoding="utf-8")
+    elif what == "type":
+        (folder / "config.json").write_text('{"model_type": "nobody"}', encoding="utf-8")
+    elif what == "weights":
+        (folder / "model.safetensors").write_bytes(b"xx")
+    elif what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif what == "layers":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}), encoding="utf-8")
+    elif what == "vocabulary":
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(["more", "words", "than", "embeddings"])
+        tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("config", "expected its configuration, got none: "),
+        ("type", "expected its configuration, got none: "),
+        ("weights", "expected its weights, got none: "),
+        ("no weights", "expected its weights, got none: "),
+        ("no tokenizer", "expected "),
+        ("layers", "expected all weights of BertForSequenceClassification, got 16 missing (bert.encoder.layer.2"),
+        ("vocabulary", "expected a tokenizer for its 33 embeddings, got one of 37 tokens"),
+    ],
+)
+def test_folders_that_cannot_be_loaded(tmp_path, what, words):
+    folder = save_model(tmp_path)
+    damage(folder, what)
+    text = one_line(ModelError, load_language_model, str(folder), "classification", classes=CLASSES)
+    assert words in text
+    assert str(folder) in text
+    assert ("tokenizer" in text) == ("tokenizer" in what or what == "vocabulary")
+
+
+def test_a_classification_head_needs_classes(tmp_path):
+    folder = save_model(tmp_path)
+    assert "expected at least two" in one_line(ArgumentError, load_language_model, str(folder), "classification")
+
+
+@pytest.mark.parametrize("name", ["./none", "/nowhere/at/all", "a/b/c"])
+def test_a_folder_that_is_not_there(name):
+    assert "expected a folder or a name on the hub, got no such folder" in one_line(ModelError, load_config, name)
+
+
+def test_a_name_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface, "probe", lambda endpoint: "no route to host")
+    for call in (load_config, load_tokenizer, load_language_model):
+        text = one_line(ModelError, call, "hf:nobody/nothing-of-this-name")
+        assert "it is not in the local cache, and" in text
+        assert "cannot be reached (no route to host); pass --model hf:FOLDER" in text
+
+
+def test_the_library_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'skillfast[llm]'" in one_line(ModelError, load_config, "hf:gpt2")
+
+
+def test_a_skeleton_has_the_sites_and_no_memory(tmp_path):
+    folder = save_model(tmp_path)
+    config = load_config(str(folder))
+    made = skeleton(config, "classification")
+    assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+    real = load_language_model(str(folder), "classification", classes=CLASSES)
+    assert find_sites(made) == find_sites(real.model)
+    by_file = load_config(str(folder / "config.json"))
+    assert by_file.to_dict()["hidden_size"] == 24
+    (tmp_path / "x.json").write_text('{"hidden_size": 24}', encoding="utf-8")
+    assert "expected a config.json with a known model_type" in one_line(
+        ModelError, load_config, str(tmp_path / "x.json")
+    )
+    config.num_attention_heads = 5
+    assert "check the configuration" in one_line(ModelError, skeleton, config)
