@@ -13,7 +13,7 @@ from conftest import ROOT
 LAYERS = [
     {"cli"},
     {"report", "benchmark"},
-    {"skills", "ablation"},
+    {"skills", "ablation", "attribution", "learned_mask"},
     {"tracing"},
     {"tracer"},
     {"statistics"},

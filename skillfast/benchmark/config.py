@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, STATISTICS
+from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, METHODS, STATISTICS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class BenchConfig:
         pool: How tokens become one observation.
         statistics: What the trace computes.
         cells: Cells per neuron for all but Pearson's r.
-        method: The statistic by which neurons are ranked.
+        method: `"auto"`: the method and size that are best on the validation part. Or what neurons are ranked by: a
+            statistic, `"attribution"`, `"mask"`.
+        contrastive: With a method that is named, rank by the score minus the best of the other classes.
         share: Share of all neurons that a skill takes, at most.
         max_site_share: Share of one site's neurons that a skill takes, at most.
         scale: Factor on the activations of a removed skill's neurons.
@@ -67,7 +69,8 @@ class BenchConfig:
     pool: str = "mean"
     statistics: tuple[str, ...] = STATISTICS
     cells: int = 128
-    method: str = "pearson"
+    method: str = "auto"
+    contrastive: bool = False
     share: float = 0.03
     max_site_share: float = 0.25
     scale: float = 0.0
@@ -76,7 +79,12 @@ class BenchConfig:
     output: str = "skillfast-report"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dataset", DATASETS), ("finetune", (None, *FINETUNE)), ("dtype", DTYPES)):
+        for name, allowed in (
+            ("dataset", DATASETS),
+            ("finetune", (None, *FINETUNE)),
+            ("dtype", DTYPES),
+            ("method", ("auto", *METHODS)),
+        ):
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ArgumentError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
@@ -84,6 +92,10 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {value}")
+        if self.contrastive and self.method in ("auto", "mask"):
+            raise ArgumentError(
+                f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
+            )
         if self.dataset != "digits" and self.data_dir is None:
             raise ArgumentError(f"data folder: expected --data-dir with --dataset {self.dataset}, got none")
         if self.model is None and self.dataset != "digits":

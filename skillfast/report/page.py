@@ -7,7 +7,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from skillfast.report import figures, files, words
+from skillfast.report import figures, files, tradeoff, words
 from skillfast.report.formatting import cell, percent
 from skillfast.report.parts import MAX_WRITTEN
 
@@ -26,6 +26,8 @@ def make_figures(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, A
         made["contribution"] = figures.contribution(results)
     if (results.get("interference") or {}).get("overlap"):
         made["overlap"] = figures.overlap(results)
+    if results.get("selection"):
+        made["trade-off"] = tradeoff.trade_off(results)
     return made
 
 
@@ -66,6 +68,7 @@ def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
         "draws": results["random_control"].get("draws"),
         "contribution": words.contribution_rows(results) if "contribution" in made else None,
         "closest": figures.closest_pairs(results) if "overlap" in made else None,
+        "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if "trade-off" in made else None,
         "percent": percent,
         "details": words.details(results),
         "command": words.command(results),
