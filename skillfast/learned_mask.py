@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 OWN_MARGIN = 1.0  # logits by which the class shall lose on its own images
 KEPT_MARGIN = 2.0  # logits by which other images' decisions shall stand
+SLACK = 1.0  # logits of its lead that a decision may lose: what stands by less is noise
 OWN_SHARE = 0.25  # of a batch that shows the class
 RATE = 0.4  # of Adam, in units of the strength at which a neuron is just removed; falls to 0.3 of that
 TEMPERATURES = (1.0, 0.05)  # from gates that are half open to gates that are all but closed or open
+KEEP = 10.0
 BISECTIONS = 40
 
 
@@ -35,8 +37,8 @@ def learn_masks(
     max_site_share: float = 0.25,
     scale: float = 0.0,
     steps: int = 60,
-    batch_size: int = 128,
-    keep: float = 5.0,
+    batch_size: int = 64,
+    keep: float = KEEP,
     images_per_class: int = 200,
     seed: int = 0,
     quiet: bool = True,
@@ -235,14 +237,13 @@ def kept_loss(logits: torch.Tensor, intact: torch.Tensor, c: int) -> torch.Tenso
     """What other classes' images lose against the intact model without class c; both [n, n_classes].
 
     The mean KL divergence of the distributions over the other classes, which holds what is said of every image, plus
-    the mean hinge on the lead of the decision, which grows as a decision is about to turn and asks for no more lead
-    than there was.
+    the mean hinge on the lead of the decision, which grows as a decision that stood is about to turn.
     """
     others = torch.arange(logits.shape[1], device=logits.device) != c
     now, before = logits[:, others].log_softmax(1), intact[:, others].log_softmax(1)
     without = intact.masked_fill(~others, -torch.inf)
     decision = without.argmax(1)
-    wanted = _lead(without, decision).clamp(max=KEPT_MARGIN)
+    wanted = _lead(without, decision).sub(SLACK).clamp(max=KEPT_MARGIN)
     lost = functional.relu(wanted - _lead(logits, decision)).mean()
     return functional.kl_div(now, before, log_target=True, reduction="batchmean") + lost
 

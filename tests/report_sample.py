@@ -105,7 +105,7 @@ def _selection(rng: random.Random) -> dict[str, Any]:
 
     ways = [("pearson", False), ("pearson", True), ("attribution", False), ("attribution", True), ("mask", False)]
     tried = [
-        {"method": method, "contrastive": minus, "share": share,
+        {"method": method, "contrastive": minus, "share": share, "keep": 5.0 if method == "mask" else None,
          **{part: effect(10 * share * rng.uniform(1, 3), rng.choice([0.0, share * rng.uniform(0.1, 1)]))
             for part in ("validation", "test")}}
         for method, minus in ways for share in (0.005, 0.01, 0.02, 0.03)

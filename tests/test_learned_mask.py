@@ -134,7 +134,7 @@ def test_losses_of_logits_that_are_known():
         shifted[:, c] -= 20  # without the class, everything else as it was
         assert float(kept_loss(shifted, intact, c)) == pytest.approx(0, abs=1e-6)
     turned = torch.tensor([[-20.0, 0, 4], [-20, 1, 3]])
-    want = 2 + 4  # the first lead of 4, which counts as 2, becomes one of -4; the second stays
+    want = 2 + 4  # a lead of 4, of which 2 would do, becomes one of -4; the second, of 2, keeps what it needs, 1
     log = torch.log_softmax(torch.tensor([4.0, 0.0]), 0)
     divergence = (log.exp() * (log - log.flip(0))).sum()
     assert float(kept_loss(turned, intact, 0)) == pytest.approx((want + float(divergence)) / 2, rel=1e-5)

@@ -11,7 +11,7 @@ from skillfast.ablation import Condition, sweep
 from skillfast.attribution import attribute
 from skillfast.benchmark.removal import RATIOS, oracle_predictions, removal_matrix, selectivity_terms
 from skillfast.errors import ArgumentError
-from skillfast.learned_mask import learn_masks
+from skillfast.learned_mask import KEEP, learn_masks
 from skillfast.skills import select
 from skillfast.vocabulary import STATISTICS
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from skillfast.statistics.neuron_scores import NeuronScores
 
 SIZES = (1 / 6, 1 / 3, 2 / 3, 1)  # of the share: 0.5 %, 1 %, 2 % and 3 % by default
+KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 HARM_WEIGHT = 20.0
 RULE = (
@@ -41,18 +42,25 @@ class Candidate:
         method: A statistic, `"attribution"` or `"mask"`.
         contrastive: Whether by the score minus the other classes' best.
         share: Share of all neurons.
+        keep: Of a mask, the weight of the other classes; None elsewhere.
     """
 
     method: str
     contrastive: bool
     share: float
+    keep: float | None = None
+
+    @property
+    def ranking(self) -> str:
+        """Name of what it ranks by: candidates of one ranking differ in size alone."""
+        return self.method if self.keep is None else f"{self.method} keep {self.keep:g}"
 
     def __str__(self) -> str:
-        return f"{'contrastive ' * self.contrastive}{self.method}, {self.share:.2g} of all neurons"
+        return f"{'contrastive ' * self.contrastive}{self.ranking}, {self.share:.2g} of all neurons"
 
     def to_json(self) -> dict[str, Any]:
         """What results.json says of it besides its effect."""
-        return {"method": self.method, "contrastive": self.contrastive, "share": self.share}
+        return {"method": self.method, "contrastive": self.contrastive, "share": self.share, "keep": self.keep}
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,11 @@ def candidates(
         statistics: Those that were traced; `"auto"` takes Pearson's r, or else the first of them.
     """
     if method != "auto":
-        return (Candidate(method, contrastive, share),)
+        return (Candidate(method, contrastive, share, KEEP if method == "mask" else None),)
     correlation = "pearson" if "pearson" in statistics else statistics[0]
-    ways = [(correlation, False), (correlation, True), ("attribution", False), ("attribution", True), ("mask", False)]
-    return tuple(Candidate(name, minus, size * share) for name, minus in ways for size in SIZES)
+    ways = [(name, minus, None) for name in (correlation, "attribution") for minus in (False, True)]
+    masks = [("mask", False, keep) for keep in KEEPS]
+    return tuple(Candidate(name, minus, size * share, keep) for name, minus, keep in ways + masks for size in SIZES)
 
 
 def rankings(
@@ -125,7 +134,7 @@ def rankings(
     classes: Sequence[str] | None = None,
     quiet: bool = True,
 ) -> dict[str, NeuronScores | NeuronRanking]:
-    """What each candidate's method ranks by, made from the select part alone.
+    """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
 
     Args:
         model: In evaluation mode.
@@ -138,23 +147,22 @@ def rankings(
         classes: Class names; from the loader's dataset or the model by default.
         quiet: Show no progress bar.
     """
-    methods = {candidate.method for candidate in tried}
-    found: dict[str, NeuronScores | NeuronRanking] = dict.fromkeys(methods & {*STATISTICS}, scores)
-    if methods & {"attribution", "mask"}:
+    found: dict[str, NeuronScores | NeuronRanking] = {c.method: scores for c in tried if c.method in STATISTICS}
+    if not all(candidate.method in found for candidate in tried):
         sites = [site.name for site in scores.sites]
         found["attribution"] = attributions = attribute(model, loader, sites=sites, classes=classes, quiet=quiet)
-        if "mask" in methods:
-            share = max(candidate.share for candidate in tried if candidate.method == "mask")
-            found["mask"] = learn_masks(
-                model,
-                loader,
-                attributions,
-                share=share,
-                max_site_share=max_site_share,
-                scale=scale,
-                seed=seed,
-                quiet=quiet,
-            )
+    for name, keep in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
+        found[name] = learn_masks(
+            model,
+            loader,
+            attributions,
+            share=max(candidate.share for candidate in tried if candidate.ranking == name),
+            max_site_share=max_site_share,
+            scale=scale,
+            keep=keep,
+            seed=seed,
+            quiet=quiet,
+        )
     return found
 
 
@@ -174,8 +182,8 @@ def choose(
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels) of the validation part.
-        ranked: What each method ranks by.
-        tried: The candidates, each with a method in `ranked`.
+        ranked: What the candidates rank by, from `rankings`.
+        tried: The candidates.
         max_site_share: Largest share of one site's neurons.
         scale: Factor on the activations of removed neurons.
         classes: Class names; from the loader's dataset or the model by default.
@@ -188,7 +196,7 @@ def choose(
         raise ArgumentError("candidates: expected at least one, got none; candidates('auto', 0.03) makes all")
     made = tuple(
         select(
-            ranked[candidate.method], candidate.method, metric="label", share=candidate.share,
+            ranked[candidate.ranking], candidate.method, metric="label", share=candidate.share,
             max_site_share=max_site_share, contrastive=candidate.contrastive,
         )
         for candidate in tried

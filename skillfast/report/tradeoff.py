@@ -15,13 +15,15 @@ NAMES = {
     "attribution": "attribution",
     "mask": "learned mask",
 }
-HUES = ("--random", "--other", "--oracle", "--mlp", "--skill")
+HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head")
 PARTS = (("validation", "circle-open", "dot"), ("test", "circle", "solid"))
 
 
 def name_of(candidate: dict[str, Any]) -> str:
     """A candidate's method in words."""
     name = NAMES.get(candidate["method"], candidate["method"])
+    if candidate.get("keep") is not None:
+        name = f"{name} (others x {candidate['keep']:g})"
     return f"contrastive {name}" if candidate["contrastive"] else name
 
 
