@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -29,6 +30,14 @@ def part(n, seed):
 def permuted(data, seed=0):
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return TensorImages(data.images, data.labels[order], data.classes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Planted neurons are found at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "learn_masks", functools.partial(skillfast.learn_masks, steps=8))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, term_interval, term_value
+from skillfast.report.tradeoff import method_of
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _comparison_rows() -> list[tuple[str, Callable[[dict[str, Any]], str | Text]
         ("model", lambda results: Text(results["model"]["name"])),
         ("dataset", lambda results: Text(results["dataset"]["name"])),
         ("classes", lambda results: number_of(len(results["dataset"]["classes"]))),
-        ("method", lambda results: Text(str(results["config"].get("method")))),
+        ("method", lambda results: Text(method_of(results))),
         ("baseline accuracy", lambda results: percent(results["baseline"]["accuracy"])),
         *((name, term("selectivity", key)) for key, name in ROWS),
         ("target drop of the oracle", term("oracle", "target_drop")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skillfast.report.formatting import finite, percent, points, term_value
+from skillfast.report.formatting import finite, percent, plain, points, term_value
 from skillfast.report.parts import Figure, amounts, base, colour
 
 NAMES = {
@@ -25,6 +25,14 @@ def name_of(candidate: dict[str, Any]) -> str:
     if candidate.get("keep") is not None:
         name = f"{name} (others x {candidate['keep']:g})"
     return f"contrastive {name}" if candidate["contrastive"] else name
+
+
+def method_of(results: dict[str, Any]) -> str:
+    """How a run's skills were chosen, in words."""
+    found = results.get("selection")
+    if not found:
+        return name_of({"method": plain(results["config"].get("method")), "contrastive": False})
+    return name_of(found["candidates"][found["chosen"]])
 
 
 def trade_off(results: dict[str, Any]) -> Figure:

@@ -21,7 +21,7 @@ from skillfast.report.formatting import (
     term_value,
     times,
 )
-from skillfast.report.tradeoff import name_of
+from skillfast.report.tradeoff import method_of
 
 PHASES = {
     "data": "reading the data",
@@ -113,7 +113,7 @@ def definitions(results: dict[str, Any], skills: dict[str, Any]) -> list[tuple[s
         f"This model has {number_of(total)} of them in {len(model['sites'])} places."
     )
     skill = (
-        f"The neurons whose activity goes with one class, found by {_method(results)} on "
+        f"The neurons whose activity goes with one class, found by {method_of(results)} on "
         f"{number_of(dataset['n_select'])} examples: {number_of(round(mean, 1))} neurons{share} on average."
     )
     removal = (
@@ -121,15 +121,6 @@ def definitions(results: dict[str, Any], skills: dict[str, Any]) -> list[tuple[s
         f"{number_of(dataset['n_test'])} test examples."
     )
     return [("Neuron", neuron), ("Skill", skill), ("Removal", removal)]
-
-
-def _method(results: dict[str, Any]) -> str:
-    """How the skills were chosen, in words."""
-    found = results.get("selection")
-    chosen = found["candidates"][found["chosen"]] if found else {
-        "method": plain(results["config"].get("method")), "contrastive": False,
-    }  # fmt: skip
-    return name_of(chosen)
 
 
 def _written(values: dict[str, Any], key: str) -> tuple[str, str]:
