@@ -331,7 +331,7 @@ def cells_update(
     """
     if x.dim() != 2:
         raise ArgumentError(f"cells_update x: expected [n, D], got shape {list(x.shape)}")
-    _check_cells("cells_update", *x.shape, edges, channels, hats, table)
+    _check_cells("cells_update", x.shape[0], x.shape[1], edges, channels, hats, table)
     torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
 
 
