@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.backends.capture import as_tokens, empty_capture, has_observations
 from skillfast.vocabulary import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def act_pool_accumulate(
 ) -> torch.Tensor:
     """See `skillfast.ops.act_pool_accumulate`."""
     out, _ = empty_capture(x, "none", write)
-    if x.numel() == 0:
+    if not has_observations(x, pool):
         return out
     rows, stride_batch, stride_token, batch, tokens = _rows(x)
     given = _contiguous(scale, shift, condition, mask)
