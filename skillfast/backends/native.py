@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.backends.capture import as_tokens, empty_capture, has_observations
 from skillfast.vocabulary import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def act_mask_pool(
     of_scale, of_shift, of_condition, of_mask, of_center = map(_address, held)
     _core.act_mask_pool(
         rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
-        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, of_center, y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype],
-        torch.get_num_threads(),
+        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, of_center,
+        y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
 
@@ -148,7 +148,7 @@ def act_pool_accumulate(
 ) -> torch.Tensor:
     """See `skillfast.ops.act_pool_accumulate`."""
     out, _ = empty_capture(x, "none", write)
-    if x.numel() == 0:
+    if not has_observations(x, pool):
         return out
     rows, stride_batch, stride_token, batch, tokens = _rows(x)
     held = _contiguous(scale, shift, condition, mask)
@@ -163,8 +163,8 @@ def act_pool_accumulate(
     _core.act_pool_accumulate(
         rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
         _POOLS[pool], of_scale, of_shift, of_condition, of_mask, out.data_ptr() if write else 0, _DTYPES[x.dtype],
-        y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(), sum_xy.data_ptr(), cells,
-        metrics, counts, weights, of_edges, of_channels, of_hats, of_table, torch.get_num_threads(),
+        y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(), sum_xy.data_ptr(),
+        cells, metrics, counts, weights, of_edges, of_channels, of_hats, of_table, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
