@@ -104,8 +104,8 @@ def act_pool_accumulate_kernel(
                     row += tl.sum(shifted, axis=0)
                 if LEVELS > 0:
                     count_cells(
-                        flow, kept & leads[None, :], wide * tokens + start, tl.minimum(tokens - start, BLOCK_T), edges, channels,
-                        hats, table, d, cells, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
+                        flow, kept & leads[None, :], wide * tokens + start, tl.minimum(tokens - start, BLOCK_T), edges,
+                        channels, hats, table, d, cells, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
                     )  # fmt: skip
             elif POOL == "mean":
                 row += tl.sum(tl.where(kept, flow, 0.0), axis=0)
@@ -129,8 +129,8 @@ def act_pool_accumulate_kernel(
             row = tl.where(counted > 0, row, float("nan"))
             if LEVELS > 0:
                 count_cells(
-                    row[None, :], leads[None, :], wide, 1, edges, channels, hats, table, d, cells, metrics, counts, weights,
-                    LEVELS, 1, BLOCK_D,
+                    row[None, :], leads[None, :], wide, 1, edges, channels, hats, table, d, cells, metrics, counts,
+                    weights, LEVELS, 1, BLOCK_D,
                 )  # fmt: skip
             row = tl.where(in_d, row - about, 0.0)
             squares += (row * row).to(tl.float64)

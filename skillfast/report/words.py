@@ -42,7 +42,7 @@ FLAGS = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
     "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
     "pool", "statistics", "cells", "method", "contrastive", "share", "max_site_share", "scale", "control_draws",
-    "backend",
+    "memory_budget", "backend",
 )  # fmt: skip
 
 
