@@ -295,9 +295,9 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
     for name, text in backends.status().items():
         click.echo(f"  {name}: {text}")
     if model is not None:
+        from skillfast.capture import plain_mlp
         from skillfast.models.huggingface import is_huggingface, load_config, skeleton
         from skillfast.models.loading import create_model, parse_model_kwargs
-        from skillfast.capture import plain_mlp
         from skillfast.models.sites import find_sites
         from skillfast.report import sites_table
 
