@@ -164,7 +164,8 @@ def act_pool_accumulate(
         rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
         _POOLS[pool], of_scale, of_shift, of_condition, of_mask, out.data_ptr() if write else 0, _DTYPES[x.dtype],
         y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(),
-        sum_xy.data_ptr(), cells, metrics, counts, weights, of_edges, of_channels, of_hats, of_table, torch.get_num_threads(),
+        sum_xy.data_ptr(), cells, metrics, counts, weights, of_edges, of_channels, of_hats, of_table,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
