@@ -83,12 +83,12 @@ def test_the_rule(found, want):
 
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
-    assert len(auto) == 24
+    assert len(auto) == 18
     assert {(c.method, c.contrastive, c.keep) for c in auto} == {
         ("pearson", False, None), ("pearson", True, None), ("attribution", False, None), ("attribution", True, None),
         ("mask", False, 5.0), ("mask", False, 20.0),
     }  # fmt: skip
-    assert sorted({round(c.share, 9) for c in auto}) == [0.005, 0.01, 0.02, 0.03]
+    assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.02, 0.03]
     assert selection.candidates("mask", 0.1) == (Candidate("mask", False, 0.1, 10.0),)
     assert selection.candidates("auroc", 0.1, contrastive=True) == (Candidate("auroc", True, 0.1),)
     assert selection.candidates("auto", 0.1, statistics=("auroc",))[0].method == "auroc"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from skillfast.skills import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
 
-SIZES = (1 / 6, 1 / 3, 2 / 3, 1)  # of the share: 0.5 %, 1 %, 2 % and 3 % by default
+SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 HARM_WEIGHT = 20.0
