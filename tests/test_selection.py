@@ -104,6 +104,17 @@ def test_effect_equals_selectivity():
     )
 
 
+def test_changes_that_cancel_have_no_ratio():
+    labels = np.arange(4).repeat(10)
+    intact = np.where(np.arange(40) % 10 < 5, labels, (labels + 1) % 4)
+    predictions = np.stack([intact] * 4)
+    predictions[0, 10:13], predictions[1, 26:29] = 3, 2  # one class loses 0.3, another gains 0.3
+    found = selection.effect(predictions, intact, labels)
+    assert found["other_change"] == pytest.approx(0, abs=1e-15)
+    assert found["ratio"] is None
+    assert found["strict_ratio"] == 0
+
+
 def test_the_planted_skills_are_chosen(splits, chosen):
     made, found = chosen
     best = found.validation[found.chosen]
