@@ -217,11 +217,11 @@ def test_nothing_is_left_behind_after_an_exception(vit, batches, monkeypatch):
     skill = Skill("s", {"blocks.1.mlp": [0], "blocks.2.attn": [1]})
     original, calls = replay.Replay.run, []
 
-    def failing(self, *arguments):
+    def failing(self, *arguments, **more):
         calls.append(0)
         if len(calls) > 2:
             monkeypatch.setattr(vit.blocks[2].mlp, "forward", lambda *_: 1 / 0)
-        return original(self, *arguments)
+        return original(self, *arguments, **more)
 
     monkeypatch.setattr(replay.Replay, "run", failing)
     with pytest.raises(ZeroDivisionError):
@@ -235,7 +235,8 @@ def test_activations_that_are_not_finite_are_removed(vit, batches):
     with torch.no_grad():
         vit.blocks[1].mlp.fc1.bias[5] = torch.inf
     skill = Skill("s", {"blocks.1.mlp": [5]})
-    result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
+    with pytest.warns(RuntimeWarning, match="which gives logits that are not finite"):
+        result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
     assert not np.isfinite(result.baseline_embeddings).all()
     assert np.isfinite(result.embeddings).all()
 
@@ -260,11 +261,11 @@ def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
     want = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
     original, sizes = replay.Replay.run, []
 
-    def limited(self, record, start, some):
+    def limited(self, record, start, some, **more):
         sizes.append(len(some) * len(record.inputs))
         if sizes[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(self, record, start, some)
+        return original(self, record, start, some, **more)
 
     monkeypatch.setattr(replay.Replay, "run", limited)
     got = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
@@ -331,5 +332,7 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
         runner = Runner(vit, Interventions(vit, conditions, None), None)
         ready = runner._prepared(images)
         start = next(iter(ready.routes))
-        assert ready._agrees(images, start, [0], runner._plain(images, 0), sweeping.TOLERANCE[torch.float32])
-        assert not ready._agrees(images, start, [0], vit(images), sweeping.TOLERANCE[torch.float32])
+        record, tolerance = ready.record(images), sweeping.TOLERANCE[torch.float32]
+        assert ready._agrees(record, start, 0, runner._plain(images, 0), tolerance)
+        assert ready._agrees(record, start, 0, vit(images), tolerance, changed=False)
+        assert not ready._agrees(record, start, 0, vit(images), tolerance)

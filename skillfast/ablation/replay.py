@@ -21,7 +21,7 @@ from skillfast.ablation.interventions import Interventions, hooked, partners
 from skillfast.ablation.survey import Survey, first_tensor, logits_of, with_first_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from skillfast.models.sites import Site
 
@@ -159,44 +159,60 @@ class Replay:
         yield Route(None)
 
     def verify(self, inputs: torch.Tensor, plain: Callable[[int], torch.Tensor], tolerance: float) -> None:
-        """Choose each start's route: the shortest that gives the plain forward's logits for its first condition.
+        """Choose each start's route: the shortest that gives back the intact model's logits with nothing changed.
+
+        Of each kind of route one is compared with a condition's plain forward, too.
 
         Args:
             inputs: A few samples.
             plain: Condition -> logits of the plain forward.
             tolerance: Largest difference, as a share of the largest logit.
         """
-        for start, conditions in self.members.items():
-            if start is None:
-                continue
-            want = plain(conditions[0])
+        starts = [start for start in self.members if start is not None]
+        last = Start(len(self.survey.blocks) - 1, None)
+        whole = self.record(
+            inputs, [Route(last if s.block is None else s) for s in starts] if self.survey.blocks else []
+        )
+        proven: set[tuple[Any, ...]] = set()
+        for start in starts:
+            condition = self.members[start][0]
             for route in self.candidates(start):
                 self.routes[start] = route
-                if route.start is None or self._agrees(inputs, start, conditions[:1], want, tolerance):
+                if route.start is None:
+                    break
+                kind = (route.start.block is None, route.start.site and route.start.site.kind, route.narrow)
+                if not self._agrees(whole, start, condition, whole.logits, tolerance, changed=False):
+                    continue
+                if kind in proven or self._agrees(whole, start, condition, plain(condition), tolerance):
+                    proven.add(kind)
                     break
 
     def _agrees(
-        self, inputs: torch.Tensor, start: Start, conditions: Sequence[int], want: torch.Tensor, tolerance: float
+        self,
+        record: Record,
+        start: Start,
+        condition: int,
+        want: torch.Tensor,
+        tolerance: float,
+        *,
+        changed: bool = True,
     ) -> bool:
-        only, self.routes = self.routes, {start: self.routes[start]}
         try:
-            got = self.run(self.record(inputs), start, conditions)[0]
+            got = self.run(record, start, [condition], changed=changed)[0]
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False  # the model's own code has no use for this route
-        finally:
-            self.routes = only
         allowed = tolerance * float(want.abs().max())
         return got.shape[1:] == want.shape and bool(((got[0] - want).abs() <= allowed).all())
 
     # -- the intact forward -------------------------------------------------------------------------------------------
 
-    def record(self, inputs: torch.Tensor) -> Record:
-        """The intact forward of a batch, and what the routes need of it."""
+    def record(self, inputs: torch.Tensor, routes: Iterable[Route] | None = None) -> Record:
+        """The intact forward of a batch, and what the routes need of it: those of all starts, or these."""
         record = Record(inputs, torch.empty(0), None)
         with ExitStack() as stack:
-            for route in self.routes.values():
+            for route in self.routes.values() if routes is None else routes:
                 self._keep(stack, record, route)
             if self.survey.head is not None:
 
@@ -247,8 +263,10 @@ class Replay:
 
     # -- a forward from the middle ------------------------------------------------------------------------------------
 
-    def run(self, record: Record, start: Start, conditions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The forwards of conditions that begin at `start`, stacked along the batch.
+    def run(
+        self, record: Record, start: Start, conditions: Sequence[int], *, changed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forwards of conditions that begin at `start`, stacked along the batch; unchanged ones to see the route.
 
         Returns:
             Logits [conditions, batch, classes], and embeddings [conditions, batch, E] or None without a classifier.
@@ -258,7 +276,9 @@ class Replay:
         if route.start is not None and route.start.block is None:
             assert self.survey.head is not None
             assert record.embedding is not None
-            stacked = self.interventions.apply(self.survey.head, _repeat(record.embedding, n), conditions)
+            stacked = _repeat(record.embedding, n)
+            if changed:
+                stacked = self.interventions.apply(self.survey.head, stacked, conditions)
             logits = self.model.get_submodule(self.survey.head.path)(stacked)
             return _unstack(logits, n), _unstack(stacked, n)
         seen: list[torch.Tensor] = []
@@ -266,15 +286,17 @@ class Replay:
             sites = self.interventions.sites
             rows = n if route.start is None or route.whole_stem else 0
             if route.start is not None:
-                sites = self._enter(stack, record, route, conditions)
-            stack.enter_context(hooked(self.model, self.interventions, sites, conditions))
+                sites = self._enter(stack, record, route, conditions, changed)
+            stack.enter_context(hooked(self.model, self.interventions, sites if changed else [], conditions))
             if self.survey.head is not None:
                 head = self.model.get_submodule(self.survey.head.path)
                 stack.callback(head.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
             output = logits_of(self.model(_repeat(record.inputs, rows) if rows else record.inputs[:1]))
         return _unstack(output, n), _unstack(seen[0], n) if seen else None
 
-    def _enter(self, stack: ExitStack, record: Record, route: Route, conditions: Sequence[int]) -> list[Site]:
+    def _enter(
+        self, stack: ExitStack, record: Record, route: Route, conditions: Sequence[int], changed: bool
+    ) -> list[Site]:
         """Hooks and forwards of one run from the middle; returns the sites whose input is still to be changed."""
         start = route.start
         assert start is not None
@@ -287,26 +309,30 @@ class Replay:
         )
         for path in before:
             stack.enter_context(replaced_forward(module(path), _hand_through))
-        self._inject(stack, record, block, len(conditions), hidden=True)
+        last = self.survey.blocks[-1]
+        narrow = route.narrow and block == last and start.site is not None  # all that is kept, then
+        self._inject(stack, record, block, len(conditions), hidden=True, narrow=narrow)
         for path in after:
             if path in record.calls and self.survey.has_batched_arguments(path):
-                self._inject(stack, record, path, len(conditions), hidden=False)
+                self._inject(stack, record, path, len(conditions), hidden=False, narrow=False)
         done: list[Site] = []
         if start.site is not None:
             done = self.survey.sites_until(start.site)
             for site in done:
-                output = self._start_output(record, site, conditions, changed=site is start.site)
+                change = changed and site is start.site
+                output = self._start_output(record, site, conditions, changed=change, narrow=narrow)
                 self._replace_owner(stack, site, output)
-        last = self.survey.blocks[-1]
-        if route.narrow and (block != last or start.site is None):
+        if route.narrow and not narrow:
             self._narrow(stack, last)
         block_of = self.survey.block_of
         later = {name for name, at in block_of.items() if at is None or at >= start.block} - {s.name for s in done}
         return [site for site in self.interventions.sites if site.name in later]
 
-    def _inject(self, stack: ExitStack, record: Record, block: str, n: int, *, hidden: bool) -> None:
+    def _inject(self, stack: ExitStack, record: Record, block: str, n: int, *, hidden: bool, narrow: bool) -> None:
         """Give a block its kept arguments, all of them or all but the hidden state."""
         leaves, spec = record.calls[block]
+        if narrow:
+            leaves = [leaves[0][:, :1], *leaves[1:]]
         batched = self.survey.batched[block]
 
         rows = n * len(record.inputs)
@@ -331,16 +357,18 @@ class Replay:
         if feed is not None:
             stack.enter_context(replaced_forward(self.model.get_submodule(feed), _hand_through))
 
-    def _start_output(self, record: Record, site: Site, conditions: Sequence[int], *, changed: bool) -> Any:
+    def _start_output(
+        self, record: Record, site: Site, conditions: Sequence[int], *, changed: bool, narrow: bool
+    ) -> Any:
         """A site's owner's output under each condition: the kept one, corrected for the neurons that change."""
         kept = record.outputs[self.survey.owners[site.name]]
-        base = first_tensor(kept)  # [batch, tokens, E]
+        base = first_tensor(kept)[:, :1] if narrow else first_tensor(kept)  # [batch, tokens, E]
         n = len(conditions)
         stacked = _repeat(base, n)
         if not changed:
             return with_first_tensor(kept, stacked)
         weight = self.model.get_parameter(f"{site.path}.weight")
-        neurons = record.neurons[site.name]  # [batch, tokens, S], of all conditions
+        neurons = record.neurons[site.name][:, : base.shape[1]]  # [batch, tokens, S], of all conditions
         touched = self._touched[site.name]
         with torch.autocast(base.device.type, enabled=False):
             for out, i in zip(stacked.view(n, -1, stacked.shape[-1]), conditions, strict=True):

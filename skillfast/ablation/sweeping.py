@@ -220,14 +220,16 @@ class Runner:
             dtype = logits_of(self.model(few)).dtype
             replay.verify(few, lambda i: self._plain(few, i), TOLERANCE.get(dtype, HALF_TOLERANCE))
             whole = sum(len(replay.members[start]) for start, route in replay.routes.items() if route.start is None)
+            record = replay.record(few)
             if whole:
+                why = "does not allow to start in the middle" if record.finite else "gives logits that are not finite"
                 warnings.warn(
                     f"sweep: {whole} of {len(self.interventions.conditions)} conditions run the whole forward of this "
-                    f"{type(self.model).__name__}, which does not allow to start in the middle",
+                    f"{type(self.model).__name__}, which {why}",
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            self.kept_bytes = replay.record(few).nbytes / len(few)
+            self.kept_bytes = record.nbytes / len(few)
             self.replay = replay
         return self.replay
 
