@@ -17,7 +17,7 @@ from skillfast import Condition, Skill
 from skillfast.models.sites import find_sites
 from skillfast.vocabulary import KINDS
 
-MODEL, IMAGES, CLASSES, SHARE = "vit_small_patch16_224", 4, 10, 0.03
+MODEL, IMAGES, CLASSES, SHARE = "vit_small_patch16_224", 16, 10, 0.03
 SUBSETS = (KINDS, ("mlp",), ("attn",), ("head",))
 
 
@@ -70,12 +70,12 @@ def plans(model):
     }
 
 
-def loop(model, images, conditions):
+def loop_logits(model, images, conditions):
     """What one would write without skillfast: a hook per site that multiplies by a mask, one forward per condition."""
-    predictions = []
+    logits = []
     sites = {site.name: site for site in find_sites(model)}
     with torch.inference_mode():
-        predictions.append(model(images).argmax(1))
+        logits.append(model(images))
         for condition in conditions:
             with ExitStack() as stack:
                 for name, index in condition.skill.neurons.items():
@@ -87,8 +87,13 @@ def loop(model, images, conditions):
                         lambda _, args, mask=mask: (args[0] * mask,)
                     )
                     stack.callback(handle.remove)
-                predictions.append(model(images).argmax(1))
-    return torch.stack(predictions).numpy()
+                logits.append(model(images))
+    return torch.stack(logits)
+
+
+def loop(model, images, conditions):
+    """Predictions of the loop, the intact model's first."""
+    return loop_logits(model, images, conditions).argmax(2).numpy()
 
 
 def swept(model, batch, conditions):
@@ -104,3 +109,34 @@ def test_sweep(model, batch, name, paired, ratios):
     assert differing <= 0.002, f"{differing:.2%} of the predictions differ"
     ratio = paired(lambda: loop(model, batch[0], conditions), lambda: swept(model, batch, conditions), pairs=3)
     ratios.add(f"sweep, {name}", "plain loop / sweep", ratio, limit=wanted)
+
+
+def test_captum(model, batch, paired, ratios):
+    """What captum can say: one group of one layer's input at a time set to a value, here the last MLP's."""
+    attr = pytest.importorskip("captum.attr", exc_type=ImportError)
+    images, labels = batch
+    depth = 1 + max(site.block for site in find_sites(model) if site.block is not None)
+    site = next(s for s in find_sites(model) if s.name == f"blocks.{depth - 1}.mlp")
+    order = torch.randperm(site.width, generator=torch.Generator().manual_seed(0))
+    groups = order[: CLASSES * int(SHARE * site.width)].view(CLASSES, -1)
+    mask = torch.full((site.width,), CLASSES)  # everything else is a group of its own, which captum removes, too
+    for i, group in enumerate(groups):
+        mask[group] = i
+    conditions = [Condition(Skill(str(i), {site.name: mask == i})) for i in range(CLASSES + 1)]
+    ablation = attr.LayerFeatureAblation(model, model.get_submodule(site.path))
+
+    def by_captum():
+        with torch.inference_mode():
+            return ablation.attribute(
+                images, target=labels, layer_baselines=0.0, layer_mask=mask[None, None], attribute_to_layer_input=True
+            )
+
+    changes = by_captum()  # [images, tokens, D], the change of the label's logit, the same for all of a group
+    logits = loop_logits(model, images, conditions)
+    own = logits.gather(2, labels.expand(len(logits), -1)[..., None])[..., 0]
+    for i, group in enumerate(groups):
+        torch.testing.assert_close(changes[:, 0, group[0]], own[0] - own[1 + i], rtol=1e-3, atol=1e-4)
+    got = swept(model, batch, conditions)
+    np.testing.assert_array_equal(got.predictions, logits[1:].argmax(2))
+    ratio = paired(by_captum, lambda: swept(model, batch, conditions), pairs=3)
+    ratios.add("11 groups of the last MLP", "captum LayerFeatureAblation / sweep", ratio)

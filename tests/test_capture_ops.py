@@ -47,8 +47,9 @@ def check_capture(backend, x, activation, pool, more):
     check_pooled(y, pooled, pool, more)
     empty, again = run_capture(backend, x, activation, pool, **more, write=False)
     assert empty.numel() == 0
-    assert torch.equal(again.isnan(), pooled.isnan())
-    assert torch.equal(again.nan_to_num(), pooled.nan_to_num())
+    # Another loop may round its products otherwise.
+    same = 1e-14 if x.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(again, pooled, rtol=same, atol=same, equal_nan=True)
 
 
 def check_pooled(y, pooled, pool, more):
