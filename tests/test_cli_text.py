@@ -91,7 +91,6 @@ def test_classes_that_the_model_names_are_in_its_order(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (["--pool", "mean"], 2, "pool: expected 'cls' for text that is padded on the right, got 'mean'"),
         (["--prompt", "{text} is"], 2, "prompt: expected --prompt and --label-words together, got one"),
         (["--dataset", "digits"], 2, "dataset: expected --dataset text with hf:"),
         (["--model", "vit_tiny_patch16_224"], 2, "model: expected hf:NAME with --dataset text"),
