@@ -17,6 +17,9 @@ _PUBLIC = {
     "Tracer": "tracer",
     "correlate": "tracing",
     "trace": "tracing",
+    "NeuronRanking": "attribution",
+    "attribute": "attribution",
+    "learn_masks": "learned_mask",
     "Skill": "skills",
     "load_skills": "skills",
     "save_skills": "skills",
@@ -36,10 +39,13 @@ if TYPE_CHECKING:
     from skillfast.ablation import SweepResult as SweepResult
     from skillfast.ablation import ablate as ablate
     from skillfast.ablation import sweep as sweep
+    from skillfast.attribution import NeuronRanking as NeuronRanking
+    from skillfast.attribution import attribute as attribute
     from skillfast.backends import use_backend as use_backend
     from skillfast.benchmark.config import BenchConfig as BenchConfig
     from skillfast.benchmark.protocol import bench as bench
     from skillfast.errors import SkillfastError as SkillfastError
+    from skillfast.learned_mask import learn_masks as learn_masks
     from skillfast.metrics import Binary as Binary
     from skillfast.metrics import Categorical as Categorical
     from skillfast.metrics import Continuous as Continuous

@@ -133,7 +133,14 @@ _tracing = _options(
     click.option("--pool", type=click.Choice(words.POOLS), default="mean", show_default=True, help="Over tokens."),
 )
 _selection = _options(
-    click.option("--method", type=click.Choice(words.STATISTICS), default="pearson", show_default=True),
+    click.option(
+        "--method",
+        type=click.Choice(("auto", *words.METHODS)),
+        default="auto",
+        show_default=True,
+        help="What neurons are ranked by; auto takes the method and size that are best on the validation part.",
+    ),
+    click.option("--contrastive", is_flag=True, help="Rank by the score minus the best of the other classes."),
     click.option("--share", type=float, default=0.03, show_default=True, help="Of all neurons, for one skill."),
     click.option("--max-site-share", type=float, default=0.25, show_default=True, help="Of one site's neurons."),
 )

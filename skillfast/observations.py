@@ -294,7 +294,7 @@ class TokenRows(_Rows):
             for name in missing:
                 self._add_nothing(name, device)
             self.statistics.add_accumulated(
-                self._values, mask, {self.columns[name]: sums for name, sums in self._added.items()}
+                self._values, mask, [(self.columns[name], sums) for name, sums in self._added.items()]
             )
             checked = self._values
         else:

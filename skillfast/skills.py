@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from skillfast import files
+from skillfast.attribution import NeuronRanking
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import STATISTICS
+from skillfast.vocabulary import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -105,8 +106,8 @@ def load_skills(directory: str | Path) -> dict[str, Skill]:
 
 
 def select(
-    scores: NeuronScores,
-    method: str = "pearson",
+    scores: NeuronScores | NeuronRanking,
+    method: str | None = None,
     *,
     metric: str | None = None,
     share: float = 0.03,
@@ -120,23 +121,29 @@ def select(
     any site. Neurons without a score, and with `signed` those that go against the metric, are never chosen.
 
     Args:
-        scores: Of a trace.
-        method: The statistic to rank by: `"pearson"`, `"spearman"`, `"auroc"` (from 0.5), `"mutual_info"`.
+        scores: Of `trace`, `attribute` or `learn_masks`.
+        method: What to rank by: of a trace a statistic, `"pearson"` (the default), `"spearman"`, `"auroc"` (from 0.5)
+            or `"mutual_info"`; `"attribution"` or `"mask"` for what the other two give.
         metric: Only this metric's columns (`"label"`) or this column (`"label:deer"`); all by default.
         share: Share of all neurons in (0, 1].
         max_site_share: Largest share of one site's neurons in (0, 1].
         signed: Rank by the score itself; otherwise by its absolute value.
-        contrastive: Rank by the score minus the best one that the neuron has on another column of the same metric.
+        contrastive: Rank by the score minus the best one that the neuron has on another column of the same metric; by
+            the attribution minus the largest positive one.
 
     Returns:
         A skill per column, by class name for columns of a categorical metric, else by the metric's name; by the
         whole column where two columns would share a name.
 
     Raises:
-        ArgumentError: An unknown method or metric, a share out of range, or scores without sites.
+        ArgumentError: A method that is not known or not in the scores, an unknown metric, a share out of range, scores
+            without sites, or contrastive masks.
     """
-    if method not in STATISTICS:
-        raise ArgumentError(f"method: expected one of {', '.join(STATISTICS)}, got {method!r}")
+    method = method or (scores.method if isinstance(scores, NeuronRanking) else "pearson")
+    if method not in METHODS:
+        raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "mask" and contrastive:
+        raise ArgumentError("contrastive: expected False with learned masks, got True; they spare other classes anyway")
     for name, value in (("share", share), ("max_site_share", max_site_share)):
         if not 0 < value <= 1:
             raise ArgumentError(f"{name}: expected a share in (0, 1], got {value}")
@@ -148,6 +155,7 @@ def select(
         raise ArgumentError(f"metric: expected one of {', '.join(scores.columns)}, got {metric!r}")
     settings = {
         "share": share, "max_site_share": max_site_share, "signed": signed, "contrastive": contrastive,
+        **(scores.settings if isinstance(scores, NeuronRanking) else {}),
     }  # fmt: skip
     ranking = {column: _ranking(scores, method, column, signed, contrastive) for column in columns}
     chosen = {column: _best(scores, ranking[column], share, max_site_share) for column in columns}
@@ -173,9 +181,14 @@ def select(
     }
 
 
-def _ranking(scores: NeuronScores, method: str, column: str, signed: bool, contrastive: bool) -> np.ndarray:
+def _ranking(
+    scores: NeuronScores | NeuronRanking, method: str, column: str, signed: bool, contrastive: bool
+) -> np.ndarray:
     """The value to rank by, float64 [n_neurons]; -inf for neurons that must not be chosen."""
     values = scores.statistic(method)
+    if method == "mask":  # a strength's sign says nothing
+        own = values[:, scores.columns.index(column)]
+        return np.where(np.isnan(own), -np.inf, own)
     values = values - 0.5 if method == "auroc" else values  # what does not go with the class is 0
     values = values if signed else np.abs(values)
     own = values[:, scores.columns.index(column)]
@@ -184,11 +197,14 @@ def _ranking(scores: NeuronScores, method: str, column: str, signed: bool, contr
         metric = column.partition(":")[0]
         others = [i for i, c in enumerate(scores.columns) if c != column and c.partition(":")[0] == metric]
         if others:
-            own = own - np.nan_to_num(values[:, others], nan=-np.inf).max(1)
+            best = np.nan_to_num(values[:, others], nan=-np.inf).max(1)
+            own = own - (np.maximum(best, 0) if method == "attribution" else best)
     return np.where(never, -np.inf, own)
 
 
-def _best(scores: NeuronScores, ranking: np.ndarray, share: float, max_site_share: float) -> dict[str, torch.Tensor]:
+def _best(
+    scores: NeuronScores | NeuronRanking, ranking: np.ndarray, share: float, max_site_share: float
+) -> dict[str, torch.Tensor]:
     """The best neurons by site, no site giving more than its share."""
     allowed = np.zeros(scores.n_neurons, dtype=bool)
     slices = scores.site_slices()

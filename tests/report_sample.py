@@ -144,6 +144,26 @@ def _standard_metrics(classes: list[str], matrix: list[list[float]], rng: random
     }  # fmt: skip
 
 
+def _selection(rng: random.Random) -> dict[str, Any]:
+    def effect(drop: float, harm: float) -> dict[str, Any]:
+        return {"target_drop": drop, "other_change": 0.001, "ratio": drop / 0.001, "other_abs_change": harm + 0.001,
+                "strict_ratio": drop / (harm + 0.001), "other_harm": harm,
+                "harm_ratio": drop / harm if harm else None}  # fmt: skip
+
+    ways = [("pearson", False), ("pearson", True), ("attribution", False), ("attribution", True), ("mask", False)]
+    tried = [
+        {"method": method, "contrastive": minus, "share": share, "keep": 5.0 if method == "mask" else None,
+         **{part: effect(10 * share * rng.uniform(1, 3), rng.choice([0.0, share * rng.uniform(0.1, 1)]))
+            for part in ("validation", "test")}}
+        for method, minus in ways for share in (0.005, 0.01, 0.02, 0.03)
+    ]  # fmt: skip
+    chosen = tried[-1]
+    gap = {key: None if None in (a, chosen["validation"][key]) else a - chosen["validation"][key]
+           for key, a in chosen["test"].items()}  # fmt: skip
+    return {"rule": "the best on the validation part", "chosen": len(tried) - 1, "candidates": tried, "gap": gap,
+            "oracle": {"validation": effect(0.95, 0.0)}}  # fmt: skip
+
+
 def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
     """A `results.json`; `optional` adds the keys that a run may leave out."""
     rng = random.Random(n_classes)
@@ -174,6 +194,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         results["layer_contribution"] = _contribution(classes, blocks, rng)
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)
+        results["selection"] = _selection(rng)
     return results
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 LAYERS = [
     {"cli"},
     {"report", "benchmark"},
-    {"skills", "ablation", "plan"},
+    {"skills", "ablation", "attribution", "learned_mask", "plan"},
     {"tracing"},
     {"tracer"},
     {"observations", "capture"},

@@ -479,7 +479,7 @@ def test_page_opens_and_steps(browse, n_classes, blocks):
     assert told["errors"] == console == []
     assert not told["hostile"]
     # the figures of the page, each of several drawings
-    assert len(told["drawn"]) == 12
+    assert len(told["drawn"]) == 13
     assert min(told["drawn"]) >= 1
     assert told["opened"] == 2
     step = 2 % n_classes

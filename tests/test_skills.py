@@ -79,7 +79,10 @@ def test_contrastive_selection_prefers_neurons_of_one_class():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"method": "magic"}, "method: expected one of pearson, spearman, auroc, mutual_info, got 'magic'"),
+        (
+            {"method": "magic"},
+            "method: expected one of pearson, spearman, auroc, mutual_info, attribution, mask, got 'magic'",
+        ),
         ({"share": 0}, r"share: expected a share in \(0, 1\], got 0"),
         ({"max_site_share": 1.5}, "max_site_share: expected a share"),
         ({"metric": "colour"}, "metric: expected one of label:a, label:b, loss, got 'colour'"),

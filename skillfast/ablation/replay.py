@@ -309,11 +309,16 @@ class Replay:
         leaves, spec = record.calls[block]
         batched = self.survey.batched[block]
 
+        rows = n * len(record.inputs)
+
         def give(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             own = tree_flatten((args, kwargs))[0]
             given = [_repeat(leaf, n) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
-            if not hidden:
-                given[0] = own[0]
+            if not hidden:  # what earlier blocks made is right; what the stem made of one row is not
+                given = [
+                    kept if isinstance(kept, torch.Tensor) and kept.dim() and leaf.shape[0] != rows else leaf
+                    for leaf, kept in zip(own, given, strict=True)
+                ]
             return tree_unflatten(given, spec)
 
         handle = self.model.get_submodule(block).register_forward_pre_hook(give, with_kwargs=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, METRICS, STATISTICS
+from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, METHODS, METRICS, STATISTICS
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class BenchConfig:
         metrics: What text is traced against; see `skillfast.auxiliary`.
         statistics: What the trace computes.
         cells: Cells per neuron for all but Pearson's r.
-        method: The statistic by which neurons are ranked.
+        method: `"auto"`: the method and size that are best on the validation part. Or what neurons are ranked by: a
+            statistic, `"attribution"`, `"mask"`.
+        contrastive: With a method that is named, rank by the score minus the best of the other classes.
         share: Share of all neurons that a skill takes, at most.
         max_site_share: Share of one site's neurons that a skill takes, at most.
         scale: Factor on the activations of a removed skill's neurons.
@@ -88,7 +90,8 @@ class BenchConfig:
     metrics: tuple[str, ...] = METRICS
     statistics: tuple[str, ...] = STATISTICS
     cells: int = 128
-    method: str = "pearson"
+    method: str = "auto"
+    contrastive: bool = False
     share: float = 0.03
     max_site_share: float = 0.25
     scale: float = 0.0
@@ -97,7 +100,12 @@ class BenchConfig:
     output: str = "skillfast-report"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dataset", DATASETS), ("finetune", (None, *FINETUNE)), ("dtype", DTYPES)):
+        for name, allowed in (
+            ("dataset", DATASETS),
+            ("finetune", (None, *FINETUNE)),
+            ("dtype", DTYPES),
+            ("method", ("auto", *METHODS)),
+        ):
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ArgumentError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
@@ -105,6 +113,10 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {value}")
+        if self.contrastive and self.method in ("auto", "mask"):
+            raise ArgumentError(
+                f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
+            )
         self._check_text()
         if self.dataset in ("cifar10", "imagefolder") and self.data_dir is None:
             raise ArgumentError(f"data folder: expected --data-dir with --dataset {self.dataset}, got none")

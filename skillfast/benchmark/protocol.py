@@ -16,7 +16,7 @@ import torch
 
 from skillfast import __version__, backends, files, metrics
 from skillfast.ablation import Condition, SweepResult, sweep
-from skillfast.benchmark import contribution, removal
+from skillfast.benchmark import contribution, removal, selection
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
 from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
 from skillfast.benchmark.interference import interference
@@ -24,7 +24,8 @@ from skillfast.benchmark.setup import Subject, prepare, trace_select
 from skillfast.benchmark.standard_metrics import standard_metrics
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
-from skillfast.skills import Skill, overlap, save_skills, select
+from skillfast.skills import Skill, overlap, save_skills
+from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
-    if config.method not in config.statistics:
+    if config.method in STATISTICS and config.method not in config.statistics:
         raise ArgumentError(
             f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
             f"{config.method!r}"
@@ -81,10 +82,8 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         _announce_baseline(subject, clock, quiet, say)
         with clock.phase("trace"):
             scores = trace_select(subject, quiet)
-        with clock.phase("select"):
-            skills = select(
-                scores, config.method, metric="label", share=config.share, max_site_share=config.max_site_share
-            )
+        chosen = _choose(subject, scores, clock, quiet, say)
+        skills = dict(chosen.skills[chosen.chosen])
         with clock.phase("sweep"):
             swept = _sweep(subject, list(skills.values()), quiet)
         with clock.phase("embeddings"):
@@ -96,6 +95,8 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
                 seed=config.seed,
                 quiet=quiet,
             )
+        with clock.phase("trade_off"):
+            on_test = selection.on_test(subject.model, subject.loader("test"), chosen, scale=config.scale, quiet=quiet)
         measured = trace_over_forward(
             subject.model,
             subject.loader("select"),
@@ -106,6 +107,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             cells=config.cells,
         )
     results = _results(subject, list(skills.values()), swept, embedded)
+    results["selection"] = chosen.to_json(on_test)
     results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}
     _write(directory, results, skills, scores, clock)
     return BenchReport(results, skills, directory)
@@ -131,6 +133,28 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
             f"warning: the baseline is near chance ({chance:.1%}), so there is little to remove; check the weights, "
             f"and --mean, --std, --crop-pct ({subject.normalisation})"
         )
+
+
+def _choose(
+    subject: Subject, scores: NeuronScores, clock: Clock, quiet: bool, say: Callable[[str], None]
+) -> selection.Selection:
+    """The best candidate on the validation part; the test part is not looked at."""
+    config, classes = subject.config, subject.splits.classes
+    tried = selection.candidates(
+        config.method, config.share, contrastive=config.contrastive, statistics=config.statistics
+    )
+    settings: dict[str, Any] = {
+        "max_site_share": config.max_site_share, "scale": config.scale, "classes": classes, "quiet": quiet,
+    }  # fmt: skip
+    with clock.phase("select"):
+        ranked = selection.rankings(
+            subject.model, subject.loader("select"), scores, tried, seed=config.seed, **settings
+        )
+    with clock.phase("choose"):
+        chosen = selection.choose(subject.model, subject.loader("validate"), ranked, tried, **settings)
+    if len(tried) > 1:
+        say(f"chosen on {len(subject.splits.validate)} validation images: {chosen.candidate}")
+    return chosen
 
 
 def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResult:

@@ -7,7 +7,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from skillfast.report import figures, files, interference, words
+from skillfast.report import figures, files, interference, tradeoff, words
 from skillfast.report.formatting import cell, percent
 from skillfast.report.parts import MAX_WRITTEN
 
@@ -31,6 +31,8 @@ def make_figures(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, A
         made["angles"] = interference.angles(results)
     if found.get("overlap"):
         made["overlap"] = figures.overlap(results)
+    if results.get("selection"):
+        made["trade-off"] = tradeoff.trade_off(results)
     return made
 
 
@@ -78,6 +80,7 @@ def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
         "pairs": interference.pair_rows(results) if found.get("strongest") else [],
         "dashboards": interference.dashboard_rows(results) if results.get("standard_metrics") else None,
         "dashboards_say": interference.dashboards_say(results) if results.get("standard_metrics") else [],
+        "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if "trade-off" in made else None,
         "percent": percent,
         "details": words.details(results),
         "command": words.command(results),

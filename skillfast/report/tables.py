@@ -17,6 +17,7 @@ from skillfast.report.formatting import (
     term_interval,
     term_value,
 )
+from skillfast.report.tradeoff import method_of
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _comparison_rows() -> list[tuple[str, Callable[[dict[str, Any]], str | Text]
         ("model", lambda results: Text(results["model"]["name"])),
         ("dataset", lambda results: Text(results["dataset"]["name"])),
         ("classes", lambda results: number_of(len(results["dataset"]["classes"]))),
-        ("method", lambda results: Text(str(results["config"].get("method")))),
+        ("method", lambda results: Text(method_of(results))),
         ("baseline accuracy", lambda results: percent(results["baseline"]["accuracy"])),
         *((name, term("selectivity", key)) for key, name in ROWS),
         ("target drop of the oracle", term("oracle", "target_drop")),

@@ -21,12 +21,15 @@ from skillfast.report.formatting import (
     term_value,
     times,
 )
+from skillfast.report.tradeoff import method_of
 
 PHASES = {
     "data": "reading the data",
     "train": "training the model",
     "trace": "tracing the neurons",
-    "select": "choosing the skills",
+    "select": "ranking the neurons by every method",
+    "choose": "choosing on the validation images",
+    "trade_off": "all methods on the test images",
     "sweep": "removing them",
     "embeddings": "comparing embeddings",
     "baseline": "accuracy of the intact model",
@@ -34,17 +37,12 @@ PHASES = {
 }
 # the half of "not defined (denominator is 0)" that goes where an interval would
 DENOMINATOR = UNDEFINED_RATIO.removeprefix(f"{UNDEFINED} ")
-METHODS = {
-    "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation",
-    "auroc": "AUROC",
-    "mutual_info": "mutual information",
-}
 # what the command line can repeat, in its order; the other settings are its defaults
 FLAGS = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
     "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
-    "pool", "statistics", "cells", "method", "share", "max_site_share", "scale", "control_draws", "backend",
+    "pool", "statistics", "cells", "method", "contrastive", "share", "max_site_share", "scale", "control_draws",
+    "backend",
 )  # fmt: skip
 
 
@@ -109,14 +107,14 @@ def definitions(results: dict[str, Any], skills: dict[str, Any]) -> list[tuple[s
     per_skill = [sum(row) for row in site_counts(results, skills)]
     mean, total = sum(per_skill) / len(per_skill), model["neurons"]
     share = f" ({percent(mean / total)})" if total else ""
-    scale, method = finite(config.get("scale")), plain(config.get("method"))
+    scale = finite(config.get("scale"))
     how = "set to 0" if not scale else f"multiplied by {plain(scale)}"
     neuron = (
         "One coordinate of what enters the last layer of a block's MLP or attention, or the classifier. "
         f"This model has {number_of(total)} of them in {len(model['sites'])} places."
     )
     skill = (
-        f"The neurons whose activity goes with one class, found by {METHODS.get(method, method)} on "
+        f"The neurons whose activity goes with one class, found by {method_of(results)} on "
         f"{number_of(dataset['n_select'])} examples: {number_of(round(mean, 1))} neurons{share} on average."
     )
     removal = (
@@ -200,7 +198,7 @@ def _flag(key: str, value: Any) -> list[str]:
     name = f"--{key.replace('_', '-')}"
     if value is None:
         return []
-    if key == "skip_unreadable":  # a flag without a --no- form
+    if key in ("skip_unreadable", "contrastive"):  # flags without a --no- form
         return [name] if value else []
     if isinstance(value, bool):
         return [name if value else f"--no-{key.replace('_', '-')}"]

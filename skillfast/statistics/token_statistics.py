@@ -52,10 +52,10 @@ class TokenStatistics:
             metrics,
             ("pearson",),
             confidence=settings["confidence"],
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         ranked = tuple(name for name in statistics if name != "pearson")
-        self._sampled = NeuronStatistics(n_neurons, metrics, ranked, **common) if ranked else None  # type: ignore[arg-type]
+        self._sampled = NeuronStatistics(n_neurons, metrics, ranked, **common) if ranked else None
         self.has_pearson = "pearson" in statistics
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -113,7 +113,8 @@ class TokenStatistics:
             tensor = value.to(self.device)
             if tensor.shape not in ((batch,), (batch, tokens)):
                 raise ArgumentError(
-                    f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape {list(value.shape)}"
+                    f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape "
+                    f"{list(value.shape)}; give one per example, or one per token of the blocks"
                 )
             flat[name] = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens))[here]
         checked = torch.zeros(batch, tokens, len(self._sums.metrics), dtype=torch.float64, device=self.device)
@@ -130,7 +131,7 @@ class TokenStatistics:
         return columns.float().view(batch, tokens, -1)
 
     def add_accumulated(
-        self, checked: torch.Tensor, mask: torch.Tensor | None, added: Mapping[slice, tuple[torch.Tensor, ...]]
+        self, checked: torch.Tensor, mask: torch.Tensor | None, added: Sequence[tuple[slice, tuple[torch.Tensor, ...]]]
     ) -> None:
         """Count tokens whose sums with the metrics exist already, by the neurons' columns."""
         values = checked.flatten(0, 1) if mask is None else checked[mask]
@@ -139,7 +140,7 @@ class TokenStatistics:
         state.count += len(values)
         state.sum_y += shifted.sum(0)
         state.sum_yy += shifted.square().sum(0)
-        for columns, (sum_x, sum_xx, sum_xy) in added.items():
+        for columns, (sum_x, sum_xx, sum_xy) in added:
             state.sum_x[columns] += sum_x
             state.sum_xx[columns] += sum_xx
             state.sum_xy[:, columns] += sum_xy

@@ -1,0 +1,265 @@
+"""Which method and size: every candidate on the validation part, one choice, and what the test part says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skillfast.ablation import Condition, sweep
+from skillfast.attribution import attribute
+from skillfast.benchmark.removal import RATIOS, oracle_predictions, removal_matrix, selectivity_terms
+from skillfast.errors import ArgumentError
+from skillfast.learned_mask import KEEP, learn_masks
+from skillfast.skills import select
+from skillfast.vocabulary import STATISTICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+    from skillfast.attribution import NeuronRanking
+    from skillfast.skills import Skill
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+SIZES = (1 / 6, 1 / 3, 2 / 3, 1)  # of the share: 0.5 %, 1 %, 2 % and 3 % by default
+KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
+WANTED_DROP, WANTED_RATIO = 0.5, 40.0
+HARM_WEIGHT = 20.0
+RULE = (
+    f"on the validation part, the largest target_drop - {HARM_WEIGHT:g} x other_harm among those with target_drop at "
+    f"least {WANTED_DROP:g} and harm_ratio at least {WANTED_RATIO:g}, or among all where none has both"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to choose skills.
+
+    Attributes:
+        method: A statistic, `"attribution"` or `"mask"`.
+        contrastive: Whether by the score minus the other classes' best.
+        share: Share of all neurons.
+        keep: Of a mask, the weight of the other classes; None elsewhere.
+    """
+
+    method: str
+    contrastive: bool
+    share: float
+    keep: float | None = None
+
+    @property
+    def ranking(self) -> str:
+        """Name of what it ranks by: candidates of one ranking differ in size alone."""
+        return self.method if self.keep is None else f"{self.method} keep {self.keep:g}"
+
+    def __str__(self) -> str:
+        return f"{'contrastive ' * self.contrastive}{self.ranking}, {self.share:.2g} of all neurons"
+
+    def to_json(self) -> dict[str, Any]:
+        """What results.json says of it besides its effect."""
+        return {"method": self.method, "contrastive": self.contrastive, "share": self.share, "keep": self.keep}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was tried and what was chosen.
+
+    Attributes:
+        candidates: In the order tried.
+        skills: One mapping of class name -> skill per candidate.
+        validation: The terms and ratios of selectivity of each on the validation part.
+        oracle: Those of the oracle there.
+        chosen: Index of the best by `RULE`.
+    """
+
+    candidates: tuple[Candidate, ...]
+    skills: tuple[Mapping[str, Skill], ...]
+    validation: tuple[dict[str, float | None], ...]
+    oracle: dict[str, float | None]
+    chosen: int
+
+    @property
+    def candidate(self) -> Candidate:
+        """The one that was chosen."""
+        return self.candidates[self.chosen]
+
+    def to_json(self, test: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+        """The selection object of results.json.
+
+        Args:
+            test: The terms and ratios of each candidate on the test part, in order.
+        """
+        found = zip(self.candidates, self.validation, test, strict=True)
+        before, after = self.validation[self.chosen], test[self.chosen]
+        return {
+            "rule": RULE,
+            "chosen": self.chosen,
+            "candidates": [{**c.to_json(), "validation": v, "test": t} for c, v, t in found],
+            "gap": {name: _difference(after[name], before[name]) for name in before},
+            "oracle": {"validation": self.oracle},
+        }
+
+
+def candidates(
+    method: str, share: float, *, contrastive: bool = False, statistics: Sequence[str] = STATISTICS
+) -> tuple[Candidate, ...]:
+    """What a method's name stands for: itself at the share given, or with `"auto"` all methods at all sizes.
+
+    Args:
+        method: `"auto"`, a statistic, `"attribution"` or `"mask"`.
+        share: The largest share of all neurons.
+        contrastive: Of a method that is named.
+        statistics: Those that were traced; `"auto"` takes Pearson's r, or else the first of them.
+    """
+    if method != "auto":
+        return (Candidate(method, contrastive, share, KEEP if method == "mask" else None),)
+    correlation = "pearson" if "pearson" in statistics else statistics[0]
+    ways = [(name, minus, None) for name in (correlation, "attribution") for minus in (False, True)]
+    masks = [("mask", False, keep) for keep in KEEPS]
+    return tuple(Candidate(name, minus, size * share, keep) for name, minus, keep in ways + masks for size in SIZES)
+
+
+def rankings(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    scores: NeuronScores,
+    tried: Sequence[Candidate],
+    *,
+    max_site_share: float,
+    scale: float = 0.0,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    quiet: bool = True,
+) -> dict[str, NeuronScores | NeuronRanking]:
+    """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels) of the select part.
+        scores: Of a trace of it.
+        tried: The candidates.
+        max_site_share: Largest share of one site's neurons.
+        scale: Factor on the activations of removed neurons.
+        seed: Of the masks.
+        classes: Class names; from the loader's dataset or the model by default.
+        quiet: Show no progress bar.
+    """
+    found: dict[str, NeuronScores | NeuronRanking] = {c.method: scores for c in tried if c.method in STATISTICS}
+    if not all(candidate.method in found for candidate in tried):
+        sites = [site.name for site in scores.sites]
+        found["attribution"] = attributions = attribute(model, loader, sites=sites, classes=classes, quiet=quiet)
+    for name, keep in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
+        found[name] = learn_masks(
+            model,
+            loader,
+            attributions,
+            share=max(candidate.share for candidate in tried if candidate.ranking == name),
+            max_site_share=max_site_share,
+            scale=scale,
+            keep=keep,
+            seed=seed,
+            quiet=quiet,
+        )
+    return found
+
+
+def choose(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    ranked: Mapping[str, NeuronScores | NeuronRanking],
+    tried: Sequence[Candidate],
+    *,
+    max_site_share: float = 0.25,
+    scale: float = 0.0,
+    classes: Sequence[str] | None = None,
+    quiet: bool = True,
+) -> Selection:
+    """Remove every candidate's skills on the validation part and choose by `RULE`.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels) of the validation part.
+        ranked: What the candidates rank by, from `rankings`.
+        tried: The candidates.
+        max_site_share: Largest share of one site's neurons.
+        scale: Factor on the activations of removed neurons.
+        classes: Class names; from the loader's dataset or the model by default.
+        quiet: Show no progress bar.
+
+    Raises:
+        ArgumentError: No candidate, or a validation part without images.
+    """
+    if not tried:
+        raise ArgumentError("candidates: expected at least one, got none; candidates('auto', 0.03) makes all")
+    made = tuple(
+        select(
+            ranked[candidate.ranking], candidate.method, metric="label", share=candidate.share,
+            max_site_share=max_site_share, contrastive=candidate.contrastive,
+        )
+        for candidate in tried
+    )  # fmt: skip
+    found, oracle = _effects(model, loader, made, scale, classes, quiet)
+    return Selection(tuple(tried), made, tuple(found), oracle, best(found))
+
+
+def on_test(
+    model: torch.nn.Module, loader: Iterable[Any], selection: Selection, *, scale: float = 0.0, quiet: bool = True
+) -> list[dict[str, float | None]]:
+    """The terms and ratios of every candidate on the test part, for the trade-off curve; nothing is chosen by them."""
+    classes = list(selection.skills[0])
+    return _effects(model, loader, selection.skills, scale, classes, quiet)[0]
+
+
+def _effects(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    made: Sequence[Mapping[str, Skill]],
+    scale: float,
+    classes: Sequence[str] | None,
+    quiet: bool,
+) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
+    """The effect of every candidate, and of the oracle."""
+    conditions = [Condition(skill, scale=scale) for skills in made for skill in skills.values()]
+    swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
+    assert swept.predictions is not None
+    k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]
+    found = [effect(part, intact, swept.labels) for part in swept.predictions.reshape(-1, k, n)]
+    return found, effect(oracle_predictions(swept.top2, k), intact, swept.labels)
+
+
+def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Terms and ratios of selectivity, without intervals; classes without images do not count.
+
+    Args:
+        predictions: int64 [K, n], with skill i removed.
+        intact: int64 [n], of the intact model.
+        labels: int64 [n].
+    """
+    shown = np.isin(np.arange(len(predictions)), labels)
+    matrix = removal_matrix(predictions, intact, labels)[np.ix_(shown, shown)]
+    values: dict[str, float | None] = {}
+    for name, term in selectivity_terms(matrix).items():
+        values[name] = float(term)
+    for ratio, below in RATIOS.items():
+        values[ratio] = values["target_drop"] / abs(values[below]) if values[below] else None  # type: ignore[operator,arg-type]
+    return values
+
+
+def best(found: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the best effect by `RULE`; the first of equals."""
+    wanted = [
+        i
+        for i, terms in enumerate(found)
+        if terms["target_drop"] >= max(WANTED_DROP, WANTED_RATIO * terms["other_harm"])
+    ]
+    return max(
+        wanted or range(len(found)),
+        key=lambda i: found[i]["target_drop"] - HARM_WEIGHT * found[i]["other_harm"],
+    )
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before

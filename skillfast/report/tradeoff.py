@@ -1,0 +1,105 @@
+"""The trade-off: what each method and size removes, and what that costs the other classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skillfast.report.formatting import finite, percent, plain, points, term_value
+from skillfast.report.parts import Figure, amounts, base, colour
+
+NAMES = {
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "auroc": "AUROC",
+    "mutual_info": "mutual information",
+    "attribution": "attribution",
+    "mask": "learned mask",
+}
+HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head")
+PARTS = (("validation", "circle-open", "dot"), ("test", "circle", "solid"))
+
+
+def name_of(candidate: dict[str, Any]) -> str:
+    """A candidate's method in words."""
+    name = NAMES.get(candidate["method"], candidate["method"])
+    if candidate.get("keep") is not None:
+        name = f"{name} (others x {candidate['keep']:g})"
+    return f"contrastive {name}" if candidate["contrastive"] else name
+
+
+def method_of(results: dict[str, Any]) -> str:
+    """How a run's skills were chosen, in words."""
+    found = results.get("selection")
+    if not found:
+        return name_of({"method": plain(results["config"].get("method")), "contrastive": False})
+    return name_of(found["candidates"][found["chosen"]])
+
+
+def trade_off(results: dict[str, Any]) -> Figure:
+    """Harm to others against the target's drop, in percentage points: a line per method, a point per size."""
+    tried = results["selection"]["candidates"]
+    lines = list(dict.fromkeys(name_of(candidate) for candidate in tried))
+    data = []
+    for i, line in enumerate(lines):
+        for part, symbol, dash in PARTS:
+            found = [c for c in tried if name_of(c) == line]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": line,
+                    "legendgroup": line,
+                    "showlegend": part == "test",
+                    "x": [_points(c[part]["other_harm"]) for c in found],
+                    "y": [_points(c[part]["target_drop"]) for c in found],
+                    "text": [f"{percent(c['share'])} of all neurons, {part} images" for c in found],
+                    "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
+                    "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
+                    "hovertemplate": "%{text}<br>loses %{y:.1f}, harms others by %{x:.2f} points"
+                    "<extra>%{fullData.name}</extra>",
+                }
+            )
+    layout = base(
+        xaxis=amounts("harm to each other class, points", rangemode="tozero"),
+        yaxis=amounts("the removed class loses, points", rangemode="tozero"),
+    )
+    return {"data": data, "layout": layout}
+
+
+def say(results: dict[str, Any]) -> list[str]:
+    """What was chosen, and how far the test part is from the validation part, in sentences."""
+    found = results["selection"]
+    chosen = found["candidates"][found["chosen"]]
+    gap, seen, validation = found["gap"], chosen["validation"], results["dataset"]["n_validate"]
+    many = len(found["candidates"])
+    first = (
+        f"Of {many} combinations of method and size, {name_of(chosen)} with {percent(chosen['share'])} of all neurons "
+        f"was chosen on {validation:,} validation images, before any test image was looked at."
+        if many > 1
+        else f"The method was given: {name_of(chosen)} with {percent(chosen['share'])} of all neurons."
+    )
+    loss, harm = (points(gap[key], signed=True) for key in ("target_drop", "other_harm"))
+    second = (
+        f"There it costs the removed class {points(seen['target_drop'])} points and harms each other class by "
+        f"{points(seen['other_harm'])}; on the test images the loss differs by {loss} and the harm by {harm} points."
+    )
+    return [first, second]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Per candidate: method, size, and on either part the drop, the harm and their ratio."""
+    keys = ("target_drop", "other_harm", "harm_ratio")
+    found = results["selection"]
+    return [
+        [
+            name_of(c) + (" (chosen)" if i == found["chosen"] else ""),
+            percent(c["share"]),
+            *(term_value(c[part], key, "no harm") for part, _, _ in PARTS for key in keys),
+        ]
+        for i, c in enumerate(found["candidates"])
+    ]
+
+
+def _points(fraction: Any) -> float | None:
+    value = finite(fraction)
+    return None if value is None else round(100 * value, 4)
