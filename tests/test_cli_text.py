@@ -62,7 +62,7 @@ def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
     assert "prompt: expected {text} in the template, got {sentence}" in result.output
     prompt[1] = "{text} it is"
     options = [*text_options(data, folder, tmp_path / "out"), *prompt, "--share", "0.05"]
-    result = run("bench", *options, "--pool", "last", "--control-draws", 1)
+    result = run("bench", *options, "--pool", "last", "--control-draws", 1, "--method", "pearson")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert found["dataset"] == {

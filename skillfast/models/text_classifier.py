@@ -50,6 +50,7 @@ class TextClassifier(nn.Module):
         self._takes = set(inspect.signature(loaded.model.forward).parameters)
         if any(hasattr(module, _OWN_POSITIONS) for module in loaded.model.modules()):
             self._takes.discard("position_ids")
+        self._pad: int = loaded.tokenizer.pad_token_id
         self._last: Tensor | None = None  # while the language model runs
         head = self.get_classifier()
         if words is not None and head is not None:  # before any hook that reads or changes the head's neurons
@@ -86,6 +87,8 @@ class TextClassifier(nn.Module):
         device = module_device(self.language_model.get_input_embeddings())  # type: ignore[operator]
         inputs = {name: batch[name].to(device) for name in INPUTS if name in batch and name in self._takes}
         mask = inputs["attention_mask"]
+        # heads of decoders look for the last token that is not this one
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, self._pad)
         if "position_ids" in self._takes:  # else a text padded on the left would begin at another position
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if self.words is None:
