@@ -11,6 +11,9 @@ from skillfast.kernels.activation import flowing
 
 from skillfast.backends.capture import as_tokens, empty_capture
 
+TILE = {"BLOCK_T": 16, "BLOCK_D": 64}  # wider tiles spill registers
+OPTIONS = {"num_warps": 4}
+
 
 @triton.jit
 def act_mask_pool_kernel(
@@ -68,7 +71,7 @@ def act_mask_pool_kernel(
     row = pooled + sample * width + d
     if POOL == "moments":
         tl.store(row, total, mask=in_d)
-        tl.store(row + batch.to(tl.int64) * width, squares, mask=in_d)
+        tl.store(pooled + (batch + sample) * width + d, squares, mask=in_d)
     elif POOL != "none":
         if POOL == "mean":
             total = total / counted.to(dtype)
@@ -96,13 +99,12 @@ def launch(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     batch, tokens, width = rows.shape
-    block_t, block_d = 16, 128
     given = [x if t is None else t.contiguous() for t in (scale, shift, condition, mask, center)]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        act_mask_pool_kernel[batch, triton.cdiv(width, block_d)](
+        act_mask_pool_kernel[batch, triton.cdiv(width, TILE["BLOCK_D"])](
             rows, *given, y, pooled, rows.stride(0), rows.stride(1), batch, tokens, width,
             ACTIVATION=activation, POOL=pool, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
             HAS_CONDITION=condition is not None, HAS_MASK=mask is not None, HAS_CENTER=center is not None, WRITE=write,
-            DOUBLE=x.dtype == torch.float64, BLOCK_T=block_t, BLOCK_D=block_d,
+            DOUBLE=x.dtype == torch.float64, **TILE, **OPTIONS,
         )  # fmt: skip
     return y, pooled

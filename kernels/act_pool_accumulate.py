@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from skillfast.kernels.activation import flowing
 
-from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.backends.capture import as_tokens, empty_capture, has_observations
 
 PROGRAMS = 1024  # what a large GPU keeps busy
+TILE = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_M": 16}
+OPTIONS = {"num_warps": 4, "maxnreg": 255}  # else, or with wider tiles, ptxas spills registers for occupancy
 
 
 @triton.jit
@@ -57,14 +59,14 @@ def act_pool_accumulate_kernel(
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_d = d < width
     in_m = m < columns
-    leads = tl.program_id(2) == 0
+    leads = in_d & (tl.zeros((BLOCK_D,), tl.int32) + tl.program_id(2) == 0)
     about = tl.load(center + d, mask=in_d, other=0.0)
     total = tl.zeros((BLOCK_D,), tl.float64)
     squares = tl.zeros((BLOCK_D,), tl.float64)
     products = tl.zeros((BLOCK_M, BLOCK_D), tl.float64)
-    begin = tl.program_id(1) * samples
-    for sample in range(begin, tl.minimum(begin + samples, batch)):
-        wide = sample.to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * samples
+    for step in range(tl.minimum(samples, batch - begin)):
+        wide = begin + step
         chosen = tl.load(condition + wide) if HAS_CONDITION else tl.zeros((), tl.int64)
         factor = tl.load(scale + chosen * width + d, mask=in_d, other=1.0)[None, :] if HAS_SCALE else 1.0
         offset = tl.load(shift + chosen * width + d, mask=in_d, other=0.0)[None, :] if HAS_SHIFT else 0.0
@@ -82,7 +84,9 @@ def act_pool_accumulate_kernel(
             flow = flowing(values.to(tl.float32), factor, offset, ACTIVATION, HAS_SCALE, HAS_SHIFT).to(values.dtype)
             if WRITE:
                 tl.store(
-                    out + (wide * tokens + t.to(tl.int64)[:, None]) * width + d[None, :], flow, mask=inside & leads
+                    out + (wide * tokens + t.to(tl.int64)[:, None]) * width + d[None, :],
+                    flow,
+                    mask=inside & leads[None, :],
                 )
             if HAS_MASK:
                 here = here & (tl.load(mask + wide * tokens + t, mask=here, other=0) != 0)
@@ -100,8 +104,8 @@ def act_pool_accumulate_kernel(
                     row += tl.sum(shifted, axis=0)
                 if LEVELS > 0:
                     count_cells(
-                        flow, kept & leads, wide * tokens + start, tl.minimum(tokens - start, BLOCK_T), edges, channels,
-                        hats, table, d, cells, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
+                        flow, kept & leads[None, :], wide * tokens + start, tl.minimum(tokens - start, BLOCK_T), edges,
+                        channels, hats, table, d, cells, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
                     )  # fmt: skip
             elif POOL == "mean":
                 row += tl.sum(tl.where(kept, flow, 0.0), axis=0)
@@ -124,20 +128,21 @@ def act_pool_accumulate_kernel(
                 row = tl.where(has_nan > 0, float("nan"), row)
             row = tl.where(counted > 0, row, float("nan"))
             if LEVELS > 0:
-                one = in_d[None, :] & leads
                 count_cells(
-                    row[None, :], one, wide, 1, edges, channels, hats, table, d, cells, metrics, counts, weights,
-                    LEVELS, 1, BLOCK_D,
+                    row[None, :], leads[None, :], wide, 1, edges, channels, hats, table, d, cells, metrics, counts,
+                    weights, LEVELS, 1, BLOCK_D,
                 )  # fmt: skip
             row = tl.where(in_d, row - about, 0.0)
             squares += (row * row).to(tl.float64)
         if not Y_PER_TOKEN:
             total += row.to(tl.float64)
             label = tl.load(y + wide * columns + m, mask=in_m, other=0.0).to(tl.float64)
+            label = tl.where(counted > 0, label, 0.0)
             products += label[:, None] * row.to(tl.float64)[None, :]
-    tl.atomic_add(sum_x + d, total, mask=in_d & leads, sem="relaxed")
-    tl.atomic_add(sum_xx + d, squares, mask=in_d & leads, sem="relaxed")
-    state = sum_xy + m[:, None].to(tl.int64) * width + d[None, :]
+    tl.atomic_add(sum_x + d, total, mask=leads, sem="relaxed")
+    tl.atomic_add(sum_xx + d, squares, mask=leads, sem="relaxed")
+    state = sum_xy + tl.program_id(2).to(tl.int64) * BLOCK_M * width
+    state += tl.arange(0, BLOCK_M)[:, None] * width + d[None, :]  # 32 bits: fewer registers through the loops
     tl.atomic_add(state, products, mask=in_m[:, None] & in_d[None, :], sem="relaxed")
 
 
@@ -162,7 +167,7 @@ def launch(
 ) -> torch.Tensor:
     """Runs the kernel; the arguments are those of `skillfast.ops.act_pool_accumulate`, checked."""
     out, _ = empty_capture(x, "none", write)
-    if x.numel() == 0:
+    if not has_observations(x, pool):
         return out
     rows = as_tokens(x)
     if rows.stride(-1) != 1:
@@ -174,8 +179,7 @@ def launch(
     if edges is not None and channels is not None and hats is not None and table is not None:
         cells, metrics, weights = edges.shape[1] + 1, channels.shape[-1], hats.shape[-1]
         counts, levels = table.shape[1] // cells - weights, (cells - 1).bit_length()
-    block_t, block_d, block_m = 16, 64, 16
-    blocks = triton.cdiv(width, block_d), max(1, triton.cdiv(columns, block_m))
+    blocks = triton.cdiv(width, TILE["BLOCK_D"]), max(1, triton.cdiv(columns, TILE["BLOCK_M"]))
     samples = triton.cdiv(batch, min(batch, max(1, PROGRAMS // (blocks[0] * blocks[1]))))
     given = [x if t is None else t.contiguous() for t in (scale, shift, condition, mask)]
     of_cells = [x if t is None else t.contiguous() for t in (edges, channels, hats, table)]
@@ -185,6 +189,6 @@ def launch(
             rows.stride(0), rows.stride(1), batch, tokens, width, columns, samples, cells, metrics, counts, weights,
             ACTIVATION=activation, POOL=pool, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
             HAS_CONDITION=condition is not None, HAS_MASK=mask is not None, WRITE=write, Y_PER_TOKEN=y.dim() == 3,
-            LEVELS=levels, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_M=block_m,
+            LEVELS=levels, **TILE, **OPTIONS,
         )  # fmt: skip
     return out

@@ -105,7 +105,7 @@ def reading(model: nn.Module, site: Site, read: Read) -> Iterator[None]:
             handle.remove()
         return
     original = owner.act
-    owner.act = FusedActivation(original, owner.drop1, read)
+    owner.act = FusedActivation(original, owner.drop1, read)  # type: ignore[arg-type]  # modules both
     try:
         yield
     finally:

@@ -123,6 +123,7 @@ _subject = _options(
     click.option("--dtype", type=click.Choice(words.DTYPES), default="float32", show_default=True),
     click.option("--batch-size", type=int, default=256, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--memory-budget", type=float, help="GiB for a sweep's results; half of what is free by default."),
     click.option("--backend", type=click.Choice(words.BACKENDS), default="auto", show_default=True),
     click.option("--quiet", is_flag=True, help="No progress bars and no tables, only results and errors."),
 )
@@ -226,18 +227,36 @@ def trace(quiet: bool, top: int, output: str, **options: Any) -> None:
 @click.option("--skill", "names", multiple=True, help="Names of skills; all by default.")
 @click.option("--scale", type=float, default=0.0, show_default=True, help="0 removes, 2 doubles.")
 @click.option("--components", type=_Names(), default=",".join(words.KINDS), show_default=True)
-def ablate(quiet: bool, skills_from: str, names: tuple[str, ...], components: tuple[str, ...], **options: Any) -> None:
+@click.option(
+    "--mode",
+    type=click.Choice(words.MODES),
+    default="zero",
+    show_default=True,
+    help="What is left: nothing, the neuron's mean, or another example's activation.",
+)
+@click.option("--reference", type=click.Path(), help="Folder with this model's scores.safetensors, for --mode mean.")
+def ablate(
+    quiet: bool,
+    skills_from: str,
+    names: tuple[str, ...],
+    components: tuple[str, ...],
+    mode: words.Mode,
+    reference: str | None,
+    **options: Any,
+) -> None:
     """Remove or amplify skills and show each class's accuracy before and after."""
     from skillfast.benchmark.setup import ablated
     from skillfast.report import accuracy_table
     from skillfast.skills import load_skills
+    from skillfast.statistics.neuron_scores import NeuronScores
 
     skills = load_skills(skills_from)
+    scores = None if reference is None else NeuronScores.load(reference)
     unknown = [name for name in names if name not in skills]
     if unknown:
         raise ArgumentError(f"skill: expected some of {', '.join(skills)}, got {', '.join(unknown)}")
     chosen = [skills[name] for name in names] if names else list(skills.values())
-    result = ablated(_config(options), chosen, components, quiet=quiet, say=_say(quiet))
+    result = ablated(_config(options), chosen, components, mode=mode, reference=scores, quiet=quiet, say=_say(quiet))
     _show(
         accuracy_table(
             result.classes,
@@ -276,6 +295,7 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
     for name, text in backends.status().items():
         click.echo(f"  {name}: {text}")
     if model is not None:
+        from skillfast.capture import plain_mlp
         from skillfast.models.huggingface import is_huggingface, load_config, skeleton
         from skillfast.models.loading import create_model, parse_model_kwargs
         from skillfast.models.sites import find_sites
@@ -285,7 +305,9 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
             made = skeleton(load_config(model))
         else:
             made = create_model(model, 1000, model_kwargs=parse_model_kwargs(model_kwarg)).model
-        _show(sites_table(model, find_sites(made)))
+        sites = find_sites(made.eval())
+        read_in = {site.name: "activation" if plain_mlp(made, site) is not None else "hook" for site in sites}
+        _show(sites_table(model, sites, read_in))
 
 
 @main.command(cls=_Command)

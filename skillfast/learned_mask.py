@@ -26,6 +26,7 @@ OWN_SHARE = 0.25  # of a batch that shows the class
 RATE = 0.4  # of Adam, in units of the strength at which a neuron is just removed; falls to 0.3 of that
 TEMPERATURES = (1.0, 0.05)  # from gates that are half open to gates that are all but closed or open
 KEEP = 10.0
+IMAGES_PER_CLASS, IMAGES = 200, 10_000
 BISECTIONS = 40
 
 
@@ -40,7 +41,7 @@ def learn_masks(
     steps: int = 60,
     batch_size: int = 64,
     keep: float = KEEP,
-    images_per_class: int = 200,
+    images_per_class: int | None = None,
     seed: int = 0,
     quiet: bool = True,
 ) -> NeuronRanking:
@@ -53,7 +54,7 @@ def learn_masks(
 
     Args:
         model: In evaluation mode, on the device where it shall run; its weights stay as they are.
-        loader: Batches of (images, labels); at most `images_per_class` of each class are kept in memory.
+        loader: Batches of (images, labels); some of each class are kept in memory, not on the device.
         attributions: Of this model, from `attribute`; their sites and classes are those of the masks.
         share: Share of all neurons that a mask removes, in (0, 1].
         max_site_share: Largest share of one site's neurons that it removes, in (0, 1].
@@ -61,7 +62,8 @@ def learn_masks(
         steps: Gradient steps per class.
         batch_size: Images per step.
         keep: Weight of the other images' decisions; more costs less harm and less of the target's drop.
-        images_per_class: The first ones that the loader gives.
+        images_per_class: How many to keep, the first ones that the loader gives; by default 200, or fewer where there
+            are many classes, so that they are about 10,000 in all.
         seed: Of the order of the images.
         quiet: Show no progress bar.
 
@@ -89,7 +91,7 @@ def learn_masks(
         columns=attributions.columns,
         values=values,
         sites=attributions.sites,
-        n_observations=np.bincount(learner.labels.cpu().numpy(), minlength=len(attributions.columns)),
+        n_observations=np.bincount(learner.labels.numpy(), minlength=len(attributions.columns)),
         fingerprint=attributions.fingerprint,
         settings={
             "learned_share": share,
@@ -125,7 +127,7 @@ class _Learner:
         attributions: NeuronRanking,
         share: float,
         max_site_share: float,
-        images_per_class: int,
+        images_per_class: int | None,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
@@ -136,9 +138,11 @@ class _Learner:
         self.site_of = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(self.device)
         self.most = torch.tensor([float(int(max_site_share * width)) for width in widths], device=self.device)
         self.start = torch.from_numpy(attributions.values).float().to(self.device)
-        self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class, self.device)
+        classes = len(attributions.columns)
+        per_class = images_per_class or max(8, min(IMAGES_PER_CLASS, IMAGES // classes))
+        self.images, self.labels = _first_images(loader, classes, per_class)
         with torch.no_grad():
-            self.intact = torch.cat([_logits(model, part) for part in self.images.split(256)])
+            self.intact = torch.cat([self._logits(part) for part in self.images.split(256)])
 
     def members(self, c: int) -> torch.Tensor:
         """Images of the class, bool [n]."""
@@ -159,12 +163,15 @@ class _Learner:
             removed = soft_top(strength, self.site_of, self.most, self.count, first * (last / first) ** done)
             i, j = next(own), next(rest)
             with self._gated(1 - (1 - scale) * removed):
-                logits = _logits(self.model, self.images[torch.cat([i, j])])
+                logits = self._logits(self.images[torch.cat([i, j])])
             loss = target_loss(logits[: len(i)], c) + keep * kept_loss(logits[len(i) :], self.intact[j], c)
             adam.zero_grad()
             loss.backward()
             adam.step()
         return strength.detach()
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.to(self.device)).float()
 
     def _initial(self, attribution: torch.Tensor) -> torch.Tensor:
         """Attributions in units of the weakest one that a cut would remove, without the few that outweigh all."""
@@ -255,22 +262,16 @@ def _lead(logits: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     return logits[own] - logits.masked_fill(own, -torch.inf).max(1).values
 
 
-def _logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images).float()
-
-
 def _cycle(members: torch.Tensor, n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Batches of at most n of the members' indices, every one once before any again."""
     index = members.nonzero()[:, 0]
     while True:
-        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
+        order = index[torch.randperm(len(index), generator=generator)]
         for start in range(0, max(1, len(order) - n + 1), n):
             yield order[start : start + n]
 
 
-def _first_images(
-    loader: Iterable[Any], n_classes: int, per_class: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _first_images(loader: Iterable[Any], n_classes: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first images of each class [n, ...] and their labels [n]."""
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
@@ -278,8 +279,8 @@ def _first_images(
         image, label = class_batch(batch, n_classes, torch.device("cpu"))
         member = functional.one_hot(label, n_classes)  # [batch, n_classes]
         place = (member.cumsum(0) * member).sum(1) + seen[label]  # from 1, among the class's
-        images.append(image[place <= per_class].to(device))
-        labels.append(label[place <= per_class].to(device))
+        images.append(image[place <= per_class])
+        labels.append(label[place <= per_class])
         seen += member.sum(0)
     if not labels:
         raise ArgumentError("learn_masks: expected at least one image, got an empty loader; check its batches")

@@ -6,7 +6,8 @@ that runs it. Import this module for its side effect (the registration), call th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -37,11 +38,16 @@ _LIBRARY.define("cells_update(Tensor x, Tensor edges, Tensor channels, Tensor ha
 
 MAX_CELLS = 256
 CAPTURE_POOLS = (*POOLS, "moments")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _refuse(what: str, expected: object, got: object, remedy: str | None = None) -> NoReturn:
+    raise ArgumentError(f"{what}: expected {expected}, got {got}; {remedy or 'see skillfast.ops.' + what.split()[0]}")
 
 
 def _expect(what: str, expected: object, got: object) -> None:
     if expected != got:
-        raise ArgumentError(f"{what}: expected {expected}, got {got}")
+        _refuse(what, expected, got)
 
 
 def _check_flow(
@@ -53,14 +59,16 @@ def _check_flow(
 ) -> None:
     """Checks activations and what is done to them per sample."""
     if x.dim() < 2:
-        raise ArgumentError(f"{op} x: expected [batch, ..., D], got shape {list(x.shape)}")
+        _refuse(f"{op} x", "[batch, ..., D]", f"shape {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        _refuse(f"{op} x's dtype", f"one of {', '.join(map(str, DTYPES))}", x.dtype)
     if scale is None:
-        _expect(f"{op} shift and condition without scale", (None, None), (shift, condition))
+        for name, tensor in (("shift", shift), ("condition", condition)):
+            if tensor is not None:
+                _refuse(f"{op} {name} without scale", None, f"shape {list(tensor.shape)}", "give a scale of 1")
         return
     if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
-        raise ArgumentError(
-            f"{op} scale: expected [conditions, {x.shape[-1]}] to fit x {list(x.shape)}, got shape {list(scale.shape)}"
-        )
+        _refuse(f"{op} scale", f"[conditions, {x.shape[-1]}] to fit x {list(x.shape)}", f"shape {list(scale.shape)}")
     _expect(f"{op} scale's dtype", accumulation_dtype(x.dtype), scale.dtype)
     if shift is not None:
         _expect(f"{op} shift's shape", list(scale.shape), list(shift.shape))
@@ -71,18 +79,18 @@ def _check_flow(
         if condition.device.type == "cpu" and condition.numel() and not torch.compiler.is_compiling():
             low, high = int(condition.min()), int(condition.max())
             if low < 0 or high >= scale.shape[0]:
-                raise ArgumentError(f"{op} condition: expected indices in [0, {scale.shape[0]}), got {low} to {high}")
+                _refuse(f"{op} condition", f"indices in [0, {scale.shape[0]})", f"{low} to {high}")
     elif scale.shape[0] < 1:
-        raise ArgumentError(f"{op} scale: expected at least one row, got none")
+        _refuse(f"{op} scale", "at least one row", "none")
 
 
 def _check_capture(op: str, x: torch.Tensor, activation: str, pool: str, pools: Sequence[str]) -> int:
     """Checks what is pooled, and gives the number of tokens."""
     if activation not in ACTIVATIONS:
-        raise ArgumentError(f"{op} activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        _refuse(f"{op} activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     if pool not in pools:
-        raise ArgumentError(f"{op} pool: expected one of {', '.join(pools)}, got {pool!r}")
-    return x[0].numel() // x.shape[-1] if x.shape[0] and x.shape[-1] else 1
+        _refuse(f"{op} pool", f"one of {', '.join(pools)}", repr(pool))
+    return math.prod(x.shape[1:-1])
 
 
 def _check_mask(op: str, x: torch.Tensor, mask: torch.Tensor | None, tokens: int) -> None:
@@ -177,12 +185,12 @@ def act_pool_accumulate(
     tokens = _check_capture(op, x, activation, pool, POOLS)
     _check_mask(op, x, mask, tokens)
     if x.dtype == torch.float64:
-        raise ArgumentError(f"{op} x: expected float32, bfloat16 or float16, got float64; use act_mask_pool")
+        _refuse(f"{op} x", "float32, bfloat16 or float16", "float64", "use act_mask_pool")
     batch, width = x.shape[0], x.shape[-1]
-    shapes = [[batch, y.shape[-1]]] + ([[batch, tokens, y.shape[-1]]] if pool == "none" else [])
-    if y.dim() < 1 or list(y.shape) not in shapes:
-        wanted = " or ".join(str([*shape[:-1], "M"]).replace("'", "") for shape in shapes)
-        raise ArgumentError(f"{op} y: expected {wanted}, got shape {list(y.shape)}")
+    shapes = [[batch]] + ([[batch, tokens]] if pool == "none" else [])
+    if y.dim() < 1 or list(y.shape[:-1]) not in shapes:
+        wanted = " or ".join(f"[{', '.join(map(str, shape))}, M]" for shape in shapes)
+        _refuse(f"{op} y", wanted, f"shape {list(y.shape)}")
     _expect(f"{op} y's dtype", torch.float32, y.dtype)
     for name, tensor, shape, dtype in (
         ("center", center, [width], torch.float32),
@@ -193,7 +201,7 @@ def act_pool_accumulate(
         _expect(f"{op} {name}'s shape", shape, list(tensor.shape))
         _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
         if not tensor.is_contiguous():
-            raise ArgumentError(f"{op} {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
     edges = channels = hats = table = None
     if cells is not None:
         edges, channels, hats, table = cells
@@ -255,10 +263,10 @@ def comoments_update(
         ArgumentError: Shapes or dtypes that do not fit together.
     """
     if x.dim() != 2:
-        raise ArgumentError(f"comoments_update x: expected [n, D], got shape {list(x.shape)}")
+        _refuse("comoments_update x", "[n, D]", f"shape {list(x.shape)}")
     n, width = x.shape
     if y.dim() != 2 or y.shape[0] != n:
-        raise ArgumentError(f"comoments_update y: expected [{n}, M], got shape {list(y.shape)}")
+        _refuse("comoments_update y", f"[{n}, M]", f"shape {list(y.shape)}")
     for name, tensor, shape, dtype in (
         ("y", y, list(y.shape), torch.float32),
         ("shift", shift, [width], torch.float32),
@@ -269,7 +277,7 @@ def comoments_update(
         _expect(f"comoments_update {name}'s shape", shape, list(tensor.shape))
         _expect(f"comoments_update {name}'s dtype", dtype, tensor.dtype)
         if name != "y" and not tensor.is_contiguous():
-            raise ArgumentError(f"comoments_update {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            _refuse(f"comoments_update {name}", "a contiguous tensor", f"strides {tensor.stride()}")
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
@@ -284,29 +292,25 @@ def _check_cells(
 ) -> None:
     """Checks a cell table of `width` neurons and what n observations add to it."""
     if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_CELLS:
-        raise ArgumentError(
-            f"{op} edges: expected [{width}, C - 1] with C from 2 to {MAX_CELLS}, got shape {list(edges.shape)}"
-        )
+        _refuse(f"{op} edges", f"[{width}, C - 1] with C from 2 to {MAX_CELLS}", f"shape {list(edges.shape)}")
     for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
         _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
         if tensor.dim() != 2 or tensor.shape[0] != n:
-            raise ArgumentError(f"{op} {name}: expected [{n}, columns], got shape {list(tensor.shape)}")
+            _refuse(f"{op} {name}", f"[{n}, columns]", f"shape {list(tensor.shape)}")
     _expect(f"{op} hats' columns modulo 8", 0, hats.shape[1] % 8)
     _expect(f"{op} edges' dtype", torch.float32, edges.dtype)
     _expect(f"{op} table's dtype", torch.int32, table.dtype)
     cells = edges.shape[1] + 1
-    counts = table.shape[-1] // cells - hats.shape[1]
+    counts = table.shape[-1] // cells - hats.shape[1] if table.dim() == 2 else -1
     if counts < 0 or list(table.shape) != [width, cells * (counts + hats.shape[1])]:
-        raise ArgumentError(
-            f"{op} table: expected [{width}, {cells} * (P + {hats.shape[1]})], got shape {list(table.shape)}"
-        )
+        _refuse(f"{op} table", f"[{width}, {cells} * (P + {hats.shape[1]})]", f"shape {list(table.shape)}")
     for name, tensor in (("edges", edges), ("table", table)):
         if not tensor.is_contiguous():
-            raise ArgumentError(f"{op} {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
     if channels.device.type == "cpu" and channels.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in channels.aminmax())
         if low < -1 or high >= counts:
-            raise ArgumentError(f"{op} channels: expected indices in [-1, {counts}), got {low} to {high}")
+            _refuse(f"{op} channels", f"indices in [-1, {counts})", f"{low} to {high}")
 
 
 def cells_update(
@@ -330,8 +334,8 @@ def cells_update(
         ArgumentError: Shapes or dtypes that do not fit together, or a channel out of range (checked on the CPU).
     """
     if x.dim() != 2:
-        raise ArgumentError(f"cells_update x: expected [n, D], got shape {list(x.shape)}")
-    _check_cells("cells_update", *x.shape, edges, channels, hats, table)
+        _refuse("cells_update x", "[n, D]", f"shape {list(x.shape)}")
+    _check_cells("cells_update", x.shape[0], x.shape[1], edges, channels, hats, table)
     torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
 
 

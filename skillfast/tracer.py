@@ -14,7 +14,7 @@ import torch
 
 from skillfast.capture import reading
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_compiled
+from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
 from skillfast.observations import Expected, PooledRows, TokenRows
 from skillfast.statistics import distributed
 from skillfast.statistics.neuron_scores import OF_NEURONS
@@ -87,7 +87,7 @@ class Tracer:
         self._expected = Expected()
         by_group: dict[tuple[torch.device, bool], list[Site]] = {}
         for site in self.sites:
-            device = device_of(model.get_submodule(site.path), model)
+            device = module_device(model.get_submodule(site.path))
             # A classifier may see one row of an example whose blocks see many tokens.
             by_group.setdefault((device, pool == "none" and site.kind == "head"), []).append(site)
         self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
@@ -262,15 +262,6 @@ class Tracer:
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
         group = self._rows[site.name]
         return replace(computed[id(group)], sites=group.sites)[site.name]
-
-
-def device_of(module: torch.nn.Module, model: torch.nn.Module) -> torch.device:
-    """Where a module computes: the device of its parameters or buffers, else of the model's."""
-    for tensors in (module.parameters(), module.buffers(), model.parameters()):
-        for tensor in tensors:
-            if tensor.device.type != "meta":
-                return tensor.device
-    return torch.device("cpu")
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from skillfast import metrics as auxiliary
 from skillfast import sampling
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.sites import choose_sites, unwrap_compiled
+from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
 from skillfast.progress import track
 from skillfast.statistics.cells import exact_rows
 from skillfast.statistics.edges import calibration_rows
@@ -47,7 +47,7 @@ def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
 
 def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The default `forward`: a batch is (images, labels); gives the logits and label, correct, confidence, loss."""
-    device = next(model.parameters()).device
+    device = module_device(model)
     images, label = image_batch(batch)
     label = label.to(device)
     logits = model(images.to(device))

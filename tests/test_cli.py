@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -62,6 +64,16 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     assert results["model"]["trained"]["from"] == "scratch"
     assert results["model"]["trained"]["epochs"] == 8
     assert results["baseline"]["accuracy"] > 0.9
+    schema = resources.files("skillfast.benchmark").joinpath("results.schema.json").read_text()
+    jsonschema.validate(results, json.loads(schema))
+    found = results["selection"]
+    chosen = found["candidates"][found["chosen"]]
+    assert len(found["candidates"]) == 18
+    assert results["config"]["method"] == "auto"
+    skills = json.loads((bench_output / "skills.json").read_text())["skills"]
+    assert {(s["method"], s["settings"]["share"]) for s in skills} == {(chosen["method"], chosen["share"])}
+    for key, value in chosen["test"].items():  # the same removals, measured twice
+        assert value == pytest.approx(results["selectivity"][key])
     assert not list(bench_output.glob(".*"))
 
 
@@ -95,8 +107,8 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
 
 
-@pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info"])
-def test_bench_by_another_statistic(pictures, tmp_path, method):
+@pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info", "attribution", "mask"])
+def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
     result = run("bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8, "--method", method,
                  "--cells", 64, "--output", tmp_path)  # fmt: skip
     assert result.exit_code == 0, result.output

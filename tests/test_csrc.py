@@ -8,7 +8,10 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-SOURCES = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("neuron_scale", "comoments", "cells")]
+SOURCES = [
+    ROOT / "csrc" / "cpu" / f"{name}.cpp"
+    for name in ("neuron_scale", "comoments", "cells", "act_mask_pool", "act_pool_accumulate")
+]
 
 
 def compile_all(compiler, *flags):

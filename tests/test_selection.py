@@ -83,12 +83,12 @@ def test_the_rule(found, want):
 
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
-    assert len(auto) == 24
+    assert len(auto) == 18
     assert {(c.method, c.contrastive, c.keep) for c in auto} == {
         ("pearson", False, None), ("pearson", True, None), ("attribution", False, None), ("attribution", True, None),
         ("mask", False, 5.0), ("mask", False, 20.0),
     }  # fmt: skip
-    assert sorted({round(c.share, 9) for c in auto}) == [0.005, 0.01, 0.02, 0.03]
+    assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.02, 0.03]
     assert selection.candidates("mask", 0.1) == (Candidate("mask", False, 0.1, 10.0),)
     assert selection.candidates("auroc", 0.1, contrastive=True) == (Candidate("auroc", True, 0.1),)
     assert selection.candidates("auto", 0.1, statistics=("auroc",))[0].method == "auroc"
@@ -102,6 +102,17 @@ def test_effect_equals_selectivity():
     assert selection.effect(predictions, intact, labels) == pytest.approx(
         {k: v for k, v in want.items() if k != "ci95"}
     )
+
+
+def test_changes_that_cancel_have_no_ratio():
+    labels = np.arange(4).repeat(10)
+    intact = np.where(np.arange(40) % 10 < 5, labels, (labels + 1) % 4)
+    predictions = np.stack([intact] * 4)
+    predictions[0, 10:13], predictions[1, 26:29] = 3, 2  # one class loses 0.3, another gains 0.3
+    found = selection.effect(predictions, intact, labels)
+    assert found["other_change"] == pytest.approx(0, abs=1e-15)
+    assert found["ratio"] is None
+    assert found["strict_ratio"] == 0
 
 
 def test_the_planted_skills_are_chosen(splits, chosen):

@@ -15,12 +15,15 @@ struct Observations {
   int64_t first = 0;  // its number, which is its row of y, channels and hats; rows of one batch follow each other
 };
 
-void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, const float* y, int64_t d0, int width) {
+// Tokens whose metrics are those of their sample: SampleSums takes their sums.
+bool y_of_sample(const ActPoolAccumulateArgs& args) { return args.capture.pool == Pool::none && !args.y_per_token; }
+
+void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, int64_t d0, int width) {
   if (seen.rows == 0) return;
-  if (y != nullptr) {
+  if (!y_of_sample(args)) {
     CoMomentsArgs sums = args.sums;
     sums.x = seen.x, sums.stride_row = kStride, sums.n = seen.rows, sums.width = width;
-    sums.y = y + seen.first * sums.columns;
+    sums.y = args.y + seen.first * sums.columns;
     sums.shift += d0, sums.sum_x += d0, sums.sum_xx += d0, sums.sum_xy += d0;
     sums.dtype = DType::float32;
     comoments_lanes(sums, 0, width);
@@ -37,10 +40,9 @@ void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, con
 }
 
 // A row for observation `number`; what came before is added first where it does not fit or does not follow.
-float* next_row(const ActPoolAccumulateArgs& args, Observations& seen, int64_t number, const float* y, int64_t d0,
-                int width) {
+float* next_row(const ActPoolAccumulateArgs& args, Observations& seen, int64_t number, int64_t d0, int width) {
   if (seen.rows == kRows || (seen.rows > 0 && seen.first + seen.rows != number)) {
-    add_observations(args, seen, y, d0, width);
+    add_observations(args, seen, d0, width);
   }
   if (seen.rows == 0) seen.first = number;
   return seen.x + kStride * seen.rows++;
@@ -89,8 +91,9 @@ template <typename T>
 void tokens_of_sample(const ActPoolAccumulateArgs& args, int64_t sample, int64_t d0, int width, Observations& seen) {
   const ActPoolArgs& capture = args.capture;
   const int64_t tokens = capture.flow.tokens;
-  const float* y = args.y_per_token ? args.y : nullptr;
-  SampleSums sums(y == nullptr ? width : 0);
+  const bool sum_first = y_of_sample(args);
+  bool any = false;
+  SampleSums sums(sum_first ? width : 0);
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t number = sample * tokens + token;
     const bool here = capture.mask == nullptr || capture.mask[number] != 0;
@@ -99,29 +102,28 @@ void tokens_of_sample(const ActPoolAccumulateArgs& args, int64_t sample, int64_t
       if (capture.flow.out != nullptr) flow_row<T, float>(capture, sample, token, d0, width, unused);
       continue;
     }
-    float* row = next_row(args, seen, number, y, d0, width);
+    float* row = next_row(args, seen, number, d0, width);
     flow_row<T, float>(capture, sample, token, d0, width, row);
-    if (y == nullptr) sums.add(row, args.sums.shift + d0, width);
+    if (sum_first) sums.add(row, args.sums.shift + d0, width);
+    any = true;
   }
-  if (y == nullptr) sums.add_to(args.sums, args.y + sample * args.sums.columns, d0, width);
+  if (sum_first && any) sums.add_to(args.sums, args.y + sample * args.sums.columns, d0, width);
 }
 
 template <typename T>
 void lanes(const ActPoolAccumulateArgs& args, int64_t begin, int64_t end) {
   Observations seen;
-  const bool per_token = args.capture.pool == Pool::none;
-  const float* y = per_token && !args.y_per_token ? nullptr : args.y;
   for (int64_t d0 = begin; d0 < end; d0 += kLanes) {
     const int width = end - d0 < kLanes ? static_cast<int>(end - d0) : kLanes;
     for (int64_t sample = 0; sample < args.capture.flow.batch; ++sample) {
-      if (per_token) {
+      if (args.capture.pool == Pool::none) {
         tokens_of_sample<T>(args, sample, d0, width, seen);
       } else {
-        float* row = next_row(args, seen, sample, y, d0, width);
+        float* row = next_row(args, seen, sample, d0, width);
         pool_panel<T, float>(args.capture, sample, d0, width, row, nullptr);
       }
     }
-    add_observations(args, seen, y, d0, width);
+    add_observations(args, seen, d0, width);
   }
 }
 

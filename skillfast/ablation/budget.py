@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +12,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skillfast.errors import ArgumentError
+from skillfast.tracer import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 SHARE_OF_FREE = 0.5  # of the memory that is free, what a sweep takes unless it is told
 CPU_TOKENS = 4096  # stacked rows times tokens beyond which a CPU gains nothing
 CUDA_TOKENS = 1 << 18
+UNKNOWN_FREE = 1 << 32  # bytes to take where the system does not tell what is free
+
+_limit: ContextVar[int | None] = ContextVar("skillfast_memory_budget", default=None)
+
+
+@contextmanager
+def limited_memory(budget: int | None) -> Iterator[None]:
+    """Let every sweep inside the context take no more than `budget` bytes; None: half of what is free."""
+    token = _limit.set(budget)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a sweep on this device may take: what `limited_memory` says, or half of what is free."""
+    limit = _limit.get()
+    if limit is not None:
+        return limit
+    free = free_bytes(device)
+    return UNKNOWN_FREE if free is None else int(SHARE_OF_FREE * free)
 
 
 class PeakBytes(TorchDispatchMode):

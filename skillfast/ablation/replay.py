@@ -91,14 +91,14 @@ class Record:
 def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` for one module; what was there before is back on every way out."""
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def _hand_through(x: Any, *_: Any, **__: Any) -> Any:
@@ -339,7 +339,7 @@ class Replay:
         stacked = _repeat(base, n)
         if not changed:
             return with_first_tensor(kept, stacked)
-        weight = self.model.get_submodule(site.path).weight
+        weight = self.model.get_parameter(f"{site.path}.weight")
         neurons = record.neurons[site.name]  # [batch, tokens, S], of all conditions
         touched = self._touched[site.name]
         with torch.autocast(base.device.type, enabled=False):

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast.ablation.budget import SHARE_OF_FREE, rows_that_fit
+from skillfast.ablation.budget import memory_limit, rows_that_fit
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.replay import Record, Replay, Start
 from skillfast.ablation.survey import logits_of, survey
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
-from skillfast.models.sites import unwrap_compiled
+from skillfast.models.sites import module_device, unwrap_compiled
 from skillfast.progress import track
-from skillfast.tracer import free_bytes
 from skillfast.tracing import classes_of, image_batch, refuse_training
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
 HALF_TOLERANCE = 3e-2
-UNKNOWN_FREE = 1 << 32  # bytes to take where the system does not tell what is free
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ def sweep(
         classes: Class names; from the loader's dataset or the model by default.
         keep_predictions: Keep every condition's prediction of every sample.
         keep_embeddings: Keep the classifier's input, of every sample under every condition.
-        memory_budget: Bytes that intermediate results may take beyond the model; by default half of what is free.
+        memory_budget: Bytes that intermediate results may take beyond the model; by default what
+            `limited_memory` says, or half of what is free.
         quiet: Show no progress bar.
 
     Raises:
@@ -186,7 +185,7 @@ class Runner:
 
     def __init__(self, model: torch.nn.Module, interventions: Interventions, memory_budget: int | None) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = module_device(model)
         self.interventions = interventions
         self.replay: Replay | None = None
         self.memory_budget = memory_budget
@@ -240,8 +239,7 @@ class Runner:
         """Samples at a time, and stacked rows."""
         assert self.replay is not None
         if self.memory_budget is None:
-            free = free_bytes(self.device)
-            self.memory_budget = UNKNOWN_FREE if free is None else int(SHARE_OF_FREE * free)
+            self.memory_budget = memory_limit(self.device)
         known = self.replay.survey
         samples, rows = rows_that_fit(
             self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, len(images), self.device

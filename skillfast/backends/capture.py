@@ -18,6 +18,11 @@ def empty_capture(x: torch.Tensor, pool: str, write: bool) -> tuple[torch.Tensor
     return y, torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
+def has_observations(x: torch.Tensor, pool: str) -> bool:
+    """Whether a batch adds to the statistics; a pooled sample does even without tokens, as NaN."""
+    return x.numel() > 0 or (pool != "none" and x.shape[0] > 0 and x.shape[-1] > 0)
+
+
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
     """Activations [batch, ..., D] as [batch, tokens, D]."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)

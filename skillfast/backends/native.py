@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.backends.capture import as_tokens, empty_capture, has_observations
 from skillfast.vocabulary import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ def act_mask_pool(
     if x.numel() == 0:
         return y, pooled.fill_(0.0 if pool == "moments" else torch.nan)
     rows, stride_batch, stride_token, batch, tokens = _rows(x)
-    given = _contiguous(scale, shift, condition, mask, center)
+    held = _contiguous(scale, shift, condition, mask, center)
+    of_scale, of_shift, of_condition, of_mask, of_center = map(_address, held)
     _core.act_mask_pool(
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),  # type: ignore[arg-type]
-        _POOLS[pool], *map(_address, given), y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype],
-        torch.get_num_threads(),
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
+        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, of_center,
+        y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
 
@@ -147,21 +148,24 @@ def act_pool_accumulate(
 ) -> torch.Tensor:
     """See `skillfast.ops.act_pool_accumulate`."""
     out, _ = empty_capture(x, "none", write)
-    if x.numel() == 0:
+    if not has_observations(x, pool):
         return out
     rows, stride_batch, stride_token, batch, tokens = _rows(x)
-    given = _contiguous(scale, shift, condition, mask)
-    of_cells = _contiguous(edges, channels, hats, table)
+    held = _contiguous(scale, shift, condition, mask)
+    of_scale, of_shift, of_condition, of_mask = map(_address, held)
+    held_cells = _contiguous(edges, channels, hats, table)
+    of_edges, of_channels, of_hats, of_table = map(_address, held_cells)
     y = y.contiguous()
     cells = metrics = counts = weights = 0
     if edges is not None and channels is not None and hats is not None and table is not None:
         cells, metrics, weights = edges.shape[1] + 1, channels.shape[1], hats.shape[1]
         counts = table.shape[1] // cells - weights
     _core.act_pool_accumulate(
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),  # type: ignore[arg-type]
-        _POOLS[pool], *map(_address, given), out.data_ptr() if write else 0, _DTYPES[x.dtype], y.shape[-1],
-        y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(), sum_xy.data_ptr(), cells,
-        metrics, counts, weights, *map(_address, of_cells), torch.get_num_threads(),
+        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
+        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, out.data_ptr() if write else 0, _DTYPES[x.dtype],
+        y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(),
+        sum_xy.data_ptr(), cells, metrics, counts, weights, of_edges, of_channels, of_hats, of_table,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -150,8 +150,6 @@ def act_pool_accumulate(
     """See `skillfast.ops.act_pool_accumulate`."""
     flow = _flow(x, activation, scale, shift, condition)
     out = flow if write else flow.new_empty(0)
-    if x.numel() == 0:
-        return out
     if pool == "none":
         rows = as_tokens(flow).float()
         y = (y if y.dim() == 3 else y[:, None].expand(-1, rows.shape[1], -1)).flatten(0, 1)

@@ -54,6 +54,7 @@ class BenchConfig:
         max_site_share: Share of one site's neurons that a skill takes, at most.
         scale: Factor on the activations of a removed skill's neurons.
         control_draws: Random controls per skill.
+        memory_budget: GiB that a sweep's intermediate results may take; None for half of what is free.
         backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
         output: Folder of the results.
     """
@@ -96,6 +97,7 @@ class BenchConfig:
     max_site_share: float = 0.25
     scale: float = 0.0
     control_draws: int = 5
+    memory_budget: float | None = None
     backend: str = "auto"
     output: str = "skillfast-report"
 
@@ -113,6 +115,8 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {value}")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ArgumentError(f"memory budget: expected more than 0 GiB, got {self.memory_budget}")
         if self.contrastive and self.method in ("auto", "mask"):
             raise ArgumentError(
                 f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
@@ -155,6 +159,11 @@ class BenchConfig:
                 f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.metrics)}; trace others with "
                 "skillfast.trace(forward=...)"
             )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.memory_budget is None else int(self.memory_budget * 2**30)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that may change the results; the output folder does not."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from skillfast.models.sites import module_device
 from skillfast.tracer import Tracer
 from skillfast.tracing import classification_forward
 
@@ -62,7 +63,7 @@ def trace_over_forward(
         forward_s (seconds of the plain forwards over those batches), samples_per_s (of the traced ones),
         trace_over_forward (traced over plain time; the computation of the metrics included) and state_bytes.
     """
-    device = next(model.parameters()).device
+    device = module_device(model)
     plain = traced = 0.0
     samples = 0
     tracer = Tracer(model, metrics, **settings)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from skillfast import __version__, backends, files, metrics
-from skillfast.ablation import Condition, SweepResult, sweep
+from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.benchmark import contribution, removal, selection
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
 from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
@@ -77,6 +77,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
+        stack.enter_context(limited_memory(config.memory_bytes))
         subject = prepare(config, clock, quiet=quiet, say=say)
         stack.enter_context(subject.precision())
         _announce_baseline(subject, clock, quiet, say)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from skillfast.skills import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
 
-SIZES = (1 / 6, 1 / 3, 2 / 3, 1)  # of the share: 0.5 %, 1 %, 2 % and 3 % by default
+SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
+ROUNDING = 1e-12  # what float64 leaves of changes that cancel
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 HARM_WEIGHT = 20.0
 RULE = (
@@ -240,11 +241,11 @@ def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> d
     """
     shown = np.isin(np.arange(len(predictions)), labels)
     matrix = removal_matrix(predictions, intact, labels)[np.ix_(shown, shown)]
-    values: dict[str, float | None] = {}
-    for name, term in selectivity_terms(matrix).items():
-        values[name] = float(term)
+    terms = selectivity_terms(matrix)
+    values: dict[str, float | None] = {name: float(term) for name, term in terms.items()}
     for ratio, below in RATIOS.items():
-        values[ratio] = values["target_drop"] / abs(values[below]) if values[below] else None  # type: ignore[operator,arg-type]
+        denominator = abs(float(terms[below]))
+        values[ratio] = float(terms["target_drop"]) / denominator if denominator > ROUNDING else None
     return values
 
 

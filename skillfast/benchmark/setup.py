@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast import backends, data
-from skillfast.ablation import Condition, SweepResult, sweep
+from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.text import prepare_text, trace_text
 from skillfast.errors import ArgumentError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from skillfast.benchmark.config import BenchConfig
     from skillfast.skills import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.vocabulary import Mode
 
     Say = Callable[[str], None]
 
@@ -213,11 +214,25 @@ def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
 
 
 def ablated(
-    config: BenchConfig, skills: Sequence[Skill], components: Sequence[str], *, quiet: bool, say: Say
+    config: BenchConfig,
+    skills: Sequence[Skill],
+    components: Sequence[str],
+    *,
+    mode: Mode = "zero",
+    reference: NeuronScores | None = None,
+    quiet: bool,
+    say: Say,
 ) -> SweepResult:
     """Accuracy on the test part without and with each skill's intervention."""
-    conditions = [Condition(skill, tuple(components), config.scale) for skill in skills]
-    with backends.use_backend(config.backend):
+    conditions = [Condition(skill, tuple(components), config.scale, mode) for skill in skills]
+    with backends.use_backend(config.backend), limited_memory(config.memory_bytes):
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
-            return sweep(subject.model, subject.loader("test"), conditions, classes=subject.splits.classes, quiet=quiet)
+            return sweep(
+                subject.model,
+                subject.loader("test"),
+                conditions,
+                reference=reference,
+                classes=subject.splits.classes,
+                quiet=quiet,
+            )

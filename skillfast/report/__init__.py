@@ -122,11 +122,17 @@ def accuracy_table(classes: Sequence[str], baseline: np.ndarray, rows: Mapping[s
     return tables.accuracy_table(classes, baseline, rows)
 
 
-def sites_table(name: str, sites: Sequence[Site]) -> Table:
-    """Make the table that `skillfast info --model` prints."""
+def sites_table(name: str, sites: Sequence[Site], read_in: Mapping[str, str]) -> Table:
+    """Make the table that `skillfast info --model` prints.
+
+    Args:
+        name: Of the model.
+        sites: In the table's order.
+        read_in: Site -> `"activation"` (fused) or `"hook"`.
+    """
     from skillfast.report import tables
 
-    return tables.sites_table(name, sites)
+    return tables.sites_table(name, sites, read_in)
 
 
 def plan_table(plan: Plan) -> Table:

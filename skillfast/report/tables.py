@@ -140,14 +140,14 @@ def accuracy_table(classes: Sequence[str], baseline: np.ndarray, rows: Mapping[s
     return table
 
 
-def sites_table(name: str, sites: Sequence[Site]) -> Table:
+def sites_table(name: str, sites: Sequence[Site], read_in: Mapping[str, str]) -> Table:
     """See `skillfast.report.sites_table`."""
     total = sum(site.width for site in sites)
     table = Table(title=Text(f"{name}: {total:,} neurons in {len(sites)} sites"), title_justify="left")
-    for heading in ("site", "kind", "neurons", "heads", "input of"):
+    for heading in ("site", "kind", "neurons", "heads", "input of", "read in"):
         table.add_column(heading, justify="right" if heading in ("neurons", "heads") else "left")
     for site in sites:
-        table.add_row(site.name, site.kind, f"{site.width:,}", str(site.heads or ""), site.path)
+        table.add_row(site.name, site.kind, f"{site.width:,}", str(site.heads or ""), site.path, read_in[site.name])
     return table
 
 

@@ -42,7 +42,7 @@ FLAGS = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
     "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
     "pool", "statistics", "cells", "method", "contrastive", "share", "max_site_share", "scale", "control_draws",
-    "backend",
+    "memory_budget", "backend",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def definitions(results: dict[str, Any], skills: dict[str, Any]) -> list[tuple[s
         f"This model has {number_of(total)} of them in {len(model['sites'])} places."
     )
     skill = (
-        f"The neurons whose activity goes with one class, found by {method_of(results)} on "
+        f"The neurons that carry one class, found by {method_of(results)} on "
         f"{number_of(dataset['n_select'])} examples: {number_of(round(mean, 1))} neurons{share} on average."
     )
     removal = (
