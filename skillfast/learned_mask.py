@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from skillfast.attribution import NeuronRanking, class_batch
+from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import fingerprint, unwrap_compiled
 from skillfast.progress import track
@@ -283,7 +284,7 @@ def _first_images(loader: Iterable[Any], n_classes: int, per_class: int) -> tupl
         seen += member.sum(0)
     if not labels:
         raise ArgumentError("learn_masks: expected at least one image, got an empty loader; check its batches")
-    return torch.cat(images), torch.cat(labels)
+    return join(images), torch.cat(labels)
 
 
 @contextmanager

@@ -11,10 +11,7 @@ import skillfast
 from skillfast import Continuous
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-pytestmark = [
-    pytest.mark.skipif(not hasattr(skillfast.Tracer, "expect"), reason="this Tracer takes no mask"),
-    pytest.mark.filterwarnings("ignore:some scores are not defined"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
 
 MODELS = [
     "BertForSequenceClassification", "RobertaForSequenceClassification", "DistilBertForSequenceClassification",

@@ -12,7 +12,7 @@ from tiny_models import make_tokenizer, save_model
 
 import skillfast
 from skillfast import Categorical, Continuous, auxiliary
-from skillfast.data.splits import loader
+from skillfast.data.splits import join, loader
 from skillfast.data.text import read_text
 from skillfast.data.tokens import Collate, Prompt, TextForward, TokenExamples, batches, split_text
 from skillfast.errors import ArgumentError, DataError, SkillfastError
@@ -181,7 +181,10 @@ def test_padding_changes_no_logit_of_a_classifier(tmp_path, folders, model_class
     with torch.no_grad():
         batch = next(iter(batches(examples, 6, side=side)))
         got = classifier.logits(batch)
-        torch.testing.assert_close(classifier(classifier.pack(batch)), got)
+        packed = classifier.pack(batch)
+        torch.testing.assert_close(classifier(packed), got)
+        longer = torch.zeros(1, packed.shape[1], packed.shape[2] + 4, dtype=torch.long)
+        torch.testing.assert_close(classifier(join([packed, longer])[:6]), got, rtol=1e-4, atol=1e-5)
     column = batch["attention_mask"][:, 0 if side == "left" else -1]
     assert column.min() == 0  # there is padding, and there
     assert column.max() == 1

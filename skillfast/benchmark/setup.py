@@ -94,22 +94,15 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, traces: bool = True) -> Subject:
+def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subject:
     """Load the data, make the model, and train what must be trained.
-
-    Args:
-        config: The settings.
-        clock: Measures the phases.
-        quiet: Show no progress bar.
-        say: Called with each line worth reading.
-        traces: Whether the run will trace.
 
     Raises:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
     device = choose_device(config.device)
     if config.dataset == "text":
-        classifier, texts, trained = prepare_text(config, device, clock, traces=traces, quiet=quiet, say=say)
+        classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say)
         return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
     if config.dataset == "digits" and config.model is None:
         return _digits(config, device, clock, quiet=quiet)
@@ -233,7 +226,7 @@ def ablated(
     """Accuracy on the test part without and with each skill's intervention."""
     conditions = [Condition(skill, tuple(components), config.scale, mode) for skill in skills]
     with backends.use_backend(config.backend), limited_memory(config.memory_bytes):
-        subject = prepare(config, Clock(), quiet=quiet, say=say, traces=False)
+        subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
             return sweep(
                 subject.model,

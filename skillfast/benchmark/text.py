@@ -8,8 +8,7 @@ import torch
 
 from skillfast import auxiliary
 from skillfast.data.text import TextTable, read_text
-from skillfast.data.tokens import Collate, Prompt, TextForward, batches, split_text
-from skillfast.errors import ArgumentError
+from skillfast.data.tokens import Prompt, TextForward, batches, split_text
 from skillfast.models import training
 from skillfast.models.huggingface import load_language_model
 from skillfast.models.sites import choose_sites
@@ -30,7 +29,7 @@ _UNNAMED = "LABEL_"  # what transformers calls classes that nobody named
 
 
 def prepare_text(
-    config: BenchConfig, device: torch.device, clock: Clock, *, traces: bool, quiet: bool, say: Callable[[str], None]
+    config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool, say: Callable[[str], None]
 ) -> tuple[TextClassifier, Splits, dict[str, Any]]:
     """Read the text, load the model, and train it where its head is new.
 
@@ -38,7 +37,6 @@ def prepare_text(
         config: The settings.
         device: Where the model runs.
         clock: Measures the phases.
-        traces: Whether the run will trace: then its pooling must leave padding out.
         quiet: Show no progress bar.
         say: Called with each line worth reading.
 
@@ -46,7 +44,7 @@ def prepare_text(
         The classifier on its device, the data, and how its weights came about.
 
     Raises:
-        SkillfastError: Data or a model that cannot be had, a prompt that does not fit, a pooling that counts padding.
+        SkillfastError: Data or a model that cannot be had, a prompt that does not fit.
     """
     prompt = None if config.prompt is None else Prompt(config.prompt, config.label_words)
     name = str(config.model)
@@ -60,8 +58,6 @@ def prepare_text(
             dtype=torch.float32 if prompt is None else getattr(torch, config.dtype),
             seed=config.seed,
         )
-        if traces:
-            _check_pool(config.pool, Collate(loaded).side)
         if prompt is None and (named := _own_classes(loaded)) is not None and len(named) == len(table.classes):
             table = _read(config, config.data_file, named)
         words = None if prompt is None else prompt.ids(loaded.tokenizer, table.classes)
@@ -108,6 +104,7 @@ def trace_text(config: BenchConfig, model: TextClassifier, splits: Splits, quiet
         statistics=config.statistics,
         cells=config.cells,
         forward=forward,
+        mask=lambda batch: batch["attention_mask"],
         quiet=quiet,
     )
 
@@ -131,13 +128,3 @@ def _own_classes(loaded: LanguageModel) -> tuple[str, ...] | None:
     named = getattr(loaded.model.config, "id2label", None) or {}
     classes = tuple(str(named[index]) for index in sorted(named))
     return None if any(name.startswith(_UNNAMED) for name in classes) else classes
-
-
-def _check_pool(pool: str, side: str) -> None:
-    """Only the position without padding is a token of every text."""
-    safe = "last" if side == "left" else "cls"
-    if pool != safe:
-        raise ArgumentError(
-            f"pool: expected '{safe}' for text that is padded on the {side}, got '{pool}', which would count padding; "
-            f"pass --pool {safe}"
-        )

@@ -28,7 +28,7 @@ class TextClassifier(nn.Module):
         loaded: The model.
         n_classes: How many classes.
         words: int64 [classes]: for a model that predicts tokens, the tokens whose logits at the last real token are the
-            classes'; None for a model with a classification head.
+            classes'; None for a model with a classification head. The neurons of the head are then those at that token.
 
     Attributes:
         language_model: The model itself; its sites are this module's.
@@ -50,6 +50,11 @@ class TextClassifier(nn.Module):
         self._takes = set(inspect.signature(loaded.model.forward).parameters)
         if any(hasattr(module, _OWN_POSITIONS) for module in loaded.model.modules()):
             self._takes.discard("position_ids")
+        self._pad: int = loaded.tokenizer.pad_token_id
+        self._last: Tensor | None = None  # while the language model runs
+        head = self.get_classifier()
+        if words is not None and head is not None:  # before any hook that reads or changes the head's neurons
+            head.register_forward_pre_hook(self._only_last)
         self.train(loaded.model.training)
 
     def get_classifier(self) -> nn.Module | None:
@@ -82,14 +87,26 @@ class TextClassifier(nn.Module):
         device = module_device(self.language_model.get_input_embeddings())  # type: ignore[operator]
         inputs = {name: batch[name].to(device) for name in INPUTS if name in batch and name in self._takes}
         mask = inputs["attention_mask"]
+        # heads of decoders look for the last token that is not this one
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, self._pad)
         if "position_ids" in self._takes:  # else a text padded on the left would begin at another position
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if self.words is None:
             return self.language_model(**inputs).logits
-        logits = self.language_model(**inputs, use_cache=False).logits  # [batch, tokens, vocabulary]
-        places = torch.arange(mask.shape[1], device=device)
-        last = (places * mask).argmax(1).to(logits.device)  # of the last real token
-        return logits[torch.arange(len(last), device=logits.device), last][:, self.words.to(logits.device)]
+        self._last = (torch.arange(mask.shape[1], device=device) * mask).argmax(1)  # whichever side the padding is on
+        try:
+            logits = self.language_model(**inputs, use_cache=False).logits  # [batch, vocabulary]
+        finally:
+            self._last = None
+        return logits[:, self.words.to(logits.device)]
+
+    def _only_last(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The head's input at the last real token, [batch, D]: the other tokens' logits are never made."""
+        hidden = args[0]
+        if self._last is None or hidden.dim() != 3:
+            return None
+        last = self._last.to(hidden.device)
+        return (hidden[torch.arange(len(last), device=hidden.device), last], *args[1:])
 
 
 def accepts(model: nn.Module, names: Sequence[str]) -> list[str]:
