@@ -22,7 +22,7 @@ from skillfast.vocabulary import STATISTICS
 
 MODEL = os.environ.get("SKILLFAST_BENCH_MODEL", "vit_small_patch16_224")
 DEVICE = torch.device(os.environ.get("SKILLFAST_BENCH_DEVICE", "cpu"))
-BATCH = 256 if DEVICE.type == "cuda" else 16
+BATCH = int(os.environ.get("SKILLFAST_BENCH_BATCH", "256" if DEVICE.type == "cuda" else "64"))
 PAIRS = int(os.environ.get("SKILLFAST_BENCH_PAIRS", "15"))
 METRICS = {"label": Categorical(10), "confidence": Continuous(), "loss": Continuous()}
 

@@ -61,3 +61,54 @@ def test_neuron_scale(benchmark, dtype, how):
     with backends.use_backend(how):
         torch.testing.assert_close(ops.neuron_scale(x, scale, None, condition).double(), want)
         benchmark(ops.neuron_scale, x, scale, None, condition)
+
+
+@pytest.mark.benchmark(group=f"activation and mean over tokens of [{BATCH}, {TOKENS}, {WIDTH}]")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["native", "reference", "torch: gelu, then mean", "torch: gelu alone"])
+def test_act_mask_pool(benchmark, dtype, how):
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = torch.nn.functional.gelu(x.double())
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+    def separate():
+        y = torch.nn.functional.gelu(x)
+        return y, y.mean(1, dtype=torch.float32)
+
+    if how.startswith("torch"):
+        torch.testing.assert_close(separate()[1].double(), want.mean(1), **tolerance)
+        benchmark(separate if "mean" in how else lambda: torch.nn.functional.gelu(x))
+        return
+    with backends.use_backend(how):
+        y, pooled = ops.act_mask_pool(x, "gelu", "mean")
+        torch.testing.assert_close(y.double(), want, **tolerance)
+        torch.testing.assert_close(pooled.double(), want.mean(1), **tolerance)
+        benchmark(ops.act_mask_pool, x, "gelu", "mean")
+
+
+@pytest.mark.benchmark(group=f"Pearson of every token of [{BATCH}, {TOKENS}, {WIDTH}], {COLUMNS} columns per token")
+@pytest.mark.parametrize("how", ["native", "torch: gelu, shift, GEMM"])
+def test_act_pool_accumulate(benchmark, how):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
+    y = torch.randn(BATCH, TOKENS, COLUMNS, generator=generator)
+    center = torch.zeros(WIDTH)
+
+    def zeros():
+        shapes = ((WIDTH,), (WIDTH,), (COLUMNS, WIDTH))
+        return tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+
+    def separate():
+        rows = (torch.nn.functional.gelu(x) - center).flatten(0, 1)
+        return rows.sum(0), rows.square().sum(0), y.flatten(0, 1).T @ rows
+
+    state = zeros()
+    with backends.use_backend("native"):
+        ops.act_pool_accumulate(x, y, center, state, "gelu", "none")
+        for got, want in zip(state, separate(), strict=True):
+            torch.testing.assert_close(got, want.double(), rtol=1e-4, atol=1e-2)
+        benchmark(
+            separate
+            if how.startswith("torch")
+            else lambda: ops.act_pool_accumulate(x, y, center, state, "gelu", "none")
+        )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
 
 TERMS = ("target_drop", "other_change", "other_abs_change", "other_harm")
+ROUNDING = 1e-12  # what is left of a mean whose terms cancel
 RATIOS = {"ratio": "other_change", "strict_ratio": "other_abs_change", "harm_ratio": "other_harm"}
 
 
@@ -134,7 +135,7 @@ def selectivity(
     ratios: dict[str, float | None] = {}
     for name, below in RATIOS.items():
         denominator = abs(values[below])
-        ratios[name] = values["target_drop"] / denominator if denominator > 0 else None
+        ratios[name] = values["target_drop"] / denominator if denominator > ROUNDING else None
         with np.errstate(divide="ignore", invalid="ignore"):
             ci95[name] = interval(spread["target_drop"] / np.abs(spread[below]))
     return {**values, **ratios, "ci95": ci95}

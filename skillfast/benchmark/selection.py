@@ -9,7 +9,7 @@ import numpy as np
 
 from skillfast.ablation import Condition, sweep
 from skillfast.attribution import attribute
-from skillfast.benchmark.removal import RATIOS, oracle_predictions, removal_matrix, selectivity_terms
+from skillfast.benchmark.removal import RATIOS, ROUNDING, oracle_predictions, removal_matrix, selectivity_terms
 from skillfast.errors import ArgumentError
 from skillfast.learned_mask import KEEP, learn_masks
 from skillfast.skills import select
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
-ROUNDING = 1e-12  # what float64 leaves of changes that cancel
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 HARM_WEIGHT = 20.0
 RULE = (
