@@ -63,7 +63,7 @@ def spread(model):
     """The model over two devices: the CPU and the GPU."""
     accelerate = pytest.importorskip("accelerate")
     names = [name for name, _ in model.named_children() if name != "blocks"]
-    places = {name: 0 for name in names} | {f"blocks.{i}": "cpu" if i == 1 else 0 for i in range(len(model.blocks))}
+    places = dict.fromkeys(names, 0) | {f"blocks.{i}": "cpu" if i == 1 else 0 for i in range(len(model.blocks))}
     places |= {name: 0 for name, _ in model.named_parameters(recurse=False)}
     return accelerate.dispatch_model(model, places, main_device=0)
 
