@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from skillfast.kernels.activation import flowing
 
 from skillfast.backends.capture import as_tokens, empty_capture
+from skillfast.kernels.activation import flowing
 
 TILE = {"BLOCK_T": 16, "BLOCK_D": 64}  # wider tiles spill registers
 OPTIONS = {"num_warps": 4}

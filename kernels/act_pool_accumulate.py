@@ -11,9 +11,9 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from skillfast.kernels.activation import flowing
 
 from skillfast.backends.capture import as_tokens, empty_capture, has_observations
+from skillfast.kernels.activation import flowing
 
 PROGRAMS = 1024  # what a large GPU keeps busy
 TILE = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_M": 16}

@@ -53,9 +53,10 @@ def test_interpreted_equals_reference(triton_interpreter):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_compiles_without_a_gpu(arch, dtype, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
-    from skillfast.kernels.cells_update import cells_update_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from skillfast.kernels.cells_update import cells_update_kernel
 
     signature = {
         "x": f"*{dtype}", "edges": "*fp32", "channels": "*i16", "hats": "*i16", "table": "*i32",

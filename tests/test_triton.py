@@ -84,9 +84,10 @@ def test_interpreted_kernels_equal_the_reference(triton_interpreter):
 @pytest.mark.parametrize("op", ["neuron_scale", "comoments_update"])
 def test_kernels_compile_without_a_gpu(arch, op, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
-    from skillfast.kernels import comoments_update, neuron_scale
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from skillfast.kernels import comoments_update, neuron_scale
 
     kernel, types, constants = {
         "neuron_scale": (
