@@ -239,7 +239,7 @@ def test_an_interrupted_run_leaves_no_result(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_cifar10_with_a_half_trained_model(shared, tmp_path):
-    """Real images and a real checkpoint, by the command line, in a process of its own."""
+    """Real images and a real checkpoint, by the command line, in a process of its own; masks would take minutes."""
     checkpoint = shared / "models" / "vit_cifar10_half.safetensors"
     if not checkpoint.is_file():
         pytest.skip(f"no model at {checkpoint}")
@@ -248,7 +248,8 @@ def test_cifar10_with_a_half_trained_model(shared, tmp_path):
         SKILLFAST, "bench", "--dataset", "imagefolder", "--data-dir", tmp_path / "cifar",
         "--model", "vit_tiny_patch16_224", "--model-kwarg", "img_size=32", "--model-kwarg", "patch_size=4",
         "--model-kwarg", "depth=6", "--checkpoint", checkpoint, "--mean", "0.4914", "0.4822", "0.4465",
-        "--std", "0.247", "0.2435", "0.2616", "--crop-pct", "1.0", "--control-draws", "2", "--output", tmp_path / "out",
+        "--std", "0.247", "0.2435", "0.2616", "--crop-pct", "1.0", "--control-draws", "2", "--method", "attribution",
+        "--contrastive", "--output", tmp_path / "out",
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
