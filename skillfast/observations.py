@@ -221,18 +221,16 @@ class TokenRows(_Rows):
                 mean = ops.act_mask_pool(x, activation, "mean", mask=mask, write=False)[1].nanmean(0).float()
                 center.copy_(torch.where(mean.isfinite(), mean, 0))
         if self._values is not None:
-            y = self._accumulate(site, x, activation, mask, center, write or self._sample is not None)
+            y = self._accumulate(site, x, activation, mask, center, write)
         else:
             assert self._sums is not None
             about = center.double() if x.dtype == torch.float64 else center
-            y, sums = ops.act_mask_pool(
-                x, activation, "moments", mask=mask, center=about, write=write or activation != "identity"
-            )
+            y, sums = ops.act_mask_pool(x, activation, "moments", mask=mask, center=about, write=write)
             self._sums[:, :, columns] = sums.to(self._sums.dtype)
-        flowing = y if y.numel() else x
         if self._sample is not None:
             assert self._picked is not None
-            rows = as_tokens(flowing).gather(1, self._picked[:, :, None].expand(-1, -1, x.shape[-1]))
+            flowing = as_tokens(y if write else x)  # only an identity is not written
+            rows = flowing.gather(1, self._picked[:, :, None].expand(-1, -1, x.shape[-1]))
             self._sample[:, columns] = rows.flatten(0, 1)
         return y
 

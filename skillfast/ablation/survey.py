@@ -55,6 +55,7 @@ class Survey:
         head_is_last: Whether the classifier's output is the model's.
         sequential: Whether each block and site ran once.
         tokens: Tokens per sample.
+        dtype: Of the logits.
         running_bytes: Bytes that a forward takes at its peak, per sample.
     """
 
@@ -68,6 +69,7 @@ class Survey:
     head_is_last: bool
     sequential: bool
     tokens: int
+    dtype: torch.dtype
     running_bytes: float
 
     def sites_until(self, site: Site) -> list[Site]:
@@ -117,6 +119,7 @@ def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
         head_is_last=head is not None and watch.same(watch.outputs.get(head.path), output),
         sequential=len(watch.fired) == len(set(watch.fired)) and len(watch.entered) == len(blocks),
         tokens=watch.tokens,
+        dtype=output.dtype,
         running_bytes=memory.peak / len(inputs),
     )
 

@@ -188,6 +188,7 @@ class Runner:
         self.device = module_device(model)
         self.interventions = interventions
         self.replay: Replay | None = None
+        self.kept_bytes = 0.0  # per sample, once there is a replay
         self.memory_budget = memory_budget
         self._most_rows: int | None = None  # halved when memory ran out
 
@@ -217,8 +218,8 @@ class Runner:
         if self.replay is None:
             few = images[:2] if len(images) > 1 else images[:1].repeat(2, *(1,) * (images.dim() - 1))
             replay = Replay(self.model, self.interventions, survey(self.model, few))
-            dtype = logits_of(self.model(few)).dtype
-            replay.verify(few, lambda i: self._plain(few, i), TOLERANCE.get(dtype, HALF_TOLERANCE))
+            tolerance = TOLERANCE.get(replay.survey.dtype, HALF_TOLERANCE)
+            replay.verify(few, lambda i: self._plain(few, i), tolerance)
             whole = sum(len(replay.members[start]) for start, route in replay.routes.items() if route.start is None)
             record = replay.record(few)
             if whole:
