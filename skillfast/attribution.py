@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
 from skillfast.models.sites import Site, choose_sites, fingerprint, unwrap_compiled
@@ -18,6 +20,9 @@ from skillfast.vocabulary import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+SCHEMA = "skillfast.ranking/1"
+FILE = "ranking.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,35 @@ class NeuronRanking:
         """Each site's rows."""
         ends = np.cumsum([site.width for site in self.sites]).tolist()
         return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `ranking.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        header = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "columns": self.columns,
+            "sites": [asdict(site) for site in self.sites],
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+        }
+        files.write_arrays(path, {"values": self.values, "n_observations": self.n_observations}, header)
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> NeuronRanking:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        path, remedy = Path(directory) / FILE, "write it with NeuronRanking.save"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return NeuronRanking(
+                method=header["method"],
+                columns=tuple(header["columns"]),
+                sites=tuple(Site(**site) for site in header["sites"]),
+                fingerprint=header["fingerprint"],
+                settings=header["settings"],
+                **arrays,
+            )
 
 
 def attribute(

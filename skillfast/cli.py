@@ -103,7 +103,11 @@ _subject = _options(
     ),
     click.option("--epochs", type=int, help="Passes of that training."),
     click.option("--dataset", type=click.Choice(words.DATASETS), default="digits", show_default=True),
-    click.option("--data-dir", type=click.Path(), help="Folder with train/<class> and test/<class>, or CIFAR-10's."),
+    click.option(
+        "--data-dir",
+        type=click.Path(),
+        help="Folder with train/<class> and test/<class>, or CIFAR-10's (by default downloaded).",
+    ),
     click.option("--data-file", help="Text: a .tsv, .csv or .jsonl file, or hf:NAME[:CONFIG][@SPLIT]."),
     click.option("--test-file", help="Likewise, to test on; a third of --data-file by default."),
     click.option("--text-column", default="text", show_default=True),
@@ -113,14 +117,22 @@ _subject = _options(
     click.option("--label-words", type=_Names(), default="", help="Its words for the classes: ' bad, good'."),
     click.option("--pad-token", help="What to pad with, where the tokenizer has nothing."),
     click.option("--truncate", is_flag=True, help="Cut texts that are longer than the model's context."),
-    click.option("--train-per-class", type=int, help="Training examples of each class; all by default."),
-    click.option("--test-per-class", type=int, help="Test examples of each class; all by default."),
+    click.option(
+        "--train-per-class", type=int, help="Training examples of each class; by default 200 of CIFAR-10, else all."
+    ),
+    click.option(
+        "--test-per-class", type=int, help="Test examples of each class; by default 100 of CIFAR-10, else all."
+    ),
     click.option("--mean", type=_Numbers(), help="Of the images, per channel; the model's own by default."),
     click.option("--std", type=_Numbers(), help="Likewise."),
     click.option("--crop-pct", type=float, help="Share of the image that the centre crop keeps; likewise."),
     click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and count them."),
     click.option("--device", help="cpu, cuda, cuda:1; CUDA where there is one by default."),
-    click.option("--dtype", type=click.Choice(words.DTYPES), default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(words.DTYPES),
+        help="bfloat16 on a GPU that computes in it by default, else float32.",
+    ),
     click.option("--batch-size", type=int, default=256, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--memory-budget", type=float, help="GiB for a sweep's results; half of what is free by default."),
@@ -177,6 +189,7 @@ def main() -> None:
 @_selection
 @click.option("--scale", type=float, default=0.0, show_default=True, help="On removed neurons' activations.")
 @click.option("--control-draws", type=int, default=5, show_default=True, help="Random controls per skill.")
+@click.option("--resume/--no-resume", default=True, help="Go on from what an interrupted run left in --output.")
 @_output
 def bench(quiet: bool, **options: Any) -> None:
     """Trace a model, remove each class's skill, and write a report.

@@ -120,7 +120,12 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
     overlap = _overlap(k, rng)
     return {
         "angles_deg": angles, "own_angle_deg": 40.3, "other_angle_deg": 10.2, "overlap": overlap,
-        "ci95": {"own_angle_deg": [39.1, 41.8], "other_angle_deg": [9.9, 10.6]},
+        "ci95": {
+            "angles_deg": [[[0.9 * angle, 1.1 * angle] for angle in row] for row in angles],
+            "own_angle_deg": [39.1, 41.8],
+            "other_angle_deg": [9.9, 10.6],
+        },
+        "random_control": {"own_angle_deg": 3.2, "other_angle_deg": 3.1},
         "competition": [pair], "linkage": [],
         "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
                       "overlap": {"one": a, "other": b, "jaccard": 0.2}},
@@ -136,7 +141,20 @@ def _standard_metrics(classes: list[str], matrix: list[list[float]], rng: random
     drops = [-row[i] for i, row in enumerate(matrix)]
     return {
         **seen(sum(drops) / len(drops)), "knn_accuracy": 0.974, "n_neighbours": 5, "n_ranked": 50 * len(classes),
-        "ci95": {"cosine": [0.91, 0.98], "rank_preservation": [0.9, 0.95], "knn_accuracy_change": [-0.01, 0.01]},
+        "ci95": {
+            "cosine": [0.91, 0.98],
+            "rank_preservation": [0.9, 0.95],
+            "knn_accuracy_change": [-0.01, 0.01],
+            "cka": [0.97, 0.99],
+            "target_knn_accuracy_change": [-0.05, 0.02],
+        },
+        "random_control": {
+            "cosine": 0.995,
+            "rank_preservation": 0.99,
+            "knn_accuracy_change": 0.001,
+            "cka": 0.999,
+            "target_knn_accuracy_change": 0.0,
+        },
         "per_class": {
             name: {**seen(drop), "knn_accuracy_change_per_class": [0.0] * len(classes)}
             for name, drop in zip(classes, drops, strict=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 import sys
 import tarfile
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -255,6 +257,40 @@ def test_cifar10_messages(tmp_path: Path, cifar: Path):
         load_cifar10(tmp_path / "other", transforms)
     with pytest.raises(DataError, match="as torchvision downloads it, got no such folder"):
         load_cifar10(tmp_path / "nothing", transforms)
+
+
+def test_cifar10_to_train_on_all(cifar: Path):
+    """Training sees every picture but those that validate; selection only as many as were asked for."""
+    transforms = make_transforms({**SMALL, "input_size": (3, 32, 32)})
+    few = load_cifar10(cifar, transforms, 5, 2)
+    assert few.train is not None
+    assert len(few.train) == len(few.select) == 40
+    whole = load_cifar10(cifar, transforms, 5, 2, train_on_all=True)
+    assert whole.train is not None
+    assert [len(part) for part in (whole.train, whole.select, whole.validate)] == [90, 40, 10]
+    used = {name: set(getattr(whole, name)._indices.tolist()) for name in ("train", "select", "validate")}
+    assert used["train"] == set(range(100)) - used["validate"]
+    assert used["select"] < used["train"]
+
+
+def test_cifar10_is_downloaded_where_it_is_missing(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    transforms = make_transforms({**SMALL, "input_size": (3, 32, 32)})
+    folder = tmp_path / "cache" / "cifar10"
+
+    def unreachable(_: CIFAR10) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    text = one_line(DataError, load_cifar10, folder, transforms, 5, 2, download=True)
+    assert "got URLError (Name or service not known); pass --data-dir" in text
+
+    def downloaded(self: CIFAR10) -> None:
+        shutil.copytree(cifar / CIFAR10.base_folder, Path(self.root) / CIFAR10.base_folder)
+
+    monkeypatch.setattr(CIFAR10, "download", downloaded)
+    assert len(load_cifar10(folder, transforms, 5, 2, download=True).test) == 20
+    monkeypatch.setattr(CIFAR10, "download", unreachable)  # once is enough
+    assert len(load_cifar10(folder, transforms, 5, 2, download=True).test) == 20
 
 
 def test_real_images(shared: Path, tmp_path: Path):

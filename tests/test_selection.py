@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
 import torch
-from conftest import make_vit, one_line
+from conftest import one_line
 
 import skillfast
 from skillfast import BenchConfig
@@ -53,7 +55,9 @@ def subject(splits, **more):
 def chosen_on(splits, **more):
     made = subject(splits, **more)
     scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
-    return made, protocol._choose(made, scores, protocol.Clock(), True, lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        phases = protocol.Phases(Path(folder), {}, protocol.Clock())
+        return made, protocol._choose(made, scores, phases, True, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +129,7 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     for label, sites in planted.PLANTED.items():
         want = {(site, i) for site, neurons in sites.items() for i in neurons}
         assert want <= {(s, int(i)) for s, index in skills[CLASSES[label]].neurons.items() for i in index}
-    on_test = selection.on_test(made.model, made.loader("test"), found)
+    on_test = selection.effects(made.model, made.loader("test"), found.skills)["candidates"]
     written = json.loads(json.dumps(found.to_json(on_test)))
     assert written["chosen"] == found.chosen
     assert written["candidates"][found.chosen]["test"]["target_drop"] == pytest.approx(5 / 6)
@@ -147,7 +151,7 @@ def test_permuted_labels_select_nothing(splits):
     """Where labels say nothing, what is chosen does no more to its class than neurons drawn at random."""
     blind = Splits("planted", CLASSES, permuted(splits.select), permuted(splits.validate, 1), permuted(splits.test, 2))
     made, found = chosen_on(blind)
-    on_test = selection.on_test(made.model, made.loader("test"), found)[found.chosen]
+    on_test = selection.effects(made.model, made.loader("test"), found.skills)["candidates"][found.chosen]
     rng = np.random.default_rng(0)
     drawn = [
         removal.random_skills(s, skillfast.trace(made.model, made.loader("test"), sites=("mlp", "attn")).sites, 1, rng)
@@ -170,7 +174,7 @@ def test_a_method_by_name_is_one_candidate(splits):
 
 
 def test_what_cannot_be_is_refused(batches):
-    assert "candidates: expected at least one" in one_line(ArgumentError, selection.choose, make_vit(), batches, {}, ())
+    assert "candidates: expected at least one" in one_line(ArgumentError, selection.cut, {}, ())
     assert "contrastive: expected with a statistic" in one_line(ArgumentError, BenchConfig, contrastive=True)
     assert "contrastive" in one_line(ArgumentError, BenchConfig, contrastive=True, method="mask")
     with pytest.raises(ArgumentError, match=r"method: expected one of auto, pearson, .*, mask, got 'magic'"):

@@ -9,7 +9,13 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier
 
 from skillfast.benchmark.removal import Bootstrap
-from skillfast.benchmark.standard_metrics import Dashboard, linear_cka, standard_metrics
+from skillfast.benchmark.standard_metrics import (
+    Alignment,
+    Dashboard,
+    jackknife_interval,
+    linear_cka,
+    standard_metrics,
+)
 
 
 @pytest.fixture
@@ -66,6 +72,35 @@ def test_cka_equals_the_definition_over_gram_matrices(pair):
     k, m = (centring @ x.astype(np.float64) @ x.T.astype(np.float64) @ centring for x in (before, after))
     want = np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m))
     assert linear_cka(before, after) == pytest.approx(want)
+
+
+def test_cka_without_a_group_equals_cka_of_the_others(pair):
+    before, after, labels = pair
+    _, left_out = Alignment(before, labels, groups=7).compare(after)
+    dealt = np.empty(len(labels), int)
+    dealt[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 7
+    want = [linear_cka(before[dealt != group], after[dealt != group]) for group in range(7)]
+    np.testing.assert_allclose(left_out, want)
+
+
+def test_the_interval_of_cka_covers():
+    """Two noisy views of the same directions; CKA of very many images is what 95 % of the intervals hold."""
+    mix = np.random.default_rng(0).normal(size=(2, 5, 5))
+
+    def drawn(n, seed):
+        rng = np.random.default_rng(seed)
+        hidden = rng.normal(size=(n, 5))
+        return [hidden @ m + 0.5 * rng.normal(size=(n, 5)) for m in mix]
+
+    truth = linear_cka(*drawn(400_000, 0))
+    held = 0
+    for seed in range(1, 201):
+        before, after = drawn(800, seed)
+        cka, left_out = Alignment(before, np.arange(800) % 10).compare(after)
+        low, high = jackknife_interval(cka, left_out, 0.0, 1.0)
+        held += low <= truth <= high
+    assert 181 <= held <= 199
+    assert jackknife_interval(0.5, np.array([0.5, np.nan]), 0.0, 1.0) is None
 
 
 def test_invariances(pair):
@@ -128,7 +163,7 @@ def test_nothing_is_left():
         )
     assert [result[key] for key in ("cosine", "rank_preservation", "knn_accuracy_change", "cka")] == [None] * 4
     assert result["reasons"] == {"zero_or_not_finite": {"a": 20, "b": 20}}
-    assert result["ci95"] == {"cosine": None, "rank_preservation": None, "knn_accuracy_change": None}
+    assert set(result["ci95"].values()) == {None}
     assert result["target_drop"] == pytest.approx(0.6)
     assert Dashboard(np.zeros((20, 3)), labels).knn_accuracy() is None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from skillfast import files
 from skillfast.ablation.budget import memory_limit, rows_that_fit
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.replay import Record, Replay, Start
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
 HALF_TOLERANCE = 3e-2
+SCHEMA = "skillfast.sweep/1"
+FILE = "sweep.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class SweepResult:
     predictions: np.ndarray | None = None
     baseline_embeddings: np.ndarray | None = None
     embeddings: np.ndarray | None = None
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `sweep.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        files.write_arrays(path, arrays, {"schema": SCHEMA, "classes": self.classes})
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> SweepResult:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        path, remedy = Path(directory) / FILE, "write it with SweepResult.save"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return SweepResult(classes=tuple(header["classes"]), **arrays)
 
 
 def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:

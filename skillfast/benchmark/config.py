@@ -22,7 +22,7 @@ class BenchConfig:
         finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None: what the model needs.
         epochs: Passes of that training; None for the default of the mode.
         dataset: `"digits"`, `"cifar10"`, `"imagefolder"` or `"text"`.
-        data_dir: The folder of images.
+        data_dir: The folder of images; of CIFAR-10 None lets torchvision download it into the cache.
         data_file: Text: a `.tsv`, `.csv` or `.jsonl` file, or `hf:NAME[:CONFIG][@SPLIT]`.
         test_file: Likewise, to test on; None for a third of `data_file`.
         text_column: Where the text stands.
@@ -32,14 +32,15 @@ class BenchConfig:
         label_words: Its words for the classes, in their order.
         pad_token: What to pad with, where the tokenizer has nothing.
         truncate: Cut texts that are longer than the model's context.
-        train_per_class: Training images per class to use; None for all.
-        test_per_class: Test images per class to use; None for all.
+        train_per_class: Training images per class to use; None for 200 of CIFAR-10 (a model without weights is then
+            trained on all others too), all of anything else.
+        test_per_class: Test images per class to use; None for 100 of CIFAR-10, all of anything else.
         mean: Per channel, what images are normalised by; None for the model's own.
         std: Likewise.
         crop_pct: Share of the resized image that the centre crop keeps; None for the model's own.
         skip_unreadable: Leave unreadable images out instead of stopping.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None for CUDA where there is one.
-        dtype: Of the activations, by autocast.
+        dtype: Of the activations, by autocast; None for bfloat16 on a CUDA device that computes in it, else float32.
         batch_size: Images per forward of the trace, rows per forward of the sweep.
         seed: Of every random choice.
         sites: Kinds or names of sites.
@@ -56,6 +57,7 @@ class BenchConfig:
         control_draws: Random controls per skill.
         memory_budget: GiB that a sweep's intermediate results may take; None for half of what is free.
         backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
+        resume: Go on from what an interrupted run of the same settings left in the output folder.
         output: Folder of the results.
     """
 
@@ -83,7 +85,7 @@ class BenchConfig:
     crop_pct: float | None = None
     skip_unreadable: bool = False
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     batch_size: int = 256
     seed: int = 0
     sites: tuple[str, ...] = KINDS
@@ -99,13 +101,14 @@ class BenchConfig:
     control_draws: int = 5
     memory_budget: float | None = None
     backend: str = "auto"
+    resume: bool = True
     output: str = "skillfast-report"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("dataset", DATASETS),
             ("finetune", (None, *FINETUNE)),
-            ("dtype", DTYPES),
+            ("dtype", (None, *DTYPES)),
             ("method", ("auto", *METHODS)),
         ):
             if getattr(self, name) not in allowed:
@@ -122,8 +125,8 @@ class BenchConfig:
                 f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
             )
         self._check_text()
-        if self.dataset in ("cifar10", "imagefolder") and self.data_dir is None:
-            raise ArgumentError(f"data folder: expected --data-dir with --dataset {self.dataset}, got none")
+        if self.dataset == "imagefolder" and self.data_dir is None:
+            raise ArgumentError("data folder: expected --data-dir with --dataset imagefolder, got none")
         if self.model is None and self.dataset != "digits":
             raise ArgumentError(
                 f"model: expected a timm name with --dataset {self.dataset}, got none; "
@@ -165,9 +168,14 @@ class BenchConfig:
         """The budget in bytes."""
         return None if self.memory_budget is None else int(self.memory_budget * 2**30)
 
+    @property
+    def precision(self) -> str:
+        """The dtype of the activations, once the device is known."""
+        return self.dtype or "float32"
+
     def to_json(self) -> dict[str, Any]:
-        """Everything that may change the results; the output folder does not."""
-        return {name: value for name, value in asdict(self).items() if name != "output"}
+        """Everything that may change the results; where they go and what they go on from does not."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output", "resume")}
 
     @staticmethod
     def names() -> tuple[str, ...]:

@@ -43,11 +43,12 @@ class Clock:
         return time.perf_counter() - self._start
 
 
-def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """Peak memory of the process and of the CUDA device, in bytes; None without one."""
+def peak_memory() -> dict[str, int | None]:
+    """Peak memory of the process, and of its CUDA devices together, in bytes; None without one."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return {
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
-        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_device_bytes": sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
     }
 
 

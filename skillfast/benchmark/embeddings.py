@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skillfast import files
 from skillfast.ablation import sweep
 from skillfast.benchmark.interference import Directions
 from skillfast.benchmark.removal import Bootstrap
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from skillfast.ablation import Condition
 
 BYTES_AT_ONCE = 1 << 29
+SCHEMA = "skillfast.embeddings/1"
+FILE = "embeddings.safetensors"
+_PER_REMOVAL = ("cosine", "rank_preservation", "knn_accuracy_change", "cka", "cka_left_out")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,37 @@ class EmbeddingChanges:
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
     resampled_angles: np.ndarray
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `embeddings.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        rows = {name: np.stack([getattr(found, name) for found in self.comparisons]) for name in _PER_REMOVAL}
+        arrays = {
+            **rows,
+            "embeddings": self.dashboard.embeddings,
+            "labels": self.dashboard.labels,
+            "angles": self.angles,
+            "resampled_angles": self.resampled_angles,
+        }
+        undefined = [found.undefined.tolist() for found in self.comparisons]
+        files.write_arrays(
+            path, arrays, {"schema": SCHEMA, "settings": self.dashboard.settings, "undefined": undefined}
+        )
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> EmbeddingChanges:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        path, remedy = Path(directory) / FILE, "write it with EmbeddingChanges.save"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            rows = zip(*(arrays[name] for name in _PER_REMOVAL), header["undefined"], strict=True)
+            comparisons = tuple(
+                Comparison(cosine, rho, knn, float(cka), left_out, np.array(undefined, np.int64))
+                for cosine, rho, knn, cka, left_out, undefined in rows
+            )
+            dashboard = Dashboard(arrays["embeddings"], arrays["labels"], **header["settings"])
+            return EmbeddingChanges(dashboard, comparisons, arrays["angles"], arrays["resampled_angles"])
 
 
 def compare_embeddings(

@@ -183,6 +183,7 @@ def interference(
     labels: np.ndarray,
     overlap: np.ndarray,
     classes: Sequence[str],
+    control: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The interference object of results.json.
 
@@ -195,6 +196,7 @@ def interference(
         labels: int64 [n].
         overlap: float64 [K, K], Jaccard index of the skills' neurons.
         classes: Class names.
+        control: Angles float64 [K, K] with as many neurons removed at random for each class; None where not measured.
 
     Returns:
         The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
@@ -205,6 +207,7 @@ def interference(
     angles = None if turns is None else turns[0]
     return {
         **({} if turns is None else _turned(*turns)),
+        **({} if control is None else {"random_control": _own_and_other(control)}),
         **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
         "strongest": {
             "angle": (
@@ -221,17 +224,23 @@ def interference(
 
 
 def _turned(angles: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
-    """The angles, their means over the diagonal and the rest, and intervals of these."""
+    """The angles, their means over the diagonal and the rest, and intervals."""
     own = np.eye(len(angles), dtype=bool)
     return {
         "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
-        "own_angle_deg": _mean(angles[own]),
-        "other_angle_deg": _mean(angles[~own]),
+        **_own_and_other(angles),
         "ci95": {
+            "angles_deg": [[interval(cell) for cell in row] for row in resampled],
             "own_angle_deg": interval(_mean_of_defined(resampled[own])),
             "other_angle_deg": interval(_mean_of_defined(resampled[~own])),
         },
     }
+
+
+def _own_and_other(angles: np.ndarray) -> dict[str, float | None]:
+    """Means of the angles [K, K] over the diagonal and the rest."""
+    own = np.eye(len(angles), dtype=bool)
+    return {"own_angle_deg": _mean(angles[own]), "other_angle_deg": _mean(angles[~own])}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -16,22 +16,24 @@ import torch
 
 from skillfast import __version__, backends, files, metrics
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
+from skillfast.attribution import NeuronRanking
 from skillfast.benchmark import contribution, removal, selection
-from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
+from skillfast.benchmark.cost import Clock, trace_over_forward
 from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
 from skillfast.benchmark.interference import interference
+from skillfast.benchmark.phases import JSON, Kept, Phases
 from skillfast.benchmark.setup import Subject, prepare, trace_select
 from skillfast.benchmark.standard_metrics import standard_metrics
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.skills import Skill, overlap, save_skills
+from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from skillfast.benchmark.config import BenchConfig
-    from skillfast.statistics.neuron_scores import NeuronScores
 
 SCHEMA = "skillfast.bench/1"
 RESULTS = "results.json"
@@ -61,6 +63,9 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         quiet: Show no progress bars.
         say: Called with each line worth reading while the run goes on; the baseline accuracy comes first.
 
+    An interrupted run leaves its finished phases in `.unfinished/` of the output folder, and the same call goes on from
+    there. A model that was trained is left as `model.safetensors`.
+
     Returns:
         The results; `results.json`, `skills.json`, `scores.safetensors`, `removal_matrix.csv` and `report.html` are in
         the output folder.
@@ -75,43 +80,60 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         )
     directory = files.output_folder(config.output)
     clock = Clock()
+    phases = Phases(directory, _determined_by(config), clock, resume=config.resume, say=say)
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
         stack.enter_context(limited_memory(config.memory_bytes))
-        subject = prepare(config, clock, quiet=quiet, say=say)
+        subject = prepare(config, clock, quiet=quiet, say=say, phases=phases)
         stack.enter_context(subject.precision())
+        if phases.resumed:
+            say(f"an unfinished run goes on after {', '.join(phases.resumed)}")
         _announce_baseline(subject, clock, quiet, say)
-        with clock.phase("trace"):
-            scores = trace_select(subject, quiet)
-        chosen = _choose(subject, scores, clock, quiet, say)
-        skills = dict(chosen.skills[chosen.chosen])
-        with clock.phase("sweep"):
-            swept = _sweep(subject, list(skills.values()), quiet)
-        with clock.phase("embeddings"):
-            embedded = compare_embeddings(
-                subject.model,
-                subject.loader("test"),
-                [Condition(skill, scale=config.scale) for skill in skills.values()],
-                classes=subject.splits.classes,
-                seed=config.seed,
-                quiet=quiet,
-            )
-        with clock.phase("trade_off"):
-            on_test = selection.on_test(subject.model, subject.loader("test"), chosen, scale=config.scale, quiet=quiet)
-        measured = trace_over_forward(
-            subject.model,
-            subject.loader("select"),
-            metrics.classification(subject.splits.classes),
-            sites=config.sites,
-            pool=config.pool,
-            statistics=config.statistics,
-            cells=config.cells,
-        )
-    results = _results(subject, list(skills.values()), swept, embedded)
-    results["selection"] = chosen.to_json(on_test)
-    results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}
-    _write(directory, results, skills, scores, clock)
+        results, skills, scores = _measure(subject, phases, quiet, say)
+    results["cost"] |= {"seconds": clock.seconds, "resumed": phases.resumed, **phases.peak_memory()}
+    clock.seconds["total"] = clock.total() + phases.earlier
+    _write(directory, results, skills, scores)
+    phases.end(directory)
     return BenchReport(results, skills, directory)
+
+
+def _determined_by(config: BenchConfig) -> dict[str, Any]:
+    """What the results of a run depend on, besides its data and weights."""
+    return {**config.to_json(), "skillfast": __version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def _measure(
+    subject: Subject, phases: Phases, quiet: bool, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Skill], NeuronScores]:
+    """Every phase after the baseline: results.json, the skills that were removed, and the scores."""
+    config = subject.config
+    scores = phases.run("trace", lambda: trace_select(subject, quiet), Kept.by(NeuronScores.load))
+    chosen = _choose(subject, scores, phases, quiet, say)
+    skills = dict(chosen.skills[chosen.chosen])
+    found = list(skills.values())
+    swept = phases.run("sweep", lambda: _sweep(subject, found, quiet), Kept.by(SweepResult.load))
+    embedded = phases.run(
+        "embeddings", lambda: _embeddings(subject, found, quiet), Kept.optional(EmbeddingChanges.load)
+    )
+    on_test = phases.run(
+        "trade_off",
+        lambda: selection.effects(
+            subject.model, subject.loader("test"), chosen.skills, scale=config.scale, classes=list(skills), quiet=quiet
+        ),
+        JSON,
+    )
+    results = _results(subject, found, swept, embedded)
+    results["selection"] = chosen.to_json(on_test["candidates"])
+    results["cost"] = trace_over_forward(
+        subject.model,
+        subject.loader("select"),
+        metrics.classification(subject.splits.classes),
+        sites=config.sites,
+        pool=config.pool,
+        statistics=config.statistics,
+        cells=config.cells,
+    )
+    return results, skills, scores
 
 
 def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callable[[str], None]) -> None:
@@ -137,22 +159,34 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
 
 
 def _choose(
-    subject: Subject, scores: NeuronScores, clock: Clock, quiet: bool, say: Callable[[str], None]
+    subject: Subject, scores: NeuronScores, phases: Phases, quiet: bool, say: Callable[[str], None]
 ) -> selection.Selection:
     """The best candidate on the validation part; the test part is not looked at."""
     config, classes = subject.config, subject.splits.classes
     tried = selection.candidates(
         config.method, config.share, contrastive=config.contrastive, statistics=config.statistics
     )
-    settings: dict[str, Any] = {
-        "max_site_share": config.max_site_share, "scale": config.scale, "classes": classes, "quiet": quiet,
-    }  # fmt: skip
-    with clock.phase("select"):
-        ranked = selection.rankings(
-            subject.model, subject.loader("select"), scores, tried, seed=config.seed, **settings
-        )
-    with clock.phase("choose"):
-        chosen = selection.choose(subject.model, subject.loader("validate"), ranked, tried, **settings)
+    ranked = selection.rankings(
+        subject.model,
+        subject.loader("select"),
+        scores,
+        tried,
+        max_site_share=config.max_site_share,
+        scale=config.scale,
+        seed=config.seed,
+        classes=classes,
+        quiet=quiet,
+        keep=lambda name, make: phases.run("select", make, Kept.by(NeuronRanking.load), part=name),
+    )
+    skills = selection.cut(ranked, tried, max_site_share=config.max_site_share)
+    validation = phases.run(
+        "choose",
+        lambda: selection.effects(
+            subject.model, subject.loader("validate"), skills, scale=config.scale, classes=classes, quiet=quiet
+        ),
+        JSON,
+    )
+    chosen = selection.choose(tried, skills, validation)
     if len(tried) > 1:
         say(f"chosen on {len(subject.splits.validate)} validation images: {chosen.candidate}")
     return chosen
@@ -177,6 +211,23 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
     )
 
 
+def _embeddings(subject: Subject, skills: Sequence[Skill], quiet: bool) -> EmbeddingChanges | None:
+    """What each skill's removal does to the embeddings, then what one random control of each does."""
+    config = subject.config
+    sites = choose_sites(subject.model, config.sites)
+    return compare_embeddings(
+        subject.model,
+        subject.loader("test"),
+        [
+            *(Condition(skill, scale=config.scale) for skill in skills),
+            *removal.control_conditions(skills, sites, 1, config.scale, config.seed),
+        ],
+        classes=subject.splits.classes,
+        seed=config.seed,
+        quiet=quiet,
+    )
+
+
 def _results(
     subject: Subject, skills: Sequence[Skill], swept: SweepResult, embedded: EmbeddingChanges | None
 ) -> dict[str, Any]:
@@ -192,11 +243,12 @@ def _results(
     oracle = removal.oracle_predictions(swept.top2, k)[None]
     drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
     block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
-    turns, seen = None, {}
+    turns, control, seen = None, None, {}
     if embedded is not None:
-        turns = embedded.angles, embedded.resampled_angles
+        turns, control = (embedded.angles[:k], embedded.resampled_angles[:k]), embedded.angles[k:]
+        comparisons = embedded.comparisons
         seen["standard_metrics"] = standard_metrics(
-            embedded.dashboard, embedded.comparisons, drops[0], subject.splits.classes, bootstrap
+            embedded.dashboard, comparisons[:k], drops[0], subject.splits.classes, bootstrap, comparisons[k:]
         )
     return {
         "schema": SCHEMA,
@@ -225,7 +277,7 @@ def _results(
         },
         **seen,
         "interference": interference(
-            turns, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes
+            turns, parts[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes, control
         ),
     }
 
@@ -273,9 +325,7 @@ def _model(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _write(
-    directory: Path, results: dict[str, Any], skills: dict[str, Skill], scores: NeuronScores, clock: Clock
-) -> None:
+def _write(directory: Path, results: dict[str, Any], skills: dict[str, Skill], scores: NeuronScores) -> None:
     """All files; results.json after what it sums up, the page last."""
     from skillfast.report import write_report
 
@@ -286,7 +336,6 @@ def _write(
         writer = csv.writer(file)
         writer.writerow(["removed", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, results["removal_matrix"], strict=True))
-    clock.seconds["total"] = clock.total()
     files.write_json(directory / RESULTS, results)
     write_report(directory)
 

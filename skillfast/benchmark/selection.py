@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from skillfast.skills import select
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
 
     from skillfast.attribution import NeuronRanking
     from skillfast.skills import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
+
+Effects = dict[str, Any]
 
 SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
@@ -133,6 +136,7 @@ def rankings(
     seed: int = 0,
     classes: Sequence[str] | None = None,
     quiet: bool = True,
+    keep: Callable[[str, Callable[[], NeuronRanking]], NeuronRanking] = lambda _, make: make(),
 ) -> dict[str, NeuronScores | NeuronRanking]:
     """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
 
@@ -146,88 +150,95 @@ def rankings(
         seed: Of the masks.
         classes: Class names; from the loader's dataset or the model by default.
         quiet: Show no progress bar.
+        keep: Called with a ranking's name and what makes it; returns the ranking.
     """
     found: dict[str, NeuronScores | NeuronRanking] = {c.method: scores for c in tried if c.method in STATISTICS}
     if not all(candidate.method in found for candidate in tried):
         sites = [site.name for site in scores.sites]
-        found["attribution"] = attributions = attribute(model, loader, sites=sites, classes=classes, quiet=quiet)
-    for name, keep in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
-        found[name] = learn_masks(
+        found["attribution"] = attributions = keep(
+            "attribution", lambda: attribute(model, loader, sites=sites, classes=classes, quiet=quiet)
+        )
+    for name, weight in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
+        learn = partial(
+            learn_masks,
             model,
             loader,
             attributions,
             share=max(candidate.share for candidate in tried if candidate.ranking == name),
             max_site_share=max_site_share,
             scale=scale,
-            keep=keep,
+            keep=weight,
             seed=seed,
             quiet=quiet,
         )
+        found[name] = keep(name, learn)
     return found
 
 
-def choose(
-    model: torch.nn.Module,
-    loader: Iterable[Any],
-    ranked: Mapping[str, NeuronScores | NeuronRanking],
-    tried: Sequence[Candidate],
-    *,
-    max_site_share: float = 0.25,
-    scale: float = 0.0,
-    classes: Sequence[str] | None = None,
-    quiet: bool = True,
-) -> Selection:
-    """Remove every candidate's skills on the validation part and choose by `RULE`.
+def cut(
+    ranked: Mapping[str, NeuronScores | NeuronRanking], tried: Sequence[Candidate], *, max_site_share: float = 0.25
+) -> tuple[dict[str, Skill], ...]:
+    """Every candidate's skills, class name -> skill.
 
     Args:
-        model: In evaluation mode.
-        loader: Batches of (images, labels) of the validation part.
         ranked: What the candidates rank by, from `rankings`.
         tried: The candidates.
         max_site_share: Largest share of one site's neurons.
-        scale: Factor on the activations of removed neurons.
-        classes: Class names; from the loader's dataset or the model by default.
-        quiet: Show no progress bar.
 
     Raises:
-        ArgumentError: No candidate, or a validation part without images.
+        ArgumentError: No candidate.
     """
     if not tried:
         raise ArgumentError("candidates: expected at least one, got none; candidates('auto', 0.03) makes all")
-    made = tuple(
+    return tuple(
         select(
             ranked[candidate.ranking], candidate.method, metric="label", share=candidate.share,
             max_site_share=max_site_share, contrastive=candidate.contrastive,
         )
         for candidate in tried
     )  # fmt: skip
-    found, oracle = _effects(model, loader, made, scale, classes, quiet)
-    return Selection(tuple(tried), made, tuple(found), oracle, best(found))
 
 
-def on_test(
-    model: torch.nn.Module, loader: Iterable[Any], selection: Selection, *, scale: float = 0.0, quiet: bool = True
-) -> list[dict[str, float | None]]:
-    """The terms and ratios of every candidate on the test part, for the trade-off curve; nothing is chosen by them."""
-    classes = list(selection.skills[0])
-    return _effects(model, loader, selection.skills, scale, classes, quiet)[0]
+def choose(tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], validation: Effects) -> Selection:
+    """The best candidate by `RULE`.
+
+    Args:
+        tried: The candidates.
+        skills: Theirs, from `cut`.
+        validation: `effects` on the validation part.
+    """
+    found = validation["candidates"]
+    return Selection(tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found))
 
 
-def _effects(
+def effects(
     model: torch.nn.Module,
     loader: Iterable[Any],
-    made: Sequence[Mapping[str, Skill]],
-    scale: float,
-    classes: Sequence[str] | None,
-    quiet: bool,
-) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
-    """The effect of every candidate, and of the oracle."""
-    conditions = [Condition(skill, scale=scale) for skills in made for skill in skills.values()]
+    skills: Sequence[Mapping[str, Skill]],
+    *,
+    scale: float = 0.0,
+    classes: Sequence[str] | None = None,
+    quiet: bool = True,
+) -> Effects:
+    """What every candidate's skills do to a part when they are removed; to the test part for the trade-off curve alone.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels).
+        skills: The candidates', from `cut`.
+        scale: Factor on the activations of removed neurons.
+        classes: Class names; from the loader's dataset or the model by default.
+        quiet: Show no progress bar.
+
+    Returns:
+        As JSON: under `candidates` the terms and ratios of selectivity of each, under `oracle` those of the oracle.
+    """
+    conditions = [Condition(skill, scale=scale) for made in skills for skill in made.values()]
     swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
     assert swept.predictions is not None
     k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]
     found = [effect(part, intact, swept.labels) for part in swept.predictions.reshape(-1, k, n)]
-    return found, effect(oracle_predictions(swept.top2, k), intact, swept.labels)
+    return {"candidates": found, "oracle": effect(oracle_predictions(swept.top2, k), intact, swept.labels)}
 
 
 def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.benchmark.cost import Clock
+from skillfast.benchmark.phases import data_digest, weights_digest, weights_of
 from skillfast.benchmark.text import prepare_text, trace_text
 from skillfast.errors import ArgumentError
 from skillfast.models import loading, training
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from skillfast.benchmark.config import BenchConfig
+    from skillfast.benchmark.phases import Phases
     from skillfast.skills import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
     from skillfast.vocabulary import Mode
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
 
 CIFAR10_CLASSES = 10
+CIFAR10_TRAIN, CIFAR10_TEST = 200, 100  # images per class of the published protocol
 DIGITS_INPUT = (1, 8, 8)
 
 
@@ -62,7 +65,7 @@ class Subject:
 
     def precision(self) -> torch.autocast:
         """The context in which the model runs in the dtype that was asked for."""
-        dtype = getattr(torch, self.config.dtype)
+        dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def dataset_json(self) -> dict[str, Any]:
@@ -94,13 +97,29 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subject:
+def choose_dtype(name: str | None, device: torch.device) -> str:
+    """The dtype by name, or bfloat16 on a CUDA device that computes in it and float32 elsewhere."""
+    if name is not None:
+        return name
+    halves = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if halves else "float32"
+
+
+def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases: Phases | None = None) -> Subject:
     """Load the data, make the model, and train what must be trained.
+
+    Args:
+        config: The settings.
+        clock: Gets the seconds.
+        quiet: Show no progress bars.
+        say: Called with each line worth reading.
+        phases: Keeps trained weights, and is told which data and weights the run is about; None keeps nothing.
 
     Raises:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
     device = choose_device(config.device)
+    config = replace(config, dtype=choose_dtype(config.dtype, device))
     if config.dataset == "text":
         classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say)
         return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
@@ -117,27 +136,54 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
             quiet=quiet,
         )
         choose_sites(loaded.model, config.sites)  # before anything is trained for nothing
-        splits, normalisation = _images(config, loaded.data_config, quiet)
+        mode = training.resolve_finetune(config.finetune, loaded)
+        splits, normalisation = _images(config, loaded, quiet)
     if splits.skipped:
         say(f"{len(splits.skipped)} unreadable images left out: {', '.join(splits.skipped[:3])}")
     model = loaded.model.to(device)
-    mode = training.resolve_finetune(config.finetune, loaded)
     if mode != "none":
-        say(f"training {_what_is_trained(mode)} of {config.model} ({loaded.source} weights)")
-    with clock.phase("train"), torch.inference_mode(False):
-        trained = training.finetune(
-            model,
-            splits,
-            mode,
-            epochs=config.epochs,
-            seed=config.seed,
-            device=device,
-            dtype=getattr(torch, config.dtype),
-            quiet=quiet,
-            scratch=loaded.source == "scratch",
+        data_to_train = splits.train if mode == "all" and splits.train is not None else splits.select
+        say(
+            f"training {_what_is_trained(mode)} of {config.model} ({loaded.source} weights) on {len(data_to_train)} "
+            "images"
         )
-    trained = {"from": loaded.source, **trained}
+
+    def train() -> dict[str, Any]:
+        with torch.inference_mode(False):
+            return training.finetune(
+                model,
+                splits,
+                mode,
+                epochs=config.epochs,
+                seed=config.seed,
+                device=device,
+                dtype=getattr(torch, config.precision),
+                quiet=quiet,
+                scratch=loaded.source == "scratch",
+            )
+
+    trained = {"from": loaded.source, **run_training(model, splits, train, mode, clock, phases)}
     return Subject(config, model.eval(), loaded.name, splits, trained, normalisation, device)
+
+
+def run_training(
+    model: torch.nn.Module,
+    splits: data.Splits,
+    train: Callable[[], dict[str, Any]],
+    mode: str,
+    clock: Clock,
+    phases: Phases | None,
+) -> dict[str, Any]:
+    """Train, or take the weights that an unfinished run left; says how they came about."""
+    if phases is None:
+        with clock.phase("train"):
+            return train()
+    phases.check("data", data_digest({part: getattr(splits, part) for part in ("select", "validate", "test")}))
+    phases.check("weights", weights_digest(model))
+    if mode == "none":  # nothing to keep
+        with clock.phase("train"):
+            return train()
+    return phases.run("train", train, weights_of(model))
 
 
 def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
@@ -151,8 +197,9 @@ def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: b
     return Subject(config, model, loaded.name, splits, trained, "the digits' own mean and deviation", device)
 
 
-def _images(config: BenchConfig, data_config: dict[str, Any], quiet: bool) -> tuple[data.Splits, str]:
+def _images(config: BenchConfig, loaded: loading.LoadedModel, quiet: bool) -> tuple[data.Splits, str]:
     """The splits, and in words what their images are normalised by."""
+    data_config = loaded.data_config
     if config.dataset == "digits":
         if tuple(data_config["input_size"]) != DIGITS_INPUT:
             raise ArgumentError(
@@ -162,11 +209,28 @@ def _images(config: BenchConfig, data_config: dict[str, Any], quiet: bool) -> tu
             )
         return data.load_digits(config.seed), "the digits' own mean and deviation"
     transforms = data.make_transforms(data_config, mean=config.mean, std=config.std, crop_pct=config.crop_pct)
-    arguments = (config.data_dir, transforms, config.train_per_class, config.test_per_class, config.seed)
     if config.dataset == "cifar10":
-        splits = data.load_cifar10(*arguments, quiet=quiet)  # type: ignore[arg-type]
+        splits = data.load_cifar10(
+            config.data_dir or loading.cache_dir() / "cifar10",
+            transforms,
+            config.train_per_class or CIFAR10_TRAIN,
+            config.test_per_class or CIFAR10_TEST,
+            config.seed,
+            download=config.data_dir is None,
+            # a model without weights is not made by the few images that skills are selected on
+            train_on_all=config.train_per_class is None and loaded.source == "scratch",
+            quiet=quiet,
+        )
     else:
-        splits = data.load_imagefolder(*arguments, skip_unreadable=config.skip_unreadable, quiet=quiet)  # type: ignore[arg-type]
+        splits = data.load_imagefolder(
+            config.data_dir or "",
+            transforms,
+            config.train_per_class,
+            config.test_per_class,
+            config.seed,
+            skip_unreadable=config.skip_unreadable,
+            quiet=quiet,
+        )
     used = transforms.config
     own = "the model's own" if (config.mean, config.std, config.crop_pct) == (None, None, None) else "as given"
     words = f"normalised by mean {_short(used['mean'])}, std {_short(used['std'])}, crop {used['crop_pct']:g} ({own})"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import mode, rankdata
+from scipy.stats import mode, rankdata, t
 from sklearn import config_context
 from sklearn.neighbors import NearestNeighbors
 
@@ -21,6 +21,7 @@ N_NEIGHBOURS = 5
 MAX_ANCHORS = 1000
 ROWS = 256  # of similarities at a time
 WORKING_MIB = 128  # of distances at a time; scikit-learn takes 1,024 unless told
+GROUPS = 40  # of images, each left out once for the standard error of CKA
 PER_IMAGE = ("cosine", "rank_preservation", "knn_accuracy_change")
 
 
@@ -35,6 +36,7 @@ class Comparison:
         knn_accuracy_change: float64 [n], right after minus right before; NaN besides where the class has no second
             image, or too few images are left.
         cka: Linear CKA; NaN for constant embeddings.
+        cka_left_out: float64 [groups], likewise without each group of images in turn.
         undefined: int64, the images whose embedding is zero or not finite before or after; left out everywhere.
     """
 
@@ -42,6 +44,7 @@ class Comparison:
     rank_preservation: np.ndarray
     knn_accuracy_change: np.ndarray
     cka: float
+    cka_left_out: np.ndarray
     undefined: np.ndarray
 
 
@@ -81,7 +84,7 @@ class Dashboard:
         self.unit = _unit(embeddings)
         self.ranks = _standard_ranks(self.unit, self.anchors)
         self.right = self._right(embeddings)
-        self.spread = _centred(embeddings)
+        self.cka = Alignment(embeddings, labels)
 
     def compare(self, embeddings: np.ndarray) -> Comparison:
         """The metrics of the same images' embeddings [n, E] after a removal."""
@@ -91,24 +94,26 @@ class Dashboard:
         unit = _unit(embeddings)
         rho = np.full(len(unit), np.nan)
         rho[self.anchors] = (self.ranks * _standard_ranks(unit, self.anchors)).sum(1)
+        cka, left_out = self.cka.compare(embeddings)
         return Comparison(
             cosine=(self.unit * unit).sum(1),
             rank_preservation=rho,
             knn_accuracy_change=self._right(embeddings) - self.right,
-            cka=_cka(self.spread, _centred(embeddings)),
+            cka=cka,
+            cka_left_out=left_out,
             undefined=np.empty(0, np.int64),
         )
 
     def _compare_kept(self, embeddings: np.ndarray, kept: np.ndarray) -> Comparison:
         """The metrics of the images that have a direction before and after."""
         rows = {name: np.full(len(kept), np.nan) for name in PER_IMAGE}
-        cka = np.nan
+        cka, left_out = np.nan, np.full(GROUPS, np.nan)
         if kept.any():
             found = Dashboard(self.embeddings[kept], self.labels[kept], **self.settings).compare(embeddings[kept])
-            cka = found.cka
+            cka, left_out = found.cka, found.cka_left_out
             for name, row in rows.items():
                 row[kept] = getattr(found, name)
-        return Comparison(**rows, cka=cka, undefined=np.flatnonzero(~kept))
+        return Comparison(**rows, cka=cka, cka_left_out=left_out, undefined=np.flatnonzero(~kept))
 
     def knn_accuracy(self) -> float | None:
         """Of the intact model, over the images that can be judged; None where none can."""
@@ -132,9 +137,59 @@ class Dashboard:
         return right
 
 
+class Alignment:
+    """Linear centred kernel alignment (CKA; Kornblith et al., 2019) of embeddings with those of the intact model.
+
+    Its standard error is that of a jackknife: images are dealt out to groups, each class's evenly, and each group is
+    left out in turn, which takes products of a few rows; a bootstrap would take products of all of them each time.
+
+    Args:
+        embeddings: [n, E], of the intact model.
+        labels: int64 [n].
+        groups: How many, at most n.
+    """
+
+    def __init__(self, embeddings: np.ndarray, labels: np.ndarray, groups: int = GROUPS) -> None:
+        self.before = _centred(embeddings)
+        dealt = np.empty(len(labels), np.int64)
+        dealt[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % groups
+        self.groups = [np.flatnonzero(dealt == group) for group in range(groups)]
+        self.own = None if self.before is None else self._products(self.before, self.before)
+
+    def compare(self, embeddings: np.ndarray) -> tuple[float, np.ndarray]:
+        """CKA with embeddings [n, F], and float64 [groups] without each group; NaN for constant embeddings."""
+        after = _centred(embeddings)
+        if self.before is None or self.own is None or after is None:
+            return np.nan, np.full(len(self.groups), np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cka = self._products(self.before, after) / np.sqrt(self.own * self._products(after, after))
+        return float(cka[0]), cka[1:]
+
+    def _products(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Squared Frobenius norms of the cross-covariance (times n): of all images, then without each group."""
+        whole = x.T @ y
+        norms = [np.square(whole).sum()]
+        for rows in self.groups:
+            left = len(x) - len(rows)
+            # centred on the mean of those that are left, whose sum is minus that of the group
+            shift = np.outer(x[rows].sum(0), y[rows].sum(0)) / max(1, left)
+            norms.append(np.square(whole - x[rows].T @ y[rows] - shift).sum())
+        return np.array(norms)
+
+
 def linear_cka(before: np.ndarray, after: np.ndarray) -> float:
-    """Linear centred kernel alignment of [n, E] and [n, F] (Kornblith et al., 2019); NaN for constant embeddings."""
-    return _cka(_centred(before), _centred(after))
+    """Linear CKA of [n, E] and [n, F]; NaN for constant embeddings."""
+    return Alignment(before, np.zeros(len(before), np.int64), groups=1).compare(after)[0]
+
+
+def jackknife_interval(value: float | None, left_out: np.ndarray, low: float, high: float) -> list[float] | None:
+    """The 95 % interval, within [low, high], of a value and of it without each group [groups]; None if undefined."""
+    if value is None or not np.isfinite(left_out).all():
+        return None
+    groups = len(left_out)
+    error = np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum())
+    reach = float(t.ppf(0.975, groups - 1) * error)
+    return [max(low, value - reach), min(high, value + reach)]
 
 
 def _has_direction(embeddings: np.ndarray) -> np.ndarray:
@@ -176,13 +231,6 @@ def _centred(embeddings: np.ndarray) -> np.ndarray | None:
     return centred if np.linalg.norm(centred) > np.finfo(np.float32).eps * np.linalg.norm(wide) else None
 
 
-def _cka(before: np.ndarray | None, after: np.ndarray | None) -> float:
-    if before is None or after is None:
-        return np.nan
-    own = np.linalg.norm(before.T @ before) * np.linalg.norm(after.T @ after)
-    return float(np.linalg.norm(before.T @ after) ** 2 / own)
-
-
 def _mean(values: np.ndarray) -> float | None:
     """Mean of what is defined; None where nothing is."""
     defined = values[~np.isnan(values)]
@@ -195,6 +243,7 @@ def standard_metrics(
     drops: np.ndarray,
     classes: Sequence[str],
     bootstrap: Bootstrap,
+    controls: Sequence[Comparison] = (),
 ) -> dict[str, Any]:
     """The standard_metrics object of results.json.
 
@@ -204,6 +253,7 @@ def standard_metrics(
         drops: float64 [K], loss in accuracy of each class when its own skill is removed.
         classes: Class names.
         bootstrap: Resamples of the n images.
+        controls: After the removal of as many neurons at random for each class, K of them, or none.
 
     Returns:
         Means over the removals with intervals, and each removal's own values; `reasons` names what was left out.
@@ -221,16 +271,38 @@ def standard_metrics(
     for member, drawn in zip(bootstrap.members, bootstrap.weights, strict=True):
         weights[member] = drawn * len(member)
     rows = {key: np.stack([getattr(found, key) for found in comparisons]) for key in PER_IMAGE}
+    own = np.where(labels == np.arange(len(classes))[:, None], rows["knn_accuracy_change"], np.nan)
     return {
         **{key: mean(key) for key in (*PER_IMAGE, "cka", "target_knn_accuracy_change")},
         "knn_accuracy": dashboard.knn_accuracy(),
         "target_drop": _mean(drops),
         "n_neighbours": dashboard.settings["n_neighbours"],
         "n_ranked": min(len(labels), dashboard.settings["max_anchors"]),
-        "ci95": {key: interval(_resampled(values, weights)) for key, values in rows.items()},
+        "ci95": {
+            **{key: interval(_resampled(values, weights)) for key, values in rows.items()},
+            "cka": _cka_interval(comparisons),
+            "target_knn_accuracy_change": interval(_resampled(own, weights)),
+        },
+        **({"random_control": _control(controls, labels, len(classes))} if controls else {}),
         "per_class": per_class,
         **_reasons(comparisons, labels, classes),
     }
+
+
+def _cka_interval(comparisons: Sequence[Comparison]) -> list[float] | None:
+    """Of the mean over the removals that have a CKA."""
+    defined = [found for found in comparisons if np.isfinite(found.cka)]
+    if not defined:
+        return None
+    mean = float(np.mean([found.cka for found in defined]))
+    return jackknife_interval(mean, np.mean([found.cka_left_out for found in defined], axis=0), 0.0, 1.0)
+
+
+def _control(controls: Sequence[Comparison], labels: np.ndarray, n_classes: int) -> dict[str, float | None]:
+    """What the random control does to the same metrics: means over the removals."""
+    rows = [_one_removal(found, i, labels, np.nan, n_classes) for i, found in enumerate(controls)]
+    keys = (*PER_IMAGE, "cka", "target_knn_accuracy_change")
+    return {key: _mean(np.array([row[key] for row in rows], dtype=np.float64)) for key in keys}
 
 
 def _one_removal(found: Comparison, target: int, labels: np.ndarray, drop: float, n_classes: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def prepare_text(
             "classification" if prompt is None else "causal",
             classes=table.classes,
             pad_token=config.pad_token,
-            dtype=torch.float32 if prompt is None else getattr(torch, config.dtype),
+            dtype=torch.float32 if prompt is None else getattr(torch, config.precision),
             seed=config.seed,
         )
         if prompt is None and (named := _own_classes(loaded)) is not None and len(named) == len(table.classes):
@@ -85,7 +85,7 @@ def prepare_text(
             batch_size=min(config.batch_size, 64),
             seed=config.seed,
             device=device,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, config.precision),
             quiet=quiet,
         )
     return model.eval(), splits, {"from": "pretrained", **trained}

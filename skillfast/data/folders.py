@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +84,11 @@ def load_cifar10(
     test_per_class: int | None = None,
     seed: int = 0,
     *,
+    download: bool = False,
+    train_on_all: bool = False,
     quiet: bool = False,
 ) -> Splits:
-    """Load CIFAR-10 from the files that torchvision keeps, `data_dir/cifar-10-batches-py/`; nothing is downloaded.
+    """Load CIFAR-10 from the files that torchvision keeps, `data_dir/cifar-10-batches-py/`.
 
     Args:
         data_dir: the folder that holds `cifar-10-batches-py/`.
@@ -92,13 +96,17 @@ def load_cifar10(
         train_per_class: see `load_imagefolder`.
         test_per_class: see `load_imagefolder`.
         seed: of the choice.
+        download: let torchvision download the files (170 MB) where they are missing.
+        train_on_all: `Splits.train` holds all training pictures but those that validate, not only those selected on.
         quiet: draw no progress bar.
 
     Raises:
-        DataError: the files are missing or damaged, or a class has too few pictures.
+        DataError: the files are missing or damaged or cannot be downloaded, or a class has too few pictures.
         ArgumentError: a number per class that cannot be used.
     """
     root = Path(data_dir)
+    if download and not (root / CIFAR10.base_folder).is_dir():
+        _download_cifar10(root)
     if (root / "train").is_dir() and not (root / CIFAR10.base_folder).is_dir():
         raise DataError(
             f"data folder '{root}': expected {CIFAR10.base_folder}/, got train/; pass --dataset imagefolder"
@@ -122,7 +130,20 @@ def load_cifar10(
         seed,
         quiet=quiet,
     )
-    return make_splits("cifar10", chosen, transforms)
+    return make_splits("cifar10", chosen, transforms, train_on_all=train_on_all)
+
+
+def _download_cifar10(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            CIFAR10(root, download=True)
+    except (OSError, RuntimeError) as error:  # no network, no space; a damaged file
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise DataError(
+            f"CIFAR-10: expected to download it from {CIFAR10.url}, got {type(error).__name__} ({reason}); "
+            "pass --data-dir with the folder that holds cifar-10-batches-py/"
+        ) from error
 
 
 def _read_part(root: Path, part: str) -> ImageFolder:

@@ -173,17 +173,18 @@ class _UnreadableError(Exception):
         self.index, self.reason = index, reason
 
 
-def make_splits(name: str, chosen: Chosen, transforms: Transforms) -> Splits:
-    """Make the datasets of the chosen pictures."""
+def make_splits(name: str, chosen: Chosen, transforms: Transforms, *, train_on_all: bool = False) -> Splits:
+    """Make the datasets of the chosen pictures; `train` of those selected on, or of all that do not validate."""
     view = partial(ImageDataset, chosen)
     train = transforms.train
+    rows = np.setdiff1d(np.arange(len(chosen.train.labels)), chosen.validate) if train_on_all else chosen.select
     return Splits(
         name=name,
         classes=chosen.classes,
         select=view(chosen.train, chosen.select, transforms.evaluate),
         validate=view(chosen.train, chosen.validate, transforms.evaluate),
         test=view(chosen.test, chosen.held_out, transforms.evaluate),
-        train=None if train is None else view(chosen.train, chosen.select, train, parallel=False),
+        train=None if train is None else view(chosen.train, rows, train, parallel=False),
         skipped=chosen.skipped,
     )
 

@@ -37,7 +37,7 @@ class Splits:
         select: the examples that skills are chosen from (and a model is trained on).
         validate: the examples that settings are chosen on.
         test: the examples that results are measured on.
-        train: `select` seen through a random augmentation, for training; None when there is none.
+        train: `select`, or all that may be trained on, seen through a random augmentation; None when there is none.
         skipped: unreadable files that were left out on request.
     """
 

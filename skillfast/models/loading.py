@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
 from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.files import replacing
 from skillfast.models.training import finetune
 from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
@@ -228,7 +228,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
     path = cache_dir() / f"digits-{digest}.safetensors"
     if path.is_file():
         try:
-            return loaded, _read_cached(loaded.model, path)
+            return loaded, load_trained(loaded.model, path)
         except Exception as error:  # whatever is wrong with it, it can be made again
             warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
     loaded = replace(digits_model(seed), source="checkpoint")
@@ -245,7 +245,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         label_smoothing=0.1,
     )
     try:
-        _write_cached(loaded.model, trained, path)
+        save_trained(loaded.model, trained, path)
     except OSError as error:
         warnings.warn(f"trained model cannot be kept in '{path.parent}' ({first_line(error)})", stacklevel=2)
     return loaded, trained
@@ -270,16 +270,23 @@ def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
     return functional.grid_sample(images - background, grid, align_corners=False) + background
 
 
-def _read_cached(model: nn.Module, path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        return json.loads(file.metadata()["trained"])
-
-
-def _write_cached(model: nn.Module, trained: dict[str, Any], path: Path) -> None:
+def save_trained(model: nn.Module, trained: dict[str, Any], path: Path) -> None:
+    """Write a model's weights, for `create_model(checkpoint=)` too, and in their metadata how it was trained."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file(model.state_dict(), temporary, metadata={"trained": json.dumps(trained)})
+        save_model(model, str(temporary), metadata={"trained": json.dumps(trained)})
+
+
+def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Load weights that `save_trained` wrote and tell how they were trained; raises DataError where it cannot."""
+    try:
+        load_model(model, path)
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["trained"])
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"trained weights '{path}': expected a whole file, got {first_line(error)}; train again"
+        ) from error
 
 
 def _arguments(kwargs: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ def similarity(value: float | None) -> str:
 def angles(results: dict[str, Any]) -> Figure:
     """How far each class's mean embedding turns under each removal."""
     names = labels(results["dataset"]["classes"])
-    rows = [[finite(v) for v in row] for row in results["interference"]["angles_deg"]]
+    found = results["interference"]
+    rows = [[finite(v) for v in row] for row in found["angles_deg"]]
     trace = heatmap(
         rows,
         names,
@@ -41,7 +42,9 @@ def angles(results: dict[str, Any]) -> Figure:
         zmin=0,
         zmax=largest(rows, 0.1),
         colorscale=SEQUENTIAL,
-        hovertemplate=f"without the skill of <b>%{{y}}</b><br><b>%{{x}}</b> turns by %{{z:.1f}}{DEGREE}<extra></extra>",
+        customdata=[[interval(ends, degrees) for ends in row] for row in found["ci95"]["angles_deg"]],
+        hovertemplate=f"without the skill of <b>%{{y}}</b><br><b>%{{x}}</b> turns by %{{z:.1f}}{DEGREE} %{{customdata}}"
+        "<extra></extra>",
     )
     return {"data": [trace], "layout": base(xaxis=across(names), yaxis=down(names, "removed skill"))}
 
@@ -67,6 +70,8 @@ def angles_say(results: dict[str, Any]) -> str:
         f"Without its skill, the mean embedding of a class turns by {own} on average, and that of each other class by "
         f"{other}; 95 % intervals in brackets."
     )
+    if control := found.get("random_control"):
+        text += f" As many neurons at random turn it by {degrees(control['own_angle_deg'])}."
     most = found["strongest"]["angle"]
     if not most:
         return text
@@ -128,10 +133,12 @@ def dashboard_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         interval(ends["cosine"], similarity),
         interval(ends["rank_preservation"], percent),
         interval(ends["knn_accuracy_change"], points),
-        "",
-        "",
+        interval(ends["target_knn_accuracy_change"], points),
+        interval(ends["cka"], similarity),
     )
-    return [row("mean", found), bounds, *(row(name, values) for name, values in found["per_class"].items())]
+    control = found.get("random_control")
+    random = [] if control is None else [row("random control", {**results["random_control"], **control})]
+    return [row("mean", found), bounds, *random, *(row(name, values) for name, values in found["per_class"].items())]
 
 
 def dashboards_say(results: dict[str, Any]) -> list[str]:
