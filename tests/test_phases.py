@@ -190,12 +190,14 @@ def test_an_interrupted_run_goes_on_after_its_last_phase(undisturbed, tmp_path, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    said = []
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            skillfast.bench(config)
+            skillfast.bench(config, say=said.append)
     assert not (tmp_path / "results.json").exists()
-    said = []
+    assert any(line.endswith("the same command goes on from there") for line in said) == bool(finished)
+    said.clear()
     report = skillfast.bench(config, say=said.append)
     assert report.results["cost"]["resumed"] == finished
     assert any(line.startswith("an unfinished run goes on after") for line in said) == bool(finished)

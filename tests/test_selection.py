@@ -65,8 +65,8 @@ def chosen(splits):
     return chosen_on(splits)
 
 
-def effect(drop, harm):
-    return {"target_drop": drop, "other_harm": harm}
+def effect(drop, harm, gain=0.0):
+    return {"target_drop": drop, "other_harm": harm, "other_abs_change": harm + gain}
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,18 @@ def effect(drop, harm):
         ([effect(0.1, 0.0), effect(0.45, 0.02)], 0),  # none has both: harm counts twentyfold
         ([effect(0.1, 0.0), effect(0.45, 0.01)], 1),
         ([effect(0.0, 0.0), effect(0.0, 0.0)], 0),
+        ([effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.02)], 1),  # strict 11 and 24 of 20
+        ([effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.04)], 0),  # neither, so the drop counts
     ],
 )
 def test_the_rule(found, want):
-    assert selection.best(found) == want
+    assert selection.best(found, {"strict_ratio": None}) == want
+    assert selection.best(found, {"strict_ratio": 30.0}) == want
+
+
+def test_the_rule_wants_no_more_than_the_oracle_allows():
+    found = [effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.02)]
+    assert selection.best(found, {"strict_ratio": 13.0}) == 0  # of which 0.8 are 10.4
     assert "40" in selection.RULE
 
 

@@ -88,6 +88,7 @@ class Phases:
 
     Attributes:
         resumed: The phases that were not run again.
+        kept: All phases that will not be run again.
         earlier: Seconds that they took.
     """
 
@@ -104,6 +105,7 @@ class Phases:
         self.clock = clock
         self.say = say
         self.resumed: list[str] = []
+        self.kept: list[str] = []
         self.earlier = 0.0
         self._peaks: dict[str, int] = {}
         self._run = {"settings": json.loads(json.dumps(settings)), "digests": {}}  # as it will be read
@@ -112,6 +114,13 @@ class Phases:
         if self._run["digests"] is None:
             self._start_anew()
         self._write()
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.kept:
+            self.say(f"stopped after phase {self.kept[-1]}: the same command goes on from there")
 
     def _continued(self) -> dict[str, str] | None:
         """The digests of an unfinished run of the same settings; None where there is none."""
@@ -129,6 +138,7 @@ class Phases:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._run["digests"] = {}
         self.resumed.clear()
+        self.kept.clear()
 
     def _write(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -162,6 +172,7 @@ class Phases:
                 shutil.rmtree(folder)
             else:
                 self.resumed.append(what)
+                self.kept.append(what)
                 self.earlier += cost["seconds"]
                 self.clock.seconds[name] = self.clock.seconds.get(name, 0.0) + cost["seconds"]
                 self._peaks = {key: max(peak, self._peaks.get(key, 0)) for key, peak in cost["peaks"].items()}
@@ -169,23 +180,26 @@ class Phases:
         before = self.clock.seconds.get(name, 0.0)
         with self.clock.phase(name):
             value = make()
-        self._keep(value, kept, folder, self.clock.seconds[name] - before)
+        if self._keep(value, kept, folder, self.clock.seconds[name] - before):
+            self.kept.append(what)
         return value
 
-    def _keep(self, value: T, kept: Kept[T], folder: Path, seconds: float) -> None:
-        """Write a result beside its final name, then rename it, so that what is there is whole."""
+    def _keep(self, value: T, kept: Kept[T], folder: Path, seconds: float) -> bool:
+        """Write a result beside its final name, then rename it, so that what is there is whole; whether it is there."""
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix="."))
         try:
             kept.save(value, temporary)
             cost = {"seconds": seconds, "peaks": {k: v for k, v in peak_memory().items() if v is not None}}
             files.write_json(temporary / _COST, {"schema": SCHEMA, **cost})
             temporary.rename(folder)
+            return True
         except OSError as error:  # a full disk costs the way back, not the run
             shutil.rmtree(temporary, ignore_errors=True)
             self.say(
                 f"warning: phase {folder.name} cannot be kept ({error.strerror or error}): an interrupted run will "
                 "repeat it"
             )
+            return False
 
     def peak_memory(self) -> dict[str, int | None]:
         """The largest peaks of the processes that the phases ran in."""

@@ -81,7 +81,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     directory = files.output_folder(config.output)
     clock = Clock()
     phases = Phases(directory, _determined_by(config), clock, resume=config.resume, say=say)
-    with ExitStack() as stack:
+    with phases, ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
         stack.enter_context(limited_memory(config.memory_bytes))
         subject = prepare(config, clock, quiet=quiet, say=say, phases=phases)

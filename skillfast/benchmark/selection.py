@@ -30,10 +30,13 @@ Effects = dict[str, Any]
 SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
+WANTED_STRICT, OF_ORACLE = 20.0, 0.8
 HARM_WEIGHT = 20.0
 RULE = (
     f"on the validation part, the largest target_drop - {HARM_WEIGHT:g} x other_harm among those with target_drop at "
-    f"least {WANTED_DROP:g} and harm_ratio at least {WANTED_RATIO:g}, or among all where none has both"
+    f"least {WANTED_DROP:g}, harm_ratio at least {WANTED_RATIO:g} and strict_ratio at least {WANTED_STRICT:g} or "
+    f"{OF_ORACLE:g} of the oracle's, whichever is less; where none has all three, among those with the first two; where "
+    "none has these, among all"
 )
 
 
@@ -208,7 +211,9 @@ def choose(tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], va
         validation: `effects` on the validation part.
     """
     found = validation["candidates"]
-    return Selection(tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found))
+    return Selection(
+        tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found, validation["oracle"])
+    )
 
 
 def effects(
@@ -259,15 +264,17 @@ def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> d
     return values
 
 
-def best(found: Sequence[Mapping[str, Any]]) -> int:
+def best(found: Sequence[Mapping[str, Any]], oracle: Mapping[str, Any]) -> int:
     """Index of the best effect by `RULE`; the first of equals."""
-    wanted = [
-        i
-        for i, terms in enumerate(found)
-        if terms["target_drop"] >= max(WANTED_DROP, WANTED_RATIO * terms["other_harm"])
-    ]
+    strict = min(WANTED_STRICT, OF_ORACLE * (oracle["strict_ratio"] or WANTED_STRICT / OF_ORACLE))
+
+    def selective(terms: Mapping[str, Any]) -> bool:
+        return terms["target_drop"] >= max(WANTED_DROP, WANTED_RATIO * terms["other_harm"])
+
+    two = [i for i, terms in enumerate(found) if selective(terms)]
+    three = [i for i in two if found[i]["target_drop"] >= strict * found[i]["other_abs_change"]]
     return max(
-        wanted or range(len(found)),
+        three or two or range(len(found)),
         key=lambda i: found[i]["target_drop"] - HARM_WEIGHT * found[i]["other_harm"],
     )
 
