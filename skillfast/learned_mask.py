@@ -26,7 +26,7 @@ OWN_SHARE = 0.25  # of a batch that shows the class
 RATE = 0.4  # of Adam, in units of the strength at which a neuron is just removed; falls to 0.3 of that
 TEMPERATURES = (1.0, 0.05)  # from gates that are half open to gates that are all but closed or open
 KEEP = 10.0
-IMAGES_PER_CLASS, IMAGES = 200, 10_000
+IMAGES_PER_CLASS, IMAGES, IMAGE_BYTES = 500, 10_000, 1 << 30
 BISECTIONS = 40
 
 
@@ -62,8 +62,8 @@ def learn_masks(
         steps: Gradient steps per class.
         batch_size: Images per step.
         keep: Weight of the other images' decisions; more costs less harm and less of the target's drop.
-        images_per_class: How many to keep, the first ones that the loader gives; by default 200, or fewer where there
-            are many classes, so that they are about 10,000 in all.
+        images_per_class: How many to keep, the first ones that the loader gives; by default 500, or fewer where there
+            are many classes or large images, so that they are at most about 10,000 in all and take a GiB.
         seed: Of the order of the images.
         quiet: Show no progress bar.
 
@@ -139,8 +139,7 @@ class _Learner:
         self.most = torch.tensor([float(int(max_site_share * width)) for width in widths], device=self.device)
         self.start = torch.from_numpy(attributions.values).float().to(self.device)
         classes = len(attributions.columns)
-        per_class = images_per_class or max(8, min(IMAGES_PER_CLASS, IMAGES // classes))
-        self.images, self.labels = _first_images(loader, classes, per_class)
+        self.images, self.labels = _first_images(loader, classes, images_per_class)
         with torch.no_grad():
             self.intact = torch.cat([self._logits(part) for part in self.images.split(256)])
 
@@ -271,12 +270,15 @@ def _cycle(members: torch.Tensor, n: int, generator: torch.Generator) -> Iterato
             yield order[start : start + n]
 
 
-def _first_images(loader: Iterable[Any], n_classes: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first images of each class [n, ...] and their labels [n]."""
+def _first_images(loader: Iterable[Any], n_classes: int, per_class: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of each class [n, ...] and their labels [n]; None for as many as the bounds allow."""
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
     for batch in loader:
         image, label = class_batch(batch, n_classes, torch.device("cpu"))
+        if per_class is None:
+            most = min(IMAGES, IMAGE_BYTES // max(1, image[:1].nbytes))
+            per_class = max(8, min(IMAGES_PER_CLASS, most // n_classes))
         member = functional.one_hot(label, n_classes)  # [batch, n_classes]
         place = (member.cumsum(0) * member).sum(1) + seen[label]  # from 1, among the class's
         images.append(image[place <= per_class])

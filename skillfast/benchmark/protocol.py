@@ -118,7 +118,13 @@ def _measure(
     on_test = phases.run(
         "trade_off",
         lambda: selection.effects(
-            subject.model, subject.loader("test"), chosen.skills, scale=config.scale, classes=list(skills), quiet=quiet
+            subject.model,
+            subject.loader("test"),
+            chosen.skills,
+            scale=config.scale,
+            classes=list(skills),
+            intervals=config.seed,
+            quiet=quiet,
         ),
         JSON,
     )

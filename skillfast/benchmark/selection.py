@@ -10,7 +10,15 @@ import numpy as np
 
 from skillfast.ablation import Condition, sweep
 from skillfast.attribution import attribute
-from skillfast.benchmark.removal import RATIOS, ROUNDING, oracle_predictions, removal_matrix, selectivity_terms
+from skillfast.benchmark.removal import (
+    RATIOS,
+    ROUNDING,
+    Bootstrap,
+    oracle_predictions,
+    removal_matrix,
+    selectivity,
+    selectivity_terms,
+)
 from skillfast.errors import ArgumentError
 from skillfast.learned_mask import KEEP, learn_masks
 from skillfast.skills import select
@@ -35,8 +43,8 @@ HARM_WEIGHT = 20.0
 RULE = (
     f"on the validation part, the largest target_drop - {HARM_WEIGHT:g} x other_harm among those with target_drop at "
     f"least {WANTED_DROP:g}, harm_ratio at least {WANTED_RATIO:g} and strict_ratio at least {WANTED_STRICT:g} or "
-    f"{OF_ORACLE:g} of the oracle's, whichever is less; where none has all three, among those with the first two; where "
-    "none has these, among all"
+    f"{OF_ORACLE:g} of the oracle's, whichever is less; where none has all three, among those with the first two; "
+    "where none has these, among all"
 )
 
 
@@ -211,9 +219,7 @@ def choose(tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], va
         validation: `effects` on the validation part.
     """
     found = validation["candidates"]
-    return Selection(
-        tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found, validation["oracle"])
-    )
+    return Selection(tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found, validation["oracle"]))
 
 
 def effects(
@@ -223,6 +229,7 @@ def effects(
     *,
     scale: float = 0.0,
     classes: Sequence[str] | None = None,
+    intervals: int | None = None,
     quiet: bool = True,
 ) -> Effects:
     """What every candidate's skills do to a part when they are removed; to the test part for the trade-off curve alone.
@@ -233,6 +240,8 @@ def effects(
         skills: The candidates', from `cut`.
         scale: Factor on the activations of removed neurons.
         classes: Class names; from the loader's dataset or the model by default.
+        intervals: Seed of the resamples of the images that 95 % intervals come from; None for no intervals. Every
+            class must have images.
         quiet: Show no progress bar.
 
     Returns:
@@ -242,7 +251,12 @@ def effects(
     swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
     assert swept.predictions is not None
     k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]
-    found = [effect(part, intact, swept.labels) for part in swept.predictions.reshape(-1, k, n)]
+    parts = swept.predictions.reshape(-1, k, n)
+    if intervals is None:
+        found = [effect(part, intact, swept.labels) for part in parts]
+    else:
+        bootstrap = Bootstrap(swept.labels, seed=intervals)
+        found = [selectivity(part[None], intact, swept.labels, bootstrap) for part in parts]
     return {"candidates": found, "oracle": effect(oracle_predictions(swept.top2, k), intact, swept.labels)}
 
 

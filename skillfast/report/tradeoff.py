@@ -55,6 +55,7 @@ def trade_off(results: dict[str, Any]) -> Figure:
                     "text": [f"{percent(c['share'])} of all neurons, {part} images" for c in found],
                     "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
                     "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
+                    **({} if part == "validation" else _whiskers(found)),
                     "hovertemplate": "%{text}<br>loses %{y:.1f}, harms others by %{x:.2f} points"
                     "<extra>%{fullData.name}</extra>",
                 }
@@ -64,6 +65,24 @@ def trade_off(results: dict[str, Any]) -> Figure:
         yaxis=amounts("the removed class loses, points", rangemode="tozero"),
     )
     return {"data": data, "layout": layout}
+
+
+def _whiskers(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """95 % intervals of the test part, on both axes."""
+
+    def along(key: str) -> dict[str, Any]:
+        ends = [(c["test"].get("ci95") or {}).get(key) or [c["test"][key]] * 2 for c in found]
+        values = [c["test"][key] for c in found]
+        return {
+            "type": "data",
+            "symmetric": False,
+            "array": [_points(high - value) for (_, high), value in zip(ends, values, strict=True)],
+            "arrayminus": [_points(value - low) for (low, _), value in zip(ends, values, strict=True)],
+            "thickness": 1,
+            "width": 2,
+        }
+
+    return {"error_x": along("other_harm"), "error_y": along("target_drop")}
 
 
 def say(results: dict[str, Any]) -> list[str]:
