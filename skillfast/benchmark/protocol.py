@@ -17,10 +17,12 @@ import torch
 from skillfast import __version__, backends, files, metrics
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.benchmark import contribution, removal, selection
+from skillfast.benchmark.correlations import top_correlations
 from skillfast.benchmark.cost import Clock, peak_memory, trace_over_forward
 from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
 from skillfast.benchmark.interference import interference
-from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.benchmark.overall import overall_accuracy
+from skillfast.benchmark.setup import Subject, prepare, trace_part
 from skillfast.benchmark.standard_metrics import standard_metrics
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
@@ -82,7 +84,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         stack.enter_context(subject.precision())
         _announce_baseline(subject, clock, quiet, say)
         with clock.phase("trace"):
-            scores = trace_select(subject, quiet)
+            scores = trace_part(subject, "select", quiet)
         chosen = _choose(subject, scores, clock, quiet, say)
         skills = dict(chosen.skills[chosen.chosen])
         with clock.phase("sweep"):
@@ -98,6 +100,10 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             )
         with clock.phase("trade_off"):
             on_test = selection.on_test(subject.model, subject.loader("test"), chosen, scale=config.scale, quiet=quiet)
+        held_out = None
+        if scores.pearson is not None:
+            with clock.phase("trace_test"):
+                held_out = trace_part(subject, "test", quiet, statistics=("pearson",))
         measured = trace_over_forward(
             subject.model,
             subject.loader("select"),
@@ -109,6 +115,8 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         )
     results = _results(subject, list(skills.values()), swept, embedded)
     results["selection"] = chosen.to_json(on_test)
+    if held_out is not None:
+        results["correlations"] = top_correlations(scores, held_out)
     results["cost"] = {"seconds": clock.seconds, **measured, **peak_memory(subject.device)}
     _write(directory, results, skills, scores, clock)
     return BenchReport(results, skills, directory)
@@ -118,14 +126,13 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
     """Accuracy on the test part, before anything is built on it."""
     with clock.phase("baseline"):
         intact = sweep(subject.model, subject.loader("test"), [], classes=subject.splits.classes, quiet=quiet)
-    accuracy, chance = float(intact.baseline.mean()), 1 / len(subject.splits.classes)
-    say(
-        f"baseline accuracy {accuracy:.1%} (mean of {len(subject.splits.classes)} classes, {len(intact.labels)} images)"
-    )
+    k, accuracy = len(subject.splits.classes), float(intact.baseline.mean())
+    say(f"baseline accuracy {accuracy:.1%} (mean of {k} classes, {len(intact.labels)} examples)")
+    chance = 1 / k
     if subject.splits.name != "digits":
         parts = subject.splits
         say(
-            f"{parts.name}: {len(parts.select)} images to select on, {len(parts.validate)} to validate, "
+            f"{parts.name}: {len(parts.select)} examples to select on, {len(parts.validate)} to validate, "
             f"{len(parts.test)} to test; {subject.normalisation}"
         )
     noise = 2 * math.sqrt(chance * (1 - chance) / len(intact.labels))  # two standard errors of guessing
@@ -154,7 +161,7 @@ def _choose(
     with clock.phase("choose"):
         chosen = selection.choose(subject.model, subject.loader("validate"), ranked, tried, **settings)
     if len(tried) > 1:
-        say(f"chosen on {len(subject.splits.validate)} validation images: {chosen.candidate}")
+        say(f"chosen on {len(subject.splits.validate)} validation examples: {chosen.candidate}")
     return chosen
 
 
@@ -184,7 +191,8 @@ def _results(
     k, n = len(skills), len(swept.labels)
     labels, intact = swept.labels, swept.top2[:, 0]
     assert swept.predictions is not None
-    blocks = contribution.occupied_blocks(skills, choose_sites(subject.model, subject.config.sites))
+    sites = choose_sites(subject.model, subject.config.sites)
+    blocks = contribution.occupied_blocks(skills, sites)
     rows = swept.predictions.reshape(-1, k, n)
     n_parts = len(contribution.SUBSETS)
     parts, by_block, controls = np.split(rows, [n_parts, n_parts + max(0, 2 * (len(blocks) - 1))])
@@ -209,6 +217,9 @@ def _results(
             "per_class": swept.baseline.tolist(),
             "n_test_per_class": np.bincount(labels, minlength=k).tolist(),
         },
+        "overall": overall_accuracy(
+            parts[0], controls, intact, labels, skills, sum(site.width for site in sites), bootstrap
+        ),
         "removal_matrix": removal.removal_matrix(parts[0], intact, labels).tolist(),
         "selectivity": removal.selectivity(parts[:1], intact, labels, bootstrap),
         "oracle": {

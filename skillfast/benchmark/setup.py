@@ -42,7 +42,7 @@ class Subject:
         config: The settings that made it.
         model: The model.
         name: Its name.
-        splits: Images to select, validate and test on.
+        splits: Examples to select, validate and test on.
         trained: How its weights came about.
         normalisation: What images were normalised by, in words.
         device: Where it runs.
@@ -130,6 +130,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say) -> Subj
             splits,
             mode,
             epochs=config.epochs,
+            lr=config.lr,
             seed=config.seed,
             device=device,
             dtype=getattr(torch, config.dtype),
@@ -189,16 +190,17 @@ def _what_is_trained(mode: str) -> str:
     return {"head": "the head", "last-block": "the last block and the head", "all": "all weights"}[mode]
 
 
-def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
-    """Trace the select part with the subject's settings."""
+def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[str, ...] | None = None) -> NeuronScores:
+    """Trace a part of the data with the subject's settings, and with other statistics where they are given."""
+    statistics = statistics or subject.config.statistics
     if isinstance(subject.model, TextClassifier):
-        return trace_text(subject.config, subject.model, subject.splits, quiet)
+        return trace_text(subject.config, subject.model, getattr(subject.splits, part), statistics, quiet)
     return trace(
         subject.model,
-        subject.loader("select"),
+        subject.loader(part),
         sites=subject.config.sites,
         pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
-        statistics=subject.config.statistics,
+        statistics=statistics,
         cells=subject.config.cells,
         classes=subject.splits.classes,
         quiet=quiet,
@@ -210,7 +212,7 @@ def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     with backends.use_backend(config.backend):
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
-            return trace_select(subject, quiet)
+            return trace_part(subject, "select", quiet)
 
 
 def ablated(

@@ -9,14 +9,15 @@ import torch
 from skillfast import auxiliary
 from skillfast.data.text import TextTable, read_text
 from skillfast.data.tokens import Prompt, TextForward, batches, split_text
+from skillfast.errors import ModelError
 from skillfast.models import training
-from skillfast.models.huggingface import load_language_model
+from skillfast.models.huggingface import load_language_model, quantization
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.tracing import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from skillfast.benchmark.config import BenchConfig
     from skillfast.benchmark.cost import Clock
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from skillfast.models.huggingface import LanguageModel
     from skillfast.statistics.neuron_scores import NeuronScores
 
-_EPOCHS = 3  # of all weights: a pretrained encoder needs few
+_EPOCHS, _LR = 3, 1e-4  # of all weights: a pretrained encoder needs few
+_BATCH = 32
+_NEW_HEAD = 10  # times that learning rate, for a head that pretraining has not seen
 _UNNAMED = "LABEL_"  # what transformers calls classes that nobody named
 
 
@@ -47,21 +50,17 @@ def prepare_text(
         SkillfastError: Data or a model that cannot be had, a prompt that does not fit.
     """
     prompt = None if config.prompt is None else Prompt(config.prompt, config.label_words)
-    name = str(config.model)
     with clock.phase("data"):
-        table = _read(config, config.data_file)
-        loaded = load_language_model(
-            name,
-            "classification" if prompt is None else "causal",
-            classes=table.classes,
-            pad_token=config.pad_token,
-            dtype=torch.float32 if prompt is None else getattr(torch, config.dtype),
-            seed=config.seed,
-        )
-        if prompt is None and (named := _own_classes(loaded)) is not None and len(named) == len(table.classes):
-            table = _read(config, config.data_file, named)
+        table = _read(config, config.data_file, config.class_names or None)
+        loaded = _load(config, table.classes, device)
+        if prompt is None and not config.class_names:
+            named = _own_classes(loaded)
+            if named is not None and len(named) == len(table.classes):
+                table = _read(config, config.data_file, named)
         words = None if prompt is None else prompt.ids(loaded.tokenizer, table.classes)
-        model = TextClassifier(loaded, len(table.classes), words).to(device)
+        model = TextClassifier(loaded, len(table.classes), words)
+        if not config.placed:  # by from_pretrained
+            model = model.to(device)
         choose_sites(model, config.sites)  # before anything is trained for nothing
         splits = split_text(
             table,
@@ -75,14 +74,17 @@ def prepare_text(
         )
     mode = config.finetune or ("all" if loaded.head_replaced else "none")
     if mode != "none":
-        say(f"training {name} ({mode}) on {len(splits.select)} texts")
+        say(f"training {config.model} ({mode}) on {len(splits.select)} texts")
+    lr = config.lr or (_LR if mode == "all" else None)
     with clock.phase("train"), torch.inference_mode(False):
         trained = training.finetune(
             model,
             splits,
             mode,
             epochs=config.epochs or (_EPOCHS if mode == "all" else None),
-            batch_size=min(config.batch_size, 64),
+            lr=lr,
+            head_lr=_NEW_HEAD * lr if lr and mode == "all" and loaded.head_replaced else None,
+            batch_size=min(config.batch_size, _BATCH),
             seed=config.seed,
             device=device,
             dtype=getattr(torch, config.dtype),
@@ -91,17 +93,39 @@ def prepare_text(
     return model.eval(), splits, {"from": "pretrained", **trained}
 
 
-def trace_text(config: BenchConfig, model: TextClassifier, splits: Splits, quiet: bool) -> NeuronScores:
-    """Trace the select part against the metrics that were asked for."""
-    examples: Any = splits.select
-    forward = TextForward(auxiliary.choose(config.metrics, splits.classes, examples.metrics))
+def _load(config: BenchConfig, classes: tuple[str, ...], device: torch.device) -> LanguageModel:
+    """The language model; in float32 where it may be trained."""
+    dtype = getattr(torch, config.dtype)
+    loaded = load_language_model(
+        str(config.model),
+        "classification" if config.prompt is None else "causal",
+        classes=classes,
+        pad_token=config.pad_token,
+        dtype=torch.float32 if config.prompt is None and not config.placed else dtype,
+        device_map=config.device_map or ({"": device} if config.bits else None),
+        quantization_config=quantization(config.bits, dtype),
+        seed=config.seed,
+    )
+    if config.placed and loaded.head_replaced:
+        raise ModelError(
+            f"model '{loaded.name}': expected weights with a head for {', '.join(classes[:5])} with --device-map or "
+            "--bits, got none; fine-tune and save it first, or pass --prompt"
+        )
+    return loaded
+
+
+def trace_text(
+    config: BenchConfig, model: TextClassifier, examples: Any, statistics: Sequence[str], quiet: bool
+) -> NeuronScores:
+    """Trace one part's `TokenExamples` against the metrics that were asked for."""
+    forward = TextForward(auxiliary.choose(config.metrics, examples.classes, examples.metrics))
     return trace(
         model,
         batches(examples, config.batch_size),
         forward.kinds,
         sites=config.sites,
         pool=config.pool,  # type: ignore[arg-type]  # the tracer checks it
-        statistics=config.statistics,
+        statistics=statistics,
         cells=config.cells,
         forward=forward,
         mask=lambda batch: batch["attention_mask"],
