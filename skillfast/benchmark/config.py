@@ -184,9 +184,13 @@ class BenchConfig:
 
     def _check_placed(self, option: str) -> None:
         if self.device_map not in (None, *DEVICE_MAPS):
-            raise ArgumentError(f"device map: expected one of {', '.join(DEVICE_MAPS)}, got {self.device_map!r}")
+            raise ArgumentError(
+                f"device map: expected one of {', '.join(DEVICE_MAPS)}, got {self.device_map!r}; auto fills the devices"
+            )
         if self.bits not in (None, *BITS):
-            raise ArgumentError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
+            raise ArgumentError(
+                f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}; leave it out for whole weights"
+            )
         if self.dataset != "text":
             raise ArgumentError(f"{option}: expected a language model with it, got {self.model}; leave it out")
         if self.device_map is not None and self.device is not None:
