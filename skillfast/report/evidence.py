@@ -111,4 +111,5 @@ def _signed(value: Any) -> str:
 
 
 def _both(values: dict[str, Any]) -> str:
-    return f"{_size(values['test'])} ({_size(values['select'])})"
+    written = _size(values["test"]), _size(values["select"])
+    return UNDEFINED if written == (UNDEFINED, UNDEFINED) else f"{written[0]} ({written[1]})"

@@ -74,14 +74,14 @@ def say(results: dict[str, Any]) -> list[str]:
     many = len(found["candidates"])
     first = (
         f"Of {many} combinations of method and size, {name_of(chosen)} with {percent(chosen['share'])} of all neurons "
-        f"was chosen on {validation:,} validation examples, before any test example was looked at."
+        f"was chosen on the {validation:,} validation examples, before any test example was looked at."
         if many > 1
         else f"The method was given: {name_of(chosen)} with {percent(chosen['share'])} of all neurons."
     )
     loss, harm = (points(gap[key], signed=True) for key in ("target_drop", "other_harm"))
     second = (
-        f"There it costs the removed class {points(seen['target_drop'])} points and harms each other class by "
-        f"{points(seen['other_harm'])}; on the test examples the loss differs by {loss} and the harm by {harm} points."
+        f"On the validation examples it costs the removed class {points(seen['target_drop'])} points and harms "
+        f"each other class by {points(seen['other_harm'])}; on the test examples the loss differs by {loss} and the harm by {harm} points."
     )
     return [first, second]
 
