@@ -81,7 +81,8 @@ def say(results: dict[str, Any]) -> list[str]:
     loss, harm = (points(gap[key], signed=True) for key in ("target_drop", "other_harm"))
     second = (
         f"On the validation examples it costs the removed class {points(seen['target_drop'])} points and harms "
-        f"each other class by {points(seen['other_harm'])}; on the test examples the loss differs by {loss} and the harm by {harm} points."
+        f"each other class by {points(seen['other_harm'])}; on the test examples the loss differs by {loss} and the "
+        f"harm by {harm} points."
     )
     return [first, second]
 
