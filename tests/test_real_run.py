@@ -17,8 +17,10 @@ from tiny_models import WORDS, save_model
 from skillfast import NeuronScores, Skill
 from skillfast.benchmark.config import BenchConfig
 from skillfast.benchmark.correlations import top_correlations
+from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.overall import overall_accuracy
 from skillfast.benchmark.removal import Bootstrap
+from skillfast.benchmark.setup import prepare
 from skillfast.cli import main
 from skillfast.errors import ArgumentError
 from skillfast.models.huggingface import load_language_model
@@ -95,6 +97,22 @@ def test_a_new_head_has_a_learning_rate_of_its_own(tmp_path):
     assert "learning rate: expected more than 0, got -1" in one_line(
         ArgumentError, BenchConfig, model="vit_tiny_patch16_224", lr=-1.0
     )
+
+
+def test_masks_learn_from_texts_of_all_lengths(tmp_path):
+    """The parts hold short texts first: the first few hundred of them would be the shortest."""
+    folder = save_model(tmp_path / "model", num_labels=2)
+    options = {"model": f"hf:{folder}", "dataset": "text", "text_column": "sentence", "batch_size": 32}
+    config = BenchConfig(**options, data_file=str(write(tmp_path / "x.tsv", 400, 0)))
+    subject = prepare(config, Clock(), quiet=True, say=lambda _: None)
+    lengths = {}
+    for name, loader in (("plain", subject.loader("select")), ("varied", subject.varied_loader("select"))):
+        masks = [mask for packed, _ in loader for mask in TextClassifier.token_mask(packed)]
+        lengths[name] = sorted(int(mask.sum()) for mask in masks[:64])
+        assert len(masks) == len(subject.splits.select)
+    assert lengths["plain"][-1] <= 7
+    assert lengths["varied"][0] == 5
+    assert lengths["varied"][-1] == 9
 
 
 def encoder(kind, folder):

@@ -156,8 +156,9 @@ def _choose(
     }  # fmt: skip
     with clock.phase("select"):
         ranked = selection.rankings(
-            subject.model, subject.loader("select"), scores, tried, seed=config.seed, **settings
-        )
+            subject.model, subject.loader("select"), scores, tried,
+            mask_loader=subject.varied_loader("select"), seed=config.seed, **settings,
+        )  # fmt: skip
     with clock.phase("choose"):
         chosen = selection.choose(subject.model, subject.loader("validate"), ranked, tried, **settings)
     if len(tried) > 1:

@@ -132,6 +132,7 @@ def rankings(
     scale: float = 0.0,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    mask_loader: Iterable[Any] | None = None,
     quiet: bool = True,
 ) -> dict[str, NeuronScores | NeuronRanking]:
     """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
@@ -145,6 +146,8 @@ def rankings(
         scale: Factor on the activations of removed neurons.
         seed: Of the masks.
         classes: Class names; from the loader's dataset or the model by default.
+        mask_loader: Of the same part, in the order in which masks take their examples, the first ones of each class;
+            the loader by default.
         quiet: Show no progress bar.
     """
     found: dict[str, NeuronScores | NeuronRanking] = {c.method: scores for c in tried if c.method in STATISTICS}
@@ -154,7 +157,7 @@ def rankings(
     for name, keep in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
         found[name] = learn_masks(
             model,
-            loader,
+            loader if mask_loader is None else mask_loader,
             attributions,
             share=max(candidate.share for candidate in tried if candidate.ranking == name),
             max_site_share=max_site_share,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CIFAR10_CLASSES = 10
 DIGITS_INPUT = (1, 8, 8)
+VARIED_BATCH = 16  # small, so that a few hundred texts are of many lengths
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Subject:
     def loader(self, part: str) -> DataLoader[Any]:
         """Batches of `"select"`, `"validate"` or `"test"`, in the data's order."""
         return data.loader(getattr(self.splits, part), self.config.batch_size)
+
+    def varied_loader(self, part: str) -> DataLoader[Any]:
+        """Batches of which the first ones hold texts of all lengths, too; for images `loader`'s."""
+        examples = getattr(self.splits, part)
+        if not hasattr(examples, "lengths"):
+            return self.loader(part)
+        return data.loader(examples, VARIED_BATCH, shuffle=True, seed=self.config.seed)
 
     def precision(self) -> torch.autocast:
         """The context in which the model runs in the dtype that was asked for."""
