@@ -111,8 +111,7 @@ def test_masks_learn_from_texts_of_all_lengths(tmp_path):
         lengths[name] = sorted(int(mask.sum()) for mask in masks[:64])
         assert len(masks) == len(subject.splits.select)
     assert lengths["plain"][-1] <= 7
-    assert lengths["varied"][0] == 5
-    assert lengths["varied"][-1] == 9
+    assert lengths["varied"][-1] > 7
 
 
 def encoder(kind, folder):
