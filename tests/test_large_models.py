@@ -61,20 +61,27 @@ def outcome(folder, data, **placed):
     swept = skillfast.sweep(model, loader(examples, 8), CONDITIONS, classes=2, keep_predictions=True)
     with skillfast.ablate(model, SKILL), torch.no_grad():
         logits = torch.cat([model(packed) for packed, _ in loader(examples, 8)])
-    return loaded.model, scores, swept, logits.float().cpu()
+    return model, scores, swept, logits.float().cpu()
 
 
 def test_a_model_partly_on_disk_traces_and_ablates_as_the_plain_one(tmp_path, data):
     pytest.importorskip("accelerate")
     folder = save_model(tmp_path / "model", "LlamaForCausalLM", num_hidden_layers=3)
-    _, scores, swept, logits = outcome(folder, data)
+    whole, scores, swept, logits = outcome(folder, data)
     model, got, again, same = outcome(folder, data, device_map=PLACES)
-    assert model.get_submodule("model.layers.1.mlp.down_proj").weight.device.type == "meta"
+    assert model.language_model.get_submodule("model.layers.1.mlp.down_proj").weight.device.type == "meta"
     np.testing.assert_allclose(got.mean, scores.mean, atol=1e-6)
     np.testing.assert_allclose(got.pearson, scores.pearson, atol=1e-5)
     np.testing.assert_array_equal(again.predictions, swept.predictions)
     torch.testing.assert_close(same, logits)
     assert (again.predictions[0] != again.top2[:, 0]).any()  # the removal did something
+    rows = loader(TokenExamples(read_text(data), load_language_model(str(folder), "causal"), PROMPT), 8)
+    wanted, attributed = (skillfast.attribute(each, rows, classes=2) for each in (whole, model))
+    np.testing.assert_allclose(attributed.values, wanted.values, atol=1e-6)
+    wanted, learned = (
+        skillfast.learn_masks(each, rows, attributed, share=0.1, steps=3).values for each in (whole, model)
+    )
+    np.testing.assert_allclose(learned, wanted, atol=1e-5)
 
 
 def cli_options(folder, data, output):
@@ -189,7 +196,7 @@ def test_a_quantised_model_traces_and_ablates(tmp_path, data, bits):
     model, scores, swept, logits = outcome(
         folder, data, **placed, quantization_config=quantization(bits, torch.float16)
     )
-    assert "bitsandbytes" in type(model.get_submodule("model.layers.0.mlp.down_proj")).__module__
+    assert "bitsandbytes" in type(model.language_model.get_submodule("model.layers.0.mlp.down_proj")).__module__
     assert np.isfinite(scores.mean).all()
     assert np.corrcoef(scores.mean, plain.mean)[0, 1] > 0.9  # rounded weights, the same neurons
     sure = (logits[:, 0] - logits[:, 1]).abs() > 0.05 * logits.abs().max()
