@@ -122,20 +122,9 @@ def finetune(
         for part in parts:
             part.train()
         try:
-            optimizer = torch.optim.AdamW(_groups(model, head_lr or lr), lr=lr)
+            rates = lr, head_lr or lr
             _train(
-                forward,
-                model,
-                data,
-                epochs,
-                optimizer,
-                batch_size,
-                seed,
-                device,
-                dtype,
-                quiet,
-                augment,
-                label_smoothing,
+                forward, model, data, epochs, rates, batch_size, seed, device, dtype, quiet, augment, label_smoothing
             )
         finally:
             model.eval()
@@ -314,7 +303,7 @@ def _train(
     model: nn.Module,
     data: LabelledDataset,
     epochs: int,
-    optimizer: torch.optim.Optimizer,
+    rates: tuple[float, float],
     batch_size: int,
     seed: int,
     device: torch.device,
@@ -323,6 +312,8 @@ def _train(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None,
     label_smoothing: float,
 ) -> None:
+    lr, head_lr = rates
+    optimizer = torch.optim.AdamW(_groups(model, head_lr), lr=lr)
     batches = loader(data, batch_size, shuffle=True, seed=seed)
     total = epochs * len(batches)
     warmup = max(1, round(_WARMUP * total))
@@ -341,7 +332,7 @@ def _train(
             if not bool(loss.isfinite()):
                 raise ModelError(
                     f"training: expected a finite loss, got {loss.item()} in epoch {epoch}; lower the learning rate "
-                    f"(it was {optimizer.defaults['lr']:g})"
+                    f"(it was {lr:g})"
                 )
 
     def describe() -> str:
