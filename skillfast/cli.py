@@ -102,6 +102,7 @@ _subject = _options(
         "--finetune", type=click.Choice(words.FINETUNE), help="What to train first; by default what the model needs."
     ),
     click.option("--epochs", type=int, help="Passes of that training."),
+    click.option("--lr", type=float, help="Its highest learning rate."),
     click.option("--dataset", type=click.Choice(words.DATASETS), default="digits", show_default=True),
     click.option(
         "--data-dir",
@@ -113,6 +114,7 @@ _subject = _options(
     click.option("--text-column", default="text", show_default=True),
     click.option("--label-column", default="label", show_default=True),
     click.option("--pair-column", help="A second text, for inference tasks."),
+    click.option("--class-names", type=_Names(), default="", help="Of classes that the data numbers: bad,good."),
     click.option("--prompt", help="Template with {text}, for a model that only predicts tokens."),
     click.option("--label-words", type=_Names(), default="", help="Its words for the classes: ' bad, good'."),
     click.option("--pad-token", help="What to pad with, where the tokenizer has nothing."),
@@ -128,6 +130,12 @@ _subject = _options(
     click.option("--crop-pct", type=float, help="Share of the image that the centre crop keeps; likewise."),
     click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and count them."),
     click.option("--device", help="cpu, cuda, cuda:1; CUDA where there is one by default."),
+    click.option(
+        "--device-map",
+        type=click.Choice(words.DEVICE_MAPS),
+        help="Spread a language model over all devices (accelerate).",
+    ),
+    click.option("--bits", type=int, help="4 or 8: of a language model's linear layers (bitsandbytes)."),
     click.option(
         "--dtype",
         type=click.Choice(words.DTYPES),

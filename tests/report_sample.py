@@ -185,6 +185,35 @@ def _selection(rng: random.Random) -> dict[str, Any]:
             "oracle": {"validation": effect(0.95, 0.0)}}  # fmt: skip
 
 
+def _overall(classes: list[str], rng: random.Random) -> dict[str, Any]:
+    removals = [
+        {"skill": name, "neurons": 119, "share": 0.01, "accuracy": 0.55, "change": -0.3 - 0.01 * i / len(classes),
+         "ci95": [-0.35, -0.27], "random_changes": [round(rng.gauss(0, 0.004), 3) for _ in range(5)]}
+        for i, name in enumerate(classes)
+    ]  # fmt: skip
+    drawn = [change for removal in removals for change in removal["random_changes"]]
+    return {"accuracy": 0.86, "n_test": 50 * len(classes), "removals": removals,
+            "random_change": sum(drawn) / len(drawn)}  # fmt: skip
+
+
+def _correlations(classes: list[str], sites: list[dict[str, Any]]) -> dict[str, Any]:
+    def metric(column: str, select: float | None) -> dict[str, Any]:
+        test = None if select is None else select - 0.05
+        return {
+            "select": select, "test": test,
+            "sites": {site["name"]: {"select": select, "test": test} for site in sites},
+            "neurons": [] if select is None else [
+                {"site": sites[-1]["name"], "unit": i, "column": column, "select": -select, "test": test}
+                for i in range(10)
+            ],
+        }  # fmt: skip
+
+    return {"statistic": "pearson", "top": 10, "metrics": {
+        "label": metric(f"label:{classes[0]}", 0.83), "confidence": metric("confidence", 0.4),
+        "loss": metric("loss", None),
+    }}  # fmt: skip
+
+
 def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
     """A `results.json`; `optional` adds the keys that a run may leave out."""
     rng = random.Random(n_classes)
@@ -216,6 +245,8 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)
         results["selection"] = _selection(rng)
+        results["overall"] = _overall(classes, rng)
+        results["correlations"] = _correlations(classes, sites)
     return results
 
 

@@ -171,7 +171,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, tmp_path):
     ("module", "name", "finished"),
     [
         (setup.training, "finetune", []),
-        (protocol, "trace_select", ["train"]),
+        (protocol, "trace_part", ["train"]),
         (protocol.selection, "attribute", ["train", "trace"]),
         (protocol.selection, "effects", ["train", "trace", "select: attribution"]),
         (protocol, "_sweep", ["train", "trace", "select: attribution", "choose"]),
@@ -179,7 +179,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, tmp_path):
         (
             protocol,
             "trace_over_forward",
-            ["train", "trace", "select: attribution", "choose", "sweep", "embeddings", "trade_off"],
+            ["train", "trace", "select: attribution", "choose", "sweep", "embeddings", "trade_off", "trace_test"],
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -332,7 +332,7 @@ def test_page_says_what_was_left_out():
     results["layer_contribution"]["per_block"][1] |= {"share": None, "ci95": None}
     words = Elements(report.render(results, skills)).words
     assert "1,200 embeddings that were zero or not finite, under the removal of cat." in words
-    assert "for dog: one test image" in words
+    assert "for dog: one test example" in words
     assert "for bird: no angle" in words
 
 

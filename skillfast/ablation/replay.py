@@ -101,6 +101,11 @@ def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> It
             module.forward = own
 
 
+def _rows(leaf: Any) -> int:
+    """Length of an argument's first dimension; 0 for what has none."""
+    return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else 0
+
+
 def _hand_through(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
@@ -232,8 +237,8 @@ class Replay:
         narrow = route.narrow and in_last and start.site is not None
         for block in self.survey.blocks[start.block :]:
             first = block == self.survey.blocks[start.block]
-            if first or self.survey.has_batched_arguments(block):
-                self._keep_call(stack, record, block, narrow)
+            if first or self.survey.takes_more(block):
+                self._keep_call(stack, record, block, narrow, hidden=first)
         if start.site is None:
             return
         for site in self.survey.sites_until(start.site):
@@ -252,11 +257,14 @@ class Replay:
 
         stack.callback(self.model.get_submodule(start.site.path).register_forward_pre_hook(keep_neurons).remove)
 
-    def _keep_call(self, stack: ExitStack, record: Record, block: str, narrow: bool) -> None:
+    def _keep_call(self, stack: ExitStack, record: Record, block: str, narrow: bool, *, hidden: bool) -> None:
         def keep(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            leaves, spec = tree_flatten((args, kwargs))
-            leaves[0] = leaves[0][:, :1].clone() if narrow else leaves[0]
-            record.calls[block] = (leaves, spec)
+            if not hidden and block in record.calls:
+                return
+            (state, *more), spec = tree_flatten((args, kwargs))
+            if narrow:
+                state = state[:, :1].clone()
+            record.calls[block] = ([state if hidden else None, *more], spec)  # else earlier blocks make it anew
 
         handle = self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
         stack.callback(handle.remove)
@@ -313,7 +321,7 @@ class Replay:
         narrow = route.narrow and block == last and start.site is not None  # all that is kept, then
         self._inject(stack, record, block, len(conditions), hidden=True, narrow=narrow)
         for path in after:
-            if path in record.calls and self.survey.has_batched_arguments(path):
+            if path in record.calls and self.survey.takes_more(path):
                 self._inject(stack, record, path, len(conditions), hidden=False, narrow=False)
         done: list[Site] = []
         if start.site is not None:
@@ -333,17 +341,22 @@ class Replay:
         leaves, spec = record.calls[block]
         if narrow:
             leaves = [leaves[0][:, :1], *leaves[1:]]
-        batched = self.survey.batched[block]
-
-        rows = n * len(record.inputs)
+        samples = len(record.inputs)
+        batched = [
+            _rows(leaf) == samples if many is None else many
+            for leaf, many in zip(leaves, self.survey.batched[block], strict=True)
+        ]
+        rows = n * samples
 
         def give(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             own = tree_flatten((args, kwargs))[0]
-            given = [_repeat(leaf, n) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
+            given = [
+                _repeat(leaf, n) if many and leaf is not None else leaf
+                for leaf, many in zip(leaves, batched, strict=True)
+            ]
             if not hidden:  # what earlier blocks made is right; what the stem made of one row is not
                 given = [
-                    kept if isinstance(kept, torch.Tensor) and kept.dim() and leaf.shape[0] != rows else leaf
-                    for leaf, kept in zip(own, given, strict=True)
+                    kept if _rows(kept) and _rows(leaf) != rows else leaf for leaf, kept in zip(own, given, strict=True)
                 ]
             return tree_unflatten(given, spec)
 

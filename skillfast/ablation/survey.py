@@ -50,7 +50,8 @@ class Survey:
         block_of: Site -> position in `blocks`, None for the classifier; in the order of `sites`.
         owners: Site -> path of the module around its projection, where that gives out the projection's output as it is.
         feeds: Path of an owner -> path of the block's module (a norm) whose output is the owner's input.
-        batched: Block -> for each leaf of its arguments, whether it has a row per sample.
+        batched: Block -> for each leaf of its arguments, whether it has a row per sample; None where another batch may
+            tell otherwise: a mask is made where there is padding only.
         head: The classifier's site, or None.
         head_is_last: Whether the classifier's output is the model's.
         sequential: Whether each block and site ran once.
@@ -64,7 +65,7 @@ class Survey:
     block_of: Mapping[str, int | None]
     owners: Mapping[str, str]
     feeds: Mapping[str, str]
-    batched: Mapping[str, list[bool]]
+    batched: Mapping[str, list[bool | None]]
     head: Site | None
     head_is_last: bool
     sequential: bool
@@ -77,9 +78,9 @@ class Survey:
         same = [s for s in self.sites if self.block_of[s.name] == self.block_of[site.name]]
         return same[: same.index(site) + 1]
 
-    def has_batched_arguments(self, block: str) -> bool:
-        """Whether a block takes more than the hidden state with a row per sample: a mask, say."""
-        return any(self.batched[block][1:])
+    def takes_more(self, block: str) -> bool:
+        """Whether a block takes more than the hidden state that may have a row per sample: a mask, say."""
+        return any(many is not False for many in self.batched[block][1:])
 
 
 def block_path(site: Site) -> str:
@@ -124,6 +125,13 @@ def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
     )
 
 
+def _by_sample(leaf: Any, rows: int) -> bool | None:
+    """Whether an argument has a row per sample; None for one that is missing or broadcast."""
+    if leaf is None or (isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == 1 != rows):
+        return None
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+
+
 class _Watch:
     """Hooks on everything that a survey asks about, for the duration of a context."""
 
@@ -132,7 +140,7 @@ class _Watch:
         self.sites = sites
         self.entered: list[str] = []
         self.fired: list[str] = []
-        self.batched: dict[str, list[bool]] = {}
+        self.batched: dict[str, list[bool | None]] = {}
         self.outputs: dict[str, Any] = {}  # path -> output, of projections, owners and the blocks' own modules
         self.inputs: dict[str, list[Any]] = {}  # path -> argument leaves, of owners
         self.tokens = 1
@@ -172,9 +180,7 @@ class _Watch:
         self.entered.append(block)
         leaves = tree_leaves(call)
         rows = leaves[0].shape[0]
-        self.batched[block] = [
-            isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in leaves
-        ]
+        self.batched[block] = [_by_sample(leaf, rows) for leaf in leaves]
 
     def _fire(self, site: Site, x: torch.Tensor) -> None:
         self.fired.append(site.name)

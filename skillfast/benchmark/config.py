@@ -6,7 +6,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from skillfast.errors import ArgumentError
-from skillfast.vocabulary import DATASETS, DTYPES, FINETUNE, KINDS, METHODS, METRICS, STATISTICS
+from skillfast.vocabulary import (
+    BITS,
+    DATASETS,
+    DEVICE_MAPS,
+    DTYPES,
+    FINETUNE,
+    KINDS,
+    METHODS,
+    METRICS,
+    STATISTICS,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class BenchConfig:
         pretrained: Use the weights that timm downloads.
         finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None: what the model needs.
         epochs: Passes of that training; None for the default of the mode.
+        lr: Its highest learning rate; None for the default of the mode.
         dataset: `"digits"`, `"cifar10"`, `"imagefolder"` or `"text"`.
         data_dir: The folder of images; of CIFAR-10 None lets torchvision download it into the cache.
         data_file: Text: a `.tsv`, `.csv` or `.jsonl` file, or `hf:NAME[:CONFIG][@SPLIT]`.
@@ -28,6 +39,7 @@ class BenchConfig:
         text_column: Where the text stands.
         label_column: Where its class stands.
         pair_column: Where a second text stands.
+        class_names: Of classes that the data numbers, in their order; none: as the model or the data has them.
         prompt: Template with `{text}` for a model that only predicts tokens.
         label_words: Its words for the classes, in their order.
         pad_token: What to pad with, where the tokenizer has nothing.
@@ -40,6 +52,8 @@ class BenchConfig:
         crop_pct: Share of the resized image that the centre crop keeps; None for the model's own.
         skip_unreadable: Leave unreadable images out instead of stopping.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None for CUDA where there is one.
+        device_map: Of a language model: how accelerate spreads its layers, `"auto"` for one; None: all on `device`.
+        bits: Of a language model's linear layers, 4 or 8, by bitsandbytes; None as they are.
         dtype: Of the activations, by autocast; None for bfloat16 on a CUDA device that computes in it, else float32.
         batch_size: Images per forward of the trace, rows per forward of the sweep.
         seed: Of every random choice.
@@ -67,6 +81,7 @@ class BenchConfig:
     pretrained: bool = False
     finetune: str | None = None
     epochs: int | None = None
+    lr: float | None = None
     dataset: str = "digits"
     data_dir: str | None = None
     data_file: str | None = None
@@ -74,6 +89,7 @@ class BenchConfig:
     text_column: str = "text"
     label_column: str = "label"
     pair_column: str | None = None
+    class_names: tuple[str, ...] = ()
     prompt: str | None = None
     label_words: tuple[str, ...] = ()
     pad_token: str | None = None
@@ -85,6 +101,8 @@ class BenchConfig:
     crop_pct: float | None = None
     skip_unreadable: bool = False
     device: str | None = None
+    device_map: str | None = None
+    bits: int | None = None
     dtype: str | None = None
     batch_size: int = 256
     seed: int = 0
@@ -118,6 +136,8 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {value}")
+        if self.lr is not None and not self.lr > 0:
+            raise ArgumentError(f"learning rate: expected more than 0, got {self.lr:g}; leave it out for the default")
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise ArgumentError(f"memory budget: expected more than 0 GiB, got {self.memory_budget}")
         if self.contrastive and self.method in ("auto", "mask"):
@@ -132,9 +152,9 @@ class BenchConfig:
                 f"model: expected a timm name with --dataset {self.dataset}, got none; "
                 "for example --model vit_tiny_patch16_224"
             )
-        if self.model is None and (self.checkpoint or self.pretrained or self.model_kwargs or self.finetune):
+        if self.model is None and (self.checkpoint or self.pretrained or self.model_kwargs or self.finetune or self.lr):
             raise ArgumentError(
-                "model: expected --model with --checkpoint, --pretrained, --model-kwarg or --finetune, got none"
+                "model: expected --model with --checkpoint, --pretrained, --model-kwarg, --finetune or --lr, got none"
             )
         if self.checkpoint is not None and self.pretrained:
             raise ArgumentError("weights: expected --checkpoint or --pretrained, got both; leave one out")
@@ -157,11 +177,39 @@ class BenchConfig:
                 "prompt: expected --prompt and --label-words together, got one; leave both out for a model with a "
                 "classification head"
             )
+        if self.placed:
+            self._check_placed("--bits" if self.device_map is None else "--device-map")
         if self.dataset != "text" and self.metrics != METRICS:
             raise ArgumentError(
                 f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.metrics)}; trace others with "
                 "skillfast.trace(forward=...)"
             )
+
+    def _check_placed(self, option: str) -> None:
+        if self.device_map not in (None, *DEVICE_MAPS):
+            raise ArgumentError(
+                f"device map: expected one of {', '.join(DEVICE_MAPS)}, got {self.device_map!r}; auto fills the devices"
+            )
+        if self.bits not in (None, *BITS):
+            raise ArgumentError(
+                f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}; leave it out for whole weights"
+            )
+        if self.dataset != "text":
+            raise ArgumentError(f"{option}: expected a language model with it, got {self.model}; leave it out")
+        if self.device_map is not None and self.device is not None:
+            raise ArgumentError(
+                f"device: expected --device or --device-map, got both ({self.device}, {self.device_map}); leave one out"
+            )
+        if self.finetune not in (None, "none"):
+            raise ArgumentError(
+                f"--finetune: expected none with {option}, got {self.finetune!r}; layers that are spread or quantised "
+                "are not trained"
+            )
+
+    @property
+    def placed(self) -> bool:
+        """Whether loading puts the model where it runs, and nothing else may move or train it."""
+        return self.device_map is not None or self.bits is not None
 
     @property
     def memory_bytes(self) -> int | None:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from skillfast.benchmark.cost import Clock
-    from skillfast.data.splits import LabelledDataset
+    from skillfast.data.splits import LabelledDataset, Splits
 
 FOLDER = ".unfinished"
-WEIGHTS = "model.safetensors"
+WEIGHTS, MODEL = "model.safetensors", "model"  # of timm's models, and the folder of a language model
 SCHEMA = "skillfast.unfinished/1"
 _RUN, _VALUE, _COST = "run.json", "value.json", "cost.json"
 _REMEDY = "run again with --no-resume"
@@ -208,11 +208,33 @@ class Phases:
         }
 
     def end(self, directory: Path) -> None:
-        """Move trained weights into the run's folder, and remove everything else that is kept."""
-        trained = self.folder / "train" / WEIGHTS
-        if trained.is_file():
-            trained.replace(directory / WEIGHTS)
+        """Move a trained model into the run's folder, and remove everything else that is kept."""
+        for name in (WEIGHTS, MODEL):
+            if (trained := self.folder / "train" / name).exists():
+                shutil.rmtree(directory / name, ignore_errors=True)  # a folder cannot be replaced
+                trained.replace(directory / name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_training(
+    model: torch.nn.Module,
+    splits: Splits,
+    train: Callable[[], dict[str, Any]],
+    mode: str,
+    clock: Clock,
+    phases: Phases | None,
+    kept: Kept[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train, or take the weights that an unfinished run left; says how they came about."""
+    if phases is None:
+        with clock.phase("train"):
+            return train()
+    phases.check("data", data_digest({part: getattr(splits, part) for part in ("select", "validate", "test")}))
+    phases.check("weights", weights_digest(model))
+    if mode == "none":  # nothing to keep
+        with clock.phase("train"):
+            return train()
+    return phases.run("train", train, kept or weights_of(model))
 
 
 def weights_digest(model: torch.nn.Module) -> str:

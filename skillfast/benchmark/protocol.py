@@ -18,11 +18,13 @@ from skillfast import __version__, backends, files, metrics
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.attribution import NeuronRanking
 from skillfast.benchmark import contribution, removal, selection
+from skillfast.benchmark.correlations import top_correlations
 from skillfast.benchmark.cost import Clock, trace_over_forward
 from skillfast.benchmark.embeddings import EmbeddingChanges, compare_embeddings
 from skillfast.benchmark.interference import interference
+from skillfast.benchmark.overall import overall_accuracy
 from skillfast.benchmark.phases import JSON, Kept, Phases
-from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.benchmark.setup import Subject, prepare, trace_part
 from skillfast.benchmark.standard_metrics import standard_metrics
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
@@ -107,7 +109,7 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Skill], NeuronScores]:
     """Every phase after the baseline: results.json, the skills that were removed, and the scores."""
     config = subject.config
-    scores = phases.run("trace", lambda: trace_select(subject, quiet), Kept.by(NeuronScores.load))
+    scores = phases.run("trace", lambda: trace_part(subject, "select", quiet), Kept.by(NeuronScores.load))
     chosen = _choose(subject, scores, phases, quiet, say)
     skills = dict(chosen.skills[chosen.chosen])
     found = list(skills.values())
@@ -130,6 +132,13 @@ def _measure(
     )
     results = _results(subject, found, swept, embedded)
     results["selection"] = chosen.to_json(on_test["candidates"])
+    if scores.pearson is not None:
+        held_out = phases.run(
+            "trace_test",
+            lambda: trace_part(subject, "test", quiet, statistics=("pearson",)),
+            Kept.by(NeuronScores.load),
+        )
+        results["correlations"] = top_correlations(scores, held_out)
     results["cost"] = trace_over_forward(
         subject.model,
         subject.loader("select"),
@@ -146,14 +155,13 @@ def _announce_baseline(subject: Subject, clock: Clock, quiet: bool, say: Callabl
     """Accuracy on the test part, before anything is built on it."""
     with clock.phase("baseline"):
         intact = sweep(subject.model, subject.loader("test"), [], classes=subject.splits.classes, quiet=quiet)
-    accuracy, chance = float(intact.baseline.mean()), 1 / len(subject.splits.classes)
-    say(
-        f"baseline accuracy {accuracy:.1%} (mean of {len(subject.splits.classes)} classes, {len(intact.labels)} images)"
-    )
+    k, accuracy = len(subject.splits.classes), float(intact.baseline.mean())
+    say(f"baseline accuracy {accuracy:.1%} (mean of {k} classes, {len(intact.labels)} examples)")
+    chance = 1 / k
     if subject.splits.name != "digits":
         parts = subject.splits
         say(
-            f"{parts.name}: {len(parts.select)} images to select on, {len(parts.validate)} to validate, "
+            f"{parts.name}: {len(parts.select)} examples to select on, {len(parts.validate)} to validate, "
             f"{len(parts.test)} to test; {subject.normalisation}"
         )
     noise = 2 * math.sqrt(chance * (1 - chance) / len(intact.labels))  # two standard errors of guessing
@@ -177,6 +185,7 @@ def _choose(
         subject.loader("select"),
         scores,
         tried,
+        mask_loader=subject.varied_loader("select"),
         max_site_share=config.max_site_share,
         scale=config.scale,
         seed=config.seed,
@@ -194,7 +203,7 @@ def _choose(
     )
     chosen = selection.choose(tried, skills, validation)
     if len(tried) > 1:
-        say(f"chosen on {len(subject.splits.validate)} validation images: {chosen.candidate}")
+        say(f"chosen on {len(subject.splits.validate)} validation examples: {chosen.candidate}")
     return chosen
 
 
@@ -241,7 +250,8 @@ def _results(
     k, n = len(skills), len(swept.labels)
     labels, intact = swept.labels, swept.top2[:, 0]
     assert swept.predictions is not None
-    blocks = contribution.occupied_blocks(skills, choose_sites(subject.model, subject.config.sites))
+    sites = choose_sites(subject.model, subject.config.sites)
+    blocks = contribution.occupied_blocks(skills, sites)
     rows = swept.predictions.reshape(-1, k, n)
     n_parts = len(contribution.SUBSETS)
     parts, by_block, controls = np.split(rows, [n_parts, n_parts + max(0, 2 * (len(blocks) - 1))])
@@ -267,6 +277,9 @@ def _results(
             "per_class": swept.baseline.tolist(),
             "n_test_per_class": np.bincount(labels, minlength=k).tolist(),
         },
+        "overall": overall_accuracy(
+            parts[0], controls, intact, labels, skills, sum(site.width for site in sites), bootstrap
+        ),
         "removal_matrix": removal.removal_matrix(parts[0], intact, labels).tolist(),
         "selectivity": removal.selectivity(parts[:1], intact, labels, bootstrap),
         "oracle": {

@@ -146,6 +146,7 @@ def rankings(
     scale: float = 0.0,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    mask_loader: Iterable[Any] | None = None,
     quiet: bool = True,
     keep: Callable[[str, Callable[[], NeuronRanking]], NeuronRanking] = lambda _, make: make(),
 ) -> dict[str, NeuronScores | NeuronRanking]:
@@ -160,6 +161,8 @@ def rankings(
         scale: Factor on the activations of removed neurons.
         seed: Of the masks.
         classes: Class names; from the loader's dataset or the model by default.
+        mask_loader: Of the same part, in the order in which masks take their examples, the first ones of each class;
+            the loader by default.
         quiet: Show no progress bar.
         keep: Called with a ranking's name and what makes it; returns the ranking.
     """
@@ -173,7 +176,7 @@ def rankings(
         learn = partial(
             learn_masks,
             model,
-            loader,
+            loader if mask_loader is None else mask_loader,
             attributions,
             share=max(candidate.share for candidate in tried if candidate.ranking == name),
             max_site_share=max_site_share,

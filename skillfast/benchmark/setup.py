@@ -11,7 +11,7 @@ import torch
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
 from skillfast.benchmark.cost import Clock
-from skillfast.benchmark.phases import data_digest, weights_digest, weights_of
+from skillfast.benchmark.phases import run_training
 from skillfast.benchmark.text import prepare_text, trace_text
 from skillfast.errors import ArgumentError
 from skillfast.models import loading, training
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CIFAR10_CLASSES = 10
 CIFAR10_TRAIN, CIFAR10_TEST = 200, 100  # images per class of the published protocol
 DIGITS_INPUT = (1, 8, 8)
+VARIED_BATCH = 16  # small, so that a few hundred texts are of many lengths
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Subject:
         config: The settings that made it.
         model: The model.
         name: Its name.
-        splits: Images to select, validate and test on.
+        splits: Examples to select, validate and test on.
         trained: How its weights came about.
         normalisation: What images were normalised by, in words.
         device: Where it runs.
@@ -62,6 +63,13 @@ class Subject:
     def loader(self, part: str) -> DataLoader[Any]:
         """Batches of `"select"`, `"validate"` or `"test"`, in the data's order."""
         return data.loader(getattr(self.splits, part), self.config.batch_size)
+
+    def varied_loader(self, part: str) -> DataLoader[Any]:
+        """Batches of which the first ones hold texts of all lengths, too; for images `loader`'s."""
+        examples = getattr(self.splits, part)
+        if not hasattr(examples, "lengths"):
+            return self.loader(part)
+        return data.loader(examples, VARIED_BATCH, shuffle=True, seed=self.config.seed)
 
     def precision(self) -> torch.autocast:
         """The context in which the model runs in the dtype that was asked for."""
@@ -121,7 +129,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
     device = choose_device(config.device)
     config = replace(config, dtype=choose_dtype(config.dtype, device))
     if config.dataset == "text":
-        classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say)
+        classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say, phases=phases)
         return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
     if config.dataset == "digits" and config.model is None:
         return _digits(config, device, clock, quiet=quiet)
@@ -155,6 +163,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
                 splits,
                 mode,
                 epochs=config.epochs,
+                lr=config.lr,
                 seed=config.seed,
                 device=device,
                 dtype=getattr(torch, config.precision),
@@ -164,26 +173,6 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
 
     trained = {"from": loaded.source, **run_training(model, splits, train, mode, clock, phases)}
     return Subject(config, model.eval(), loaded.name, splits, trained, normalisation, device)
-
-
-def run_training(
-    model: torch.nn.Module,
-    splits: data.Splits,
-    train: Callable[[], dict[str, Any]],
-    mode: str,
-    clock: Clock,
-    phases: Phases | None,
-) -> dict[str, Any]:
-    """Train, or take the weights that an unfinished run left; says how they came about."""
-    if phases is None:
-        with clock.phase("train"):
-            return train()
-    phases.check("data", data_digest({part: getattr(splits, part) for part in ("select", "validate", "test")}))
-    phases.check("weights", weights_digest(model))
-    if mode == "none":  # nothing to keep
-        with clock.phase("train"):
-            return train()
-    return phases.run("train", train, weights_of(model))
 
 
 def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
@@ -253,16 +242,17 @@ def _what_is_trained(mode: str) -> str:
     return {"head": "the head", "last-block": "the last block and the head", "all": "all weights"}[mode]
 
 
-def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
-    """Trace the select part with the subject's settings."""
+def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[str, ...] | None = None) -> NeuronScores:
+    """Trace a part of the data with the subject's settings, and with other statistics where they are given."""
+    statistics = statistics or subject.config.statistics
     if isinstance(subject.model, TextClassifier):
-        return trace_text(subject.config, subject.model, subject.splits, quiet)
+        return trace_text(subject.config, subject.model, getattr(subject.splits, part), statistics, quiet)
     return trace(
         subject.model,
-        subject.loader("select"),
+        subject.loader(part),
         sites=subject.config.sites,
         pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
-        statistics=subject.config.statistics,
+        statistics=statistics,
         cells=subject.config.cells,
         classes=subject.splits.classes,
         quiet=quiet,
@@ -274,7 +264,7 @@ def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     with backends.use_backend(config.backend):
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
-            return trace_select(subject, quiet)
+            return trace_part(subject, "select", quiet)
 
 
 def ablated(

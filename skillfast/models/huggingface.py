@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ def load_language_model(
             name, output_loading_info=True, trust_remote_code=False, **options, **where
         )
     missing = sorted([*loading["missing_keys"], *(str(key[0]) for key in loading["mismatched_keys"])])
-    if missing and not (task == "classification" and all(_is_head(model, key) for key in missing)):
+    if missing and not (task == "classification" and all(is_head(model, key) for key in missing)):
         raise ModelError(
             f"model '{name}': expected all weights of {type(model).__name__}, got {len(missing)} missing "
             f"({', '.join(missing[:3])}); it was made for {_made_for(config)}"
@@ -188,6 +189,36 @@ def skeleton(config: Any, task: Task = "own") -> torch.nn.Module:
     return made.eval()
 
 
+def is_head(model: Any, key: str) -> bool:
+    """Whether a tensor of a state dict sits on top of the base model; a pooler does (BERT's).
+
+    Args:
+        model: Of the transformers library.
+        key: The tensor's name.
+    """
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
+
+
+def quantization(bits: int | None, dtype: torch.dtype) -> Any:
+    """What `load_language_model` takes for linear layers of so many bits, by bitsandbytes; None for none.
+
+    Args:
+        bits: 4 or 8, or None.
+        dtype: In which 4-bit layers compute.
+
+    Raises:
+        ModelError: No bitsandbytes library.
+    """
+    if bits is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"bits: expected the bitsandbytes library for layers of {bits} bits, got none; pip install bitsandbytes"
+        )
+    config = _library().BitsAndBytesConfig
+    return config(load_in_8bit=True) if bits == 8 else config(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
 def _library() -> Any:
     try:
         import transformers
@@ -212,11 +243,6 @@ def _checked(classes: Sequence[str] | None) -> Sequence[str]:
             f"classes: expected at least two for a classification head, got {len(classes or ())}; give the data's"
         )
     return classes
-
-
-def _is_head(model: Any, key: str) -> bool:
-    """Whether a tensor belongs to what sits on top of the base model; a new pooler is part of it (BERT)."""
-    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
 
 
 def _made_for(config: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from skillfast.models.huggingface import is_head
 from skillfast.models.sites import find_sites, module_device
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class TextClassifier(nn.Module):
     def get_classifier(self) -> nn.Module | None:
         """The classifier or the language-model head, as timm's models tell theirs."""
         return None if self._head is None else self.language_model.get_submodule(self._head)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What stands on top of the pretrained base: the classifier and, where there is one, the pooler before it."""
+        named = self.language_model.named_parameters()
+        return [parameter for name, parameter in named if is_head(self.language_model, name)]
 
     @property
     def blocks(self) -> nn.Module | None:

@@ -66,6 +66,7 @@ def finetune(
     scratch: bool = False,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     label_smoothing: float = 0.0,
+    head_lr: float | None = None,
 ) -> dict[str, Any]:
     """Train a classifier, or its last layers, on `splits.select`.
 
@@ -89,10 +90,12 @@ def finetune(
         scratch: the model has no useful weights yet: default to more epochs and a higher learning rate.
         augment: changes a batch `[b, C, H, W]` at random, drawing from the generator; only where nothing is cached.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        head_lr: highest learning rate of `model.head_parameters()`, which pretraining left without useful weights;
+            None for `lr`.
 
     Returns:
-        What was done: finetune, epochs, learning_rate, n_train and validation_accuracy (mean over classes); for
-        "none" only the first and zeros.
+        What was done: finetune, epochs, learning_rate, n_train and validation_accuracy (mean over classes), and
+        head_learning_rate where it is another; for "none" only the first and zeros.
 
     Raises:
         ArgumentError: an unknown mode, or a number that cannot be used.
@@ -119,7 +122,10 @@ def finetune(
         for part in parts:
             part.train()
         try:
-            _train(forward, model, data, epochs, lr, batch_size, seed, device, dtype, quiet, augment, label_smoothing)
+            rates = lr, head_lr or lr
+            _train(
+                forward, model, data, epochs, rates, batch_size, seed, device, dtype, quiet, augment, label_smoothing
+            )
         finally:
             model.eval()
     per_class = accuracy(model, splits.validate, device=device, dtype=dtype, quiet=quiet)
@@ -127,6 +133,7 @@ def finetune(
         "finetune": mode,
         "epochs": epochs,
         "learning_rate": lr,
+        **({} if head_lr is None else {"head_learning_rate": head_lr}),
         "n_train": len(data),
         "validation_accuracy": float(per_class.mean()),
     }
@@ -280,12 +287,23 @@ def _cut(model: nn.Module, mode: Finetune) -> tuple[nn.Module | None, Callable[[
     return model.blocks[-1], rest
 
 
+def _groups(model: nn.Module, head_lr: float) -> list[dict[str, Any]]:
+    """What is trained, with weight decay on matrices alone, and the head's learning rate on the head."""
+    head = {id(p) for p in model.head_parameters()} if hasattr(model, "head_parameters") else set()  # type: ignore[operator]
+    groups = []
+    for group in param_groups_weight_decay(model, _WEIGHT_DECAY):
+        on_top = [p for p in group["params"] if id(p) in head]
+        below = [p for p in group["params"] if id(p) not in head]
+        groups += [{**group, "params": below}, {**group, "params": on_top, "lr": head_lr}]
+    return [group for group in groups if group["params"]]
+
+
 def _train(
     forward: Callable[[Tensor], Tensor],
     model: nn.Module,
     data: LabelledDataset,
     epochs: int,
-    lr: float,
+    rates: tuple[float, float],
     batch_size: int,
     seed: int,
     device: torch.device,
@@ -294,7 +312,8 @@ def _train(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None,
     label_smoothing: float,
 ) -> None:
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, _WEIGHT_DECAY), lr=lr)
+    lr, head_lr = rates
+    optimizer = torch.optim.AdamW(_groups(model, head_lr), lr=lr)
     batches = loader(data, batch_size, shuffle=True, seed=seed)
     total = epochs * len(batches)
     warmup = max(1, round(_WARMUP * total))

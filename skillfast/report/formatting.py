@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -112,6 +113,19 @@ def term_interval(values: dict[str, Any], key: str) -> str:
 def number_of(count: float) -> str:
     """A count with thousands separators; one decimal where it is not whole."""
     return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+
+
+def model_name(results: dict[str, Any]) -> str:
+    """The model's name as a title has it: of a folder its last two parts."""
+    name = str(results["model"]["name"]).removeprefix("hf:")
+    parts = PurePath(name).parts
+    return "/".join(parts[-2:]) if len(parts) > 2 else name
+
+
+def data_name(results: dict[str, Any]) -> str:
+    """What the results were measured on: of text the file, else the dataset's name."""
+    file = results["config"].get("test_file") or results["config"].get("data_file")
+    return str(results["dataset"]["name"]) if file is None else PurePath(file).name
 
 
 def size(n_bytes: float | None) -> str:

@@ -170,8 +170,8 @@ def _reason(reason: str, where: Any) -> str:
         total = number_of(sum(where.values()))
         return f"Left out: {total} embeddings that were zero or not finite, under the removal of {', '.join(where)}."
     text = {
-        "one_image": "one test image says little, and has no neighbour of its class",
-        "no_images": "no test images",
+        "one_image": "one test example says little, and has no neighbour of its class",
+        "no_images": "no test examples",
         "no_direction": "no angle, since the mean embedding lies in the middle of all",
         "constant_embeddings": "all embeddings are the same after its removal",
     }[reason]

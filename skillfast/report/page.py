@@ -7,8 +7,8 @@ import math
 from importlib import resources
 from typing import Any
 
-from skillfast.report import figures, files, interference, tradeoff, words
-from skillfast.report.formatting import cell, percent
+from skillfast.report import evidence, figures, files, interference, tradeoff, words
+from skillfast.report.formatting import cell, data_name, model_name, percent
 from skillfast.report.parts import MAX_WRITTEN
 
 
@@ -81,6 +81,10 @@ def _context(results: dict[str, Any], skills: dict[str, Any]) -> dict[str, Any]:
         "dashboards": interference.dashboard_rows(results) if results.get("standard_metrics") else None,
         "dashboards_say": interference.dashboards_say(results) if results.get("standard_metrics") else [],
         "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if "trade-off" in made else None,
+        "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.get("overall") else None,
+        "correlated": evidence.correlated(results) if results.get("correlations") else None,
+        "model_name": model_name(results),
+        "data_name": data_name(results),
         "percent": percent,
         "details": words.details(results),
         "command": words.command(results),

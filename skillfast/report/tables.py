@@ -9,10 +9,14 @@ from rich.text import Text
 
 from skillfast.report.formatting import (
     UNDEFINED,
+    data_name,
     finite,
     interval,
+    model_name,
     number_of,
     percent,
+    plain,
+    points,
     size,
     term_interval,
     term_value,
@@ -55,9 +59,8 @@ def _kinds(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def summary_table(results: dict[str, Any]) -> Table:
     """Make the table that `skillfast bench` prints at its end; see `skillfast.report.summary_table`."""
-    model, dataset = results["model"]["name"], results["dataset"]
-    title = Text(f"{model} on {dataset['name']}: {percent(results['baseline']['accuracy'])} right on "
-                 f"{number_of(dataset['n_test'])} test examples")  # fmt: skip
+    title = Text(f"{model_name(results)} on {data_name(results)}: {percent(results['baseline']['accuracy'])} right on "
+                 f"{number_of(results['dataset']['n_test'])} test examples")  # fmt: skip
     table = Table(title=title, title_justify="left", caption="95 % intervals in brackets", caption_justify="left")
     table.add_column("")
     for name, _ in COLUMNS:
@@ -69,7 +72,21 @@ def summary_table(results: dict[str, Any]) -> Table:
         if i == 0:
             table.add_section()
         table.add_row(f"share of {name}", _share(found, kind), "", "")
+    _add_evidence(table, results)
     return table
+
+
+def _add_evidence(table: Table, results: dict[str, Any]) -> None:
+    """The largest change over all examples, and the best neurons' correlation with the label."""
+    overall, correlated = results.get("overall"), results.get("correlations") or {}
+    table.add_section()
+    if overall is not None:
+        largest = min(removal["change"] for removal in overall["removals"])
+        changes = points(largest, signed=True), "", points(overall["random_change"], signed=True)
+        table.add_row("all examples, largest change", *changes)
+    label = correlated.get("metrics", {}).get("label")
+    if label:
+        table.add_row(f"top-{correlated['top']} |r| with label", plain(finite(label["test"])), "", "")
 
 
 def _comparison_rows() -> list[tuple[str, Callable[[dict[str, Any]], str | Text]]]:

@@ -52,7 +52,7 @@ def trade_off(results: dict[str, Any]) -> Figure:
                     "showlegend": part == "test",
                     "x": [_points(c[part]["other_harm"]) for c in found],
                     "y": [_points(c[part]["target_drop"]) for c in found],
-                    "text": [f"{percent(c['share'])} of all neurons, {part} images" for c in found],
+                    "text": [f"{percent(c['share'])} of all neurons, {part} examples" for c in found],
                     "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
                     "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
                     **({} if part == "validation" else _whiskers(found)),
@@ -93,14 +93,15 @@ def say(results: dict[str, Any]) -> list[str]:
     many = len(found["candidates"])
     first = (
         f"Of {many} combinations of method and size, {name_of(chosen)} with {percent(chosen['share'])} of all neurons "
-        f"was chosen on {validation:,} validation images, before any test image was looked at."
+        f"was chosen on the {validation:,} validation examples, before any test example was looked at."
         if many > 1
         else f"The method was given: {name_of(chosen)} with {percent(chosen['share'])} of all neurons."
     )
     loss, harm = (points(gap[key], signed=True) for key in ("target_drop", "other_harm"))
     second = (
-        f"There it costs the removed class {points(seen['target_drop'])} points and harms each other class by "
-        f"{points(seen['other_harm'])}; on the test images the loss differs by {loss} and the harm by {harm} points."
+        f"On the validation examples it costs the removed class {points(seen['target_drop'])} points and harms "
+        f"each other class by {points(seen['other_harm'])}; on the test examples the loss differs by {loss} and the "
+        f"harm by {harm} points."
     )
     return [first, second]
 

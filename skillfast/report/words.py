@@ -28,8 +28,9 @@ PHASES = {
     "train": "training the model",
     "trace": "tracing the neurons",
     "select": "ranking the neurons by every method",
-    "choose": "choosing on the validation images",
-    "trade_off": "all methods on the test images",
+    "choose": "choosing on the validation examples",
+    "trade_off": "all methods on the test examples",
+    "trace_test": "tracing the neurons on the test examples",
     "sweep": "removing them",
     "embeddings": "comparing embeddings",
     "baseline": "accuracy of the intact model",
@@ -39,10 +40,11 @@ PHASES = {
 DENOMINATOR = UNDEFINED_RATIO.removeprefix(f"{UNDEFINED} ")
 # what the command line can repeat, in its order; the other settings are its defaults
 FLAGS = (
-    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "dataset", "data_dir", "train_per_class",
-    "test_per_class", "mean", "std", "crop_pct", "skip_unreadable", "device", "dtype", "batch_size", "seed", "sites",
-    "pool", "statistics", "cells", "method", "contrastive", "share", "max_site_share", "scale", "control_draws",
-    "memory_budget", "backend",
+    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "lr", "dataset", "data_dir",
+    "data_file", "test_file", "text_column", "label_column", "pair_column", "class_names", "prompt", "label_words",
+    "pad_token", "truncate", "train_per_class", "test_per_class", "mean", "std", "crop_pct", "skip_unreadable",
+    "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool", "statistics", "cells", "method",
+    "contrastive", "share", "max_site_share", "scale", "control_draws", "memory_budget", "backend",
 )  # fmt: skip
 
 
@@ -198,14 +200,14 @@ def _flag(key: str, value: Any) -> list[str]:
     name = f"--{key.replace('_', '-')}"
     if value is None:
         return []
-    if key in ("skip_unreadable", "contrastive"):  # flags without a --no- form
+    if key in ("skip_unreadable", "contrastive", "truncate"):  # flags without a --no- form
         return [name] if value else []
     if isinstance(value, bool):
         return [name if value else f"--no-{key.replace('_', '-')}"]
     if key == "model_kwargs":
         return [word for option, given in value.items() for word in ("--model-kwarg", f"{option}={given}")]
-    if key in ("sites", "statistics"):
-        return [name, ",".join(value)]
+    if key in ("sites", "statistics", "class_names", "label_words"):
+        return [name, ",".join(value)] if value else []
     return [name, *map(str, value)] if isinstance(value, list) else [name, str(value)]
 
 

@@ -1,0 +1,63 @@
+"""What the page and the terminal say of accuracy over all examples and of correlations."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+
+import report_sample as sample
+from rich.console import Console
+
+from skillfast import report
+from skillfast.report import evidence
+from skillfast.report.formatting import MINUS, data_name, model_name
+
+
+def words(page):
+    body = page[page.index("<body>") : page.index('<script type="application/json"')]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).replace(MINUS, "-").split())
+
+
+def test_the_page_says_what_a_removal_costs_over_all_examples():
+    results = sample.sample_results(2)
+    results["model"]["trained"] |= {"from": "pretrained", "learning_rate": 2e-4, "n_train": 4800, "epochs": 3}
+    results["overall"]["removals"][1] |= {"change": -0.375, "accuracy": 0.485, "random_changes": [0.01, -0.02]}
+    results["overall"]["removals"][0]["random_changes"] = [0.0]
+    text = words(report.render(results, sample.sample_skills(results)))
+    assert "came pretrained; all its weights were trained on 4,800 examples for 3 epochs at a learning rate of" in text
+    assert "Without the skill automobile, which is 119 neurons or 1.00\xa0% of all, it is right on 48.5\xa0%" in (
+        " ".join(evidence.overall_say(results))
+    )
+    assert "a change of -37.5 points, the largest of the 2 removals" in text
+    assert "between -2.00 and +1.00 in 3 draws" in text
+    assert "a mean |r| (Pearson) of 0.78 with label, 0.35 with confidence." in text  # no neuron has one with the loss
+    assert "0.78 (0.83)" in text
+    assert "label:airplane head 0 -0.83 +0.78" in text
+    assert "not defined (not defined)" not in text
+
+
+def test_a_run_without_these_keys_has_a_page_without_them():
+    results = sample.sample_results(2, optional=False)
+    text = words(report.render(results, sample.sample_skills(results)))
+    assert "Accuracy over all examples" not in text
+    assert "How closely single neurons" not in text
+
+
+def test_the_terminal_says_them_too():
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.summary_table(sample.sample_results(2)))
+    shown = " ".join(console.file.getvalue().replace(MINUS, "-").split())
+    assert "all examples, largest change │ -30.5" in shown
+    assert "top-10 |r| with label │ 0.78" in shown
+
+
+def test_a_folders_name_is_short():
+    results = sample.sample_results(2)
+    assert (model_name(results), data_name(results)) == ("vit_digits_128x4", "digits")
+    results["model"]["name"] = "hf:/home/somebody/models/encoder/model"
+    results["config"] |= {"data_file": "/data/train.tsv", "test_file": "/data/dev.tsv"}
+    assert (model_name(results), data_name(results)) == ("encoder/model", "dev.tsv")
+    results["model"]["name"] = "hf:prajjwal1/bert-tiny"
+    results["config"]["test_file"] = None
+    assert (model_name(results), data_name(results)) == ("prajjwal1/bert-tiny", "train.tsv")
