@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from skillfast.benchmark.config import BenchConfig
 
-NUMBERS = ("--mean", "--std")
+NUMBERS = ("--mean", "--std", "--shares", "--scales")
 
 
 class _Failure(click.ClickException):
@@ -277,6 +277,44 @@ def ablate(
             {s.name: row for s, row in zip(chosen, result.per_class_accuracy, strict=True)},
         )
     )
+
+
+@main.command(cls=_Command)
+@_subject
+@_tracing
+@click.option("--metrics", type=_Names(), default="label", show_default=True, help="Whose skills; as for trace.")
+@click.option("--skills", "skills_from", type=click.Path(), help="skills.json of another run, instead of choosing.")
+@click.option(
+    "--method",
+    type=click.Choice(words.METHODS),
+    default="pearson",
+    show_default=True,
+    help="What neurons are ranked by.",
+)
+@click.option("--contrastive", is_flag=True, help="Rank by the score minus the best of the other classes.")
+@click.option("--signed", is_flag=True, help="Rank a continuous metric's neurons by the score, not by its size.")
+@click.option("--shares", type=_Numbers(), default="0.001,0.003,0.01", show_default=True, help="Sizes, of all neurons.")
+@click.option("--layers", type=_Names(), default="all,each", show_default=True, help="Also last, head, blocks.3, ...")
+@click.option("--scales", type=_Numbers(), default="0,0.5,2,4", show_default=True, help="Factors; 0 removes.")
+@click.option("--max-site-share", type=float, default=0.25, show_default=True, help="Of one site's neurons.")
+@click.option("--control-draws", "draws", type=int, default=3, show_default=True, help="Random controls per skill.")
+@_output
+def validate(quiet: bool, output: str, **options: Any) -> None:
+    """Remove and amplify skills on held-out data, by size and by layer, beside random neurons."""
+    from skillfast.benchmark.grid import Grid
+    from skillfast.benchmark.validation import validate as run
+    from skillfast.files import output_folder
+    from skillfast.report import validation_table, write_validation
+
+    output_folder(output)  # before anything is trained for nothing
+    names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
+    grid = Grid(**{name: options[name] for name in names})
+    metrics, skills = options.pop("metrics"), options.pop("skills_from")
+    found = run(_config(options), grid, metrics=metrics, skills=skills, quiet=quiet, say=_say(quiet))
+    found.save(output)
+    if not quiet:
+        _show(validation_table(found.to_json()))
+    click.echo(f"report: {write_validation(output)}")
 
 
 @main.command(cls=_Command)

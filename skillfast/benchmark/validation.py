@@ -1,0 +1,144 @@
+"""`skillfast validate`: what removing and amplifying skills does on held-out data, by size and by layer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from skillfast import backends
+from skillfast.ablation import limited_memory
+from skillfast.auxiliary import COLUMN
+from skillfast.benchmark import class_scores, selection
+from skillfast.benchmark.cost import Clock
+from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills
+from skillfast.benchmark.outcomes import Validation, environment
+from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.errors import ArgumentError
+from skillfast.models.sites import choose_sites, fingerprint
+from skillfast.skills import load_skills
+from skillfast.vocabulary import METRICS, STATISTICS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from skillfast.benchmark.config import BenchConfig
+    from skillfast.benchmark.grid import Case
+
+    Say = Callable[[str], None]
+
+
+def validate(
+    config: BenchConfig,
+    grid: Grid | None = None,
+    *,
+    metrics: Sequence[str] = ("label",),
+    skills: str | Path | None = None,
+    quiet: bool = True,
+    say: Say = lambda _: None,
+) -> Validation:
+    """Remove and amplify skills on held-out data.
+
+    Skills are chosen on the select part by `config.method` (Pearson's r for `"auto"`), or loaded; the test part, on
+    which everything is measured, chooses nothing.
+
+    Args:
+        config: Model, data and method.
+        grid: Sizes, layers and factors.
+        metrics: Whose skills.
+        skills: `skills.json` or a folder with one; its skills must come from other examples than the test part's.
+        quiet: Show no progress bars.
+        say: Called with each line worth reading.
+
+    Raises:
+        SkillfastError: Anything that stops the run, in one line.
+    """
+    grid = grid or Grid(seed=config.seed)
+    config = _traced_config(config, metrics)
+    with ExitStack() as stack:
+        stack.enter_context(backends.use_backend(config.backend))
+        stack.enter_context(limited_memory(config.memory_bytes))
+        subject = prepare(config, Clock(), quiet=quiet, say=say)
+        stack.enter_context(subject.precision())
+        cases = class_cases(subject, grid, metrics, skills, quiet)
+        say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
+        intact, outcomes = class_scores.class_outcomes(
+            subject.model,
+            subject.loader("test"),
+            cases,
+            subject.splits.classes,
+            replicates=grid.replicates,
+            seed=grid.seed,
+            quiet=quiet,
+        )
+    return Validation(
+        task="classification",
+        measures=class_scores.MEASURES,
+        intact=intact,
+        outcomes=tuple(outcomes),
+        model=model_json(subject.name, subject.model, config.sites),
+        data=subject.dataset_json(),
+        config={**config.to_json(), "skills": None if skills is None else str(skills), "grid": grid.to_json()},
+        environment=environment(subject.device),
+    )
+
+
+def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
+    """With the metrics of text that are wanted; those of images are fixed."""
+    if config.dataset == "text":
+        return replace(config, metrics=tuple(metrics))
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise ArgumentError(
+            f"metrics: expected some of {', '.join(METRICS)} for images, got {unknown[0]!r}; leave it out"
+        )
+    return config
+
+
+def class_cases(
+    subject: Subject, grid: Grid, metrics: Sequence[str], skills: str | Path | None, quiet: bool
+) -> list[Case]:
+    """Skills from a file, or chosen on the select part."""
+    config = subject.config
+    if skills is not None:
+        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
+    method = "pearson" if config.method == "auto" else config.method
+    names = [name.removeprefix(COLUMN) for name in metrics]
+    if method not in STATISTICS and names != ["label"]:
+        raise ArgumentError(
+            f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(names)}, got {method!r}, "
+            "which ranks neurons for classes alone; leave out --metrics"
+        )
+    if method in STATISTICS and method not in config.statistics:
+        raise ArgumentError(
+            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
+            f"{method!r}; add it to --statistics"
+        )
+    scores = trace_select(subject, quiet)
+    keep = selection.KEEP if method == "mask" else None
+    tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
+    ranked = selection.rankings(
+        subject.model,
+        subject.loader("select"),
+        scores,
+        [tried],
+        max_site_share=grid.max_site_share,
+        seed=config.seed,
+        classes=subject.splits.classes,
+        quiet=quiet,
+    )
+    return cases_of_scores(ranked[tried.ranking], method, names, grid)
+
+
+def model_json(name: str, model: nn.Module, kinds: Sequence[str]) -> dict[str, Any]:
+    """The model object of validation.json."""
+    sites = choose_sites(model, kinds)
+    return {
+        "name": name,
+        "fingerprint": fingerprint(model),
+        "neurons": sum(site.width for site in sites),
+        "sites": [{"name": site.name, "kind": site.kind, "block": site.block, "width": site.width} for site in sites],
+    }
