@@ -10,6 +10,8 @@ import torch
 
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
+from skillfast.auxiliary import check_names
+from skillfast.benchmark.causal import predicts_tokens, prepare_causal, trace_causal
 from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.phases import data_digest, weights_digest, weights_of
 from skillfast.benchmark.text import prepare_text, trace_text
@@ -271,7 +273,10 @@ def trace_select(subject: Subject, quiet: bool) -> NeuronScores:
 
 def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     """The scores of a run that does nothing but trace."""
+    check_names(config.metrics)
     with backends.use_backend(config.backend):
+        if predicts_tokens(config):
+            return trace_causal(prepare_causal(config, choose_device(config.device)), quiet)
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
             return trace_select(subject, quiet)
