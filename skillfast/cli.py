@@ -298,9 +298,17 @@ def ablate(
 @click.option("--scales", type=_Numbers(), default="0,0.5,2,4", show_default=True, help="Factors; 0 removes.")
 @click.option("--max-site-share", type=float, default=0.25, show_default=True, help="Of one site's neurons.")
 @click.option("--control-draws", "draws", type=int, default=3, show_default=True, help="Random controls per skill.")
+@click.option("--prefix-tokens", type=int, default=8, show_default=True, help="Of held-out texts, to write on from.")
+@click.option("--max-new-tokens", type=int, default=32, show_default=True, help="To write; 0 leaves BLEU out.")
+@click.option("--generations", type=int, default=64, show_default=True, help="Held-out texts to write on from.")
 @_output
 def validate(quiet: bool, output: str, **options: Any) -> None:
-    """Remove and amplify skills on held-out data, by size and by layer, beside random neurons."""
+    """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.
+
+    A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
+    of what it writes against what it writes intact.
+    """
+    from skillfast.benchmark.generation import Generation
     from skillfast.benchmark.grid import Grid
     from skillfast.benchmark.validation import validate as run
     from skillfast.files import output_folder
@@ -310,7 +318,10 @@ def validate(quiet: bool, output: str, **options: Any) -> None:
     names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
     grid = Grid(**{name: options[name] for name in names})
     metrics, skills = options.pop("metrics"), options.pop("skills_from")
-    found = run(_config(options), grid, metrics=metrics, skills=skills, quiet=quiet, say=_say(quiet))
+    generation = Generation(options["prefix_tokens"], options["max_new_tokens"], options["generations"])
+    found = run(
+        _config(options), grid, metrics=metrics, skills=skills, generation=generation, quiet=quiet, say=_say(quiet)
+    )
     found.save(output)
     if not quiet:
         _show(validation_table(found.to_json()))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from skillfast import backends
 from skillfast.ablation import limited_memory
-from skillfast.auxiliary import COLUMN
+from skillfast.auxiliary import COLUMN, check_names
 from skillfast.benchmark import class_scores, selection
+from skillfast.benchmark.causal import predicts_tokens, prepare_causal, trace_causal
 from skillfast.benchmark.cost import Clock
+from skillfast.benchmark.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
 from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills
 from skillfast.benchmark.outcomes import Validation, environment
-from skillfast.benchmark.setup import Subject, prepare, trace_select
+from skillfast.benchmark.setup import Subject, choose_device, prepare, trace_select
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.skills import load_skills
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from skillfast.benchmark.causal import CausalSubject
     from skillfast.benchmark.config import BenchConfig
     from skillfast.benchmark.grid import Case
 
@@ -37,10 +40,14 @@ def validate(
     *,
     metrics: Sequence[str] = ("label",),
     skills: str | Path | None = None,
+    generation: Generation | None = None,
     quiet: bool = True,
     say: Say = lambda _: None,
 ) -> Validation:
     """Remove and amplify skills on held-out data.
+
+    A classifier's accuracy and F1; with `token_log_probability` among the metrics a causal language model's perplexity
+    on held-out text, and BLEU of what it writes against what it writes intact.
 
     Skills are chosen on the select part by `config.method` (Pearson's r for `"auto"`), or loaded; the test part, on
     which everything is measured, chooses nothing.
@@ -50,6 +57,7 @@ def validate(
         grid: Sizes, layers and factors.
         metrics: Whose skills.
         skills: `skills.json` or a folder with one; its skills must come from other examples than the test part's.
+        generation: What a causal language model writes.
         quiet: Show no progress bars.
         say: Called with each line worth reading.
 
@@ -58,6 +66,8 @@ def validate(
     """
     grid = grid or Grid(seed=config.seed)
     config = _traced_config(config, metrics)
+    if predicts_tokens(config):
+        return _validate_causal(config, grid, skills, generation or Generation(), quiet, say)
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
         stack.enter_context(limited_memory(config.memory_bytes))
@@ -81,13 +91,75 @@ def validate(
         outcomes=tuple(outcomes),
         model=model_json(subject.name, subject.model, config.sites),
         data=subject.dataset_json(),
-        config={**config.to_json(), "skills": None if skills is None else str(skills), "grid": grid.to_json()},
+        config=_settings(config, grid, skills),
         environment=environment(subject.device),
     )
 
 
+def _validate_causal(
+    config: BenchConfig, grid: Grid, skills: str | Path | None, settings: Generation, quiet: bool, say: Say
+) -> Validation:
+    if settings.max_new_tokens:
+        require_sacrebleu()  # before anything is traced for nothing
+    with backends.use_backend(config.backend):
+        subject = prepare_causal(config, choose_device(config.device))
+        if settings.max_new_tokens:
+            prefixes(subject.test, settings, grid.seed)  # likewise
+        cases = _causal_cases(subject, grid, skills, quiet)
+        say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.test)} texts")
+        intact, outcomes, counts = causal_outcomes(
+            subject, cases, settings, replicates=grid.replicates, seed=grid.seed, quiet=quiet
+        )
+    return Validation(
+        task="causal",
+        measures=settings.measures,
+        intact=intact,
+        outcomes=tuple(outcomes),
+        model=model_json(str(config.model), subject.model, config.sites),
+        data={
+            "name": "text",
+            "classes": list(subject.test.classes),
+            "n_select": len(subject.select),
+            "n_validate": len(subject.validate),
+            "n_test": len(subject.test),
+            **counts,
+        },
+        config=_settings(config, grid, skills) | {"generation": asdict(settings)},
+        environment=environment(subject.device),
+    )
+
+
+def _causal_cases(subject: CausalSubject, grid: Grid, skills: str | Path | None, quiet: bool) -> list[Case]:
+    """Skills from a file, or chosen on the select part."""
+    config = subject.config
+    if skills is not None:
+        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
+    method = "pearson" if config.method == "auto" else config.method
+    _check_method(method, config)
+    scores = trace_causal(subject, quiet)
+    return cases_of_scores(scores, method, [name.removeprefix(COLUMN) for name in config.metrics], grid)
+
+
+def _check_method(method: str, config: BenchConfig) -> None:
+    if method not in STATISTICS:
+        raise ArgumentError(
+            f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(config.metrics)}, got "
+            f"{method!r}, which ranks neurons for classes alone; name another --method"
+        )
+    if method not in config.statistics:
+        raise ArgumentError(
+            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
+            f"{method!r}; add it to --statistics"
+        )
+
+
+def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dict[str, Any]:
+    return {**config.to_json(), "skills": None if skills is None else str(skills), "grid": grid.to_json()}
+
+
 def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
     """With the metrics of text that are wanted; those of images are fixed."""
+    check_names(metrics)
     if config.dataset == "text":
         return replace(config, metrics=tuple(metrics))
     unknown = [name for name in metrics if name not in METRICS]
@@ -107,16 +179,8 @@ def class_cases(
         return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
     method = "pearson" if config.method == "auto" else config.method
     names = [name.removeprefix(COLUMN) for name in metrics]
-    if method not in STATISTICS and names != ["label"]:
-        raise ArgumentError(
-            f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(names)}, got {method!r}, "
-            "which ranks neurons for classes alone; leave out --metrics"
-        )
-    if method in STATISTICS and method not in config.statistics:
-        raise ArgumentError(
-            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
-            f"{method!r}; add it to --statistics"
-        )
+    if method in STATISTICS or names != ["label"]:
+        _check_method(method, config)
     scores = trace_select(subject, quiet)
     keep = selection.KEEP if method == "mask" else None
     tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
