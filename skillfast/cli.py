@@ -283,6 +283,7 @@ def ablate(
 @_subject
 @_tracing
 @click.option("--metrics", type=_Names(), default="label", show_default=True, help="Whose skills; as for trace.")
+@click.option("--tasks", type=_Names(), default="", help="Metrics whose neurons to compare: label,column:length,loss.")
 @click.option("--skills", "skills_from", type=click.Path(), help="skills.json of another run, instead of choosing.")
 @click.option(
     "--method",
@@ -317,11 +318,10 @@ def validate(quiet: bool, output: str, **options: Any) -> None:
     output_folder(output)  # before anything is trained for nothing
     names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
     grid = Grid(**{name: options[name] for name in names})
-    metrics, skills = options.pop("metrics"), options.pop("skills_from")
+    metrics, tasks = options.pop("metrics"), options.pop("tasks")
     generation = Generation(options["prefix_tokens"], options["max_new_tokens"], options["generations"])
-    found = run(
-        _config(options), grid, metrics=metrics, skills=skills, generation=generation, quiet=quiet, say=_say(quiet)
-    )
+    settings = {"metrics": metrics, "tasks": tasks, "skills": options["skills_from"], "generation": generation}
+    found = run(_config(options), grid, **settings, quiet=quiet, say=_say(quiet))
     found.save(output)
     if not quiet:
         _show(validation_table(found.to_json()))

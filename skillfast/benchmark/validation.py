@@ -16,6 +16,7 @@ from skillfast.benchmark.generation import Generation, causal_outcomes, prefixes
 from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills
 from skillfast.benchmark.outcomes import Validation, environment
 from skillfast.benchmark.setup import Subject, choose_device, prepare, trace_select
+from skillfast.benchmark.tasks import check_tasks, compare_tasks
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.skills import load_skills
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from skillfast.benchmark.causal import CausalSubject
     from skillfast.benchmark.config import BenchConfig
     from skillfast.benchmark.grid import Case
+    from skillfast.statistics.neuron_scores import NeuronScores
 
     Say = Callable[[str], None]
 
@@ -39,6 +41,7 @@ def validate(
     grid: Grid | None = None,
     *,
     metrics: Sequence[str] = ("label",),
+    tasks: Sequence[str] = (),
     skills: str | Path | None = None,
     generation: Generation | None = None,
     quiet: bool = True,
@@ -56,6 +59,8 @@ def validate(
         config: Model, data and method.
         grid: Sizes, layers and factors.
         metrics: Whose skills.
+        tasks: Metrics whose neurons are compared at the grid's largest size, from the same trace; see
+            `benchmark.tasks`. None by default.
         skills: `skills.json` or a folder with one; its skills must come from other examples than the test part's.
         generation: What a causal language model writes.
         quiet: Show no progress bars.
@@ -65,15 +70,30 @@ def validate(
         SkillfastError: Anything that stops the run, in one line.
     """
     grid = grid or Grid(seed=config.seed)
-    config = _traced_config(config, metrics)
+    config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks))))
+    if tasks:
+        check_tasks(tasks)
     if predicts_tokens(config):
+        if tasks:
+            raise ArgumentError(
+                "tasks: expected a classifier's --metrics, got those of a causal language model; leave --tasks out, or "
+                "give --prompt and --label-words"
+            )
         return _validate_causal(config, grid, skills, generation or Generation(), quiet, say)
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
         stack.enter_context(limited_memory(config.memory_bytes))
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         stack.enter_context(subject.precision())
-        cases = class_cases(subject, grid, metrics, skills, quiet)
+        scores = None
+        if skills is None or tasks:
+            _check_method(_method(config), config, [*metrics, *tasks])
+            scores = trace_select(subject, quiet)
+        if skills is None:
+            assert scores is not None
+            cases = class_cases(subject, scores, grid, metrics, quiet)
+        else:
+            cases = cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
         say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
         intact, outcomes = class_scores.class_outcomes(
             subject.model,
@@ -84,6 +104,7 @@ def validate(
             seed=grid.seed,
             quiet=quiet,
         )
+        compared = None if scores is None or not tasks else _compared(subject, scores, tasks, grid)
     return Validation(
         task="classification",
         measures=class_scores.MEASURES,
@@ -93,6 +114,20 @@ def validate(
         data=subject.dataset_json(),
         config=_settings(config, grid, skills),
         environment=environment(subject.device),
+        tasks=compared,
+    )
+
+
+def _compared(subject: Subject, scores: NeuronScores, tasks: Sequence[str], grid: Grid) -> dict[str, Any]:
+    return compare_tasks(
+        subject,
+        scores,
+        tasks,
+        method=_method(subject.config),
+        share=max(grid.shares),
+        max_site_share=grid.max_site_share,
+        draws=grid.draws,
+        seed=grid.seed,
     )
 
 
@@ -134,16 +169,22 @@ def _causal_cases(subject: CausalSubject, grid: Grid, skills: str | Path | None,
     config = subject.config
     if skills is not None:
         return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
-    method = "pearson" if config.method == "auto" else config.method
-    _check_method(method, config)
+    _check_method(_method(config), config, config.metrics)
     scores = trace_causal(subject, quiet)
-    return cases_of_scores(scores, method, [name.removeprefix(COLUMN) for name in config.metrics], grid)
+    return cases_of_scores(scores, _method(config), [name.removeprefix(COLUMN) for name in config.metrics], grid)
 
 
-def _check_method(method: str, config: BenchConfig) -> None:
+def _method(config: BenchConfig) -> str:
+    return "pearson" if config.method == "auto" else config.method
+
+
+def _check_method(method: str, config: BenchConfig, metrics: Sequence[str]) -> None:
+    """Attribution and masks rank neurons for the classes alone, a statistic for whatever was traced with it."""
     if method not in STATISTICS:
+        if list(metrics) == ["label"]:
+            return
         raise ArgumentError(
-            f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(config.metrics)}, got "
+            f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(metrics)}, got "
             f"{method!r}, which ranks neurons for classes alone; name another --method"
         )
     if method not in config.statistics:
@@ -170,18 +211,10 @@ def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
     return config
 
 
-def class_cases(
-    subject: Subject, grid: Grid, metrics: Sequence[str], skills: str | Path | None, quiet: bool
-) -> list[Case]:
-    """Skills from a file, or chosen on the select part."""
-    config = subject.config
-    if skills is not None:
-        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
-    method = "pearson" if config.method == "auto" else config.method
+def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Sequence[str], quiet: bool) -> list[Case]:
+    """Skills chosen on the select part, which `scores` are of."""
+    config, method = subject.config, _method(subject.config)
     names = [name.removeprefix(COLUMN) for name in metrics]
-    if method in STATISTICS or names != ["label"]:
-        _check_method(method, config)
-    scores = trace_select(subject, quiet)
     keep = selection.KEEP if method == "mask" else None
     tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
     ranked = selection.rankings(

@@ -71,54 +71,56 @@ def _unit(measure: str) -> str:
     return f"{NAMES[measure]}, %" if measure in FRACTIONS else NAMES[measure]
 
 
-def _ends(measure: str, outcome: dict[str, Any]) -> tuple[float | None, float | None]:
-    pair = outcome["ci95"].get(measure) or (None, None)
-    return _scaled(measure, pair[0]), _scaled(measure, pair[1])
-
-
-def _reach(measure: str, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Error bars from each value to the ends of its interval."""
+def _reach(measure: str, values: list[float | None], rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """Error bars from each value to the ends of its interval, where it has one."""
     above, below = [], []
-    for outcome in outcomes:
-        value, (low, high) = _scaled(measure, outcome["values"][measure]), _ends(measure, outcome)
+    for value, row in zip(values, rows, strict=True):
+        pair = None if row is None else row["ci95"].get(measure)
+        low, high = (None, None) if pair is None else (_scaled(measure, end) for end in pair)
         above.append(0.0 if value is None or high is None else max(high - value, 0.0))
         below.append(0.0 if value is None or low is None else max(value - low, 0.0))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 3}
 
 
+def _intact_of(results: dict[str, Any], measure: str, metric: str | None) -> float | None:
+    """The intact model's value of a measure, for those of a class that class's."""
+    found = results["intact"]
+    if measure in found["values"]:
+        return _scaled(measure, found["values"][measure])
+    name, classes = (metric or "").removeprefix("label:"), results["data"]["classes"]
+    if name == metric or name not in classes:
+        return None
+    return _scaled(measure, found["per_class"][measure.removeprefix("class_")][classes.index(name)])
+
+
 def _curves(results: dict[str, Any], measure: str, x_of: str, rows: list[dict[str, Any]], title: str) -> Figure:
-    """A line per skill, its random control dotted, the intact model as a grey line across."""
-    intact = _scaled(measure, results["intact"]["values"].get(measure))
+    """A line per skill, its random control dotted, the intact model as a grey line across or as the point at 1."""
+    across_at = _scaled(measure, results["intact"]["values"].get(measure))
     x_all = sorted({row[x_of] for row in rows} | ({1.0} if x_of == "scale" else set()))
     words = [f"{100 * x:g}\N{NO-BREAK SPACE}%" if x_of == "share" else f"\N{MULTIPLICATION SIGN}{x:g}" for x in x_all]
-    word = dict(zip(x_all, words, strict=True))
-    data = []
+    data: list[dict[str, Any]] = []
     for i, name in enumerate(dict.fromkeys(row["skill"] for row in rows)):
-        own = sorted((row for row in rows if row["skill"] == name), key=lambda row: row[x_of])
-        if all(finite(row["values"][measure]) is None for row in own):
+        at = {row[x_of]: row for row in rows if row["skill"] == name}
+        before = _intact_of(results, measure, next(iter(at.values()))["metric"])
+        own = [_scaled(measure, at[x]["values"][measure]) if x in at else before for x in x_all]
+        drawn = [_scaled(measure, at[x]["random"]["values"][measure]["mean"]) if x in at else before for x in x_all]
+        if all(value is None for value in own):
             continue
         hue, shown = colour(HUES[i % len(HUES)]), labels([name])[0]
-        line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "legendgroup": shown}
-        x = [word[row[x_of]] for row in own]
-        hover = "%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>"
-        data += [
+        texts = [f"{number_of(at[x]['neurons'])} neurons" if x in at else "intact" for x in x_all]
+        line = {
+            "type": "scatter", "mode": "lines+markers", "legendgroup": shown, "x": words, "text": texts,
+            "hovertemplate": "%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
+        }  # fmt: skip
+        reach = _reach(measure, own, [at.get(x) for x in x_all])
+        dots = {"color": hue, "dash": "dot", "width": 1.5}
+        data.append(line | {"name": shown, "y": own, "error_y": reach, "line": {"color": hue}, "marker": {"size": 7}})
+        data.append(
             line
-            | {
-                "name": shown, "x": x, "y": [_scaled(measure, row["values"][measure]) for row in own],
-                "text": [f"{number_of(row['neurons'])} neurons" for row in own],
-                "error_y": _reach(measure, own), "line": {"color": hue}, "marker": {"size": 7, "color": hue},
-                "hovertemplate": hover,
-            },
-            line
-            | {
-                "name": f"random, as many as {shown}", "showlegend": False, "x": x,
-                "y": [_scaled(measure, row["random"]["values"][measure]["mean"]) for row in own],
-                "text": ["mean of the draws"] * len(own),
-                "line": {"color": hue, "dash": "dot", "width": 1.5}, "marker": {"symbol": "circle-open", "size": 6},
-                "hovertemplate": hover,
-            },
-        ]  # fmt: skip
-    shapes = [] if intact is None else [_across_at(intact)]
+            | {"name": f"random, as many as {shown}", "showlegend": False, "y": drawn, "line": dots}
+            | {"marker": {"symbol": "circle-open", "size": 6}}
+        )
+    shapes = [] if across_at is None else [_across_at(across_at)]
     scale = {"type": "log"} if measure == "perplexity" else {}
     layout = base(xaxis=across(words, title), yaxis=amounts(_unit(measure), **scale), shapes=shapes)
     return {"data": data, "layout": layout}
@@ -165,7 +167,7 @@ def by_layer(results: dict[str, Any], measure: str, random: bool) -> Figure:
         drawn = [None if o is None else _scaled(measure, o["random"]["change"][measure]["mean"]) for o in found]
         changes.append(own)
         controls.append(drawn)
-        texts.append(["" if v is None else f"{v:+.3g}" for v in (drawn if random else own)])
+        texts.append(["" if v is None else f"{v:+.3g}" if v else "0" for v in (drawn if random else own)])
     limit = largest([*changes, *controls], 1.0)
     unit = "points" if measure in FRACTIONS else NAMES[measure]
     trace = heatmap(
