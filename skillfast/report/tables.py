@@ -175,7 +175,7 @@ def validation_table(results: dict[str, Any]) -> Table:
     table = Table(title=Text(f"intact: {', '.join(known)}"), title_justify="left", caption=caption)
     for heading in ("skill", "of all neurons", *(validation.NAMES[m] for m in measures)):
         table.add_column(heading, justify="left" if heading == "skill" else "right")
-    for outcome in results["outcomes"]:
+    for outcome in validation.by_skill(results):
         if outcome["layers"] != "all" or outcome["scale"] != 0:
             continue
         cells = []

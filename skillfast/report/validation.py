@@ -217,8 +217,14 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
             f"{outcome['scale']:g}",
             *(_cell(outcome, measure) for measure in measures),
         ]
-        for outcome in results["outcomes"]
+        for outcome in by_skill(results)
     ]
+
+
+def by_skill(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The outcomes of each skill together, else in their order."""
+    names = list(dict.fromkeys(outcome["skill"] for outcome in results["outcomes"]))
+    return sorted(results["outcomes"], key=lambda outcome: names.index(outcome["skill"]))
 
 
 def _cell(outcome: dict[str, Any], measure: str) -> str:
