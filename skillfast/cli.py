@@ -340,10 +340,16 @@ def compare(directories: tuple[str, ...]) -> None:
 @main.command(cls=_Command)
 @click.argument("directory", type=click.Path())
 def report(directory: str) -> None:
-    """Make report.html again from the files of a bench run."""
-    from skillfast.report import write_report
+    """Make report.html again from the files of a bench run, or validation.html from those of a validation."""
+    from pathlib import Path
 
-    click.echo(f"report: {write_report(directory)}")
+    from skillfast.report import write_report, write_validation
+
+    validated = (Path(directory) / "validation.json").is_file()
+    if validated:
+        click.echo(f"report: {write_validation(directory)}")
+    if not validated or (Path(directory) / "results.json").is_file():
+        click.echo(f"report: {write_report(directory)}")
 
 
 @main.command(cls=_Command)

@@ -178,6 +178,10 @@ def test_what_cannot_be_generated(subject, monkeypatch):
     assert list(outcomes[0].measured.values) == ["perplexity"]
 
 
+def lines(folder):
+    return (folder / "x.tsv").read_text(encoding="utf-8").splitlines()
+
+
 def run(*arguments):
     return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(argument) for argument in arguments])
 
@@ -203,6 +207,23 @@ def test_the_command(folder, tmp_path):
     page = (tmp_path / "validation.html").read_text(encoding="utf-8")
     for place in ("size-perplexity", "size-bleu", "layer-bleu", "scale-perplexity"):
         assert f'id="{place}"' in page
+    # neurons that a prompt's confidence chose are the same neurons
+    (tmp_path / "y.tsv").write_text(
+        "".join(f"{line}\t{('label', 'no', 'yes')[min(i, 1 + i % 2)]}\n" for i, line in enumerate(lines(folder))),
+        encoding="utf-8",
+    )
+    prompted = [
+        "validate", "--model", f"hf:{folder / 'LlamaForCausalLM'}", "--dataset", "text", "--data-file",
+        tmp_path / "y.tsv", "--prompt", "{text} is", "--label-words", "bad,good", "--pool", "last", "--metrics",
+        "confidence", "--shares", "0.1", "--layers", "all", "--scales", "0", "--control-draws", 1, "--quiet",
+        "--statistics", "pearson", "--output", tmp_path / "prompted",
+    ]  # fmt: skip
+    result = run(*prompted)
+    assert result.exit_code == 0, result.output
+    moved = [*options, "--skills", tmp_path / "prompted", "--layers", "all", "--scales", "0", "--quiet"]
+    result = run(*moved, "--output", tmp_path / "moved")
+    assert result.exit_code == 0, result.output
+    assert [o.skill for o in skillfast.Validation.load(tmp_path / "moved").outcomes] == ["confidence"]
     for change, code, words in [
         (["--method", "mask"], 2, "which ranks neurons for classes alone"),
         (["--prefix-tokens", 14], 1, "expected a text of more than 14 tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import jsonschema
@@ -16,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score
 import skillfast
 from skillfast import Skill
 from skillfast.benchmark import class_scores
-from skillfast.benchmark.grid import Case, Grid, cases_of_scores, cases_of_skills, layer_sites
+from skillfast.benchmark.grid import Case, Grid, cases_of_scores, cases_of_skills, largest, layer_sites
 from skillfast.benchmark.outcomes import Validation
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError
@@ -167,6 +168,15 @@ def test_loaded_skills_keep_their_neurons(vit):
     assert isinstance(cases[0], Case)
 
 
+def test_skills_of_one_name_go_by_their_columns(vit, batches):
+    scores = scores_of(vit, batches)
+    twice = replace(scores, columns=tuple("genre:ant" if column == "loss" else column for column in scores.columns))
+    cases = cases_of_scores(twice, "pearson", ("label", "genre"), Grid(layers=("all",), shares=(0.05, 0.1)))
+    assert [case.skill.name for case in cases[:6]] == ["label:ant", *CLASSES[1:], "genre:ant"]
+    kept = largest(cases)
+    assert {skill.name: len(skill) for skill in kept} == {case.skill.name: len(case.skill) for case in cases[6:]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -232,6 +242,14 @@ def test_the_command(texts, tmp_path):
     for place in ("size-class_f1", "layer-accuracy", "layer-random-accuracy", "scale-f1_macro"):
         assert f'id="{place}"' in page
         assert f'"{place}":' in page
+    chosen = skillfast.load_skills(tmp_path)
+    assert {name: len(skill) for name, skill in chosen.items()} == {
+        o["skill"]: o["neurons"] for o in found["outcomes"] if o["layers"] == "all" and o["share"] == 0.2
+    }
+    (tmp_path / "validation.html").unlink()
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "validation.html").read_text(encoding="utf-8") == page
     # another run's skills
     skillfast.save_skills(tmp_path / "skills", [Skill("mine", {"blocks.0.mlp": torch.arange(4)}, metric="label:pos")])
     result = run(*options, "--skills", tmp_path / "skills", "--output", tmp_path / "again", "--quiet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,21 @@ def cases_of_scores(
                     contrastive=grid.contrastive and of_classes,
                 )
                 made += [(skill, share, layers) for skill in skills.values()]
+    used = Counter(name for _, name in {(skill.metric, skill.name) for skill, _, _ in made})
+    made = [
+        (replace(skill, name=skill.metric or skill.name) if used[skill.name] > 1 else skill, share, layers)
+        for skill, share, layers in made
+    ]
     return _cases(made, ranking.sites, grid)
+
+
+def largest(cases: Sequence[Case]) -> tuple[Skill, ...]:
+    """Each skill of all layers at its largest size."""
+    found = {}
+    for case in sorted(cases, key=lambda case: case.share):
+        if case.layers == ALL:
+            found[case.skill.name] = case.skill
+    return tuple(found.values())
 
 
 def cases_of_skills(skills: Iterable[Skill], sites: Sequence[Site], grid: Grid) -> list[Case]:

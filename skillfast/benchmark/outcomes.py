@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from skillfast import __version__, files
+from skillfast.skills import Skill, save_skills
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,6 +105,8 @@ class Validation:
         config: The settings.
         environment: Versions and device.
         tasks: What `benchmark.tasks` found, where several tasks were compared.
+        skills: Those that were chosen, from all layers at the largest size, which go to `skills.json`; none where they
+            were loaded.
     """
 
     task: str
@@ -114,11 +117,13 @@ class Validation:
     data: dict[str, Any]
     config: dict[str, Any]
     environment: dict[str, Any]
-    tasks: dict[str, Any] | None = field(default=None)
+    tasks: dict[str, Any] | None = None
+    skills: tuple[Skill, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The content of validation.json."""
-        found = {"schema": SCHEMA, **asdict(self)}
+        found = {"schema": SCHEMA, **asdict(replace(self, skills=()))}
+        del found["skills"]
         found["measures"] = list(self.measures)
         found["outcomes"] = [
             {**{k: v for k, v in o.items() if k != "measured"}, **o["measured"]} for o in found["outcomes"]
@@ -128,14 +133,20 @@ class Validation:
         return found
 
     def save(self, directory: str | Path) -> Path:
-        """Write `validation.json` into the folder; returns its path."""
+        """Write `validation.json` into the folder, and `skills.json` where skills were chosen; returns the first."""
         path = files.output_folder(directory) / FILE
+        if self.skills:
+            save_skills(directory, self.skills)
         files.write_json(path, self.to_json())
         return path
 
     @staticmethod
     def load(directory: str | Path) -> Validation:
-        """Read a folder's `validation.json`; raises DataError where it is missing, broken or of another version."""
+        """Read a folder's `validation.json`, without skills.
+
+        Raises:
+            DataError: It is missing, broken or of another version.
+        """
         path, remedy = Path(directory) / FILE, "write it with `skillfast validate`"
         found = files.read_json(path, SCHEMA, remedy)
         with files.whole(path, remedy):

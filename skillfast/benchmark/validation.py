@@ -13,7 +13,7 @@ from skillfast.benchmark import class_scores, selection
 from skillfast.benchmark.causal import predicts_tokens, prepare_causal, trace_causal
 from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
-from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills
+from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills, largest
 from skillfast.benchmark.outcomes import Validation, environment
 from skillfast.benchmark.setup import Subject, choose_device, prepare, trace_select
 from skillfast.benchmark.tasks import check_tasks, compare_tasks
@@ -115,6 +115,7 @@ def validate(
         config=_settings(config, grid, skills),
         environment=environment(subject.device),
         tasks=compared,
+        skills=largest(cases) if skills is None else (),
     )
 
 
@@ -161,6 +162,7 @@ def _validate_causal(
         },
         config=_settings(config, grid, skills) | {"generation": asdict(settings)},
         environment=environment(subject.device),
+        skills=largest(cases) if skills is None else (),
     )
 
 

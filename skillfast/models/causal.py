@@ -31,6 +31,8 @@ class CausalModel(TextClassifier):
             predict.
     """
 
+    skillfast_architecture = TextClassifier.__name__  # the same neurons, asked without a prompt
+
     def __init__(self, loaded: LanguageModel) -> None:
         super().__init__(loaded, 0)
         if not _is_causal(loaded.model):
