@@ -8,6 +8,7 @@ from importlib import resources
 
 import jsonschema
 import numpy as np
+import planted
 import pytest
 import torch
 from click.testing import CliRunner
@@ -128,6 +129,30 @@ def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
         )
         changed += bool((own != predicted()).any())
     assert changed
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_planted_skills_fall_where_they_are_and_random_neurons_do_not():
+    """Chosen on some images, measured on others: the class goes, in the block that carries it and in no other."""
+    model, classes = planted.model(), [str(i) for i in range(planted.CLASSES)]
+    images, labels = planted.images(300)
+    scores = skillfast.trace(model, [(images, labels)], classes=classes, sites=("mlp", "attn"), statistics=("pearson",))
+    grid = Grid(shares=(3 / scores.n_neurons,), scales=(2.0,), replicates=200)
+    cases = cases_of_scores(scores, "pearson", ("label",), grid)
+    _, found = class_scores.class_outcomes(model, [planted.images(120, seed=1)], cases, classes, replicates=200)
+    at = {(o.skill, o.layers, o.scale): o for o in found}
+    for label, sites in planted.PLANTED.items():
+        if len(sites) > 1:
+            continue  # its parts in two blocks can stand in for each other
+        block = next(iter(sites)).rpartition(".")[0]
+        for layers in ("all", "blocks.0", "blocks.1", "blocks.2"):
+            outcome = at[str(label), layers, 0.0]
+            gone = layers in ("all", block)
+            assert outcome.measured.values["class_f1"] == (0 if gone else 1)
+            assert outcome.measured.change["accuracy"] == pytest.approx(-1 / 6 if gone else 0)
+            assert outcome.measured.change_ci95["class_f1"] == ([-1, -1] if gone else [0, 0])
+            assert outcome.random["change"]["class_f1"]["mean"] == pytest.approx(0)
+        assert at[str(label), "all", 2.0].measured.change["accuracy"] == 0
 
 
 def test_sizes_layers_and_controls_of_a_grid(vit, batches):
@@ -288,6 +313,20 @@ def test_what_does_not_fit_is_told_in_one_line(texts, tmp_path, change, code, wo
     assert len(result.output.strip().splitlines()) == 1
     with pytest.raises(DataError, match="expected a file, got none"):
         Validation.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_on_the_digits(tmp_path):
+    options = ["--shares", "0.03", "--layers", "all", "--scales", "0", "--control-draws", 2, "--quiet"]
+    result = run("validate", *options, "--statistics", "pearson", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "validation.json").read_text(encoding="utf-8"))
+    jsonschema.validate(found, schema())
+    own = [o["change"]["class_accuracy"] for o in found["outcomes"]]
+    drawn = [o["random"]["change"]["class_accuracy"]["mean"] for o in found["outcomes"]]
+    assert len(own) == 10
+    assert np.mean(own) < -0.05 < np.mean(drawn)
 
 
 def test_metrics_of_images_are_fixed(tmp_path):

@@ -18,6 +18,7 @@ SCHEMA = "skillfast.validation/1"
 FILE, PAGE = "validation.json", "validation.html"
 REMEDY = "run `skillfast validate` into that folder"
 HUES = ("--skill", "--mlp", "--attn", "--head", "--oracle", "--other")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up")  # one more for each round of the colours
 NAMES = {
     "accuracy": "accuracy",
     "f1_macro": "F1, mean of the classes",
@@ -113,12 +114,13 @@ def _curves(results: dict[str, Any], measure: str, x_of: str, rows: list[dict[st
             "hovertemplate": "%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
         }  # fmt: skip
         reach = _reach(measure, own, [at.get(x) for x in x_all])
-        dots = {"color": hue, "dash": "dot", "width": 1.5}
-        data.append(line | {"name": shown, "y": own, "error_y": reach, "line": {"color": hue}, "marker": {"size": 7}})
+        dots, symbol = {"color": hue, "dash": "dot", "width": 1.5}, SYMBOLS[i // len(HUES) % len(SYMBOLS)]
+        marker = {"size": 7, "symbol": symbol}
+        data.append(line | {"name": shown, "y": own, "error_y": reach, "line": {"color": hue}, "marker": marker})
         data.append(
             line
             | {"name": f"random, as many as {shown}", "showlegend": False, "y": drawn, "line": dots}
-            | {"marker": {"symbol": "circle-open", "size": 6}}
+            | {"marker": {"symbol": f"{symbol}-open", "size": 6}}
         )
     shapes = [] if across_at is None else [_across_at(across_at)]
     scale = {"type": "log"} if measure == "perplexity" else {}
