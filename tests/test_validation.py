@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from importlib import resources
 
@@ -24,6 +27,8 @@ from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import find_sites
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
@@ -335,7 +340,7 @@ def test_metrics_of_images_are_fixed(tmp_path):
     assert "metrics: expected some of label, correct, confidence, loss for images, got 'entropy'" in result.output
 
 
-def test_names_on_the_page_are_text(tmp_path, vit, batches):
+def hostile_page(folder, vit, batches):
     from skillfast.report import write_validation
 
     hostile = "</script><b id=hostile>"
@@ -354,7 +359,28 @@ def test_names_on_the_page_are_text(tmp_path, vit, batches):
         "classification", class_scores.MEASURES, intact, tuple(outcomes), model, data, {"grid": {}},
         {"skillfast": "0", "python": "3", "torch": "2", "device": "cpu"},
     )  # fmt: skip
-    found.save(tmp_path)
-    jsonschema.validate(json.loads((tmp_path / "validation.json").read_text()), schema())
-    page = write_validation(tmp_path).read_text(encoding="utf-8")
+    found.save(folder)
+    jsonschema.validate(json.loads((folder / "validation.json").read_text()), schema())
+    page = write_validation(folder).read_text(encoding="utf-8")
     assert "<b id=hostile>" not in page
+    return folder / "validation.html"
+
+
+def test_names_on_the_page_are_text(tmp_path, vit, batches):
+    hostile_page(tmp_path, vit, batches)
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} on PATH")
+def test_the_page_draws_its_figures(tmp_path, vit, batches):
+    page = hostile_page(tmp_path, vit, batches)
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-ready="true"' in done.stdout
+    places = re.findall(r'<div class="plot[^"]*" id="([^"]+)"', done.stdout)
+    assert len(places) == 4 * 4  # measures x (size, factor, layers, their control)
+    assert done.stdout.count('class="plot-container plotly"') == len(places)
+    assert 'id="hostile"' not in done.stdout
+    assert "CONSOLE" not in done.stderr
