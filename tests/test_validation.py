@@ -60,6 +60,9 @@ def test_values_are_scikit_learns():
     assert found.change["f1_macro"] == pytest.approx(
         f1_score(labels, after, average="macro") - f1_score(labels, before, average="macro")
     )
+    more = class_scores.PairedBootstrap(labels, 5, replicates=20).measure(before, after, own=4)  # no example of it
+    assert more.values["class_accuracy"] is None is more.change["class_accuracy"] is more.ci95["class_accuracy"]
+    assert more.values["class_f1"] == 0
     none = class_scores.PairedBootstrap(labels, 4, replicates=20).measure(before, after, own=None)
     assert none.values["class_f1"] is None is none.change["class_f1"] is none.ci95["class_f1"]
 

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import f1_score
 
 from skillfast.ablation import Condition, per_class_accuracy, sweep
-from skillfast.benchmark.outcomes import Measured, Outcome
+from skillfast.benchmark.outcomes import Measured, Outcome, finite
 from skillfast.benchmark.removal import interval
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ def scores_of_counts(
     """
     f1 = 2 * true_positives / np.maximum(predicted + support, 1)
     undefined = np.full(true_positives.shape[:-1], np.nan)
+    recall = undefined if own is None or not support[own] else true_positives[..., own] / support[own]
     return {
         "accuracy": true_positives.sum(-1) / support.sum(),
         "f1_macro": f1.mean(-1),
-        "class_accuracy": undefined if own is None else true_positives[..., own] / max(support[own], 1),
+        "class_accuracy": recall,
         "class_f1": undefined if own is None else f1[..., own],
     }
 
@@ -69,10 +70,10 @@ class PairedBootstrap:
             (np.zeros((self.replicates, self.n_classes)), np.zeros((self.replicates, self.n_classes))) for _ in "ab"
         ]
         for label, n in enumerate(self.support):
-            member = self.labels == label
-            pairs, counts = np.unique(np.stack([before[member], after[member]]), axis=1, return_counts=True)
             if not n:
                 continue
+            member = self.labels == label
+            pairs, counts = np.unique(np.stack([before[member], after[member]]), axis=1, return_counts=True)
             drawn = rng.multinomial(n, counts / n, size=self.replicates)  # [replicates, pairs]
             for (hits, predicted), classes in zip(found, pairs, strict=True):
                 hits[:, label] += drawn[:, classes == label].sum(1)
@@ -96,16 +97,18 @@ class PairedBootstrap:
         )
 
     def values(self, predictions: np.ndarray, own: int | None) -> dict[str, float | None]:
-        """The measures of predictions [n]; None for those of a class where there is none."""
+        """The measures of predictions [n]; None for those of a class where there is none, or no example of it."""
         classes = np.arange(self.n_classes)
         f1 = f1_score(self.labels, predictions, labels=classes, average=None, zero_division=0)
         per_class = per_class_accuracy(predictions, self.labels, self.n_classes)
-        return {
-            "accuracy": float((predictions == self.labels).mean()),
-            "f1_macro": float(f1.mean()),
-            "class_accuracy": None if own is None else float(per_class[own]),
-            "class_f1": None if own is None else float(f1[own]),
-        }
+        return finite(
+            {
+                "accuracy": (predictions == self.labels).mean(),
+                "f1_macro": f1.mean(),
+                "class_accuracy": np.nan if own is None else per_class[own],
+                "class_f1": np.nan if own is None else f1[own],
+            }
+        )
 
 
 def intact_json(bootstrap: PairedBootstrap, intact: np.ndarray) -> dict[str, Any]:
