@@ -73,7 +73,7 @@ def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
         )
     table = _read(config, config.data_file)
     loaded = load_language_model(
-        name, "causal", pad_token=config.pad_token, dtype=getattr(torch, config.dtype), seed=config.seed
+        name, "causal", pad_token=config.pad_token, dtype=getattr(torch, config.precision), seed=config.seed
     )
     model = CausalModel(loaded).to(device).eval()
     choose_sites(model, config.sites)

@@ -107,6 +107,12 @@ def choose_dtype(name: str | None, device: torch.device) -> str:
     return "bfloat16" if halves else "float32"
 
 
+def on_device(config: BenchConfig) -> tuple[BenchConfig, torch.device]:
+    """The device that was asked for, and the settings with its dtype."""
+    device = choose_device(config.device)
+    return replace(config, dtype=choose_dtype(config.dtype, device)), device
+
+
 def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases: Phases | None = None) -> Subject:
     """Load the data, make the model, and train what must be trained.
 
@@ -120,8 +126,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
     Raises:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
-    device = choose_device(config.device)
-    config = replace(config, dtype=choose_dtype(config.dtype, device))
+    config, device = on_device(config)
     if config.dataset == "text":
         classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say)
         return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
@@ -276,7 +281,7 @@ def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     check_names(config.metrics)
     with backends.use_backend(config.backend):
         if predicts_tokens(config):
-            return trace_causal(prepare_causal(config, choose_device(config.device)), quiet)
+            return trace_causal(prepare_causal(*on_device(config)), quiet)
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
             return trace_select(subject, quiet)

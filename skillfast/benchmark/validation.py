@@ -15,7 +15,7 @@ from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
 from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills, largest
 from skillfast.benchmark.outcomes import Validation, environment
-from skillfast.benchmark.setup import Subject, choose_device, prepare, trace_select
+from skillfast.benchmark.setup import Subject, on_device, prepare, trace_select
 from skillfast.benchmark.tasks import check_tasks, compare_tasks
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
@@ -112,7 +112,7 @@ def validate(
         outcomes=tuple(outcomes),
         model=model_json(subject.name, subject.model, config.sites),
         data=subject.dataset_json(),
-        config=_settings(config, grid, skills),
+        config=_settings(subject.config, grid, skills),
         environment=environment(subject.device),
         tasks=compared,
         skills=largest(cases) if skills is None else (),
@@ -138,7 +138,7 @@ def _validate_causal(
     if settings.max_new_tokens:
         require_sacrebleu()  # before anything is traced for nothing
     with backends.use_backend(config.backend):
-        subject = prepare_causal(config, choose_device(config.device))
+        subject = prepare_causal(*on_device(config))
         if settings.max_new_tokens:
             prefixes(subject.test, settings, grid.seed)  # likewise
         cases = _causal_cases(subject, grid, skills, quiet)
@@ -160,7 +160,7 @@ def _validate_causal(
             "n_test": len(subject.test),
             **counts,
         },
-        config=_settings(config, grid, skills) | {"generation": asdict(settings)},
+        config=_settings(subject.config, grid, skills) | {"generation": asdict(settings)},
         environment=environment(subject.device),
         skills=largest(cases) if skills is None else (),
     )
