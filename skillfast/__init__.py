@@ -30,6 +30,9 @@ _PUBLIC = {
     "sweep": "ablation",
     "BenchConfig": "benchmark.config",
     "bench": "benchmark.protocol",
+    "Grid": "benchmark.grid",
+    "Validation": "benchmark.outcomes",
+    "validate": "benchmark.validation",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -43,7 +46,10 @@ if TYPE_CHECKING:
     from skillfast.attribution import attribute as attribute
     from skillfast.backends import use_backend as use_backend
     from skillfast.benchmark.config import BenchConfig as BenchConfig
+    from skillfast.benchmark.grid import Grid as Grid
+    from skillfast.benchmark.outcomes import Validation as Validation
     from skillfast.benchmark.protocol import bench as bench
+    from skillfast.benchmark.validation import validate as validate
     from skillfast.errors import SkillfastError as SkillfastError
     from skillfast.learned_mask import learn_masks as learn_masks
     from skillfast.metrics import Binary as Binary

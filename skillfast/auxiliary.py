@@ -20,6 +20,7 @@ Values = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [n, classes], labels int64 [n]) -> values [n]."""
 
 COLUMN = "column:"
+TOKEN_LOG_PROBABILITY = "token_log_probability"
 
 
 def label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
@@ -87,13 +88,19 @@ def token_log_probabilities(
             f"logits: expected [batch, tokens, vocabulary] for ids of shape {list(input_ids.shape)}, got "
             f"{list(logits.shape)}; pass those of a causal language model"
         )
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    valid = has_successor(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
     values = torch.zeros(input_ids.shape, dtype=_wide(logits[:1, :1]).dtype, device=logits.device)
     for row, (scores, ids) in enumerate(zip(logits, input_ids, strict=True)):  # never a second copy of all logits
         values[row, :-1] = -cross_entropy(_wide(scores[:-1]), ids[1:], reduction="none")
+    return values.masked_fill(~valid, 0.0), valid
+
+
+def has_successor(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Bool [batch, tokens]: whether a token and the next one are real, of a mask [batch, tokens] with 0 at padding."""
+    real = attention_mask.bool()
     valid = torch.zeros_like(real)
     valid[:, :-1] = real[:, :-1] & real[:, 1:]
-    return values.masked_fill(~valid, 0.0), valid
+    return valid
 
 
 def mean_log_probability(
@@ -122,12 +129,14 @@ class Auxiliary:
         kind: What its values are.
         compute: From logits and labels; None for a column of the data.
         column: The data's column; None for a computed metric.
+        of_tokens: From the logits of every token, which `token_log_probabilities` takes, not from a classifier's.
     """
 
     name: str
     kind: Metric
     compute: Values | None = None
     column: str | None = None
+    of_tokens: bool = False
 
     def values(
         self, logits: torch.Tensor, labels: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None
@@ -144,6 +153,11 @@ class Auxiliary:
         """
         if self.column is not None:
             return (columns or {})[self.column]
+        if self.of_tokens:
+            raise ArgumentError(
+                f"metric {self.name!r}: expected a causal language model, read without a prompt, got a classifier's "
+                "logits; leave it out"
+            )
         if self.compute is None:
             raise ArgumentError(f"metric {self.name!r}: expected a function or a column, got neither; give it one")
         found = torch.as_tensor(self.compute(logits, labels))
@@ -163,8 +177,9 @@ def choose(
     """The metrics that were asked for, by name.
 
     Args:
-        wanted: Names of `FUNCTIONS`, `module:function`, `column:NAME`, or callables (logits, labels) -> values [n]. A
-            function's attribute `metric` says what its values are; without one they are `Continuous`.
+        wanted: Names of `FUNCTIONS`, `token_log_probability`, `module:function`, `column:NAME`, or callables
+            (logits, labels) -> values [n]. A function's attribute `metric` says what its values are; without one they
+            are `Continuous`.
         classes: Names of the labels.
         columns: The data's columns and what they hold.
 
@@ -182,12 +197,26 @@ def choose(
     return chosen
 
 
+def check_names(wanted: Sequence[str | Values]) -> None:
+    """Raises ArgumentError for a name that means nothing, before any data are read for it."""
+    for item in wanted:
+        if isinstance(item, str) and item not in (*FUNCTIONS, TOKEN_LOG_PROBABILITY):
+            module, _, name = item.partition(":")
+            if not module or not name:
+                raise ArgumentError(
+                    f"metric {item!r}: expected one of {', '.join(FUNCTIONS)}, {TOKEN_LOG_PROBABILITY}, "
+                    "module:function or column:NAME, got another; check --metrics"
+                )
+
+
 def _one(item: str | Values, classes: Sequence[str], columns: Mapping[str, Metric]) -> Auxiliary:
     if not isinstance(item, str):
         return _own(getattr(item, "__name__", type(item).__name__), item)
     if item in FUNCTIONS:
-        kinds: dict[str, Metric] = {"label": Categorical(classes), "correct": Binary()}
-        return Auxiliary(item, kinds.get(item, Continuous()), FUNCTIONS[item])
+        kind: Metric = Binary() if item == "correct" else Continuous()
+        return Auxiliary(item, Categorical(classes) if item == "label" else kind, FUNCTIONS[item])
+    if item == TOKEN_LOG_PROBABILITY:
+        return Auxiliary(item, Continuous(), of_tokens=True)
     if item.startswith(COLUMN):
         name = item.removeprefix(COLUMN)
         if name not in columns:
@@ -196,12 +225,8 @@ def _one(item: str | Values, classes: Sequence[str], columns: Mapping[str, Metri
                 "check the data's header"
             )
         return Auxiliary(name, columns[name], column=name)
+    check_names([item])
     module, _, function = item.partition(":")
-    if not module or not function:
-        raise ArgumentError(
-            f"metric {item!r}: expected one of {', '.join(FUNCTIONS)}, module:function or column:NAME, got another; "
-            "check --metrics"
-        )
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

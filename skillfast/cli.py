@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from skillfast.benchmark.config import BenchConfig
 
-NUMBERS = ("--mean", "--std")
+NUMBERS = ("--mean", "--std", "--shares", "--scales")
 
 
 class _Failure(click.ClickException):
@@ -288,6 +288,55 @@ def ablate(
 
 
 @main.command(cls=_Command)
+@_subject
+@_tracing
+@click.option("--metrics", type=_Names(), default="label", show_default=True, help="Whose skills; as for trace.")
+@click.option("--tasks", type=_Names(), default="", help="Metrics whose neurons to compare: label,column:length,loss.")
+@click.option("--skills", "skills_from", type=click.Path(), help="skills.json of another run, instead of choosing.")
+@click.option(
+    "--method",
+    type=click.Choice(words.METHODS),
+    default="pearson",
+    show_default=True,
+    help="What neurons are ranked by.",
+)
+@click.option("--contrastive", is_flag=True, help="Rank by the score minus the best of the other classes.")
+@click.option("--signed", is_flag=True, help="Rank a continuous metric's neurons by the score, not by its size.")
+@click.option("--shares", type=_Numbers(), default="0.001,0.003,0.01", show_default=True, help="Sizes, of all neurons.")
+@click.option("--layers", type=_Names(), default="all,each", show_default=True, help="Also last, head, blocks.3, ...")
+@click.option("--scales", type=_Numbers(), default="0,0.5,2,4", show_default=True, help="Factors; 0 removes.")
+@click.option("--max-site-share", type=float, default=0.25, show_default=True, help="Of one site's neurons.")
+@click.option("--control-draws", "draws", type=int, default=3, show_default=True, help="Random controls per skill.")
+@click.option("--prefix-tokens", type=int, default=8, show_default=True, help="Of held-out texts, to write on from.")
+@click.option("--max-new-tokens", type=int, default=32, show_default=True, help="To write; 0 leaves BLEU out.")
+@click.option("--generations", type=int, default=64, show_default=True, help="Held-out texts to write on from.")
+@_output
+def validate(quiet: bool, output: str, **options: Any) -> None:
+    """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.
+
+    A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
+    of what it writes against what it writes intact.
+    """
+    from skillfast.benchmark.generation import Generation
+    from skillfast.benchmark.grid import Grid
+    from skillfast.benchmark.validation import validate as run
+    from skillfast.files import output_folder
+    from skillfast.report import validation_table, write_validation
+
+    output_folder(output)  # before anything is trained for nothing
+    names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
+    grid = Grid(**{name: options[name] for name in names})
+    metrics, tasks = options.pop("metrics"), options.pop("tasks")
+    generation = Generation(options["prefix_tokens"], options["max_new_tokens"], options["generations"])
+    settings = {"metrics": metrics, "tasks": tasks, "skills": options["skills_from"], "generation": generation}
+    found = run(_config(options), grid, **settings, quiet=quiet, say=_say(quiet))
+    found.save(output)
+    if not quiet:
+        _show(validation_table(found.to_json()))
+    click.echo(f"report: {write_validation(output)}")
+
+
+@main.command(cls=_Command)
 @click.argument("directories", nargs=-1, required=True, type=click.Path())
 def compare(directories: tuple[str, ...]) -> None:
     """Show the results of several bench runs side by side."""
@@ -299,10 +348,16 @@ def compare(directories: tuple[str, ...]) -> None:
 @main.command(cls=_Command)
 @click.argument("directory", type=click.Path())
 def report(directory: str) -> None:
-    """Make report.html again from the files of a bench run."""
-    from skillfast.report import write_report
+    """Make report.html again from the files of a bench run, or validation.html from those of a validation."""
+    from pathlib import Path
 
-    click.echo(f"report: {write_report(directory)}")
+    from skillfast.report import write_report, write_validation
+
+    validated = (Path(directory) / "validation.json").is_file()
+    if validated:
+        click.echo(f"report: {write_validation(directory)}")
+    if not validated or (Path(directory) / "results.json").is_file():
+        click.echo(f"report: {write_report(directory)}")
 
 
 @main.command(cls=_Command)

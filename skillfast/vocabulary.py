@@ -23,4 +23,4 @@ BITS = (4, 8)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as in transformers
 BACKENDS = ("auto", "native", "triton", "reference")
 METRICS = ("label", "correct", "confidence", "loss")
-ALL_METRICS = (*METRICS, "margin", "entropy")
+ALL_METRICS = (*METRICS, "margin", "entropy", "token_log_probability")

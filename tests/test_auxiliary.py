@@ -131,7 +131,10 @@ def test_metrics_are_chosen_by_name_function_and_column(their_module):
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (["labels"], "expected one of label, correct, confidence, loss, margin, entropy, module:function"),
+        (
+            ["labels"],
+            "expected one of label, correct, confidence, loss, margin, entropy, token_log_probability, module:function",
+        ),
         ([], "metrics: expected some of label"),
         (["loss", "loss"], "got 'loss' twice"),
         (["column:size"], "expected a column that was read (length), got 'size'"),

@@ -10,6 +10,8 @@ import torch
 
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
+from skillfast.auxiliary import check_names
+from skillfast.benchmark.causal import predicts_tokens, prepare_causal, trace_causal
 from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.phases import run_training
 from skillfast.benchmark.text import prepare_text, trace_text
@@ -113,6 +115,12 @@ def choose_dtype(name: str | None, device: torch.device) -> str:
     return "bfloat16" if halves else "float32"
 
 
+def on_device(config: BenchConfig) -> tuple[BenchConfig, torch.device]:
+    """The device that was asked for, and the settings with its dtype."""
+    device = choose_device(config.device)
+    return replace(config, dtype=choose_dtype(config.dtype, device)), device
+
+
 def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases: Phases | None = None) -> Subject:
     """Load the data, make the model, and train what must be trained.
 
@@ -126,8 +134,7 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
     Raises:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
-    device = choose_device(config.device)
-    config = replace(config, dtype=choose_dtype(config.dtype, device))
+    config, device = on_device(config)
     if config.dataset == "text":
         classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say, phases=phases)
         return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
@@ -261,7 +268,10 @@ def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[st
 
 def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     """The scores of a run that does nothing but trace."""
+    check_names(config.metrics)
     with backends.use_backend(config.backend):
+        if predicts_tokens(config):
+            return trace_causal(prepare_causal(*on_device(config)), quiet)
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
             return trace_part(subject, "select", quiet)

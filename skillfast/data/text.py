@@ -29,8 +29,8 @@ class TextTable:
         name: Where they are from.
         texts: The texts.
         pairs: Each one's second text, for inference and similarity; None where there is none.
-        labels: int64 [n], indices of classes.
-        classes: Their names, in numerical or alphabetical order unless told otherwise.
+        labels: int64 [n], indices of classes; all 0 for text without labels.
+        classes: Their names, in numerical or alphabetical order unless told otherwise; empty for text without labels.
         columns: Further columns: float64 [n], or str [n].
         places: Where each example stands, for messages: "line 7".
     """
@@ -62,7 +62,7 @@ def read_text(
     source: str | Path,
     *,
     text_column: str = "text",
-    label_column: str = "label",
+    label_column: str | None = "label",
     pair_column: str | None = None,
     columns: Sequence[str] = (),
     classes: Sequence[str] | None = None,
@@ -76,7 +76,7 @@ def read_text(
     Args:
         source: The file or the name.
         text_column: Where the text stands.
-        label_column: Where the class stands: a whole number, a word, true or false.
+        label_column: Where the class stands: a whole number, a word, true or false; None: text without labels.
         pair_column: Where a second text stands; None for none.
         columns: Further columns to keep, for metrics of the user's own.
         classes: Names of the classes in their order; labels must be among them, or be their indices. None: what the
@@ -89,7 +89,7 @@ def read_text(
     """
     name = str(source)
     rows = _dataset_rows(name) if name.startswith(PREFIX) else _file_rows(Path(source))
-    wanted = [text_column, label_column, *([pair_column] if pair_column else []), *columns]
+    wanted = [text_column, *(name for name in (label_column, pair_column) if name is not None), *columns]
     places, values = [], {column: [] for column in wanted}  # type: tuple[list[str], dict[str, list[Any]]]
     for place, row in rows:
         for column in wanted:
@@ -109,7 +109,9 @@ def read_text(
         raise DataError(f"{name}: expected at least one example, got none; check the file")
     where = _Where(name, tuple(places))
     texts = _texts(values[text_column], text_column, where)
-    labels, names = _labels(values[label_column], label_column, classes, where)
+    labels, names = np.zeros(len(places), dtype=np.int64), ()  # type: tuple[np.ndarray, tuple[str, ...]]
+    if label_column is not None:
+        labels, names = _labels(values[label_column], label_column, classes, where)
     return TextTable(
         name=name,
         texts=texts,

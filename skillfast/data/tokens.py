@@ -301,17 +301,18 @@ def _by_length(table: TextTable, rows: list[np.ndarray]) -> np.ndarray:
 def _shuffled_by_class(table: TextTable, seed: int) -> list[np.ndarray]:
     return [
         np.random.default_rng([seed, label]).permutation(np.flatnonzero(table.labels == label))
-        for label in range(len(table.classes))
+        for label in range(max(1, len(table.classes)))  # text without labels is one group
     ]
 
 
 def _first(
     rows: list[np.ndarray], per_class: int | None, least: int, table: TextTable, option: str
 ) -> list[np.ndarray]:
-    for name, found in zip(table.classes, rows, strict=True):
+    names = [f" of class '{name}'" for name in table.classes] or [""]
+    for name, found in zip(names, rows, strict=True):
         if len(found) < (per_class or least):
             raise DataError(
-                f"{table.name}: expected at least {per_class or least} examples of class '{name}', got {len(found)}; "
+                f"{table.name}: expected at least {per_class or least} examples{name}, got {len(found)}; "
                 f"lower {option} or add examples"
             )
     return [found[:per_class] for found in rows]

@@ -36,6 +36,7 @@ __all__ = [
     "unwrap_compiled",
 ]
 
+FINGERPRINT = "skillfast_architecture"
 DECLARED = "skillfast_sites"
 """Attribute of a model (or of its class) that maps canonical names to module paths."""
 
@@ -258,7 +259,11 @@ def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, st
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the architecture: the class, and every site's name, path, width and heads. Weights do not enter."""
+    """A hash of the architecture: the class, and every site's name, path, width and heads. Weights do not enter.
+
+    A class with an attribute `FINGERPRINT` shares its neurons with the class of that name, and so their skills.
+    """
     model = unwrap_compiled(model)
-    text = "\n".join([type(model).__name__, *(repr(site) for site in find_sites(model))])
+    name = getattr(type(model), FINGERPRINT, type(model).__name__)
+    text = "\n".join([name, *(repr(site) for site in find_sites(model))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

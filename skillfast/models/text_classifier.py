@@ -90,6 +90,20 @@ class TextClassifier(nn.Module):
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [batch, classes] of a tokenised batch with `input_ids` and `attention_mask` [batch, tokens]."""
+        inputs = self.inputs(batch)
+        if self.words is None:
+            return self.language_model(**inputs).logits
+        mask = inputs["attention_mask"]
+        # whichever side the padding is on
+        self._last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
+        try:
+            logits = self.language_model(**inputs, use_cache=False).logits  # [batch, vocabulary]
+        finally:
+            self._last = None
+        return logits[:, self.words.to(logits.device)]
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The language model's arguments, [batch, tokens] each, where its embeddings are."""
         device = module_device(self.language_model.get_input_embeddings())  # type: ignore[operator]
         inputs = {name: batch[name].to(device) for name in INPUTS if name in batch and name in self._takes}
         mask = inputs["attention_mask"]
@@ -97,14 +111,7 @@ class TextClassifier(nn.Module):
         inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, self._pad)
         if "position_ids" in self._takes:  # else a text padded on the left would begin at another position
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.words is None:
-            return self.language_model(**inputs).logits
-        self._last = (torch.arange(mask.shape[1], device=device) * mask).argmax(1)  # whichever side the padding is on
-        try:
-            logits = self.language_model(**inputs, use_cache=False).logits  # [batch, vocabulary]
-        finally:
-            self._last = None
-        return logits[:, self.words.to(logits.device)]
+        return inputs
 
     def _only_last(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """The head's input at the last real token, [batch, D]: the other tokens' logits are never made."""

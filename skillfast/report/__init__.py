@@ -24,7 +24,9 @@ __all__ = [
     "sites_table",
     "summary_table",
     "top_neurons_table",
+    "validation_table",
     "write_report",
+    "write_validation",
 ]
 
 
@@ -147,3 +149,31 @@ def plan_table(plan: Plan) -> Table:
     from skillfast.report import tables
 
     return tables.plan_table(plan)
+
+
+def write_validation(directory: str | Path) -> Path:
+    """Write `validation.html` from the `validation.json` of an output folder.
+
+    Args:
+        directory: the folder; `validation.html`, one self-contained file, appears in it whole or not at all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: `validation.json` is missing, is not JSON, or is not of the schema that this version reads.
+    """
+    from skillfast.report import validation
+
+    return validation.write_validation(Path(directory))
+
+
+def validation_table(results: dict[str, Any]) -> Table:
+    """Make the table that `skillfast validate` prints: skills removed from all layers, by size.
+
+    Args:
+        results: what `validation.json` holds.
+    """
+    from skillfast.report import tables
+
+    return tables.validation_table(results)

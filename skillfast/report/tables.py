@@ -180,3 +180,25 @@ def plan_table(plan: Plan) -> Table:
         sizes = (device.weights, device.state, device.buffer, device.forward, device.peak)
         table.add_row(str(index), Text(parts), f"{device.neurons:,}", *map(size, sizes))
     return table
+
+
+def validation_table(results: dict[str, Any]) -> Table:
+    """See `skillfast.report.validation_table`."""
+    from skillfast.report import validation
+
+    measures, before = validation.defined(results), results["intact"]["values"]
+    known = [f"{validation.NAMES[m]} {validation.write_value(m)(before[m])}" for m in measures if m in before]
+    caption = "after removal from all layers; in brackets the change, and that of as many random neurons"
+    table = Table(title=Text(f"intact: {', '.join(known)}"), title_justify="left", caption=caption)
+    for heading in ("skill", "of all neurons", *(validation.NAMES[m] for m in measures)):
+        table.add_column(heading, justify="left" if heading == "skill" else "right")
+    for outcome in validation.by_skill(results):
+        if outcome["layers"] != "all" or outcome["scale"] != 0:
+            continue
+        cells = []
+        for m in measures:
+            change, drawn = validation.write_change(m), outcome["random"]["change"][m]["mean"]
+            value = validation.write_value(m)(outcome["values"][m])
+            cells.append(Text(f"{value} ({change(outcome['change'][m])}; {change(drawn)})"))
+        table.add_row(Text(outcome["skill"]), f"{percent(outcome['share'])} ({outcome['neurons']:,})", *cells)
+    return table
