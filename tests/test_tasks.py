@@ -20,7 +20,7 @@ from tiny_models import WORDS, save_model
 from skillfast import BenchConfig, Skill
 from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.removal import random_skills
-from skillfast.benchmark.setup import prepare, trace_select
+from skillfast.benchmark.setup import prepare, trace_part
 from skillfast.benchmark.tasks import RIDGE, check_tasks, compare_tasks, expected_shared, overlaps, task_skills
 from skillfast.cli import main
 from skillfast.errors import ArgumentError
@@ -85,7 +85,7 @@ def plain(subject, part, skill=None):
 @pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
 def test_effects_are_those_of_a_plain_loop(folder, model_class):
     subject = subject_of(folder, model_class)
-    scores = trace_select(subject, True)
+    scores = trace_part(subject, "select", True)
     found = compare_tasks(subject, scores, TASKS, share=0.2, draws=2, seed=4)
     names = ["label", "length", "confidence", "genre"]
     skills = task_skills(scores, names, "pearson", 0.2)
@@ -133,7 +133,7 @@ def test_effects_are_those_of_a_plain_loop(folder, model_class):
 
 def test_a_tasks_neurons_have_the_largest_statistic_of_any_of_its_classes(folder):
     subject = subject_of(folder, "BertForSequenceClassification")
-    scores = trace_select(subject, True)
+    scores = trace_part(subject, "select", True)
     for method in ("pearson", "auroc"):
         skill = task_skills(scores, ["genre"], method, 0.1, max_site_share=1.0)[0]
         columns = [i for i, c in enumerate(scores.columns) if c.startswith("genre:")]

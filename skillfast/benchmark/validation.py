@@ -15,7 +15,7 @@ from skillfast.benchmark.cost import Clock
 from skillfast.benchmark.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
 from skillfast.benchmark.grid import Grid, cases_of_scores, cases_of_skills, largest
 from skillfast.benchmark.outcomes import Validation, environment
-from skillfast.benchmark.setup import Subject, on_device, prepare, trace_select
+from skillfast.benchmark.setup import Subject, on_device, prepare, trace_part
 from skillfast.benchmark.tasks import check_tasks, compare_tasks
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import choose_sites, fingerprint
@@ -88,7 +88,7 @@ def validate(
         scores = None
         if skills is None or tasks:
             _check_method(_method(config), config, [*metrics, *tasks])
-            scores = trace_select(subject, quiet)
+            scores = trace_part(subject, "select", quiet)
         if skills is None:
             assert scores is not None
             cases = class_cases(subject, scores, grid, metrics, quiet)
@@ -224,6 +224,7 @@ def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Seq
         subject.loader("select"),
         scores,
         [tried],
+        mask_loader=subject.varied_loader("select"),
         max_site_share=grid.max_site_share,
         seed=config.seed,
         classes=subject.splits.classes,
