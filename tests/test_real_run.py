@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from conftest import one_line
 from tiny_models import WORDS, save_model
 
-from skillfast import NeuronScores, Skill
+from skillfast import NeuronScores, Skill, bench
+from skillfast.benchmark import protocol
 from skillfast.benchmark.config import BenchConfig
 from skillfast.benchmark.correlations import top_correlations
 from skillfast.benchmark.cost import Clock
@@ -170,6 +171,32 @@ def test_one_command_fine_tunes_finds_and_removes(tmp_path, kind):
     assert metrics["label"]["test"] > 0.5
     assert list(metrics["label"]["sites"]) == [site["name"] for site in found["model"]["sites"]]
     check_page((out / "report.html").read_text(encoding="utf-8"), lr)
+
+
+def test_a_fine_tuned_model_survives_an_interruption_and_can_be_named(tmp_path, monkeypatch):
+    folder, epochs, lr, share = encoder("tiny", tmp_path / "model")
+    more = {
+        "dataset": "text", "data_file": str(write(tmp_path / "train.tsv", 150, 0)), "text_column": "sentence",
+        "test_file": str(write(tmp_path / "dev.tsv", 60, 1)), "class_names": ("negative", "positive"), "pool": "cls",
+        "method": "attribution", "share": share, "control_draws": 1, "statistics": ("pearson",),
+    }  # fmt: skip
+    out = tmp_path / "out"
+    config = BenchConfig(
+        model=f"hf:{folder}", **more, finetune="all", epochs=epochs, lr=lr, train_per_class=70, output=str(out)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "_sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            bench(config)
+    first = bench(config).results
+    assert first["cost"]["resumed"] == ["train", "trace", "select: attribution", "choose"]
+    assert first["model"]["trained"]["epochs"] == epochs
+    again = bench(
+        BenchConfig(model=f"hf:{out / 'model'}", **more, train_per_class=70, output=str(tmp_path / "again"))
+    ).results
+    assert again["model"]["trained"]["finetune"] == "none"
+    assert again["removal_matrix"] == first["removal_matrix"]
+    assert again["dataset"] == first["dataset"]
 
 
 def check_page(page, lr):
