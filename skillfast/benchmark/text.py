@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from skillfast.models.huggingface import LanguageModel
     from skillfast.statistics.neuron_scores import NeuronScores
 
-_EPOCHS, _LR = 3, 2e-4  # of all weights: a pretrained encoder needs few
+_EPOCHS, _LR = 3, 1e-4  # of all weights: a pretrained encoder needs few
 _BATCH = 32
 _NEW_HEAD = 10  # times that learning rate, for a head that pretraining has not seen
 _UNNAMED = "LABEL_"  # what transformers calls classes that nobody named
