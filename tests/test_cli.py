@@ -72,8 +72,9 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     assert results["config"]["method"] == "auto"
     skills = json.loads((bench_output / "skills.json").read_text())["skills"]
     assert {(s["method"], s["settings"]["share"]) for s in skills} == {(chosen["method"], chosen["share"])}
+    assert chosen["test"].keys() == results["selectivity"].keys()
     for key, value in chosen["test"].items():  # the same removals, measured twice
-        assert value == pytest.approx(results["selectivity"][key])
+        assert key == "ci95" or value == pytest.approx(results["selectivity"][key])
     assert not list(bench_output.glob(".*"))
 
 
