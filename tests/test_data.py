@@ -15,9 +15,12 @@ import pytest
 import torch
 from conftest import one_line
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
-from skillfast import progress
+from skillfast import BenchConfig, progress
+from skillfast.benchmark import setup
+from skillfast.benchmark.cost import Clock
 from skillfast.data import load_cifar10, load_digits, load_imagefolder, loader, make_transforms
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError, DataError, ModelError
@@ -271,6 +274,28 @@ def test_cifar10_to_train_on_all(cifar: Path):
     used = {name: set(getattr(whole, name)._indices.tolist()) for name in ("train", "select", "validate")}
     assert used["train"] == set(range(100)) - used["validate"]
     assert used["select"] < used["train"]
+
+
+def test_the_published_protocol_is_the_default(cifar: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model without weights trains on all that does not validate; one with weights on what skills are chosen on."""
+    monkeypatch.setattr(setup, "CIFAR10_TRAIN", 6)
+    monkeypatch.setattr(setup, "CIFAR10_TEST", 2)
+    kwargs = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    options = {"model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "dataset": "cifar10", "epochs": 1}
+    said: list[str] = []
+
+    def prepared(**more: str | int) -> setup.Subject:
+        config = BenchConfig(**options, data_dir=str(cifar), **more)  # type: ignore[arg-type]
+        return setup.prepare(config, Clock(), quiet=True, say=said.append)
+
+    scratch = prepared()
+    assert scratch.trained["n_train"] == 90
+    assert said == ["training all weights of vit_tiny_patch16_224 (scratch weights) on 90 images"]
+    assert [len(part) for part in (scratch.splits.select, scratch.splits.validate, scratch.splits.test)] == [50, 10, 20]
+    assert prepared(train_per_class=5).trained["n_train"] == 40  # what was asked for
+    weights = cifar / "weights.safetensors"
+    save_file(scratch.model.state_dict(), weights)
+    assert prepared(checkpoint=str(weights), finetune="last-block").trained["n_train"] == 50
 
 
 def test_cifar10_is_downloaded_where_it_is_missing(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
