@@ -170,7 +170,8 @@ class _Learner:
         return strength.detach()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images.to(self.device)).float()
+        trim = getattr(self.model, "trim", None)  # of texts, which are kept as long as the longest of them all
+        return self.model((images if trim is None else trim(images)).to(self.device)).float()
 
     def _initial(self, attribution: torch.Tensor) -> torch.Tensor:
         """Attributions in units of the weakest one that a cut would remove, without the few that outweigh all."""

@@ -234,6 +234,9 @@ def test_a_batch_is_what_the_tokenizer_makes(tmp_path, folders):
     )
     assert labels.tolist() == [0, 1]
     assert TextClassifier.token_mask(packed).tolist() == want["attention_mask"].bool().tolist()
+    wide = torch.nn.functional.pad(packed, (2, 3))
+    torch.testing.assert_close(TextClassifier.trim(wide), TextClassifier.trim(packed))
+    assert TextClassifier.trim(wide).shape[-1] == int(max(TextClassifier.token_mask(packed).sum(1)))
 
 
 def test_trace_over_text_equals_plain_hooks(tmp_path, folders):

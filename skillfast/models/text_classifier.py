@@ -80,6 +80,12 @@ class TextClassifier(nn.Module):
         return torch.stack([batch[name] for name in INPUTS if name in batch], dim=1)
 
     @staticmethod
+    def trim(packed: Tensor) -> Tensor:
+        """A packed batch without the tokens at either end that are padding in every text."""
+        real = packed[:, 1].any(0).nonzero()
+        return packed if not len(real) else packed[..., int(real.min()) : int(real.max()) + 1]
+
+    @staticmethod
     def token_mask(packed: Tensor) -> Tensor:
         """Bool [batch, tokens] of a packed batch: which tokens are real."""
         return packed[:, 1].bool()
