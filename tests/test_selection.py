@@ -93,6 +93,17 @@ def test_the_rule_wants_no_more_than_the_oracle_allows():
     assert "40" in selection.RULE
 
 
+def test_the_published_point_is_the_one_of_least_harm():
+    found = [
+        {"target_drop": 0.09, "other_change": 0.0, "other_harm": 0.0},  # too little
+        {"target_drop": 0.6, "other_change": -0.01, "other_harm": 0.03},  # 60 times, by harm that gains cancel
+        {"target_drop": 0.3, "other_change": 0.005, "other_harm": 0.002},  # 60 times
+        {"target_drop": 0.6, "other_change": 0.011, "other_harm": 0.0},  # 54.5 times
+    ]
+    assert selection.published(found) == 2
+    assert selection.published(found[:1] + found[3:]) is None
+
+
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
     assert len(auto) == 18

@@ -39,6 +39,7 @@ SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
 KEEPS = (5.0, 20.0)  # weights of the other classes when a mask is learned: more drop, less harm
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 WANTED_STRICT, OF_ORACLE = 20.0, 0.8
+PUBLISHED_DROP, PUBLISHED_RATIO = 0.094, 56.4  # of the published page, which gives no harm beside them
 HARM_WEIGHT = 20.0
 RULE = (
     f"on the validation part, the largest target_drop - {HARM_WEIGHT:g} x other_harm among those with target_drop at "
@@ -111,6 +112,7 @@ class Selection:
         return {
             "rule": RULE,
             "chosen": self.chosen,
+            "published": published(self.validation),
             "candidates": [{**c.to_json(), "validation": v, "test": t} for c, v, t in found],
             "gap": {name: _difference(after[name], before[name]) for name in before},
             "oracle": {"validation": self.oracle},
@@ -294,6 +296,19 @@ def best(found: Sequence[Mapping[str, Any]], oracle: Mapping[str, Any]) -> int:
         three or two or range(len(found)),
         key=lambda i: found[i]["target_drop"] - HARM_WEIGHT * found[i]["other_harm"],
     )
+
+
+def published(found: Sequence[Mapping[str, Any]]) -> int | None:
+    """Index of the effect with the published drop and ratio that does the least harm for its drop; None where none has.
+
+    That ratio's denominator is a mean in which harm to one class cancels gains of another.
+    """
+    reached = [
+        i
+        for i, terms in enumerate(found)
+        if terms["target_drop"] >= max(PUBLISHED_DROP, PUBLISHED_RATIO * abs(terms["other_change"]))
+    ]
+    return min(reached, key=lambda i: found[i]["other_harm"] / found[i]["target_drop"]) if reached else None
 
 
 def _difference(after: float | None, before: float | None) -> float | None:
