@@ -68,7 +68,7 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     jsonschema.validate(results, json.loads(schema))
     found = results["selection"]
     chosen = found["candidates"][found["chosen"]]
-    assert len(found["candidates"]) == 18
+    assert len(found["candidates"]) == 21
     assert results["config"]["method"] == "auto"
     skills = json.loads((bench_output / "skills.json").read_text())["skills"]
     assert {(s["method"], s["settings"]["share"]) for s in skills} == {(chosen["method"], chosen["share"])}

@@ -106,10 +106,10 @@ def test_the_published_point_is_the_one_of_least_harm():
 
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
-    assert len(auto) == 18
+    assert len(auto) == 21
     assert {(c.method, c.contrastive, c.keep) for c in auto} == {
         ("pearson", False, None), ("pearson", True, None), ("attribution", False, None), ("attribution", True, None),
-        ("mask", False, 5.0), ("mask", False, 20.0),
+        ("mask", False, 1.0), ("mask", False, 5.0), ("mask", False, 20.0),
     }  # fmt: skip
     assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.02, 0.03]
     assert selection.candidates("mask", 0.1) == (Candidate("mask", False, 0.1, 10.0),)

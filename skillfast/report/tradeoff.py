@@ -15,7 +15,7 @@ NAMES = {
     "attribution": "attribution",
     "mask": "learned mask",
 }
-HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head")
+HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head", "--attn")
 PARTS = (("validation", "circle-open", "dot"), ("test", "circle", "solid"))
 
 
