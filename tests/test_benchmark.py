@@ -319,7 +319,7 @@ def test_the_matrix_from_skills_json_and_plain_hooks(digits_runs):
     ("arguments", "words"),
     [
         ({"dataset": "imagenet"}, "dataset: expected one of digits, cifar10, imagefolder, text, got 'imagenet'"),
-        ({"dataset": "cifar10", "model": "vit_tiny_patch16_224"}, "expected --data-dir with --dataset cifar10"),
+        ({"dataset": "imagefolder", "model": "vit_tiny_patch16_224"}, "expected --data-dir with --dataset imagefolder"),
         ({"dataset": "imagefolder", "data_dir": "x"}, "model: expected a timm name with --dataset imagefolder"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"pretrained": True}, "model: expected --model with"),
