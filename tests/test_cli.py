@@ -226,7 +226,12 @@ def test_help_is_fast_and_imports_no_torch(command):
 
 def test_an_interrupted_run_leaves_no_result(pictures, tmp_path):
     command = [SKILLFAST, "bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", "100000"]
-    process = subprocess.Popen([*command, "--output", tmp_path], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--output", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )
     deadline = time.monotonic() + 60
     while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline - 45:
         time.sleep(0.2)
