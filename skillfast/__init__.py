@@ -14,25 +14,25 @@ _PUBLIC = {
     "Continuous": "metrics",
     "NeuronScores": "statistics.neuron_scores",
     "NeuronStatistics": "statistics.neuron_statistics",
-    "Tracer": "tracer",
-    "correlate": "tracing",
-    "trace": "tracing",
-    "NeuronRanking": "attribution",
-    "attribute": "attribution",
-    "learn_masks": "learned_mask",
-    "Skill": "skills",
-    "load_skills": "skills",
-    "save_skills": "skills",
-    "select": "skills",
+    "Tracer": "tracing.tracer",
+    "correlate": "tracing.trace",
+    "trace": "tracing.trace",
+    "NeuronRanking": "skills.attribution",
+    "attribute": "skills.attribution",
+    "learn_masks": "skills.learned_mask",
+    "Skill": "skills.skill",
+    "load_skills": "skills.skill",
+    "save_skills": "skills.skill",
+    "select": "skills.skill",
     "Condition": "ablation",
     "SweepResult": "ablation",
     "ablate": "ablation",
     "sweep": "ablation",
-    "BenchConfig": "benchmark.config",
-    "bench": "benchmark.protocol",
-    "Grid": "benchmark.grid",
-    "Validation": "benchmark.outcomes",
-    "validate": "benchmark.validation",
+    "BenchConfig": "runs.config",
+    "bench": "runs.bench",
+    "Grid": "evaluation.grid",
+    "Validation": "runs.results",
+    "validate": "runs.evaluate",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -42,28 +42,28 @@ if TYPE_CHECKING:
     from skillfast.ablation import SweepResult as SweepResult
     from skillfast.ablation import ablate as ablate
     from skillfast.ablation import sweep as sweep
-    from skillfast.attribution import NeuronRanking as NeuronRanking
-    from skillfast.attribution import attribute as attribute
     from skillfast.backends import use_backend as use_backend
-    from skillfast.benchmark.config import BenchConfig as BenchConfig
-    from skillfast.benchmark.grid import Grid as Grid
-    from skillfast.benchmark.outcomes import Validation as Validation
-    from skillfast.benchmark.protocol import bench as bench
-    from skillfast.benchmark.validation import validate as validate
     from skillfast.errors import SkillfastError as SkillfastError
-    from skillfast.learned_mask import learn_masks as learn_masks
+    from skillfast.evaluation.grid import Grid as Grid
     from skillfast.metrics import Binary as Binary
     from skillfast.metrics import Categorical as Categorical
     from skillfast.metrics import Continuous as Continuous
-    from skillfast.skills import Skill as Skill
-    from skillfast.skills import load_skills as load_skills
-    from skillfast.skills import save_skills as save_skills
-    from skillfast.skills import select as select
+    from skillfast.runs.bench import bench as bench
+    from skillfast.runs.config import BenchConfig as BenchConfig
+    from skillfast.runs.evaluate import validate as validate
+    from skillfast.runs.results import Validation as Validation
+    from skillfast.skills.attribution import NeuronRanking as NeuronRanking
+    from skillfast.skills.attribution import attribute as attribute
+    from skillfast.skills.learned_mask import learn_masks as learn_masks
+    from skillfast.skills.skill import Skill as Skill
+    from skillfast.skills.skill import load_skills as load_skills
+    from skillfast.skills.skill import save_skills as save_skills
+    from skillfast.skills.skill import select as select
     from skillfast.statistics.neuron_scores import NeuronScores as NeuronScores
     from skillfast.statistics.neuron_statistics import NeuronStatistics as NeuronStatistics
-    from skillfast.tracer import Tracer as Tracer
-    from skillfast.tracing import correlate as correlate
-    from skillfast.tracing import trace as trace
+    from skillfast.tracing.trace import correlate as correlate
+    from skillfast.tracing.trace import trace as trace
+    from skillfast.tracing.tracer import Tracer as Tracer
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

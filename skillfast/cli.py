@@ -15,7 +15,7 @@ from skillfast.errors import ArgumentError, SkillfastError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from skillfast.benchmark.config import BenchConfig
+    from skillfast.runs.config import BenchConfig
 
 NUMBERS = ("--mean", "--std", "--shares", "--scales")
 
@@ -172,8 +172,8 @@ _output = click.option(
 
 def _config(options: dict[str, Any]) -> BenchConfig:
     """The run's settings from a command's options, as far as it has them."""
-    from skillfast.benchmark.config import BenchConfig
     from skillfast.models.loading import parse_model_kwargs
+    from skillfast.runs.config import BenchConfig
 
     known = {name: value for name, value in options.items() if name in BenchConfig.names()}
     return BenchConfig(**known, model_kwargs=parse_model_kwargs(options["model_kwarg"]))
@@ -205,7 +205,7 @@ def bench(quiet: bool, **options: Any) -> None:
     With no option: the digits images that scikit-learn carries, and a small vision transformer that is trained on
     first use and cached.
     """
-    from skillfast.benchmark.protocol import bench as run
+    from skillfast.runs.bench import bench as run
 
     report = run(_config(options), quiet=quiet, say=_say(quiet))
     if not quiet:
@@ -229,8 +229,8 @@ def bench(quiet: bool, **options: Any) -> None:
 @_output
 def trace(quiet: bool, top: int, output: str, **options: Any) -> None:
     """Correlate every neuron with label, correctness, confidence and loss, or others; write scores.safetensors."""
-    from skillfast.benchmark.setup import traced
     from skillfast.files import output_folder
+    from skillfast.runs.subject import traced
 
     output_folder(output)  # before anything is trained for nothing
     scores = traced(_config(options), quiet=quiet, say=_say(quiet))
@@ -266,9 +266,9 @@ def ablate(
     **options: Any,
 ) -> None:
     """Remove or amplify skills and show each class's accuracy before and after."""
-    from skillfast.benchmark.setup import ablated
     from skillfast.report import accuracy_table
-    from skillfast.skills import load_skills
+    from skillfast.runs.subject import ablated
+    from skillfast.skills.skill import load_skills
     from skillfast.statistics.neuron_scores import NeuronScores
 
     skills = load_skills(skills_from)
@@ -317,11 +317,11 @@ def validate(quiet: bool, output: str, **options: Any) -> None:
     A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
     of what it writes against what it writes intact.
     """
-    from skillfast.benchmark.generation import Generation
-    from skillfast.benchmark.grid import Grid
-    from skillfast.benchmark.validation import validate as run
+    from skillfast.evaluation.generation import Generation
+    from skillfast.evaluation.grid import Grid
     from skillfast.files import output_folder
     from skillfast.report import validation_table, write_validation
+    from skillfast.runs.evaluate import validate as run
 
     output_folder(output)  # before anything is trained for nothing
     names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
@@ -371,11 +371,11 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
     for name, text in backends.status().items():
         click.echo(f"  {name}: {text}")
     if model is not None:
-        from skillfast.capture import plain_mlp
         from skillfast.models.huggingface import is_huggingface, load_config, skeleton
         from skillfast.models.loading import create_model, parse_model_kwargs
         from skillfast.models.sites import find_sites
         from skillfast.report import sites_table
+        from skillfast.tracing.capture import plain_mlp
 
         if is_huggingface(model):
             made = skeleton(load_config(model))
@@ -411,8 +411,8 @@ def plan(model: str, bits: str | None, device_memory: str | None, as_json: bool,
     """
     import json
 
-    from skillfast.plan import Settings, parse_bytes
-    from skillfast.plan import plan as run
+    from skillfast.memory.plan import Settings, parse_bytes
+    from skillfast.memory.plan import plan as run
 
     settings = Settings(bits=None if bits is None else int(bits), **options)
     found = run(model, settings, device_memory=None if device_memory is None else parse_bytes(device_memory))

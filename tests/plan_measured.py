@@ -17,8 +17,8 @@ def main(config: str, settings: dict) -> None:
     import torch
 
     import skillfast
+    from skillfast.memory.plan import Settings
     from skillfast.models.huggingface import load_config, skeleton
-    from skillfast.plan import Settings
 
     chosen = Settings(**settings)
     torch.set_num_threads(1)

@@ -64,7 +64,7 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     assert results["model"]["trained"]["from"] == "scratch"
     assert results["model"]["trained"]["epochs"] == 8
     assert results["baseline"]["accuracy"] > 0.9
-    schema = resources.files("skillfast.benchmark").joinpath("results.schema.json").read_text()
+    schema = resources.files("skillfast.runs").joinpath("results.schema.json").read_text()
     jsonschema.validate(results, json.loads(schema))
     found = results["selection"]
     chosen = found["candidates"][found["chosen"]]

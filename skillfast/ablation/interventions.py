@@ -12,13 +12,13 @@ import torch
 from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled
-from skillfast.tracing import refuse_training
+from skillfast.tracing.trace import refuse_training
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from skillfast.skills import Skill
+    from skillfast.skills.skill import Skill
     from skillfast.statistics.neuron_scores import NeuronScores
 
 MOST_TABLE_BYTES = 1 << 28  # kept between batches; beyond, tables are made anew

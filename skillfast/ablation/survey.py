@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from skillfast.ablation.budget import PeakBytes
 from skillfast.errors import ModelError
+from skillfast.memory.budget import PeakBytes
 from skillfast.models.sites import Site, find_sites
 
 if TYPE_CHECKING:

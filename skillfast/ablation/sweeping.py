@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from skillfast import files
-from skillfast.ablation.budget import memory_limit, rows_that_fit
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.replay import Record, Replay, Start
 from skillfast.ablation.survey import logits_of, survey
 from skillfast.errors import ArgumentError
+from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical
 from skillfast.models.sites import module_device, unwrap_compiled
 from skillfast.progress import track
-from skillfast.tracing import classes_of, image_batch, refuse_training
+from skillfast.tracing.trace import classes_of, image_batch, refuse_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

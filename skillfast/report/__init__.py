@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
+    from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
-    from skillfast.plan import Plan
     from skillfast.statistics.neuron_scores import NeuronScores
 
 __all__ = [
@@ -141,7 +141,7 @@ def plan_table(plan: Plan) -> Table:
     """Show what tracing a model takes, device by device.
 
     Args:
-        plan: as `skillfast.plan.plan` made it.
+        plan: as `skillfast.memory.plan.plan` made it.
 
     Returns:
         A table for the terminal.

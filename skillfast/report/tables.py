@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
-    from skillfast.plan import Plan
     from skillfast.statistics.neuron_scores import NeuronScores
 
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))

@@ -1,0 +1,1 @@
+"""Evaluation: the mathematics of effects; arrays in, results out."""

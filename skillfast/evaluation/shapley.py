@@ -1,0 +1,169 @@
+"""Where a skill lives: Shapley values of its parts in MLPs, attention and the head, and of its parts by block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from math import factorial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skillfast.ablation import Condition
+from skillfast.evaluation.selectivity import interval
+from skillfast.vocabulary import KINDS, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from skillfast.models.sites import Site
+    from skillfast.skills.skill import Skill
+
+SUBSETS: tuple[tuple[Kind, ...], ...] = tuple(
+    subset for size in range(len(KINDS), 0, -1) for subset in combinations(KINDS, size)
+)
+"""All seven sets of components, the whole first."""
+
+
+def component_conditions(skills: Sequence[Skill], scale: float) -> list[Condition]:
+    """Each skill with only its neurons in each subset: conditions [len(SUBSETS), K], row by row."""
+    return [Condition(skill, components=subset, scale=scale) for subset in SUBSETS for skill in skills]
+
+
+def shapley(values: np.ndarray) -> np.ndarray:
+    """Shapley value of each of `KINDS`: values [len(SUBSETS), ...] -> [len(KINDS), ...]; the empty set is worth 0."""
+    worth = dict(zip(map(frozenset, SUBSETS), values, strict=True))
+    worth[frozenset()] = np.zeros_like(values[0])
+    n = len(KINDS)
+    result = []
+    for kind in KINDS:
+        share = np.zeros_like(values[0])
+        for subset in worth:
+            if kind not in subset:
+                weight = factorial(len(subset)) * factorial(n - len(subset) - 1) / factorial(n)
+                share = share + weight * (worth[subset | {kind}] - worth[subset])
+        result.append(share)
+    return np.stack(result)
+
+
+def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """The layer_contribution object of results.json.
+
+    Args:
+        drops: float64 [len(SUBSETS), K], drop of each class's accuracy when its skill's neurons in a subset go.
+        resampled: float64 [len(SUBSETS), K, replicates].
+        classes: Class names.
+    """
+    total = drops.mean(1)  # [len(SUBSETS)]
+    spread = resampled.mean(1)  # [len(SUBSETS), replicates]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_shares = shapley(spread) / spread[0]
+        spread_rest = 1 - _alone(spread) / spread[0]
+    shares = _shares(total)
+    per_class = {name: _shares(drops[:, i]) for i, name in enumerate(classes)}
+    ci95 = {kind: interval(spread_shares[i]) for i, kind in enumerate(KINDS)}
+    return {
+        **shares,
+        "non_additivity": float(1 - _alone(total) / total[0]) if total[0] > 0 else None,
+        "per_class": per_class,
+        "ci95": {**ci95, "non_additivity": interval(spread_rest)},
+    }
+
+
+def _alone(values: np.ndarray) -> np.ndarray:
+    """Sum of what each component is worth alone."""
+    return sum((values[SUBSETS.index((kind,))] for kind in KINDS), np.zeros_like(values[0]))
+
+
+def _shares(values: np.ndarray) -> dict[str, float | None]:
+    """Share of each component in the drop of the whole skill; None where nothing dropped."""
+    if values[0] <= 0:
+        return dict.fromkeys(KINDS)
+    return dict(zip(KINDS, (shapley(values) / values[0]).tolist(), strict=True))
+
+
+def occupied_blocks(skills: Sequence[Skill], sites: Sequence[Site]) -> list[int | None]:
+    """Blocks in which any skill has neurons, in the order of the forward; None, the last, is the head."""
+    blocks = {site.block for site in sites if any(site.name in skill.neurons for skill in skills)}
+    return sorted(blocks, key=lambda block: (block is None, block))
+
+
+def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[Condition]:
+    """Each skill with only its neurons in the first 1, 2, ... blocks, then in the last 1, 2, ... blocks.
+
+    Returns:
+        Conditions [2 (blocks - 1), K], row by row, over the `occupied_blocks`; all blocks are the whole skill, which
+        `component_conditions` has.
+    """
+    blocks = occupied_blocks(skills, sites)
+    where = {site.name: site.block for site in sites}
+
+    def within(skill: Skill, kept: Sequence[int | None]) -> Skill:
+        return replace(skill, neurons={name: index for name, index in skill.neurons.items() if where[name] in kept})
+
+    sets = [blocks[:size] for size in range(1, len(blocks))] + [blocks[-size:] for size in range(1, len(blocks))]
+    return [Condition(within(skill, kept), scale=scale) for kept in sets for skill in skills]
+
+
+def block_values(values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each block adds, from the bottom up and from the top down.
+
+    The mean of the two is the Shapley value over one order of the blocks and its reverse. Either order adds up to
+    `whole`, so the mean does; it is the Shapley value over all orders where blocks interact in pairs at most, for each
+    pair is met once in either order (antithetic sampling: Mitchell et al., Sampling Permutations for Shapley Value
+    Estimation, JMLR 2022).
+
+    Args:
+        values: Worth [2 (blocks - 1), ...] of the sets of `block_conditions`.
+        whole: Worth [...] of all blocks.
+
+    Returns:
+        Two arrays [blocks, ...] in the order of the blocks.
+    """
+    nothing = np.zeros_like(whole)[None]
+    first, last = np.split(values, 2)
+    bottom_up = np.diff(np.concatenate([nothing, first, whole[None]]), axis=0)
+    top_down = np.diff(np.concatenate([nothing, last, whole[None]]), axis=0)[::-1]
+    return bottom_up, top_down
+
+
+def per_block(
+    blocks: Sequence[int | None], drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The layer_contribution.per_block list of results.json: each block's share of what the whole skill costs.
+
+    Args:
+        blocks: Of `occupied_blocks`.
+        drops: float64 [1 + 2 (blocks - 1), K], drop of each class's accuracy when its whole skill goes, then under each
+            set of `block_conditions`.
+        resampled: float64 [1 + 2 (blocks - 1), K, replicates].
+        classes: Class names.
+
+    Returns:
+        Per block its share (they add up to 1), interval, the shares in either order and those of each class; None
+        where nothing dropped. Empty where no skill has a neuron.
+    """
+    total, spread = drops.mean(1), resampled.mean(1)
+    orders = [_share(values, total[0]) for values in block_values(total[1:], total[0])]
+    by_class = [
+        _share(np.mean(block_values(drops[1:, i], drops[0, i]), axis=0), drops[0, i]) for i in range(len(classes))
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = np.mean(block_values(spread[1:], spread[0]), axis=0) / spread[0]  # [blocks, replicates]
+    shares = _share(np.mean(block_values(total[1:], total[0]), axis=0), total[0])
+    return [
+        {
+            "block": block,
+            "share": shares[b],
+            "ci95": interval(ends[b]),
+            "bottom_up": orders[0][b],
+            "top_down": orders[1][b],
+            "per_class": {name: row[b] for name, row in zip(classes, by_class, strict=True)},
+        }
+        for b, block in enumerate(blocks)
+    ]
+
+
+def _share(values: np.ndarray, whole: float) -> list[float | None]:
+    """Values [blocks] over that of the whole skill; None where nothing dropped."""
+    return (values / whole).tolist() if whole > 0 else [None] * len(values)

@@ -1,0 +1,322 @@
+"""`skillfast plan`: what tracing a language model takes, from its configuration alone."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast import auxiliary
+from skillfast.errors import ArgumentError
+from skillfast.memory import footprint
+from skillfast.memory.state import state_bytes
+from skillfast.models.huggingface import Task, load_config, skeleton
+from skillfast.models.sites import Site, choose_sites
+from skillfast.statistics.cells import exact_rows
+from skillfast.statistics.scoring import OF_CELLS
+from skillfast.tracing.tracer import free_bytes
+from skillfast.vocabulary import DTYPES, KINDS, METRICS, STATISTICS
+
+if TYPE_CHECKING:
+    from skillfast.metrics import Metric
+
+BUFFER_ROWS = 512
+_SCORES = 6 * 8  # bytes per neuron and column of all statistics and their bounds, float64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model shall be traced.
+
+    Attributes:
+        task: As in `load_language_model`.
+        sites: Kinds or names of sites.
+        statistics: What the trace computes.
+        cells: Cells per neuron for all but Pearson's r.
+        metrics: Auxiliary metrics.
+        classes: How many classes the labels have.
+        confidence: Replicates of the bootstrap; None for none.
+        dtype: Of weights and activations.
+        bits: Of quantised linear layers: 4 or 8; None: they are not.
+        batch_size: Examples per forward.
+        tokens: Per example.
+        examples: How many observations there will be.
+        devices: Over how many the blocks are spread.
+    """
+
+    task: Task = "own"
+    sites: tuple[str, ...] = KINDS
+    statistics: tuple[str, ...] = STATISTICS
+    cells: int = 128
+    metrics: tuple[str, ...] = METRICS
+    classes: int = 2
+    confidence: int | None = None
+    dtype: str = "bfloat16"
+    bits: int | None = None
+    batch_size: int = 8
+    tokens: int = 512
+    examples: int = 100_000
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "tokens", "examples", "devices"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}; give a positive number")
+        if self.bits not in (None, 4, 8):
+            raise ArgumentError(f"bits: expected 4 or 8, got {self.bits}; leave it out for weights of --dtype")
+        if self.dtype not in DTYPES:
+            raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}; choose one of them")
+        unknown = [name for name in self.statistics if name not in STATISTICS]
+        if unknown or not self.statistics:
+            raise ArgumentError(
+                f"statistics: expected some of {', '.join(STATISTICS)}, got {', '.join(unknown) or 'none'}; "
+                "choose among them"
+            )
+
+    def kinds(self) -> dict[str, Metric]:
+        """The metrics and what they are."""
+        classes = [str(index) for index in range(self.classes)]
+        return {name: metric.kind for name, metric in auxiliary.choose(self.metrics, classes).items()}
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one device holds, in bytes.
+
+    Attributes:
+        parts: Which parts of the model lie there: the first and the last of them.
+        neurons: Of the traced sites there.
+        weights: Of those parts.
+        state: Of the accumulator; exact.
+        buffer: Rows that wait for an update; while the cells' edges are not set, all rows so far.
+        forward: Most that a forward takes besides, at once.
+        capacity: What the device has; None where nobody said.
+    """
+
+    parts: tuple[str, str]
+    neurons: int
+    weights: int
+    state: int
+    buffer: int
+    forward: int
+    capacity: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """Most that the device holds at once."""
+        return self.weights + self.state + self.buffer + self.forward
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it can; None where nobody said what the device has."""
+        return None if self.capacity is None else self.peak <= self.capacity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What tracing a model takes.
+
+    Attributes:
+        model: Its name.
+        settings: How it shall be traced.
+        parameters: Of the model.
+        sites: The traced ones.
+        devices: What each device holds.
+        host: Bytes of the results, and of continuous metrics' scalars, in the host's memory at the end.
+        remedies: What to turn down where it does not fit, and the largest peak that it leaves: the least first.
+    """
+
+    model: str
+    settings: Settings
+    parameters: int
+    sites: tuple[Site, ...]
+    devices: tuple[DevicePlan, ...]
+    host: int
+    remedies: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def neurons(self) -> int:
+        """Of all traced sites."""
+        return sum(site.width for site in self.sites)
+
+    @property
+    def state(self) -> int:
+        """Bytes of the accumulators' state on all devices; exact."""
+        return sum(device.state for device in self.devices)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is known not to fit."""
+        return all(device.fits is not False for device in self.devices)
+
+    def verdict(self) -> str:
+        """Whether it fits, in a line or a few; and what makes it fit."""
+        largest = max(self.devices, key=lambda device: device.peak)
+        if largest.capacity is None:
+            return f"largest peak {gib(largest.peak)}; pass --device-memory to know whether it fits"
+        if self.fits:
+            return f"fits: largest peak {gib(largest.peak)} of {gib(largest.capacity)}"
+        lines = [f"does not fit: largest peak {gib(largest.peak)} of {gib(largest.capacity)}"]
+        lines += [f"  {setting}: {gib(peak)}" for setting, peak in self.remedies]
+        return "\n".join(lines if self.remedies else [*lines, "  no single setting makes it fit: take more devices"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "model": self.model,
+            "settings": asdict(self.settings),
+            "parameters": self.parameters,
+            "neurons": self.neurons,
+            "sites": [asdict(site) for site in self.sites],
+            "state_bytes": self.state,
+            "host_bytes": self.host,
+            "devices": [{**asdict(device), "peak": device.peak, "fits": device.fits} for device in self.devices],
+            "fits": self.fits,
+            "remedies": [{"setting": setting, "peak": peak} for setting, peak in self.remedies],
+        }
+
+
+def plan(model: str, settings: Settings | None = None, *, device_memory: int | None = None) -> Plan:
+    """Say what tracing a model will take, before its weights are loaded.
+
+    The blocks are spread over the devices in order, so that each holds about as much; the state of a site lies where
+    its block does.
+
+    Args:
+        model: A name on the hub, a folder, or a file `config.json`; with or without the prefix `hf:`.
+        settings: How it shall be traced.
+        device_memory: What one device has, in bytes; None for what is free here on the GPUs, or on the CPU.
+
+    Raises:
+        ModelError: A configuration that cannot be had, or a model of no known family.
+        ArgumentError: Settings that cannot be used.
+    """
+    settings = settings or Settings()
+    made = skeleton(load_config(model), settings.task).to(getattr(torch, settings.dtype))
+    capacity = device_memory if device_memory is not None else _free()
+    found = _plan(model, made, settings, capacity)
+    if found.fits or capacity is None:
+        return found
+    return replace(found, remedies=tuple(_remedies(model, made, settings, capacity)))
+
+
+def _plan(name: str, model: torch.nn.Module, settings: Settings, capacity: int | None) -> Plan:
+    sites = choose_sites(model, settings.sites)
+    metrics = settings.kinds()
+    itemsize = getattr(torch, settings.dtype).itemsize
+    weights = footprint.weights_by_part(model, itemsize, settings.bits)
+    peaks = _forward_peaks(model, settings.batch_size, settings.tokens)
+    blocks = footprint.blocks_of(model)
+    widths = dict.fromkeys(weights, 0)
+    for site in sites:
+        widths[footprint.part_of(site.path, blocks) or footprint.LAST] += site.width
+    rows = exact_rows(settings.cells) if any(name in OF_CELLS for name in settings.statistics) else BUFFER_ROWS
+
+    def state_of(neurons: int) -> int:
+        if not neurons:
+            return 0
+        return state_bytes(neurons, metrics, settings.statistics, settings.cells, settings.confidence)
+
+    def buffer_of(neurons: int) -> int:
+        return rows * (4 * neurons + 8 * (len(metrics) + 1)) if neurons else 0
+
+    load = {part: weights[part] + state_of(widths[part]) + buffer_of(widths[part]) for part in weights}
+    devices = []
+    for parts in _spread(load, settings.devices):
+        neurons = sum(widths[part] for part in parts)
+        devices.append(
+            DevicePlan(
+                parts=(parts[0], parts[-1]),
+                neurons=neurons,
+                weights=sum(weights[part] for part in parts),
+                state=state_of(neurons),
+                buffer=buffer_of(neurons),
+                forward=max(peaks.get(part, 0) for part in parts),
+                capacity=capacity,
+            )
+        )
+    columns = sum(len(metric.columns(key)) for key, metric in metrics.items())
+    total = sum(widths.values())
+    return Plan(
+        model=name,
+        settings=settings,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sites=sites,
+        devices=tuple(devices),
+        host=total * (columns * _SCORES + 16) + settings.examples * 8 * len(metrics),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _forward_peaks(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, int]:
+    return footprint.forward_peaks(model, batch, tokens)
+
+
+def _spread(load: dict[str, int], devices: int) -> list[list[str]]:
+    """Parts in order, a run of them for each device, so that each carries about as much."""
+    ends = list(accumulate(load.values()))
+    runs: dict[int, list[str]] = {}
+    for part, size, end in zip(load, load.values(), ends, strict=True):
+        middle = (end - size / 2) / max(1, ends[-1])
+        runs.setdefault(min(devices - 1, int(middle * devices)), []).append(part)
+    return list(runs.values())
+
+
+def _remedies(name: str, model: torch.nn.Module, settings: Settings, capacity: int) -> list[tuple[str, int]]:
+    """Settings that make it fit, each by itself; where none does, the two strongest together."""
+    cells = any(statistic in OF_CELLS for statistic in settings.statistics)
+    fewer = [n for n in (64, 32, 16) if cells and n < settings.cells]
+    changes: list[tuple[str, dict[str, Any]]] = [(f"--cells {n}", {"cells": n}) for n in fewer]
+    changes += [("--statistics pearson", {"statistics": ("pearson",)})] if cells else []
+    changes += [
+        (f"--batch-size {n}", {"batch_size": n}) for n in _halves(settings.batch_size) if n < settings.batch_size
+    ]
+    if settings.bits is None:
+        changes += [("--bits 8", {"bits": 8}), ("--bits 4", {"bits": 4})]
+    changes += [(f"--devices {settings.devices * n}", {"devices": settings.devices * n}) for n in (2, 4, 8)]
+    strongest = {"statistics": ("pearson",), "batch_size": 1, "bits": 4}
+    changes += [("--statistics pearson --batch-size 1 --bits 4", strongest)]
+    found: dict[str, tuple[str, int]] = {}
+    for words, change in changes:
+        peak = max(device.peak for device in _plan(name, model, replace(settings, **change), capacity).devices)
+        if peak <= capacity:
+            found.setdefault(words.split()[0] if len(change) == 1 else words, (words, peak))
+    alone = {key: value for key, value in found.items() if " --" not in key}
+    return list((alone or found).values())
+
+
+def _halves(n: int) -> list[int]:
+    return [n >> shift for shift in range(1, n.bit_length())]
+
+
+def _free() -> int | None:
+    """Free memory of the smallest device here."""
+    if torch.cuda.is_available():
+        return min(free_bytes(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
+    return free_bytes(torch.device("cpu"))
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `80GiB`, `80G`, `640MiB` or a plain number.
+
+    Raises:
+        ArgumentError: Anything else.
+    """
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    word = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = word[-1:] if word[-1:] in units else ""
+    try:
+        size = float(word.removesuffix(unit)) * units[unit]
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < float("inf"):
+        raise ArgumentError(f"memory: expected a size such as 80GiB, got {text!r}; write a number and a unit")
+    return int(size)

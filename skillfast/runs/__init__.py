@@ -1,0 +1,1 @@
+"""Runs: a command as named stages over a model and its data."""

@@ -1,0 +1,99 @@
+"""What a run costs: seconds per phase, trace over forward, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.models.sites import module_device
+from skillfast.tracing.trace import classification_forward
+from skillfast.tracing.tracer import Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from skillfast.metrics import Metric
+
+MEASURED_BATCHES = 8
+
+
+class Clock:
+    """Seconds per named phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's time to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak memory of the process, and of its CUDA devices together, in bytes; None without one."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_device_bytes": sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
+    }
+
+
+def trace_over_forward(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    metrics: Mapping[str, Metric],
+    **settings: Any,
+) -> dict[str, float | int]:
+    """Time a few batches with and without tracing, in turn; the settings are the `Tracer`'s.
+
+    Returns:
+        forward_s (seconds of the plain forwards over those batches), samples_per_s (of the traced ones),
+        trace_over_forward (traced over plain time; the computation of the metrics included) and state_bytes.
+    """
+    device = module_device(model)
+    plain = traced = 0.0
+    samples = 0
+    tracer = Tracer(model, metrics, **settings)
+    with torch.inference_mode():
+        for images, label in islice(loader, MEASURED_BATCHES):
+            batch = (images.to(device), label.to(device))
+            if samples == 0:  # the first forward pays for allocations, the first rows for the cells' edges
+                with tracer:
+                    tracer.step(**classification_forward(model, batch)[1])
+                    if set(settings.get("statistics", ())) != {"pearson"}:  # which has no edges
+                        tracer.calibrate()
+            start = _now(device)
+            model(batch[0])
+            middle = _now(device)
+            with tracer:
+                _, values = classification_forward(model, batch)
+                tracer.step(**values)
+            traced += _now(device) - middle
+            plain += middle - start
+            samples += len(label)
+    return {
+        "samples_per_s": samples / traced,
+        "forward_s": plain,
+        "trace_over_forward": traced / plain,
+        "state_bytes": tracer.state_bytes,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

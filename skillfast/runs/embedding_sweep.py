@@ -1,0 +1,122 @@
+"""What each removal does to the embeddings, a few removals at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skillfast import files
+from skillfast.ablation import sweep
+from skillfast.evaluation.embeddings import Comparison, Dashboard
+from skillfast.evaluation.interference import Directions
+from skillfast.evaluation.selectivity import Bootstrap
+from skillfast.models.sites import find_sites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import torch
+
+    from skillfast.ablation import Condition
+
+BYTES_AT_ONCE = 1 << 29
+SCHEMA = "skillfast.embeddings/1"
+FILE = "embeddings.safetensors"
+_PER_REMOVAL = ("cosine", "rank_preservation", "knn_accuracy_change", "cka", "cka_left_out")
+
+
+@dataclass(frozen=True)
+class EmbeddingChanges:
+    """Embeddings after each removal beside the intact model's.
+
+    Attributes:
+        dashboard: Of the intact model.
+        comparisons: One per removal.
+        angles: float64 [removals, K], of `Directions.angles`.
+        resampled_angles: float64 [removals, K, replicates].
+    """
+
+    dashboard: Dashboard
+    comparisons: tuple[Comparison, ...]
+    angles: np.ndarray
+    resampled_angles: np.ndarray
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `embeddings.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        rows = {name: np.stack([getattr(found, name) for found in self.comparisons]) for name in _PER_REMOVAL}
+        arrays = {
+            **rows,
+            "embeddings": self.dashboard.embeddings,
+            "labels": self.dashboard.labels,
+            "angles": self.angles,
+            "resampled_angles": self.resampled_angles,
+        }
+        undefined = [found.undefined.tolist() for found in self.comparisons]
+        files.write_arrays(
+            path, arrays, {"schema": SCHEMA, "settings": self.dashboard.settings, "undefined": undefined}
+        )
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> EmbeddingChanges:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        path, remedy = Path(directory) / FILE, "write it with EmbeddingChanges.save"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            rows = zip(*(arrays[name] for name in _PER_REMOVAL), header["undefined"], strict=True)
+            comparisons = tuple(
+                Comparison(cosine, rho, knn, float(cka), left_out, np.array(undefined, np.int64))
+                for cosine, rho, knn, cka, left_out, undefined in rows
+            )
+            dashboard = Dashboard(arrays["embeddings"], arrays["labels"], **header["settings"])
+            return EmbeddingChanges(dashboard, comparisons, arrays["angles"], arrays["resampled_angles"])
+
+
+def compare_embeddings(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    conditions: Sequence[Condition],
+    *,
+    classes: Sequence[str],
+    seed: int = 0,
+    bytes_at_once: int = BYTES_AT_ONCE,
+    quiet: bool = True,
+) -> EmbeddingChanges | None:
+    """Sweep the conditions and keep what their embeddings say, not the embeddings.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels), the same in each pass.
+        conditions: The removals, one at least.
+        classes: Class names.
+        seed: Of the choice of anchors and of the resamples.
+        bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
+            many conditions as fit, one at least.
+        quiet: Show no progress bars.
+
+    Returns:
+        The changes; None for a model without one linear classifier, whose input would be the embedding.
+    """
+    if not any(site.kind == "head" for site in find_sites(model)):
+        return None
+    intact = sweep(model, loader, [], classes=classes, keep_embeddings=True, quiet=quiet)
+    before = intact.baseline_embeddings
+    assert before is not None
+    dashboard = Dashboard(before, intact.labels, seed=seed)
+    directions = Directions.of(before, intact.labels, len(classes))
+    bootstrap = Bootstrap(intact.labels, seed=seed)
+    comparisons, angles, resampled = [], [], []
+    step = max(1, bytes_at_once // before.nbytes)
+    for start in range(0, len(conditions), step):
+        some = conditions[start : start + step]
+        swept = sweep(model, loader, some, classes=classes, keep_embeddings=True, quiet=quiet).embeddings
+        assert swept is not None
+        for after in swept:
+            comparisons.append(dashboard.compare(after))
+            angles.append(directions.angles(after))
+            resampled.append(directions.resampled_angles(before, after, bootstrap))
+    return EmbeddingChanges(dashboard, tuple(comparisons), np.stack(angles), np.stack(resampled))

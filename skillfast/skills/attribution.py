@@ -1,0 +1,198 @@
+"""Attribution: how much each neuron adds to a class's margin, from one streaming pass with gradients."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast import files
+from skillfast.errors import ArgumentError
+from skillfast.metrics import Categorical
+from skillfast.models.sites import Site, choose_sites, fingerprint, unwrap_compiled
+from skillfast.progress import track
+from skillfast.tracing.trace import classes_of, image_batch, refuse_training
+from skillfast.vocabulary import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+SCHEMA = "skillfast.ranking/1"
+FILE = "ranking.safetensors"
+
+
+@dataclass(frozen=True)
+class NeuronRanking:
+    """A number per neuron and class by which `select` ranks; made by `attribute` and `learn_masks`.
+
+    Attributes:
+        method: What the numbers are: `"attribution"` or `"mask"`.
+        columns: One per class: `("label:airplane", ...)`.
+        values: float64 [n_neurons, n_classes], in the order of the sites; higher is chosen first, NaN never.
+        sites: The sites whose neurons these are.
+        n_observations: int64 [n_classes], images of each class that entered.
+        fingerprint: Of the model's architecture.
+        settings: What made the numbers, for the skills chosen by them.
+    """
+
+    method: str
+    columns: tuple[str, ...]
+    values: np.ndarray
+    sites: tuple[Site, ...]
+    n_observations: np.ndarray
+    fingerprint: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons."""
+        return len(self.values)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What `select` can rank by."""
+        return (self.method,)
+
+    def statistic(self, name: str) -> np.ndarray:
+        """The values by the name of their method; raises ArgumentError for another one."""
+        if name != self.method:
+            raise ArgumentError(f"method: expected {self.method}, which this ranking holds, got {name!r}; leave it out")
+        return self.values
+
+    def site_slices(self) -> dict[str, slice]:
+        """Each site's rows."""
+        ends = np.cumsum([site.width for site in self.sites]).tolist()
+        return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `ranking.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        header = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "columns": self.columns,
+            "sites": [asdict(site) for site in self.sites],
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+        }
+        files.write_arrays(path, {"values": self.values, "n_observations": self.n_observations}, header)
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> NeuronRanking:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        path, remedy = Path(directory) / FILE, "write it with NeuronRanking.save"
+        arrays, header = files.read_arrays(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return NeuronRanking(
+                method=header["method"],
+                columns=tuple(header["columns"]),
+                sites=tuple(Site(**site) for site in header["sites"]),
+                fingerprint=header["fingerprint"],
+                settings=header["settings"],
+                **arrays,
+            )
+
+
+def attribute(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    *,
+    sites: Sequence[str] = KINDS,
+    classes: Sequence[str] | int | None = None,
+    quiet: bool = True,
+) -> NeuronRanking:
+    """Gradient x activation of each class's margin, summed over tokens and averaged over the class's images.
+
+    It is the first-order estimate of what the margin (the class's logit minus the logsumexp of the others) loses when
+    the neuron is set to 0. One pass forward and back per batch; nothing is kept per image.
+
+    Args:
+        model: In evaluation mode, on the device where it shall run.
+        loader: Batches of (images, labels).
+        sites: Kinds or names of sites.
+        classes: Class names; from the loader's dataset or the model by default.
+        quiet: Show no progress bar.
+
+    Returns:
+        The attribution of every neuron to every class; NaN for a class without images.
+
+    Raises:
+        ArgumentError: An unknown site, labels that are no class indices, or an empty loader.
+        ModelError: A model in training mode or without known sites.
+
+    Source: Molchanov et al., "Importance estimation for neural network pruning", 2019 (without taking the square).
+    """
+    model = unwrap_compiled(model)
+    refuse_training(model, "attribute")
+    chosen = choose_sites(model, sites)
+    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
+    with torch.inference_mode(False), torch.enable_grad():
+        total = torch.zeros(sum(site.width for site in chosen), len(names), dtype=torch.float64)
+        counts = torch.zeros(len(names), dtype=torch.int64)
+        for batch in track(loader, "attribution", quiet=quiet):
+            images, labels = class_batch(batch, len(names), next(model.parameters()).device)
+            with neuron_inputs(model, chosen) as inputs:
+                own = margins(model(images), labels).sum()
+            gradients = torch.autograd.grad(own, [inputs[site.name] for site in chosen])
+            rows = torch.cat(
+                [_over_tokens(inputs[s.name].detach(), g) for s, g in zip(chosen, gradients, strict=True)], dim=1
+            )  # [batch, n_neurons]
+            member = torch.nn.functional.one_hot(labels, len(names)).to(rows)  # [batch, n_classes]
+            total += (rows.T @ member).cpu()
+            counts += member.sum(0).long().cpu()
+    if not int(counts.sum()):
+        raise ArgumentError("attribute: expected at least one image, got an empty loader; check its batches")
+    return NeuronRanking(
+        method="attribution",
+        columns=tuple(f"label:{name}" for name in names),
+        values=(total / torch.where(counts > 0, counts, torch.nan)).numpy(),
+        sites=chosen,
+        n_observations=counts.numpy(),
+        fingerprint=fingerprint(model),
+    )
+
+
+def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logit of each row's class minus the logsumexp of the others: [n, n_classes], int64 [n] -> [n], float32 or 64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
+
+
+def class_batch(batch: Any, n_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's images and labels on the device; raises ArgumentError for labels that are no class indices."""
+    images, labels = image_batch(batch)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
+        raise ArgumentError(
+            f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "
+            "check classes="
+        )
+    images = images.clone() if images.is_inference() else images  # autograd cannot save those
+    return images.to(device), labels.to(device)
+
+
+@contextmanager
+def neuron_inputs(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, torch.Tensor]]:
+    """Each site's neurons [batch, ..., width] of the forward inside the context, as tensors with a gradient."""
+    found: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+
+            def keep(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
+                x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+                found[site.name] = x
+                return (x, *args[1:])
+
+            stack.callback(model.get_submodule(site.path).register_forward_pre_hook(keep).remove)
+        yield found
+
+
+def _over_tokens(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Gradient x activation summed over what is between the batch and the neurons: float64 [batch, width]."""
+    product = x.double() * gradient.double()
+    return product.reshape(len(x), -1, x.shape[-1]).sum(1)

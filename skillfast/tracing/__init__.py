@@ -1,0 +1,1 @@
+"""Tracing: one streaming pass that correlates every neuron with every metric."""

@@ -1,0 +1,232 @@
+"""Tracing: one streaming pass that correlates every neuron with every metric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from skillfast import metrics as auxiliary
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
+from skillfast.progress import track
+from skillfast.statistics.cells import exact_rows
+from skillfast.statistics.edges import calibration_rows
+from skillfast.statistics.inputs import as_tensor
+from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.tracing import sampling
+from skillfast.tracing.tracer import Tracer
+from skillfast.vocabulary import STATISTICS, Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from skillfast.metrics import Metric
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+    Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+
+MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the caller says so
+
+
+def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
+    """Class names from the loader's dataset, or as many numbers as the model has outputs."""
+    names = getattr(getattr(loader, "dataset", None), "classes", None)
+    if names is not None:
+        return [str(name) for name in names]
+    count = getattr(model, "num_classes", None)
+    if not isinstance(count, int) or count < 2:
+        raise ArgumentError(
+            f"classes: expected loader.dataset.classes or model.num_classes, got neither from "
+            f"{type(loader).__name__} and {type(model).__name__}; pass classes="
+        )
+    return [str(i) for i in range(count)]
+
+
+def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The default `forward`: a batch is (images, labels); gives the logits and label, correct, confidence, loss."""
+    device = module_device(model)
+    images, label = image_batch(batch)
+    label = label.to(device)
+    logits = model(images.to(device))
+    return logits, auxiliary.classification_values(logits, label)
+
+
+def image_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch as images and labels; raises ArgumentError where it is something else."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
+        kind = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ArgumentError(f"batch: expected (images, labels), got {kind}; pass forward= for anything else")
+    return batch[0], torch.as_tensor(batch[1])
+
+
+def refuse_training(model: torch.nn.Module, what: str) -> None:
+    """Raises ModelError for a model in training mode, whose dropout would be traced or ablated too."""
+    if model.training:
+        raise ModelError(f"{what}: expected a model in evaluation mode, got one in training mode; call model.eval()")
+
+
+def trace(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    metrics: Mapping[str, Metric] | Literal["classification"] = "classification",
+    *,
+    sites: Sequence[str] = ("mlp", "attn", "head"),
+    pool: Pool = "mean",
+    statistics: Sequence[str] = STATISTICS,
+    cells: int = 128,
+    confidence: int | None = None,
+    classes: Sequence[str] | int | None = None,
+    forward: Forward | None = None,
+    mask: Callable[[Any], torch.Tensor] | None = None,
+    quiet: bool = True,
+) -> NeuronScores:
+    """One pass over a loader: a loop over `Tracer`.
+
+    The cells' edges come from random rows: the first ones of a loader that shuffles, else those of random items that
+    run through the model once more before the pass. Under `torch.distributed` with a DistributedSampler every process
+    gets the scores of all processes' data, each sample counted once.
+
+    Args:
+        model: In evaluation mode, on the device where it shall run.
+        loader: Batches; (images, labels) unless `forward` says otherwise.
+        metrics: The metrics, or `"classification"`: label, correct, confidence and loss.
+        sites: Kinds or names of sites.
+        pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example; `"none"`: each token counts. A
+            metric with a value per token ([batch, tokens]) then takes a second forward of each batch, in which it is
+            known beforehand: nothing is stored per token.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
+        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
+        classes: Class names for `"classification"`; from the loader's dataset or the model by default.
+        forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
+        mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding.
+        quiet: Show no progress bar.
+
+    Returns:
+        The scores of every neuron of the sites with every metric column.
+
+    Raises:
+        ArgumentError: An unknown site, pool, statistic or metric.
+        ModelError: A model in training mode or without known sites.
+    """
+    model = unwrap_compiled(model)
+    refuse_training(model, "trace")
+    choose_sites(model, sites)  # a model without sites is told so before its classes are asked for
+    if isinstance(metrics, str):
+        if metrics != "classification":
+            raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
+        metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
+    run = forward or classification_forward
+    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells, confidence=confidence)
+    counted = _Counted(tracer, model, run, mask)
+    order = sampling.plan(loader, calibration_rows(cells), exact_rows(cells))
+    valid = sampling.ValidRows(loader)
+    with tracer, torch.inference_mode():
+        if set(statistics) != {"pearson"}:
+            for batch in order.calibration:
+                counted.batch(batch)
+            if tracer.n_observations:
+                tracer.calibrate()
+        for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
+            counted.batch(batch, valid)
+    if order.distributed:
+        tracer.all_reduce()
+    return tracer.compute()
+
+
+class _Counted:
+    """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
+
+    def __init__(
+        self, tracer: Tracer, model: torch.nn.Module, run: Forward, mask: Callable[[Any], torch.Tensor] | None
+    ) -> None:
+        self.tracer = tracer
+        self.model = model
+        self.run = run
+        self.mask = mask
+
+    def batch(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
+        """Run and count one batch, of it the rows that are this process's own."""
+        mask = None if self.mask is None else self.mask(batch)
+        self.tracer.expect(mask)
+        _, values = self.run(self.model, batch)
+        if not values:
+            raise ArgumentError(
+                "forward: expected (output, {metric: values}), got no metrics; return each one's values"
+            )
+        n = len(next(iter(values.values())))
+        rows = None if valid is None else valid.next(n)
+        if any(value.dim() > 1 for value in map(as_tensor, values.values())):
+            self._again(batch, mask, values, None if rows is None else rows.own)
+        elif rows is None:
+            self.tracer.step(**values)
+        else:
+            self.tracer.step(valid=rows.own, groups=rows.place, **values)
+
+    def _again(
+        self, batch: Any, mask: torch.Tensor | None, values: Mapping[str, torch.Tensor], own: torch.Tensor | None
+    ) -> None:
+        self.tracer.discard()
+        if own is not None:
+            shape = next(value.shape for value in values.values() if value.dim() > 1)
+            mask = (torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu() != 0) & own.cpu()[:, None]
+        self.tracer.expect(mask, **values)
+        self.run(self.model, batch)
+        self.tracer.step()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return None
+
+
+def correlate(
+    activations: ArrayLike | torch.Tensor,
+    metrics_values: Mapping[str, ArrayLike | torch.Tensor],
+    metrics: Mapping[str, Metric] | None = None,
+    *,
+    statistics: Sequence[str] = STATISTICS,
+    cells: int = 128,
+) -> NeuronScores:
+    """Scores of activations that already exist, in any order.
+
+    Args:
+        activations: [n, D], anything array-like.
+        metrics_values: Name -> [n] values.
+        metrics: Name -> kind of metric. By default integers are `Categorical`, booleans `Binary`, others `Continuous`.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
+
+    Raises:
+        ArgumentError: Shapes that do not fit, or an unknown statistic.
+    """
+    x = as_tensor(activations)
+    if x.dim() != 2:
+        raise ArgumentError(f"activations: expected [n, D], got shape {list(x.shape)}")
+    values = {name: as_tensor(v) for name, v in metrics_values.items()}
+    chosen = metrics or {name: _kind_of(name, v) for name, v in values.items()}
+    accumulator = NeuronStatistics(x.shape[1], chosen, statistics, cells=cells, device=x.device)
+    if len(x) > exact_rows(cells):
+        sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: calibration_rows(cells)]
+        accumulator.calibrate(x[sample.to(x.device)], {name: v[sample.to(v.device)] for name, v in values.items()})
+    accumulator.update(x, values)
+    return accumulator.compute()
+
+
+def _kind_of(name: str, values: torch.Tensor) -> Metric:
+    if values.dtype == torch.bool:
+        return auxiliary.Binary()
+    if values.is_floating_point():
+        return auxiliary.Continuous()
+    largest = int(values.long().max()) if values.numel() else 0
+    if largest >= MOST_CLASSES:
+        raise ArgumentError(
+            f"metric {name!r}: expected class indices below {MOST_CLASSES}, got {largest}; say what it is with "
+            f"metrics={{{name!r}: Continuous()}}"
+        )
+    return auxiliary.Categorical(max(2, largest + 1))

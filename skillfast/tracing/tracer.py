@@ -1,0 +1,288 @@
+"""`Tracer`: reads the neurons of each forward into an accumulator."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.memory.state import state_bytes
+from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
+from skillfast.statistics import distributed
+from skillfast.statistics.neuron_scores import OF_NEURONS
+from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.statistics.scoring import warn_of_reasons
+from skillfast.statistics.token_statistics import TokenStatistics
+from skillfast.tracing.capture import reading
+from skillfast.tracing.observations import Expected, PooledRows, TokenRows
+from skillfast.vocabulary import POOLS, STATISTICS, Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from skillfast.metrics import Metric
+    from skillfast.statistics.neuron_scores import NeuronScores
+
+
+class Tracer:
+    """Correlates neurons with metrics inside a loop of your own.
+
+    Each forward of the model inside the context is followed by one `step` with the metrics' values. Nothing is kept
+    per sample but one buffer of rows.
+
+    Args:
+        model: The model whose `forward` runs inside the context.
+        metrics: Name -> `Categorical`, `Binary` or `Continuous`.
+        sites: Kinds (`"mlp"`, `"attn"`, `"head"`) or names (`"blocks.3.mlp"`).
+        pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`;
+            `"none"`: each token is an observation.
+        statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`. With tokens as
+            observations Pearson's r counts every token, the others 4 of each example, drawn at random.
+        cells: Cells per neuron for all but Pearson's r; 2 to 256.
+        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
+        seed: Of the replicates.
+        buffer_rows: Observations collected before one update of the state.
+
+    Raises:
+        ArgumentError: An unknown site, pool or statistic.
+        ModelError: A model without known sites, or one wrapped by `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        metrics: Mapping[str, Metric],
+        *,
+        sites: Sequence[str] = ("mlp", "attn", "head"),
+        pool: Pool = "mean",
+        statistics: Sequence[str] = STATISTICS,
+        cells: int = 128,
+        confidence: int | None = None,
+        seed: int = 0,
+        buffer_rows: int = 512,
+    ) -> None:
+        refuse_compiled(model)
+        reserved = {"self", "valid", "groups", "mask"} & set(metrics)
+        if reserved:
+            raise ArgumentError(
+                f"metrics: expected other names than step() has of its own, got {', '.join(sorted(reserved))}"
+            )
+        if pool not in POOLS:
+            raise ArgumentError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
+        self._model = model
+        self._pool = pool
+        self._metrics = tuple(metrics)
+        self.sites = choose_sites(model, sites)
+        self._seen: set[str] = set()
+        self._stack = ExitStack()
+        self._expected = Expected()
+        by_group: dict[tuple[torch.device, bool], list[Site]] = {}
+        for site in self.sites:
+            device = module_device(model.get_submodule(site.path))
+            # A classifier may see one row of an example whose blocks see many tokens.
+            by_group.setdefault((device, pool == "none" and site.kind == "head"), []).append(site)
+        self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
+        for (device, _), members in by_group.items():
+            width = sum(site.width for site in members)
+            _warn_of_size(device, width, state_bytes(width, metrics, statistics, cells, confidence))
+            settings: dict[str, Any] = {
+                "cells": cells, "confidence": confidence, "seed": seed, "buffer_rows": buffer_rows, "device": device,
+            }  # fmt: skip
+            rows: PooledRows | TokenRows
+            if pool == "none":
+                tokens = TokenStatistics(width, metrics, statistics, **settings)
+                rows = TokenRows(members, self._expected, tokens)
+            else:
+                pooled = NeuronStatistics(width, metrics, statistics, **settings)
+                rows = PooledRows(members, self._expected, pooled, pool)
+            self._rows |= {site.name: rows for site in members}
+
+    def _groups(self) -> list[PooledRows | TokenRows]:
+        return list(dict.fromkeys(self._rows.values()))
+
+    def __enter__(self) -> Tracer:
+        with ExitStack() as stack:  # undoes what was done where a later site fails
+            for site in self.sites:
+                stack.enter_context(reading(self._model, site, partial(self._rows[site.name].read, site)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self.discard()
+
+    @property
+    def n_observations(self) -> int:
+        """Observations counted so far."""
+        return self._groups()[0].statistics.n_observations
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of all state and buffers, in bytes."""
+        return sum(group.statistics.state_bytes for group in self._groups())
+
+    def step(
+        self,
+        *,
+        valid: torch.Tensor | None = None,
+        groups: ArrayLike | torch.Tensor | None = None,
+        **values: ArrayLike | torch.Tensor,
+    ) -> None:
+        """Count the observations of the last forward.
+
+        Args:
+            valid: bool [batch]; rows that are False are left out (padding of a last batch, repeated samples).
+            groups: [batch] whole numbers; observations of one group are resampled together for `confidence`. The
+                tokens of an example are a group by themselves.
+            **values: One [batch] array per metric; those that `expect` was told are left out.
+
+        Raises:
+            ArgumentError: Values that do not fit the metrics or the batch.
+            ModelError: No site saw a forward since the last step.
+        """
+        fired = set().union(*(group.fired for group in self._groups()))
+        if not fired:
+            raise ModelError("step: expected a forward of the traced model since the last step, got none")
+        self._seen |= fired
+        if self._pool != "none":
+            values = {**self._expected.values, **values}
+        for group in self._groups():
+            group.count(values, valid, groups)
+        self._expect_nothing()
+
+    def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
+        """Tell what is known of the next forward before it runs.
+
+        Args:
+            mask: [batch, tokens], true or 1 for real tokens: padding is left out of every observation.
+            **values: Metrics that are known already; `step` is then called without them. With tokens as observations
+                either every metric or none, [batch] or [batch, tokens]; they are accumulated inside the layers.
+
+        Raises:
+            ArgumentError: An unknown metric, or a mask that is not [batch, tokens].
+            ModelError: A forward waits for its step.
+        """
+        self._require_step("expect")
+        metrics = self._metrics
+        unknown = [name for name in values if name not in metrics]
+        if unknown or (self._pool == "none" and values and len(values) < len(metrics)):
+            wanted = "all" if self._pool == "none" else "some"
+            raise ArgumentError(
+                f"expect: expected {wanted} of the metrics {', '.join(metrics)}, got {', '.join(values)}; the others "
+                "may be told to step() where each has one value per example"
+            )
+        self._expect_nothing()
+        if mask is not None:
+            tensor = torch.as_tensor(mask)
+            if tensor.dim() != 2:
+                raise ArgumentError(
+                    f"mask: expected [batch, tokens], got shape {list(tensor.shape)}; 1 for real tokens"
+                )
+            self._expected.mask = tensor != 0
+        self._expected.values = {name: torch.as_tensor(value) for name, value in values.items()}
+
+    def _expect_nothing(self) -> None:
+        self._expected.mask, self._expected.values = None, {}
+
+    def _require_step(self, what: str) -> None:
+        """Rows of an open forward lie in the accumulator's buffer, which must not be emptied under them."""
+        if any(group.open for group in self._groups()):
+            raise ModelError(
+                f"{what}: expected step() or discard() after the last forward, got neither; call one first"
+            )
+
+    def discard(self) -> None:
+        """Forget the last forward instead of counting it."""
+        for group in self._groups():
+            group.discard()
+        self._expect_nothing()
+
+    def calibrate(self) -> None:
+        """Let the observations so far, random ones, set the cell edges, and forget them; count from zero.
+
+        Raises:
+            ArgumentError: None so far, or too many (16 per cell).
+        """
+        self._require_step("calibrate")
+        for group in self._groups():
+            group.calibrate()
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`."""
+        self._require_step("all_reduce")
+        for rows in self._groups():
+            rows.statistics.all_reduce(group)
+        self._seen = set().union(*distributed.gather(self._seen, group))
+
+    def compute(self) -> NeuronScores:
+        """The scores of everything counted; warns once about neurons or metrics that have none.
+
+        Raises:
+            ArgumentError: Nothing was counted.
+        """
+        self._require_step("compute")
+        computed = {id(group): group.scores() for group in self._groups()}
+        parts = [self._site_scores(site, computed) for site in self.sites]
+        starts = np.cumsum([0, *(site.width for site in self.sites)]).tolist()
+        reasons = {
+            name: tuple(
+                i + start
+                for site, part, start in zip(self.sites, parts, starts, strict=False)
+                if site.name in self._seen
+                for i in part.reasons.get(name, ())
+            )
+            for name in OF_NEURONS
+        }
+        for name in ("constant_metric", "metric_beyond_float32"):
+            reasons[name] = parts[0].reasons.get(name, ())
+        reasons["hook_never_fired"] = tuple(site.name for site in self.sites if site.name not in self._seen)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()
+        }
+        scores = replace(
+            parts[0],
+            **arrays,
+            sites=self.sites,
+            reasons={name: where for name, where in reasons.items() if where},
+            pool=self._pool,
+            fingerprint=fingerprint(self._model),
+        )
+        warn_of_reasons(scores)
+        return scores
+
+    def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
+        group = self._rows[site.name]
+        return replace(computed[id(group)], sites=group.sites)[site.name]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _warn_of_size(device: torch.device, neurons: int, needed: int) -> None:
+    """Says before the pass that its state will not fit, and what to turn down."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        warnings.warn(
+            f"the state of {neurons:,} neurons takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
+            f"{device}: trace Pearson's r alone, with fewer cells, or some of the sites at a time",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,339 @@
+"""Sweeps that start in the middle, against the plain loop of hooks, on every family of vision transformers."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import make_vit, one_line
+
+import skillfast
+from skillfast import Condition, Skill
+from skillfast.ablation import replay, sweeping
+from skillfast.ablation.interventions import Interventions, partners
+from skillfast.ablation.sweeping import Runner
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.memory import budget
+from skillfast.models.sites import find_sites
+
+SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7}
+# name -> (arguments, whether all conditions may start in the middle)
+FAMILIES = {
+    "vit_tiny_patch16_224": ({**SMALL, "depth": 3}, True),
+    "vit_tiny_patch16_224, mean pool": ({**SMALL, "depth": 3, "global_pool": "avg", "class_token": False}, True),
+    "deit_tiny_distilled_patch16_224": ({**SMALL, "depth": 2}, True),
+    "deit3_small_patch16_224": ({**SMALL, "depth": 2}, True),
+    "vit_base_patch16_siglip_224": ({**SMALL, "depth": 2, "embed_dim": 48, "num_heads": 4}, True),
+    "beit_base_patch16_224": ({**SMALL, "depth": 2, "embed_dim": 48, "num_heads": 4}, True),
+    "eva02_tiny_patch14_224": ({"img_size": 28, "patch_size": 7, "depth": 2, "num_classes": 7}, True),
+    "vit_small_patch14_reg4_dinov2": ({"img_size": 28, "patch_size": 7, "depth": 2, "num_classes": 7}, True),
+    "vit_small_patch16_dinov3": ({**SMALL, "depth": 2}, True),
+    "cait_xxs24_224": ({**SMALL, "depth": 2}, False),  # its last blocks take two streams
+    "vit_relpos_small_patch16_224": ({**SMALL, "depth": 2}, True),
+    "vit_small_patch16_18x2_224": ({**SMALL, "depth": 2}, False),  # two attentions side by side
+    "convit_tiny": (SMALL | {"depth": 2}, True),
+    "naflexvit_base_patch16_gap": ({"depth": 2, "embed_dim": 48, "num_heads": 4, "num_classes": 7}, True),
+}
+
+
+def family(name):
+    settings, in_the_middle = FAMILIES[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name.partition(",")[0], **settings).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "pos_embed" not in path:
+                parameter.normal_(0, 2 / parameter[0].numel() ** 0.5)
+            elif float(parameter.abs().max()) < 0.1 and "bias" not in path:  # layer scales begin as nearly nothing
+                parameter.fill_(0.5)
+    size = settings.get("img_size", 64)
+    images = torch.randn(9, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return model, (images, torch.arange(9) % 7), in_the_middle
+
+
+def some_conditions(model, seed=0):
+    """Conditions that begin everywhere: at each site alone, in several sites, with every intervention."""
+    rng = np.random.default_rng(seed)
+    sites = find_sites(model)
+
+    def skill(chosen):
+        neurons = {s.name: rng.choice(s.width, max(1, s.width // 8), replace=False) for s in chosen}
+        return Skill("+".join(neurons), {name: torch.from_numpy(index) for name, index in neurons.items()})
+
+    alone = [Condition(skill([site]), scale=scale) for site in sites for scale in (0.0, 3.0)]
+    several = [Condition(skill(rng.permutation(np.array(sites, dtype=object))[:3])) for _ in range(4)]
+    return [
+        *alone,
+        *several,
+        Condition(skill(sites)),
+        Condition(skill(sites), components=("attn",), scale=0.5),
+        Condition(skill(sites), mode="resample"),
+        Condition(skill(sites[:1]), mode="resample", scale=0.25),
+        Condition(Skill("nothing", {})),
+    ]
+
+
+def by_plain_hooks(model, images, condition):
+    """Logits with the neurons changed by hooks that use nothing of skillfast but the partners."""
+    handles = []
+    for site in find_sites(model):
+        index = condition.neurons_at(site)
+        if index is None:
+            continue
+
+        def hook(_, args, index=index):
+            x = args[0].clone()
+            other = x[partners(len(x))][..., index] if condition.mode == "resample" else 0
+            x[..., index] = other + condition.scale * (x[..., index] - other)
+            return (x, *args[1:])
+
+        handles.append(model.get_submodule(site.path).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def clear(logits, tolerance):
+    """bool [n]: samples whose two best logits are farther apart than the dtype's rounding."""
+    return (logits.float().topk(2).values.diff().abs()[:, 0] > tolerance * logits.abs().max()).numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_the_loop(name):
+    model, batch, in_the_middle = family(name)
+    conditions = some_conditions(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = skillfast.sweep(model, [batch], conditions, classes=7, keep_predictions=True)
+    assert bool(told) != in_the_middle
+    for i, condition in enumerate(conditions):
+        want = by_plain_hooks(model, batch[0], condition)
+        sure = clear(want, 1e-4)
+        assert sure.mean() > 0.8
+        np.testing.assert_array_equal(result.predictions[i][sure], want.argmax(1).numpy()[sure])
+    assert (result.predictions != result.top2[:, 0]).mean() > 0.02  # the conditions do something
+
+
+def logits_of_routes(model, batch, conditions):
+    """Each condition's logits by its route, and the routes."""
+    with torch.inference_mode():
+        runner = Runner(model, Interventions(model, conditions, None), None)
+        ready = runner._prepared(batch[0])
+        record = ready.record(batch[0])
+        logits = {
+            i: ready.run(record, start, [i])[0][0]
+            for start, members in ready.members.items() if start is not None for i in members
+        }  # fmt: skip
+    return logits, ready.routes
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow"), [("vit_tiny_patch16_224", True), ("vit_tiny_patch16_224, mean pool", False)]
+)
+def test_routes_start_at_the_site_and_give_the_loops_logits(name, narrow):
+    model, batch, _ = family(name)
+    conditions = some_conditions(model)
+    logits, routes = logits_of_routes(model, batch, conditions)
+    for start, route in routes.items():
+        assert route.start == start
+        assert not route.whole_stem
+        assert route.narrow == (narrow and start.block is not None)
+    for i, got in logits.items():
+        want = by_plain_hooks(model, batch[0], conditions[i])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_conditions_in_one_stack_do_not_mix():
+    model, batch, _ = family("vit_tiny_patch16_224")
+    site = find_sites(model)[2]
+    conditions = [Condition(Skill(str(i), {site.name: [i, i + 1, 20 + i]}), scale=-2.0) for i in range(12)]
+    together = skillfast.sweep(model, [batch], conditions, classes=7, keep_embeddings=True)
+    for i, condition in enumerate(conditions):
+        alone = skillfast.sweep(model, [batch], [condition], classes=7, keep_embeddings=True)
+        np.testing.assert_allclose(together.embeddings[i], alone.embeddings[0], rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(together.per_class_margin[i], alone.per_class_margin[0], rtol=1e-3, atol=1e-2)
+    assert np.abs(together.embeddings - together.baseline_embeddings).max() > 0.1
+
+
+def test_margins_and_embeddings_are_those_of_the_model(vit, batches):
+    skill = Skill("s", {"blocks.1.mlp": list(range(30)), "head": [3]})
+    result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
+    labels = torch.cat([y for _, y in batches])
+    head = vit.get_submodule("head")
+    for embeddings, margin, context in (
+        (result.baseline_embeddings, result.baseline_margin, None),
+        (result.embeddings[0], result.per_class_margin[0], skill),
+    ):
+        with torch.no_grad():
+            if context is None:
+                logits = torch.cat([vit(x) for x, _ in batches])
+            else:
+                with skillfast.ablate(vit, context):
+                    logits = torch.cat([vit(x) for x, _ in batches])
+            np.testing.assert_allclose(head(torch.from_numpy(embeddings)), logits, rtol=1e-3, atol=1e-2)
+        true = logits.gather(1, labels[:, None])[:, 0]
+        other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        want = [float((true - other)[labels == c].mean()) for c in range(5)]
+        np.testing.assert_allclose(margin, want, rtol=1e-3, atol=1e-2)
+    assert result.embeddings.dtype == np.float32
+    assert (result.embeddings[0][:, 3] == 0).all()
+    bare = skillfast.sweep(vit, batches, [Condition(skill)])
+    assert bare.embeddings is None
+    assert bare.baseline_embeddings is None
+    assert bare.predictions is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(batches, dtype):
+    model = make_vit(depth=2).to(dtype)
+    data = [(x.to(dtype), y) for x, y in batches]
+    conditions = some_conditions(model)
+    result = skillfast.sweep(model, data, conditions, keep_predictions=True)
+    images = torch.cat([x for x, _ in data])
+    for i, condition in enumerate(conditions):
+        if condition.mode == "resample":
+            continue  # other partners: the batches are smaller
+        want = by_plain_hooks(model, images, condition)
+        sure = clear(want, 1e-6 if dtype == torch.float64 else 0.1)
+        np.testing.assert_array_equal(result.predictions[i][sure], want.argmax(1).numpy()[sure])
+
+
+def test_autocast(vit, batches):
+    conditions = some_conditions(vit)[:8]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
+        for i, condition in enumerate(conditions):
+            want = torch.cat([by_plain_hooks(vit, x, condition) for x, _ in batches])
+            sure = clear(want, 0.1)
+            np.testing.assert_array_equal(result.predictions[i][sure], want.float().argmax(1).numpy()[sure])
+
+
+def test_nothing_is_left_behind_after_an_exception(vit, batches, monkeypatch):
+    before = {path: (m.forward.__func__, len(m._forward_pre_hooks)) for path, m in vit.named_modules()}
+    skill = Skill("s", {"blocks.1.mlp": [0], "blocks.2.attn": [1]})
+    original, calls = replay.Replay.run, []
+
+    def failing(self, *arguments, **more):
+        calls.append(0)
+        if len(calls) > 2:
+            monkeypatch.setattr(vit.blocks[2].mlp, "forward", lambda *_: 1 / 0)
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(replay.Replay, "run", failing)
+    with pytest.raises(ZeroDivisionError):
+        skillfast.sweep(vit, batches, [Condition(skill)] * 3)
+    monkeypatch.undo()
+    assert before == {path: (m.forward.__func__, len(m._forward_pre_hooks)) for path, m in vit.named_modules()}
+    assert all("forward" not in vars(m) and not m._forward_hooks for m in vit.modules())
+
+
+def test_activations_that_are_not_finite_are_removed(vit, batches):
+    with torch.no_grad():
+        vit.blocks[1].mlp.fc1.bias[5] = torch.inf
+    skill = Skill("s", {"blocks.1.mlp": [5]})
+    with pytest.warns(RuntimeWarning, match="which gives logits that are not finite"):
+        result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
+    assert not np.isfinite(result.baseline_embeddings).all()
+    assert np.isfinite(result.embeddings).all()
+
+
+def test_a_batch_of_one_sample(vit, batches):
+    data = [(batches[0][0][:1], batches[0][1][:1])]
+    skill = Skill("s", {"blocks.1.mlp": [5]})
+    assert skillfast.sweep(vit, data, [Condition(skill)], keep_predictions=True).predictions.shape == (1, 1)
+    text = one_line(ModelError, skillfast.sweep, vit, data, [Condition(skill, mode="resample")])
+    assert "at least 2 samples in a batch, got 1" in text
+
+
+def test_partners_are_others():
+    for n in (2, 3, 17):
+        assert sorted(partners(n).tolist()) == list(range(n))
+        assert not (partners(n) == torch.arange(n)).any()
+        assert torch.equal(partners(n), partners(n))
+
+
+def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
+    conditions = [Condition(Skill(str(i), {"blocks.0.attn": [i]})) for i in range(9)]
+    want = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
+    original, sizes = replay.Replay.run, []
+
+    def limited(self, record, start, some, **more):
+        sizes.append(len(some) * len(record.inputs))
+        if sizes[-1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, record, start, some, **more)
+
+    monkeypatch.setattr(replay.Replay, "run", limited)
+    got = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
+    assert max(sizes) > 20
+    assert sum(size > 20 for size in sizes) <= 3  # it is remembered
+    np.testing.assert_array_equal(got.predictions, want.predictions)
+
+
+def test_a_budget_is_kept():
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=5).eval()
+    batch = (torch.randn(8, 3, 224, 224), torch.arange(8) % 5)
+    rng = np.random.default_rng(0)
+    conditions = [
+        Condition(Skill(str(i), {f"blocks.{i % 4}.mlp": rng.choice(768, 20, replace=False)})) for i in range(12)
+    ]
+    peaks = {}
+    for megabytes in (40, 120):
+        with budget.PeakBytes() as memory:
+            skillfast.sweep(model, [batch], conditions, classes=5, memory_budget=megabytes << 20)
+        peaks[megabytes] = memory.peak / 2**20
+        assert peaks[megabytes] <= megabytes
+    assert peaks[120] > peaks[40]
+    text = one_line(ArgumentError, skillfast.sweep, model, [batch], conditions, classes=5, memory_budget=1 << 20)
+    assert "for one sample of this model, got 1 MiB; raise --memory-budget" in text
+    resample = [Condition(conditions[0].skill, mode="resample")]
+    text = one_line(ArgumentError, skillfast.sweep, model, [batch], resample, classes=5, memory_budget=20 << 20)
+    assert "use smaller batches" in text
+
+
+def test_peak_bytes_counts_what_is_alive():
+    with budget.PeakBytes() as memory:
+        a = torch.ones(1000)
+        b = a.view(10, 100) + 1
+        del a, b
+        torch.ones(500)
+    assert memory.peak == 8000
+
+
+def test_models_without_a_classifier_have_no_embeddings(batches):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, num_classes=0).eval()
+    skill = Skill("s", {"blocks.0.mlp": [0]})
+    text = one_line(
+        ArgumentError, skillfast.sweep, model, batches, [Condition(skill)], classes=192, keep_embeddings=True
+    )
+    assert "leave out keep_embeddings" in text
+    assert skillfast.sweep(model, batches, [Condition(skill)], classes=192).per_class_accuracy.shape == (1, 192)
+
+
+def test_a_sweep_inside_an_ablation_keeps_it(vit, batches):
+    outer = Skill("outer", {"blocks.0.mlp": list(range(40)), "blocks.2.attn": [0, 1]})
+    inner = Condition(Skill("inner", {"blocks.2.attn": [1, 2], "blocks.2.mlp": [3]}))
+    with skillfast.ablate(vit, outer):
+        got = skillfast.sweep(vit, batches, [inner], keep_embeddings=True)
+        with skillfast.ablate(vit, inner.skill), torch.no_grad():
+            want = torch.cat([vit(x) for x, _ in batches])
+    np.testing.assert_allclose(vit.head(torch.from_numpy(got.embeddings[0])).detach(), want, rtol=1e-3, atol=1e-2)
+
+
+def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
+    """A route that leaves a condition out must not pass for right."""
+    images = batches[0][0][:2]
+    conditions = [Condition(Skill("s", {"blocks.1.mlp": list(range(10))}))]
+    with torch.inference_mode():
+        runner = Runner(vit, Interventions(vit, conditions, None), None)
+        ready = runner._prepared(images)
+        start = next(iter(ready.routes))
+        record, tolerance = ready.record(images), sweeping.TOLERANCE[torch.float32]
+        assert ready._agrees(record, start, 0, runner._plain(images, 0), tolerance)
+        assert ready._agrees(record, start, 0, vit(images), tolerance, changed=False)
+        assert not ready._agrees(record, start, 0, vit(images), tolerance)

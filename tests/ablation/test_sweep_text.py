@@ -1,0 +1,52 @@
+"""Sweeps over texts of different lengths: a mask that is there in some batches only, whichever row is the longest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_model
+
+import skillfast
+from skillfast import Condition, Skill
+from skillfast.models.huggingface import load_language_model
+from skillfast.models.text_classifier import TextClassifier
+from skillfast.models.text_inputs import Collate
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+SKILLS = [
+    Skill("early", {"blocks.0.attn": [1, 2, 9], "blocks.1.mlp": [3, 4]}),
+    Skill("middle", {"blocks.1.attn": [5, 6, 7], "head": [2]}),
+    Skill("late", {"blocks.2.mlp": [0, 1, 2, 3]}),
+]
+LENGTHS = {
+    "first batch without padding": [[5, 5, 5, 5], [3, 9, 4, 6], [9, 3, 4, 6]],
+    "first rows longest": [[9, 9, 3, 4], [7, 7, 7, 7], [9, 2, 2, 3]],
+    "first batch padded": [[2, 7, 4, 3], [5, 5, 5, 5], [9, 3, 9, 2]],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "LlamaForSequenceClassification", "DistilBertForSequenceClassification"]
+)
+def test_a_sweep_equals_one_forward_per_condition(tmp_path, name, lengths):
+    sizes = {"n_layers": 3, "dim": 24, "n_heads": 4, "hidden_dim": 40} if name.startswith("Distil") else {}
+    folder = save_model(tmp_path, name, num_hidden_layers=3, num_labels=3, **sizes)
+    loaded = load_language_model(str(folder), "classification", classes=["a", "b", "c"])
+    model = TextClassifier(loaded, 3)
+    rng = np.random.default_rng(0)
+    collate = Collate(loaded)
+    batches = []
+    for row in lengths:
+        made = collate([{"input_ids": rng.integers(4, 33, n).tolist(), "label": 0, "columns": {}} for n in row])
+        batches.append((TextClassifier.pack(made), made["labels"]))
+    swept = skillfast.sweep(model, batches, [Condition(skill) for skill in SKILLS], classes=3, keep_predictions=True)
+    for i, skill in enumerate(SKILLS):
+        with skillfast.ablate(model, skill), torch.no_grad():
+            logits = torch.cat([model(packed) for packed, _ in batches])
+        gap = logits.topk(2).values.diff().abs()[:, 0]
+        sure = (gap > 1e-4 * logits.abs().max()).numpy()
+        assert sure.sum() >= 10
+        np.testing.assert_array_equal(swept.predictions[i][sure], logits.argmax(1).numpy()[sure])

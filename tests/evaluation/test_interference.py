@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import numpy as np
+import planted
+import pytest
+import torch
+from scipy.stats import binomtest, false_discovery_control
+
+import skillfast
+from skillfast.evaluation.interference import Directions, Effects, class_means, find_pairs, interference
+from skillfast.evaluation.selectivity import Bootstrap, interval, oracle_predictions, removal_matrix
+from skillfast.skills.skill import overlap
+
+K = 5
+
+
+def rotated(vectors, degrees):
+    """Each row turned in the plane of its first two coordinates."""
+    angle = np.radians(degrees)
+    turned = vectors.copy()
+    turned[:, 0] = np.cos(angle) * vectors[:, 0] - np.sin(angle) * vectors[:, 1]
+    turned[:, 1] = np.sin(angle) * vectors[:, 0] + np.cos(angle) * vectors[:, 1]
+    return turned
+
+
+@pytest.fixture
+def clouds():
+    """Embeddings [400, 8] of 4 classes whose centred means lie in the plane of the first two coordinates."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(4).repeat(100)
+    means = np.zeros((4, 8))
+    means[:, :2] = [[3, 0], [0, 2], [-3, 0], [0, -2]]
+    noise = rng.normal(size=(4, 100, 8))
+    noise -= noise.mean(1, keepdims=True)
+    return means[labels] + noise.reshape(400, 8), labels
+
+
+@pytest.mark.parametrize("degrees", [1e-7, 0.8, 45, 179.99])
+def test_planted_angles_are_recovered(clouds, degrees):
+    embeddings, labels = clouds
+    offset = np.linspace(-5, 5, 8)  # the centre is the intact model's, wherever it lies
+    after = np.where((labels == 2)[:, None], rotated(embeddings, degrees), embeddings)
+    angles = Directions.of(embeddings + offset, labels, 4).angles(after + offset)
+    np.testing.assert_allclose(angles, [0, 0, degrees, 0], rtol=1e-5, atol=1e-12)
+
+
+def test_angles_equal_a_slow_reference():
+    rng = np.random.default_rng(1)
+    before, after = rng.normal(size=(2, 60, 7)).astype(np.float32)
+    labels = rng.integers(0, 4, 60)
+    centre = [sum(float(row[e]) for row in before) / 60 for e in range(7)]
+
+    def mean(rows, label):
+        chosen = [row for row, own in zip(rows, labels, strict=True) if own == label]
+        return [sum(float(row[e]) for row in chosen) / len(chosen) - centre[e] for e in range(7)]
+
+    want = []
+    for label in range(4):
+        a, b = mean(before, label), mean(after, label)
+        inner = sum(x * y for x, y in zip(a, b, strict=True))
+        want.append(np.degrees(np.arccos(inner / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5)))
+    np.testing.assert_allclose(Directions.of(before, labels, 4).angles(after), want, rtol=1e-9)
+
+
+def test_identical_embeddings_have_no_angle(clouds):
+    embeddings, labels = clouds
+    assert Directions.of(embeddings, labels, 4).angles(embeddings).tolist() == [0, 0, 0, 0]
+
+
+def test_angles_do_not_see_units_or_rotations(clouds):
+    embeddings, labels = clouds
+    after = embeddings + np.random.default_rng(2).normal(size=embeddings.shape)
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0]
+    want = Directions.of(embeddings, labels, 4).angles(after)
+    np.testing.assert_allclose(Directions.of(7 * embeddings @ turn + 3, labels, 4).angles(7 * after @ turn + 3), want)
+
+
+def test_what_has_no_direction_has_no_angle():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 10 + [1] * 10 + [3])
+    embeddings = rng.normal(size=(21, 4)).astype(np.float32)
+    assert np.isnan(Directions.of(embeddings, labels, 4).angles(embeddings)).tolist() == [False, False, True, False]
+    constant = np.full_like(embeddings, 0.1)
+    assert np.isnan(Directions.of(constant, labels, 4).angles(embeddings)).all()
+    gone = np.tile(embeddings.mean(0, dtype=np.float64), (21, 1))
+    assert np.isnan(Directions.of(embeddings, labels, 4).angles(gone)).all()
+    overflowed = embeddings.copy()
+    overflowed[0, 0] = np.inf
+    assert np.isnan(Directions.of(embeddings, labels, 4).angles(overflowed)).tolist() == [True, False, True, False]
+    assert np.isnan(class_means(embeddings, labels, 4)[2]).all()
+
+
+def test_the_interval_of_an_angle_covers():
+    """Class means 30 degrees apart before and after: the 95 % interval holds that about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(2).repeat(80)
+    means = np.array([[3.0, 0, 0], [-3, 0, 0]])
+    held = 0
+    for trial in range(200):
+        before = means[labels] + rng.normal(size=(160, 3))
+        after = rotated(means, 30)[labels] + rng.normal(size=(160, 3))
+        directions = Directions(labels, np.zeros(3), class_means(before, labels, 2), 0)
+        low, high = interval(directions.resampled_angles(before, after, Bootstrap(labels, 300, trial))[0])
+        held += low <= 30 <= high
+    assert 180 <= held <= 199
+
+
+def test_resampled_angles_of_images_that_are_all_alike():
+    labels = np.arange(2).repeat(5)
+    before = np.eye(3)[labels].astype(np.float32)
+    directions, bootstrap = Directions.of(before, labels, 2), Bootstrap(labels, 20)
+    assert not directions.resampled_angles(before, before, bootstrap).any()
+    after = rotated(before.astype(np.float64), 20)
+    want = np.repeat(directions.angles(after)[:, None], 20, 1)
+    np.testing.assert_allclose(directions.resampled_angles(before, after, bootstrap), want)
+
+
+def turns(angles):
+    """Angles, and themselves as the only resample."""
+    return angles, angles[..., None]
+
+
+def no_turn(k):
+    return turns(np.zeros((k, k)))
+
+
+def planted_pairs(n=100, moved=20):
+    """Removing 0 helps 1 and removing 1 helps 0; removing 2 hurts 3 and the reverse; removing 0 hurts 4, no more."""
+    labels = np.arange(K).repeat(n)
+    right = labels.copy()
+    right[::2] = (labels[::2] + 1) % K  # every other image is wrong before anything is removed
+    wrong, known = np.flatnonzero(right != labels), np.flatnonzero(right == labels)
+    predictions = np.tile(right, (K, 1))
+
+    def change(removed, label, gain):
+        rows = (wrong if gain else known)[labels[wrong if gain else known] == label][:moved]
+        predictions[removed, rows] = label if gain else (label + 2) % K
+
+    for removed, label, gain in ((0, 1, True), (1, 0, True), (2, 3, False), (3, 2, False), (0, 4, False)):
+        change(removed, label, gain)
+    return predictions, np.tile(right, (K, 1)), right, labels
+
+
+def test_planted_competition_and_linkage_are_found_and_nothing_besides():
+    predictions, oracle, right, labels = planted_pairs()
+    classes = ["a", "b", "c", "d", "e"]
+    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), classes)
+    assert [pair["classes"] for pair in found["competition"]] == [["a", "b"]]
+    assert [pair["classes"] for pair in found["linkage"]] == [["c", "d"]]
+    for key in ("beyond_oracle", "change"):
+        assert found["competition"][0][key] == pytest.approx([0.2, 0.2])
+    assert found["linkage"][0]["beyond_oracle"] == pytest.approx([-0.2, -0.2])
+    assert found["strongest"]["competition"] == found["competition"][0]
+    assert found["strongest"]["linkage"] == found["linkage"][0]
+    assert found["strongest"]["angle"] is found["strongest"]["overlap"] is None
+    assert "reasons" not in found
+
+
+def test_what_the_oracle_does_too_is_no_competition():
+    """Images freed by the removal go to the other class in the oracle as well."""
+    predictions, _, right, labels = planted_pairs()
+    assert find_pairs(Effects.of(predictions, predictions, right, labels), "abcde") == {
+        "competition": [], "linkage": [],
+    }  # fmt: skip
+
+
+def test_gaining_less_than_by_the_oracle_is_no_linkage():
+    """The oracle frees images of the other class, the removal does not: nobody is hurt."""
+    _, _, right, labels = planted_pairs()
+    oracle = np.tile(labels, (K, 1))
+    effects = Effects.of(np.tile(right, (K, 1)), oracle, right, labels)
+    assert (effects.beyond_oracle == -0.5).all()
+    assert find_pairs(effects, "abcde") == {"competition": [], "linkage": []}
+
+
+def test_too_few_images_are_named_but_not_significant():
+    predictions, oracle, right, labels = planted_pairs(moved=3)
+    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), "abcde")
+    assert found["competition"] == found["linkage"] == []
+    strongest = found["strongest"]["competition"]
+    assert strongest["classes"] == ["a", "b"]
+    assert not strongest["significant"]
+    assert strongest["p"] == pytest.approx(1 / 8)
+
+
+def test_p_and_q_equal_scipys():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 4, 300)
+    predictions, oracle = rng.integers(0, 4, (2, 4, 300))
+    baseline = rng.integers(0, 4, 300)
+    effects = Effects.of(predictions, oracle, baseline, labels)
+    np.testing.assert_allclose(effects.change, removal_matrix(predictions, baseline, labels))
+    for i in range(4):
+        for j in range(4):
+            own = labels == j
+            right = predictions[i, own] == j
+            tests = []
+            for other in (baseline[own] == j, oracle[i, own] == j):
+                gains, losses = int((right & ~other).sum()), int((other & ~right).sum())
+                tests.append([binomtest(x, gains + losses, alternative="greater").pvalue for x in (gains, losses)])
+            assert effects.beyond_oracle[i, j] == pytest.approx(right.mean() - (oracle[i, own] == j).mean())
+            assert [effects.p_gain[i, j], effects.p_loss[i, j]] == pytest.approx(np.max(tests, axis=0))
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    p = [max(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss) for i, j in pairs]
+    q = dict(zip([(kind, *pair) for kind in ("competition", "linkage") for pair in pairs],
+                 false_discovery_control(p), strict=True))  # fmt: skip
+    found = find_pairs(effects, "0123")
+    entries = [(kind, entry) for kind, pairs in found.items() for entry in pairs]
+    assert entries
+    for kind, entry in entries:
+        assert entry["q"] == pytest.approx(q[(kind, *map(int, entry["classes"]))])
+
+
+def test_false_discoveries_are_rare():
+    """Removal, oracle and intact model differ by chance alone: hardly ever is any of the 20 claims significant."""
+    rng = np.random.default_rng(5)
+    labels = np.arange(K).repeat(100)
+    any_found = 0
+    for _ in range(200):
+        flips = rng.random((2 * K + 1, 500)) < 0.1
+        predictions, oracle, baseline = np.split(np.where(flips, (labels + 1) % K, labels), [K, 2 * K])
+        found = find_pairs(Effects.of(predictions, oracle, baseline[0], labels), "abcde")
+        any_found += any(pair["significant"] for pairs in found.values() for pair in pairs)
+    assert any_found <= 10
+
+
+def test_classes_without_images_are_named():
+    labels = np.array([0, 0, 1, 1, 3])
+    predictions = np.array([[1, 1, 1, 1, 3], [0, 0, 0, 0, 3], [0, 0, 1, 1, 3], [0, 0, 1, 1, 0]])
+    angles = np.where(np.arange(4) == 2, np.nan, np.zeros((4, 4)))
+    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
+    assert found["reasons"] == {"no_images": ["c"], "one_image": ["d"]}
+    assert [row[2] for row in found["angles_deg"]] == [None] * 4
+    angles[:, 1] = np.nan
+    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
+    assert found["reasons"]["no_direction"] == ["b"]
+
+
+def test_a_model_without_embeddings_has_pairs_but_no_angles():
+    predictions, oracle, right, labels = planted_pairs()
+    found = interference(None, predictions, oracle, right, labels, np.eye(K), "abcde")
+    assert {"angles_deg", "own_angle_deg", "other_angle_deg", "ci95"}.isdisjoint(found)
+    assert found["strongest"]["angle"] is None
+    assert len(found["competition"]) == len(found["linkage"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_planted_skills_turn_their_own_class_alone():
+    """The planted model writes each class's evidence where no other class's is: others keep their direction."""
+    images, labels = planted.images(120)
+    model = planted.model()
+    skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
+    rows = []
+
+    def keep(_, args):
+        rows.append(args[0].numpy().copy())
+
+    handle = model.head.register_forward_pre_hook(keep)
+    with torch.inference_mode():
+        model(images)
+        for skill in skills:
+            with skillfast.ablate(model, skill):
+                model(images)
+    handle.remove()
+    before, *after = rows
+    directions = Directions.of(before, labels.numpy(), planted.CLASSES)
+    angles = np.stack([directions.angles(row) for row in after])  # [5, 6]
+    own = np.diagonal(angles)
+    others = angles[~np.eye(5, 6, dtype=bool)]
+    assert own.min() > 10
+    assert others.max() < 0.05 * own.min()  # layer norms let a little through
+    result = skillfast.sweep(model, [(images, labels)], map(skillfast.Condition, skills), keep_predictions=True)
+    predictions = np.concatenate([result.predictions, result.top2[None, :, 0]])  # a removal of "none" does nothing
+    angles = np.concatenate([angles, np.zeros((1, 6))])
+    oracle = oracle_predictions(result.top2, planted.CLASSES)
+    found = interference(turns(angles), predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
+    assert found["competition"] == found["linkage"] == []
+    assert found["own_angle_deg"] > 50 * found["other_angle_deg"]
+
+
+def test_planted_inhibition_and_shared_neurons_are_competition_and_linkage():
+    """The neurons of 0 and 1 suppress each other's evidence in images that show both; 2 and 4 share their neurons."""
+    model = planted.model()
+    with torch.no_grad():
+        for one, other in ((0, 1), (1, 0)):
+            model.blocks[1].mlp.fc2.weight[5 + other, planted.PLANTED[one]["blocks.1.mlp"]] = -3
+    images, labels = planted.images(120)
+    patches = images.reshape(120, 3, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(120, 4, 192).clone()
+    patches[labels == 0, :, 1] = patches[labels == 1, :, 0] = 2.5  # weaker than their own, which is 3
+    images = patches.view(120, 2, 2, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(120, 3, 16, 16)
+    shared = {**planted.PLANTED[2], **planted.PLANTED[4]}
+    neurons = [planted.PLANTED[0], planted.PLANTED[1], shared, planted.PLANTED[3], shared, {}]
+    skills = [skillfast.Skill(str(label), sites) for label, sites in enumerate(neurons)]
+    result = skillfast.sweep(model, [(images, labels)], map(skillfast.Condition, skills), keep_predictions=True)
+    oracle = oracle_predictions(result.top2, planted.CLASSES)
+    found = interference(None, result.predictions, oracle, result.top2[:, 0], result.labels, overlap(skills), "012345")
+    assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["competition"]] == [(["0", "1"], [1, 1])]
+    assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["linkage"]] == [(["2", "4"], [-1, -1])]
+    assert found["strongest"]["overlap"] == {"one": "2", "other": "4", "jaccard": 1}

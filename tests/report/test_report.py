@@ -1,0 +1,601 @@
+"""The report: schemas, the page's text, the page in a browser, the terminal's tables, the file on disk."""
+
+from __future__ import annotations
+
+import copy
+import html
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from skillfast import report
+from skillfast.errors import DataError
+from skillfast.report.formatting import MINUS
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("report_sample", Path(__file__).parents[1] / "report_sample.py")
+sample = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sample)
+
+HOSTILE = "</script><b id=hostile>&amp;\u2028"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def both(n_classes=10, **options):
+    results = sample.sample_results(n_classes, **options)
+    return results, sample.sample_skills(results)
+
+
+def validator(name):
+    schema = json.loads((ROOT / "skillfast" / "runs" / f"{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def at(values, path):
+    *parents, last = path.split(".")
+    for key in parents:
+        values = values[key]
+    return values, last
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the text of elements outside scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.inside = [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+# schemas
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 10, 100])
+def test_samples_follow_the_schemas(n_classes, optional):
+    results, skills = both(n_classes, optional=optional)
+    validator("results").validate(results)
+    validator("skills").validate(skills)
+
+
+REQUIRED = [
+    "schema", "environment", "config", "model", "dataset", "baseline", "removal_matrix", "selectivity", "oracle",
+    "random_control", "cost", "environment.torch", "config.seed", "config.max_site_share", "model.sites",
+    "model.trained.from", "dataset.n_test", "baseline.per_class", "selectivity.ratio", "selectivity.ci95",
+    "selectivity.ci95.harm_ratio", "oracle.removal_matrix", "oracle.target_drop", "random_control.draws",
+    "layer_contribution.ci95", "cost.seconds.sweep", "cost.peak_device_bytes", "interference.overlap",
+    "interference.linkage", "interference.strongest.angle", "standard_metrics.rank_preservation",
+    "standard_metrics.per_class",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_schema_misses_a_missing_key(path):
+    results, _ = both()
+    parent, key = at(results, path)
+    del parent[key]
+    with pytest.raises(jsonschema.ValidationError):
+        validator("results").validate(results)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "model", "dataset", "baseline", "selectivity", "selectivity.ci95", "oracle", "random_control", "cost",
+     "layer_contribution", "interference", "interference.strongest", "interference.strongest.competition",
+     "standard_metrics", "standard_metrics.ci95"],
+)  # fmt: skip
+def test_schema_refuses_a_misspelt_key(path):
+    results, _ = both()
+    parent, key = at({"": results, **results}, path)
+    parent[key]["strictratio"] = 1.0
+    with pytest.raises(jsonschema.ValidationError):
+        validator("results").validate(results)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("schema", "skillfast.bench/2"),
+        ("baseline.accuracy", 97.2),
+        ("baseline.per_class", ["0.9", 0.8]),
+        ("removal_matrix", [[-88.0, 0.0], [0.0, -90.0]]),
+        ("removal_matrix", [-0.88, 0.0]),
+        ("selectivity.other_harm", -0.1),
+        ("selectivity.target_drop", None),
+        ("selectivity.ratio", "56.4"),
+        ("selectivity.ci95", None),
+        ("random_control.draws", 0),
+        ("model.sites", [{"name": "blocks.0.mlp", "kind": "ffn", "block": 0, "heads": None, "width": 4}]),
+        ("dataset.classes", ["cat", "cat"]),
+        ("config.finetune", "last"),
+        ("cost.peak_rss_bytes", 1.5),
+        ("interference", {"overlap": [[1.0, 1.2], [1.2, 1.0]]}),
+        ("interference.angles_deg", [[0.0, 181.0], [1.0, 2.0]]),
+        ("interference.competition", [{"classes": ["cat", "dog"]}]),
+        ("standard_metrics.cosine", 1.1),
+        ("standard_metrics.reasons", {"bad_luck": ["cat"]}),
+        ("layer_contribution.per_block", [{"block": 0, "share": 0.5}]),
+    ],
+)
+def test_schema_refuses_a_wrong_value(path, value):
+    results, _ = both()
+    parent, key = at(results, path)
+    parent[key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validator("results").validate(results)
+
+
+def test_schema_takes_null_ratios_and_intervals():
+    results, _ = both()
+    for key in ("ratio", "strict_ratio", "harm_ratio"):
+        results["selectivity"][key] = results["selectivity"]["ci95"][key] = None
+    validator("results").validate(results)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda skills: skills.pop("fingerprint"),
+        lambda skills: skills.update(schema="skillfast.skills/0"),
+        lambda skills: skills["skills"][0].pop("metric"),
+        lambda skills: skills["skills"][0].update(nuerons={}),
+        lambda skills: skills["skills"][0]["neurons"].update({"head": [-1]}),
+        lambda skills: skills["skills"][0]["neurons"].update({"head": [3, 3]}),
+        lambda skills: skills["skills"][0]["neurons"].update({"head": 3}),
+    ],
+)
+def test_skills_schema_refuses(change):
+    _, skills = both()
+    change(skills)
+    with pytest.raises(jsonschema.ValidationError):
+        validator("skills").validate(skills)
+
+
+# the page's text
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 10, 100])
+def test_page_is_one_file(n_classes, optional):
+    page = report.render(*both(n_classes, optional=optional))
+    tags = Elements(page).tags
+    links = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "srcset", "action")]
+    assert links == ["data:,"]
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(attrs["content"] for tag, attrs in tags if tag == "meta" and "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none';")
+    assert ("contribution" in {attrs.get("id") for _, attrs in tags}) == optional
+    for name in ("overlap", "angles", "contribution-blocks", "dashboards-title"):
+        assert (name in {attrs.get("id") for _, attrs in tags}) == optional
+
+
+def test_page_is_accessible():
+    tags = Elements(report.render(*both())).tags
+    assert dict(tags)["html"] == {"lang": "en"}
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(attrs["aria-label"] for _, attrs in tags if "plot" in attrs.get("class", "").split())
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_page_says_the_result():
+    results, skills = both()
+    results["selectivity"] |= {"target_drop": 0.8725, "other_change": -0.0041, "ratio": 212.8}
+    words = Elements(report.render(results, skills)).words
+    assert "costs that class 87.2 percentage points of accuracy, while the other classes lose 0.41 on average" in words
+    assert "213\N{MULTIPLICATION SIGN}" in words
+    assert "skillfast bench --no-pretrained --finetune all --dataset digits" in words
+
+
+def test_class_names_are_escaped():
+    results, _ = both()
+    results["dataset"]["classes"][3] = HOSTILE
+    skills = sample.sample_skills(results)
+    page = report.render(results, skills)
+    found = Elements(page)
+    assert all(attrs.get("id") != "hostile" for _, attrs in found.tags)
+    assert [tag for tag, _ in found.tags].count("script") == 3
+    assert HOSTILE in html.unescape(page)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    # plotly reads labels as markup: there the name stays escaped once more
+    assert data["figures"]["removal-matrix"]["data"][0]["x"][3] == html.escape(HOSTILE, quote=False)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
+def test_undefined_is_said(nothing):
+    results, skills = both()
+    for source in ("selectivity", "oracle", "random_control"):
+        for key in ("ratio", "strict_ratio", "harm_ratio"):
+            results[source][key], results[source]["ci95"][key] = nothing, None
+    results["removal_matrix"][0][1] = nothing
+    results["baseline"]["per_class"][2] = nothing
+    page = report.render(results, skills)
+    words = Elements(page).words
+    assert words.count("not defined (denominator is 0)") == 9
+    assert not re.search(r"\b(nan|NaN|inf|None|null)\b", words)
+    assert "NaN" not in re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+
+
+def test_figures_are_plotly_figures():
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    from skillfast.report.page import make_figures
+
+    for n_classes in (2, 21):
+        for figure in make_figures(*both(n_classes)).values():
+            graph_objects.Figure(figure)
+
+
+def test_steps_and_places():
+    from skillfast.report import figures
+
+    results, skills = both()
+    steps = figures.removal_steps(results)
+    for i, frame in enumerate(steps["frames"]):
+        own, others, oracle = (bars["y"] for bars in frame["data"])
+        assert own[i] == pytest.approx(100 * results["removal_matrix"][i][i])
+        assert others[i] is None
+        assert oracle[i] == pytest.approx(100 * results["oracle"]["removal_matrix"][i][i])
+    places = figures.location_steps(results, skills)
+    neurons = skills["skills"][3]["neurons"]
+    drawn = sum(sum(bars["y"]) for bars in places["frames"][4]["data"])
+    assert drawn == sum(map(len, neurons.values()))
+    mlp = next(i for i, trace in enumerate(places["data"]) if trace["name"] == "MLP")
+    assert places["frames"][4]["data"][mlp]["y"][3] == len(neurons["blocks.3.mlp"])
+
+
+def test_page_names_the_strongest_interference():
+    results, skills = both()
+    words = Elements(report.render(results, skills)).words
+    assert (
+        "The strongest competition: airplane and truck. Without the skill of airplane, truck changes by +5.00" in words
+    )
+    assert "Chance alone can do that (q = 0.62)." in words
+    assert "The other class that turns most is truck, by 19.9° without the skill of airplane." in words
+    results["interference"]["strongest"] = dict.fromkeys(results["interference"]["strongest"])
+    results["interference"]["competition"] = []
+    words = Elements(report.render(results, skills)).words
+    assert "No two classes compete. No two classes are linked." in words
+    assert "turns most" not in words
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "would not notice that a class suffers"),
+        ({"cosine": 0.5, "rank_preservation": 0.3, "knn_accuracy_change": -0.3}, "Here the averages move as well"),
+        ({"cosine": 0.5}, "Part of these averages hardly moves"),
+        ({"cosine": None}, "a cosine similarity of not defined"),
+    ],
+)
+def test_page_says_what_dashboards_see(values, text):
+    results, skills = both()
+    results["standard_metrics"] |= {
+        "target_drop": 0.4, "cosine": 0.95, "rank_preservation": 0.92, "knn_accuracy_change": -0.01, **values,
+    }  # fmt: skip
+    words = Elements(report.render(results, skills)).words
+    assert "Each removal costs its class 40.0 points on average" in words
+    assert text in words
+
+
+def test_page_of_a_model_without_embeddings():
+    results, skills = both()
+    del results["standard_metrics"]
+    for key in ("angles_deg", "own_angle_deg", "other_angle_deg", "ci95"):
+        del results["interference"][key]
+    results["interference"]["strongest"]["angle"] = None
+    validator("results").validate(results)
+    found = Elements(report.render(results, skills))
+    assert "The strongest competition: airplane and truck." in found.words
+    assert "angles" not in {attrs.get("id") for _, attrs in found.tags}
+    assert "What the dashboards see" not in found.words
+
+
+def test_page_says_what_was_left_out():
+    results, skills = both()
+    results["standard_metrics"]["reasons"] = {"zero_or_not_finite": {"cat": 1200}, "one_image": ["dog"]}
+    results["interference"]["reasons"] = {"no_direction": ["bird"]}
+    results["interference"]["angles_deg"][0][2] = None
+    results["layer_contribution"]["per_block"][1] |= {"share": None, "ci95": None}
+    words = Elements(report.render(results, skills)).words
+    assert "1,200 embeddings that were zero or not finite, under the removal of cat." in words
+    assert "for dog: one test example" in words
+    assert "for bird: no angle" in words
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shown", "in_cell"),
+    [
+        (0.0, "0", "0"),
+        (-0.874, f"{MINUS}87.4", f"{MINUS}87"),
+        (0.0041, "0.41", "0.4"),
+        (-1.0, f"{MINUS}100.0", f"{MINUS}100"),
+        (-0.0001, f"{MINUS}0.01", "0"),
+        (1e-7, "0.00", "0"),
+        (0.09996, "10.0", "10"),
+        (None, "not defined", ""),
+    ],
+)
+def test_points(fraction, shown, in_cell):
+    from skillfast.report import formatting
+
+    assert formatting.points(fraction) == shown
+    assert formatting.cell(fraction) == in_cell
+
+
+def test_import_is_cheap():
+    code = (
+        "import sys, skillfast.report\n"
+        "assert not {'torch', 'plotly', 'rich', 'jinja2', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+# the page in a browser
+
+WATCH = """<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+addEventListener("unhandledrejection", (event) => errors.push(`rejected: ${event.reason}`));
+document.addEventListener("securitypolicyviolation", (event) => errors.push(`blocked: ${event.blockedURI}`));
+for (const name of ["error", "warn"]) console[name] = (...what) => errors.push(what.join(" "));
+</script>"""
+
+# presses every control, and tells the server what the page then shows; the pending image keeps the browser open
+PRESS = """<img src="/wait" alt=""><script>
+(async () => {
+  const root = document.documentElement;
+  const at = (id) => document.getElementById(id);
+  const until = async (done) => {
+    for (let i = 0; i < 200 && !done(); i++) await new Promise((next) => setTimeout(next, 100));
+    return done();
+  };
+  const step = () => Number(at("stepper").dataset.step);
+  const bars = () => at("removal-steps").data.map((trace) => trace.y[step() - 1]);
+  const told = {};
+  await until(() => root.dataset.ready);
+  told.opened = step();
+  at("next").click();
+  await until(() => bars()[0] !== null);
+  Object.assign(told, { pressed: step(), status: at("status").textContent, bars: bars() });
+  told.marked = at("removal-matrix").layout.shapes.map((shape) => (shape.y0 + shape.y1) / 2);
+  told.address = location.hash;
+  at("play").click();
+  await until(() => step() !== told.pressed && bars()[0] !== null);
+  told.played = step();
+  at("play").click();
+  at("slider").value = 1;
+  at("slider").dispatchEvent(new Event("input"));
+  told.slid = step();
+  at("zoom").click();
+  await until(() => at("removal-matrix").data[0].zmax < 50);
+  told.scale = at("removal-matrix").data[0].zmax;
+  const before = JSON.stringify(at("location-steps").data.map((trace) => trace.y));
+  at("located").value = 1;
+  at("located").dispatchEvent(new Event("change"));
+  told.located = await until(() => JSON.stringify(at("location-steps").data.map((trace) => trace.y)) !== before);
+  const drawn = Array.from(document.querySelectorAll(".plot"), (plot) => plot.querySelectorAll(".main-svg").length);
+  const hostile = at("hostile") !== null;
+  Object.assign(told, { drawn, hostile, errors, width: root.scrollWidth, window: innerWidth });
+  new Image().src = "/told?" + encodeURIComponent(JSON.stringify(told));
+})();
+</script>"""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one page, and takes one message from it."""
+
+    daemon_threads = True
+
+    def __init__(self, page):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.page, self.told, self.arrived, self.asked = page, None, threading.Event(), set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        self.server.asked.add(path)
+        if path == "/told":
+            self.server.told = json.loads(urllib.parse.unquote(query))
+            self.server.arrived.set()
+        if path == "/wait":
+            self.server.arrived.wait(120)
+        self.send_response(200 if path == "/" else 204)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        if path == "/":
+            self.wfile.write(self.server.page.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def browse(tmp_path):
+    if BROWSER is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} on PATH")
+
+    def open_page(page, fragment):
+        page = page.replace("<title>", WATCH + "<title>", 1).replace("</body>", PRESS + "</body>")
+        # the test's own two requests; everything else stays forbidden
+        server = Server(page.replace("img-src data:", "img-src 'self' data:", 1))
+        command = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900", "--enable-logging=stderr", "--v=0",
+            "--dump-dom", f"http://127.0.0.1:{server.server_port}/{fragment}",
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+        finally:
+            server.shutdown()
+            server.server_close()
+        assert server.asked == {"/", "/wait", "/told"}
+        return server.told, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
+
+
+@pytest.mark.parametrize(("n_classes", "blocks"), [(2, 2), (10, 4), (16, 24), (100, 12)])
+def test_page_opens_and_steps(browse, n_classes, blocks):
+    results, _ = both(n_classes, blocks=blocks)
+    results["dataset"]["classes"][1] = HOSTILE
+    told, console = browse(report.render(results, sample.sample_skills(results)), "#step=2")
+    assert told["errors"] == console == []
+    assert not told["hostile"]
+    # the figures of the page, each of several drawings
+    assert len(told["drawn"]) == 13
+    assert min(told["drawn"]) >= 1
+    assert told["opened"] == 2
+    step = 2 % n_classes
+    assert told["pressed"] == step + 1
+    assert told["address"] == f"#step={step + 1}"
+    assert f"({step + 1} of {n_classes})" in told["status"]
+    assert told["marked"] == [step]
+    assert told["bars"][0] == pytest.approx(100 * results["removal_matrix"][step][step])
+    assert told["bars"][2] == pytest.approx(100 * results["oracle"]["removal_matrix"][step][step])
+    assert told["played"] == (step + 1) % n_classes + 1
+    assert told["slid"] == 1
+    assert told["scale"] < 50
+    assert told["located"]
+    assert told["width"] <= told["window"]
+
+
+# the file
+
+
+def written(directory, results, skills):
+    (directory / "results.json").write_text(json.dumps(results))
+    (directory / "skills.json").write_text(json.dumps(skills))
+    return directory
+
+
+def test_write_report(tmp_path):
+    results, skills = both()
+    results["selectivity"]["ratio"] = float("nan")
+    path = report.write_report(written(tmp_path, results, skills))
+    assert path == tmp_path / "report.html"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.json", "skills.json"]
+    results["selectivity"]["ratio"] = None
+    assert path.read_text(encoding="utf-8") == report.render(results, skills)
+
+
+def without(values, key):
+    values = copy.deepcopy(values)
+    del values[key]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", None, "expected a file, got none"),
+        ("skills.json", None, "expected a file, got none"),
+        ("results.json", "{", "expected JSON"),
+        ("skills.json", b"\xff\xfe", "expected JSON"),
+        ("results.json", "[]", "expected schema 'skillfast.bench/1', got 'list'"),
+        ("results.json", '{"schema": "skillfast.bench/9"}', "'skillfast.bench/1', got 'skillfast.bench/9'"),
+        ("results.json", json.dumps(without(both()[0], "oracle")), "got none named oracle"),
+        ("skills.json", json.dumps(both()[1] | {"fingerprint": "other"}), "got 'other'"),
+        ("skills.json", json.dumps(both()[1] | {"skills": []}), "got no skill at all"),
+        (
+            "skills.json",
+            json.dumps(both()[1] | {"skills": [both()[1]["skills"][0] | {"neurons": {"blocks.99.mlp": [0]}}]}),
+            "got blocks.99.mlp",
+        ),
+    ],
+)  # fmt: skip
+def test_write_report_refuses(tmp_path, name, content, message):
+    written(tmp_path, *both())
+    (tmp_path / "report.html").write_text("older")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        report.write_report(tmp_path)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
+    assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+", str(caught.value))
+    assert (tmp_path / "report.html").read_text() == "older"
+
+
+def test_a_failed_write_leaves_the_older_report(tmp_path, monkeypatch):
+    written(tmp_path, *both())
+    (tmp_path / "report.html").write_text("older")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.json", "skills.json"]
+    assert (tmp_path / "report.html").read_text() == "older"
+
+
+# the terminal
+
+
+def shown(table):
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return " ".join(console.export_text().split())
+
+
+def test_summary_table():
+    results, _ = both()
+    results["selectivity"] |= {"target_drop": 0.8725, "ratio": None}
+    results["selectivity"]["ci95"] |= {"target_drop": [0.85, 0.89], "ratio": None}
+    text = shown(report.summary_table(results))
+    assert "87.2 (85.0 to 89.0)" in text
+    assert "96.0 % right on 500 test examples" in text
+    assert "not defined" in text
+    assert "share of MLP" in text
+    assert "share of" not in shown(report.summary_table(both(optional=False)[0]))
+
+
+def test_comparison_table():
+    results, _ = both()
+    other = sample.sample_results(2, optional=False)
+    other["model"]["name"] = "[bold]another"
+    text = shown(report.comparison_table({"runs/[a]": results, "runs/b": other}))
+    for word in ("runs/[a]", "runs/b", "[bold]another", "harm ratio of the oracle", "share of attention"):
+        assert word in text

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit
+
+import skillfast
+from skillfast import BenchConfig, NeuronRanking, SweepResult
+from skillfast.data.splits import TensorImages
+from skillfast.runs import bench as protocol
+from skillfast.runs import subject as setup
+from skillfast.runs.checkpoints import FOLDER, JSON, WEIGHTS, Kept, Phases, data_digest, weights_digest
+from skillfast.runs.cost import Clock
+
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
+
+
+def opened(folder, said=None, clock=None, **settings):
+    return Phases(folder, settings, clock or Clock(), say=(lambda _: None) if said is None else said.append)
+
+
+def never():
+    raise AssertionError("made again")
+
+
+def test_a_finished_phase_is_not_run_again(tmp_path):
+    value = {"a": [1, 2.5, None], "b": "ü"}
+    assert opened(tmp_path).run("choose", lambda: value, JSON) == value
+    clock = Clock()
+    again = opened(tmp_path, clock=clock)
+    assert again.run("choose", never, JSON) == value
+    assert again.resumed == ["choose"]
+    assert clock.seconds["choose"] == again.earlier > 0
+    assert again.run("choose", lambda: 3, JSON, part="other") == 3  # another part is another result
+    assert clock.seconds["choose"] > again.earlier
+
+
+def test_a_phase_that_breaks_off_leaves_nothing(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path).run("choose", interrupted, JSON)
+    assert opened(tmp_path).run("choose", lambda: 1, JSON) == 1
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"share": 0.1}, "share"), ({"share": 0.03, "new": 1}, "new")])
+def test_other_settings_start_anew(tmp_path, settings, name):
+    opened(tmp_path, share=0.03).run("choose", lambda: 1, JSON)
+    said = []
+    assert opened(tmp_path, said, **settings).run("choose", lambda: 2, JSON) == 2
+    assert said == [f"the unfinished run in {tmp_path} had another {name}: starting anew"]
+
+
+def test_other_data_start_anew(tmp_path):
+    phases = opened(tmp_path)
+    phases.check("data", "x")
+    phases.run("choose", lambda: 1, JSON)
+    said = []
+    same = opened(tmp_path, said)
+    same.check("data", "x")
+    assert same.run("choose", never, JSON) == 1
+    other = opened(tmp_path, said)
+    other.check("data", "y")
+    assert other.run("choose", lambda: 2, JSON) == 2
+    assert said == [f"the unfinished run in {tmp_path} had other data: starting anew"]
+
+
+def test_no_resume_starts_anew(tmp_path):
+    opened(tmp_path).run("choose", lambda: 1, JSON)
+    assert Phases(tmp_path, {}, Clock(), resume=False).run("choose", lambda: 2, JSON) == 2
+
+
+@pytest.mark.parametrize("broken", ["{", '{"schema": "else"}', ""])
+def test_a_broken_phase_is_made_anew(tmp_path, broken):
+    opened(tmp_path).run("choose", lambda: 1, JSON)
+    (tmp_path / FOLDER / "choose" / "value.json").write_text(broken)
+    said = []
+    assert opened(tmp_path, said).run("choose", lambda: 2, JSON) == 2
+    assert len(said) == 1
+    assert "phase choose is made anew" in said[0]
+    assert opened(tmp_path).run("choose", never, JSON) == 2
+
+
+def test_a_full_disk_costs_the_way_back_and_not_the_run(tmp_path):
+    def full(value, folder):
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    said = []
+    phases = opened(tmp_path, said)
+    assert phases.run("choose", lambda: 1, Kept(full, never)) == 1
+    assert said == ["warning: phase choose cannot be kept (No space left on device): an interrupted run will repeat it"]
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["run.json"]
+
+
+def test_digests_tell_weights_and_data_apart():
+    model, images = make_vit(), torch.randn(40, 3, 4, 4)
+    digest = weights_digest(model)
+    assert weights_digest(make_vit()) == digest
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias += 1e-3
+    assert weights_digest(model) != digest
+    labels = torch.arange(40) % 4
+    part = TensorImages(images, labels, "abcd")
+    digest = data_digest({"test": part})
+    assert data_digest({"test": TensorImages(images.clone(), labels.clone(), "abcd")}) == digest
+    assert data_digest({"test": TensorImages(images, labels.flip(0), "abcd")}) != digest
+    assert data_digest({"test": TensorImages(images + 1, labels, "abcd")}) != digest
+    assert data_digest({"test": TensorImages(images, labels, "abce")}) != digest
+
+
+def test_results_come_back_as_they_were(tmp_path, vit, batches):
+    ranking = skillfast.attribute(vit, batches)
+    ranking.save(tmp_path)
+    again = NeuronRanking.load(tmp_path)
+    np.testing.assert_array_equal(again.values, ranking.values)
+    assert (again.sites, again.columns, again.fingerprint) == (ranking.sites, ranking.columns, ranking.fingerprint)
+    skills = skillfast.select(ranking)
+    assert all(skillfast.select(again)[name].neurons.keys() == skill.neurons.keys() for name, skill in skills.items())
+    swept = skillfast.sweep(vit, batches, [skillfast.Condition(s) for s in skills.values()], keep_embeddings=True)
+    swept.save(tmp_path)
+    back = SweepResult.load(tmp_path)
+    assert back.classes == swept.classes
+    assert back.predictions is None
+    for name in ("per_class_accuracy", "per_class_margin", "top2", "embeddings"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(swept, name))
+
+
+SMALL = {
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": {"img_size": 8, "in_chans": 1, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "epochs": 2,
+    "statistics": ("pearson",),
+    "method": "attribution",
+    "control_draws": 1,
+}
+
+
+def without_cost(report):
+    return {key: value for key, value in report.results.items() if key != "cost"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return skillfast.bench(BenchConfig(**SMALL, output=str(folder)))
+
+
+def test_a_finished_run_leaves_its_files_alone(undisturbed):
+    names = {path.name for path in undisturbed.directory.iterdir()}
+    assert names == {
+        "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html", WEIGHTS
+    }  # fmt: skip
+    assert undisturbed.results["cost"]["resumed"] == []
+
+
+def test_the_trained_weights_can_be_loaded(undisturbed, tmp_path):
+    """As a checkpoint, they need no training and do the same."""
+    config = {name: value for name, value in SMALL.items() if name != "epochs"}
+    checkpoint = str(undisturbed.directory / WEIGHTS)
+    again = skillfast.bench(BenchConfig(**config, checkpoint=checkpoint, output=str(tmp_path)))
+    assert again.results["removal_matrix"] == undisturbed.results["removal_matrix"]
+    assert again.results["model"]["trained"]["from"] == "checkpoint"
+    assert not (tmp_path / WEIGHTS).exists()  # it has them
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "finished"),
+    [
+        (setup.training, "finetune", []),
+        (protocol, "trace_part", ["train"]),
+        (protocol.selection, "attribute", ["train", "trace"]),
+        (protocol.selection, "effects", ["train", "trace", "select: attribution"]),
+        (protocol, "_sweep", ["train", "trace", "select: attribution", "choose"]),
+        (protocol, "compare_embeddings", ["train", "trace", "select: attribution", "choose", "sweep"]),
+        (
+            protocol,
+            "trace_over_forward",
+            ["train", "trace", "select: attribution", "choose", "sweep", "embeddings", "trade_off", "trace_test"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_interrupted_run_goes_on_after_its_last_phase(undisturbed, tmp_path, monkeypatch, module, name, finished):
+    config = BenchConfig(**SMALL, output=str(tmp_path))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            skillfast.bench(config, say=said.append)
+    assert not (tmp_path / "results.json").exists()
+    assert any(line.endswith("the same command goes on from there") for line in said) == bool(finished)
+    said.clear()
+    report = skillfast.bench(config, say=said.append)
+    assert report.results["cost"]["resumed"] == finished
+    assert any(line.startswith("an unfinished run goes on after") for line in said) == bool(finished)
+    assert json.dumps(without_cost(report)) == json.dumps(without_cost(undisturbed))
+    seconds = report.results["cost"]["seconds"]
+    assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total") * 0.99
+    assert not (tmp_path / FOLDER).exists()
+    torch.testing.assert_close(
+        skillfast.load_skills(tmp_path)["0"].neurons, skillfast.load_skills(undisturbed.directory)["0"].neurons
+    )
+
+
+def test_another_share_trains_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "_sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            skillfast.bench(BenchConfig(**SMALL, output=str(tmp_path)))
+    said = []
+    report = skillfast.bench(BenchConfig(**SMALL, share=0.02, output=str(tmp_path)), say=said.append)
+    assert report.results["cost"]["resumed"] == []
+    assert any("had another share: starting anew" in line for line in said)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import skillfast
+from skillfast.errors import ArgumentError, DataError
+from skillfast.models.sites import Site
+from skillfast.skills.skill import overlap
+
+pytestmark = pytest.mark.filterwarnings("ignore:no neuron was chosen")
+SITES = (Site("blocks.0.mlp", "mlp", 0, "a", 8), Site("blocks.1.attn", "attn", 1, "b", 4, 2))
+
+
+def scores(pearson):
+    pearson = np.asarray(pearson, dtype=float)
+    return skillfast.NeuronScores(
+        columns=("label:a", "label:b", "loss")[: pearson.shape[1]],
+        mean=np.zeros(12), std=np.ones(12), n_observations=9, pearson=pearson, sites=SITES, fingerprint="f",
+    )  # fmt: skip
+
+
+def neurons(skill):
+    return {site: index.tolist() for site, index in skill.neurons.items()}
+
+
+def test_the_best_neurons_of_each_column_are_chosen():
+    values = np.zeros((12, 3))
+    values[[2, 5, 9], 0] = [0.9, 0.8, 0.7]
+    values[[0, 11], 2] = [-0.9, 0.5]
+    skills = skillfast.select(scores(values), share=3 / 12, max_site_share=1)
+    assert list(skills) == ["a", "b", "loss"]
+    assert neurons(skills["a"]) == {"blocks.0.mlp": [2, 5], "blocks.1.attn": [1]}
+    assert neurons(skills["b"]) == {}  # nothing goes with it
+    assert neurons(skills["loss"]) == {"blocks.1.attn": [3]}
+    assert (skills["a"].metric, skills["a"].method, skills["a"].fingerprint) == ("label:a", "pearson", "f")
+    assert neurons(skillfast.select(scores(values), signed=False, share=2 / 12, max_site_share=1)["loss"]) == {
+        "blocks.0.mlp": [0], "blocks.1.attn": [3],
+    }  # fmt: skip
+
+
+def test_an_empty_skill_is_told():
+    values = np.zeros((12, 3))
+    values[0, 0] = 0.5
+    with pytest.warns(RuntimeWarning, match="no neuron was chosen for label:b, loss: none has a score above 0"):
+        skillfast.select(scores(values))
+
+
+def test_masks_are_taken_and_floats_refused():
+    skill = skillfast.Skill("mine", {"head": np.array([False, True, False, True])})
+    assert neurons(skill) == {"head": [1, 3]}
+    with pytest.raises(ArgumentError, match=r"expected whole numbers or a mask in head, got torch\.float"):
+        skillfast.Skill("mine", {"head": [1.7]})
+
+
+def test_no_site_gives_more_than_its_share():
+    values = np.tile(np.linspace(0.9, 0.1, 12)[:, None], (1, 2))
+    skill = skillfast.select(scores(values), share=0.5, max_site_share=0.5)["a"]
+    assert neurons(skill) == {"blocks.0.mlp": [0, 1, 2, 3], "blocks.1.attn": [0, 1]}
+
+
+def test_undefined_scores_are_never_chosen():
+    values = np.full((12, 1), np.nan)
+    values[3] = 0.1
+    assert neurons(skillfast.select(scores(values), share=1, max_site_share=1)["a"]) == {"blocks.0.mlp": [3]}
+
+
+def test_contrastive_selection_prefers_neurons_of_one_class():
+    values = np.zeros((12, 2))
+    values[0] = [0.9, 0.89]  # carries both
+    values[1] = [0.5, -0.2]
+    assert neurons(skillfast.select(scores(values), share=1 / 12)["a"]) == {"blocks.0.mlp": [0]}
+    assert neurons(skillfast.select(scores(values), share=1 / 12, contrastive=True)["a"]) == {"blocks.0.mlp": [1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"method": "magic"},
+            "method: expected one of pearson, spearman, auroc, mutual_info, attribution, mask, got 'magic'",
+        ),
+        ({"share": 0}, r"share: expected a share in \(0, 1\], got 0"),
+        ({"max_site_share": 1.5}, "max_site_share: expected a share"),
+        ({"metric": "colour"}, "metric: expected one of label:a, label:b, loss, got 'colour'"),
+    ],
+)
+def test_select_refuses(arguments, words):
+    with pytest.raises(ArgumentError, match=words):
+        skillfast.select(scores(np.ones((12, 3))), **arguments)
+
+
+def test_select_needs_sites():
+    made = skillfast.correlate(np.random.default_rng(0).normal(size=(9, 3)), {"x": np.arange(9) % 2})
+    with pytest.raises(ArgumentError, match="expected scores of a traced model"):
+        skillfast.select(made)
+
+
+def test_skills_by_hand_are_tidied():
+    skill = skillfast.Skill("mine", {"blocks.0.mlp": [5, 1, 5], "head": []})
+    assert neurons(skill) == {"blocks.0.mlp": [1, 5]}
+    assert len(skill) == 2
+    with pytest.raises(ArgumentError, match="expected indices from 0 in head, got -1"):
+        skillfast.Skill("mine", {"head": [-1]})
+
+
+def test_skills_are_saved_and_loaded(tmp_path):
+    made = skillfast.select(scores(np.random.default_rng(0).normal(size=(12, 3))))
+    path = skillfast.save_skills(tmp_path, made.values())
+    loaded = skillfast.load_skills(path)
+    assert loaded.keys() == skillfast.load_skills(tmp_path).keys() == made.keys()
+    assert all(neurons(loaded[name]) == neurons(made[name]) for name in made)
+    assert loaded["a"].fingerprint == "f"
+    assert json.loads(path.read_text())["schema"] == "skillfast.skills/1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "expected a file, got none"),
+        ("{", "expected JSON"),
+        ('{"schema": "skillfast.skills/2"}', "expected schema 'skillfast.skills/1', got 'skillfast.skills/2'"),
+        (
+            '{"schema": "skillfast.skills/1", "skills": [{"colour": 1}]}',
+            "expected a whole file, got one with other keys",
+        ),
+    ],
+)
+def test_broken_skill_files_are_refused(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "skills.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        skillfast.load_skills(tmp_path)
+
+
+def test_overlap_is_jaccards():
+    a = skillfast.Skill("a", {"x": torch.tensor([1, 2]), "y": torch.tensor([1])})
+    b = skillfast.Skill("b", {"x": torch.tensor([2, 3])})
+    np.testing.assert_allclose(overlap([a, b]), [[1, 0.25], [0.25, 1]])

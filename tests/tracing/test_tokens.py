@@ -1,0 +1,271 @@
+"""Tokens as observations: the numbers are those of numpy, and no tensor of all tokens outlives its layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit, one_line
+
+import skillfast
+from skillfast import Categorical, Continuous, Tracer, backends
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.memory.budget import PeakBytes
+from skillfast.models.sites import find_sites
+
+METRICS = {"label": Categorical(5), "loss": Continuous()}
+BLOCKS = ("mlp", "attn")
+
+
+def stored_tokens(model, images, sites):
+    """Every site's activations as they flow in [batch, tokens, D] by forward hooks."""
+    kept = {}
+    handles = [
+        model.get_submodule(site.path).register_forward_hook(
+            lambda _, args, __, n=site.name: kept.__setitem__(n, args[0].detach())
+        )
+        for site in sites
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([kept[site.name] for site in sites], -1).double()
+
+
+def data(batches):
+    images, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    return images, labels, torch.randn(len(labels), generator=torch.Generator().manual_seed(3))
+
+
+def pearson(x, values, mask=None):
+    """Pearson's r of rows [n, tokens, D] with columns [n, tokens, M], by numpy."""
+    keep = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    rows, columns = x[keep].numpy(), values[keep].numpy()
+    return np.corrcoef(rows.T, columns.T)[: rows.shape[1], rows.shape[1] :]
+
+
+def columns_of(labels, loss, tokens):
+    one_hot = torch.nn.functional.one_hot(labels, 5).double()
+    columns = torch.cat([one_hot, loss.double()[..., None]], -1)
+    return columns if columns.dim() == 3 else columns[:, None].expand(-1, tokens, -1)
+
+
+def test_every_token_counts(vit, batches):
+    images, labels, loss = data(batches)
+    tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",))
+    start = 0
+    with tracer, torch.no_grad():
+        for x, y in batches:
+            vit(x)
+            tracer.step(label=y, loss=loss[start : start + len(y)])
+            start += len(y)
+    scores = tracer.compute()
+    x = stored_tokens(vit, images, scores.sites)
+    assert scores.n_observations == x.shape[0] * x.shape[1] == tracer.n_observations
+    steady = x.flatten(0, 1).std(0).numpy() > 1e-2
+    want = pearson(x, columns_of(labels, loss, x.shape[1]))
+    np.testing.assert_allclose(scores.pearson[steady], want[steady], atol=5e-6)
+    np.testing.assert_allclose(scores.mean, x.flatten(0, 1).mean(0), atol=1e-5)
+    np.testing.assert_allclose(scores.std[steady], x.flatten(0, 1).std(0, correction=0)[steady], rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_metrics_of_each_token(vit, batches, masked):
+    images, labels, _ = data(batches)
+    tokens = vit.pos_embed.shape[1]
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 5, (len(images), tokens), generator=generator)
+    loss = torch.randn(len(images), tokens, generator=generator) + 7
+    mask = torch.rand(len(images), tokens, generator=generator) > 0.3 if masked else None
+    tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",))
+    backends.calls.clear()
+    with tracer, torch.no_grad():
+        for part in torch.arange(len(images)).split(10):
+            tracer.expect(None if mask is None else mask[part], label=labels[part], loss=loss[part])
+            vit(images[part])
+            tracer.step()
+    assert backends.calls["act_pool_accumulate", "native"] == 4 * 6
+    scores = tracer.compute()
+    x = stored_tokens(vit, images, scores.sites)
+    assert scores.n_observations == (x.shape[0] * x.shape[1] if mask is None else int(mask.sum()))
+    steady = x.flatten(0, 1).std(0).numpy() > 1e-2
+    want = pearson(x, columns_of(labels, loss, tokens), mask)
+    np.testing.assert_allclose(scores.pearson[steady], want[steady], atol=5e-6)
+
+
+def test_expected_metrics_of_examples_equal_those_told_later(vit, batches):
+    images, labels, loss = data(batches)
+    results = []
+    for before in (True, False):
+        tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none")
+        with tracer, torch.no_grad():
+            if before:
+                tracer.expect(label=labels, loss=loss)
+            vit(images)
+            tracer.step(**({} if before else {"label": labels, "loss": loss}))
+        results.append(tracer.compute())
+    for name, array in results[0].arrays().items():
+        if name.startswith(("pearson", "spearman", "auroc")):
+            kept = results[1].std > 1e-2
+            np.testing.assert_allclose(array[kept], getattr(results[1], name)[kept], atol=1e-5)
+
+
+def test_a_forward_that_is_discarded_is_not_counted(vit, batches):
+    images, labels, loss = data(batches)
+    results = []
+    for extra in (False, True):
+        tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",))
+        with tracer, torch.no_grad():
+            tracer.expect(label=labels, loss=loss)
+            vit(images)
+            tracer.step()
+            if extra:
+                tracer.expect(label=labels.flip(0), loss=loss)
+                vit(images * 2)
+                tracer.discard()
+        results.append(tracer.compute())
+    np.testing.assert_array_equal(results[0].pearson, results[1].pearson)
+
+
+def test_ranks_come_from_sampled_tokens():
+    """A neuron's ranks over the tokens, from 4 of each example."""
+    model = make_vit(depth=1)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1500, 3, 16, 16, generator=generator)
+    loss = images.mean((1, 2, 3)) * 10
+    labels = (loss > 0).long()
+    tracer = Tracer(model, METRICS, sites=BLOCKS, pool="none")
+    with tracer, torch.no_grad():
+        for x, y, v in zip(images.split(100), labels.split(100), loss.split(100), strict=True):
+            model(x)
+            tracer.step(label=y, loss=v)
+    with pytest.warns(RuntimeWarning, match="constant_metric"):
+        scores = tracer.compute()
+    from scipy import stats
+
+    x = stored_tokens(model, images, scores.sites)
+    rows = x.flatten(0, 1).numpy()
+    values = loss[:, None].expand(-1, x.shape[1]).flatten().numpy()
+    for neuron in (0, 17, 100):
+        rho = stats.spearmanr(rows[:, neuron], values).statistic
+        assert abs(scores.spearman[neuron, -1] - rho) < 5 / np.sqrt(4 * len(images))  # the sample's own noise
+
+
+def test_masked_tokens_are_never_sampled():
+    from skillfast.statistics.token_statistics import TokenStatistics
+
+    statistics = TokenStatistics(
+        3, METRICS, ("spearman",), seed=0, device=torch.device("cpu"), cells=16, buffer_rows=64, confidence=None
+    )
+    mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) > 0.6
+    mask[:, 4] = True
+    seen = torch.zeros(50, 9, dtype=torch.bool)
+    for _ in range(200):
+        picked = statistics.pick(50, 9, mask)
+        assert mask.gather(1, picked).all()
+        seen.scatter_(1, picked, value=True)
+    assert torch.equal(seen, mask)
+
+
+def test_confidence_over_examples(vit, batches):
+    """Tokens of an example are one group: the interval is that of the examples, not of 17 times as many."""
+    images, labels, loss = data(batches)
+    widths = {}
+    for pool in ("mean", "none"):
+        tracer = Tracer(vit, METRICS, sites=("attn",), pool=pool, statistics=("pearson",), confidence=64)
+        with tracer, torch.no_grad():
+            for part in torch.arange(len(images)).split(10):
+                vit(images[part])
+                tracer.step(label=labels[part], loss=loss[part])
+        scores = tracer.compute()
+        widths[pool] = np.nanmedian(scores.pearson_high[:, -1] - scores.pearson_low[:, -1])
+        assert (scores.pearson_low <= scores.pearson)[np.isfinite(scores.pearson_low)].all()
+    naive = 4 / np.sqrt(17 * len(images))
+    assert widths["none"] > naive / 2  # 1 / sqrt(number of tokens) would be far too sure
+    assert widths["mean"] > widths["none"]
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_no_tensor_of_all_tokens_outlives_its_layer(expected):
+    model = make_vit(img_size=32, patch_size=2, depth=6, embed_dim=96, num_heads=4)  # 257 tokens
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    tokens = model.pos_embed.shape[1]
+    every = 8 * tokens * sum(s.width for s in find_sites(model) if s.kind != "head") * 4
+    peaks = []
+    for traced in (False, True):
+        tracer = Tracer(model, {"label": Categorical(5)}, sites=BLOCKS, pool="none", statistics=("pearson",))
+        with torch.no_grad(), tracer:  # the first forward sets the centers
+            model(images)
+            tracer.step(label=labels)
+        context = tracer if traced else torch.no_grad()
+        with torch.no_grad(), context, PeakBytes() as memory:
+            if traced and expected:
+                tracer.expect(label=labels)
+            model(images)
+            peak = memory.peak
+            if traced:
+                tracer.step(**({} if expected else {"label": labels}))
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 0.1 * every
+    assert 0.1 * every < peaks[0]
+
+
+def test_trace_takes_a_second_forward_for_metrics_of_tokens(vit, batches):
+    runs = []
+
+    def forward(model, batch):
+        runs.append(len(batch[0]))
+        with torch.no_grad():
+            logits = model(batch[0])
+        tokens = model.pos_embed.shape[1]
+        return logits, {"brightness": batch[0].mean((1, 2, 3))[:, None] + torch.arange(tokens)}
+
+    scores = skillfast.trace(
+        vit, batches, {"brightness": Continuous()}, sites=BLOCKS, pool="none", statistics=("pearson",), forward=forward
+    )
+    assert len(runs) == 2 * len(batches)
+    images = torch.cat([x for x, _ in batches])
+    x = stored_tokens(vit, images, scores.sites)
+    values = images.double().mean((1, 2, 3))[:, None, None] + torch.arange(x.shape[1])[None, :, None]
+    steady = x.flatten(0, 1).std(0).numpy() > 1e-2
+    np.testing.assert_allclose(scores.pearson[steady], pearson(x, values)[steady], atol=2e-5)
+
+
+def test_what_cannot_be_counted_is_told(vit, batches):
+    images, labels, loss = data(batches)
+    tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none")
+    per_token = torch.zeros(len(images), 17)
+    with tracer, torch.no_grad():
+        vit(images)
+        text = one_line(ArgumentError, tracer.step, label=labels, loss=per_token)
+        assert "tell values per token to tracer.expect() before the forward" in text
+        tracer.discard()
+        assert "expected all of the metrics" in one_line(ArgumentError, tracer.expect, loss=per_token)
+        tracer.expect(label=labels, loss=per_token)
+        vit(images)
+        assert "expected no values after expect()" in one_line(ArgumentError, tracer.step, label=labels)
+        tracer.discard()
+        tracer.expect(label=labels, loss=loss[:3])
+        assert "metric 'loss': expected values [37] or [37, 17]" in one_line(ArgumentError, vit, images)
+        tracer.discard()
+    sure = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",), confidence=16)
+    with sure, torch.no_grad():
+        sure.expect(label=labels, loss=per_token)
+        assert "leave out confidence" in one_line(ArgumentError, vit, images)
+
+
+def test_sites_of_several_resolutions_are_refused():
+    import timm
+
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, num_classes=5).eval()
+    tracer = Tracer(model, {"label": Categorical(5)}, sites=("mlp",), pool="none")
+    with tracer, torch.no_grad():
+        text = one_line(ModelError, model, torch.randn(1, 3, 56, 56))
+    assert "trace sites of one resolution at a time" in text
+
+
+def test_the_classifier_has_observations_of_its_own(vit, batches):
+    scores = skillfast.trace(vit, batches, pool="none", statistics=("pearson",))
+    pooled = skillfast.trace(vit, batches, statistics=("pearson",))
+    np.testing.assert_allclose(scores["head"].pearson, pooled["head"].pearson, atol=1e-5)
