@@ -59,7 +59,7 @@ def stored(model, images):
 
 
 def warmed(model, batch, pool, statistics):
-    """A tracer past its first rows, whose cells have their edges; and that what it reads is what flows."""
+    """A tracer past its first rows, whose bins have their edges; and that what it reads is what flows."""
     images, values = batch
     # The buffer is counted into the state at every step: dearer than in a pass, but no step gets it for nothing.
     tracer = Tracer(model, METRICS, pool=pool, statistics=statistics, buffer_rows=BATCH)
@@ -72,7 +72,7 @@ def warmed(model, batch, pool, statistics):
     np.testing.assert_allclose(checked.compute().mean, want, rtol=1e-2, atol=2e-3)
     if set(statistics) != {"pearson"}:
         with tracer:
-            for _ in range(2):  # what is timed adds to cells with edges, not to rows that are kept
+            for _ in range(2):  # what is timed adds to bins with edges, not to rows that are kept
                 model(images)
                 tracer.step(**values)
             tracer.calibrate()

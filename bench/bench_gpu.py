@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from skillfast import Categorical, Continuous, backends, ops
-from skillfast.statistics import cells
-from skillfast.statistics.edges import build_edges, calibration_rows
+from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins.edges import build_edges, calibration_rows
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-WIDTH, ROWS, CELLS = 46_080, 512, 128
+WIDTH, ROWS, BINS = 46_080, 512, 128
 METRICS = {"label": Categorical(10), "confidence": Continuous(), "loss": Continuous()}
 seconds: dict[str, float] = {}  # per sample
 
@@ -83,21 +83,21 @@ def test_comoments_update(benchmark, rows):
     timed(benchmark, "comoments_update", lambda: ops.comoments_update(rows, y, shift, *states["triton"]), ROWS)
 
 
-def test_cells_update(benchmark, rows):
+def test_bins_update(benchmark, rows):
     generator = torch.Generator().manual_seed(0)
     values = {
         "label": torch.randint(0, 10, (ROWS,), generator=generator),
         "confidence": torch.rand(ROWS, generator=generator),
         "loss": torch.randn(ROWS, generator=generator).exp(),
     }
-    layout = cells.CellLayout.of(METRICS, CELLS)
+    layout = bins.BinLayout.of(METRICS, BINS)
     references = {name: values[name].double().sort().values for name in layout.hats}
-    payload = [tensor.cuda() for tensor in cells.payload(layout, values, references)]
-    edges = build_edges(torch.randn(calibration_rows(CELLS), WIDTH, device="cuda"), CELLS)
+    payload = [tensor.cuda() for tensor in bins.payload(layout, values, references)]
+    edges = build_edges(torch.randn(calibration_rows(BINS), WIDTH, device="cuda"), BINS)
     tables = {}
     for backend in ("triton", "reference"):
         tables[backend] = layout.zeros(WIDTH, "cuda")
         with backends.use_backend(backend):
-            ops.cells_update(rows, edges, *payload, tables[backend])
+            ops.bins_update(rows, edges, *payload, tables[backend])
     assert torch.equal(*tables.values())
-    timed(benchmark, "cells_update", lambda: ops.cells_update(rows, edges, *payload, tables["triton"]), ROWS)
+    timed(benchmark, "bins_update", lambda: ops.bins_update(rows, edges, *payload, tables["triton"]), ROWS)

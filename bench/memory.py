@@ -23,7 +23,7 @@ def run(n: int, neurons: int) -> dict[str, float]:
     metrics = {"label": Categorical(10), "confidence": Continuous(), "loss": Continuous()}
     generator = torch.Generator().manual_seed(0)
     x = torch.empty(BATCH, neurons).normal_(generator=generator)
-    warm = NeuronStatistics(8, metrics, cells=8)
+    warm = NeuronStatistics(8, metrics, bins=8)
     for _ in range(4):  # whatever is loaded on first use
         warm.update(
             torch.randn(64, 8), {"label": torch.arange(64) % 10, "confidence": torch.rand(64), "loss": torch.rand(64)}

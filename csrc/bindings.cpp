@@ -68,11 +68,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
-      "cells_update",
-      [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t cells, int64_t metrics, int64_t counts,
+      "bins_update",
+      [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t bins, int64_t metrics, int64_t counts,
          int64_t weights, uintptr_t edges, uintptr_t channels, uintptr_t hats, uintptr_t table, int dtype,
          int n_threads) {
-        skillfast::cells_update({at<const void>(x), stride_row, n, width, cells, metrics, counts, weights,
+        skillfast::bins_update({at<const void>(x), stride_row, n, width, bins, metrics, counts, weights,
                                  at<const float>(edges), at<const int16_t>(channels), at<const int16_t>(hats),
                                  at<int32_t>(table), static_cast<skillfast::DType>(dtype)},
                                 n_threads);
@@ -95,7 +95,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
          int activation, int pool, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t mask, uintptr_t out,
          int dtype, int64_t columns, uintptr_t y, bool y_per_token, uintptr_t center, uintptr_t sum_x, uintptr_t sum_xx,
-         uintptr_t sum_xy, int64_t cells, int64_t metrics, int64_t counts, int64_t weights, uintptr_t edges,
+         uintptr_t sum_xy, int64_t bins, int64_t metrics, int64_t counts, int64_t weights, uintptr_t edges,
          uintptr_t channels, uintptr_t hats, uintptr_t table, int n_threads) {
         skillfast::act_pool_accumulate(
             {act_pool_args(x, stride_batch, stride_token, batch, tokens, width, activation, pool, scale, shift,
@@ -105,7 +105,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
              {nullptr, 0, 0, width, columns, nullptr, at<const float>(center), at<double>(sum_x), at<double>(sum_xx),
               at<double>(sum_xy), width, skillfast::DType::float32},
              edges != 0,
-             {nullptr, 0, 0, width, cells, metrics, counts, weights, at<const float>(edges),
+             {nullptr, 0, 0, width, bins, metrics, counts, weights, at<const float>(edges),
               at<const int16_t>(channels), at<const int16_t>(hats), at<int32_t>(table), skillfast::DType::float32}},
             n_threads);
       },

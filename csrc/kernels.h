@@ -50,16 +50,16 @@ struct CoMomentsArgs {
   DType dtype;
 };
 
-// Counts n rows of x into the cell table of each neuron. A neuron's table is [cells, counts] then [cells, weights].
-struct CellsArgs {
+// Counts n rows of x into the bin table of each neuron. A neuron's table is [bins, counts] then [bins, weights].
+struct BinsArgs {
   const void* x;  // [n, width], unit stride in the last dimension
   int64_t stride_row;
   int64_t n, width;
-  int64_t cells, metrics, counts, weights;  // cells in [2, 256]; weights a multiple of 8
-  const float* edges;                       // [width, cells - 1], ascending
+  int64_t bins, metrics, counts, weights;  // bins in [2, 256]; weights a multiple of 8
+  const float* edges;                       // [width, bins - 1], ascending
   const int16_t* channels;                  // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
   const int16_t* hats;                      // [n, weights]
-  int32_t* table;                           // [width, cells * (counts + weights)]
+  int32_t* table;                           // [width, bins * (counts + weights)]
   DType dtype;
 };
 
@@ -70,14 +70,14 @@ struct ActPoolAccumulateArgs {
   const float* y;       // [batch, columns], or [batch, tokens, columns] where y_per_token
   bool y_per_token;     // with Pool::none only
   CoMomentsArgs sums;   // its x, n, y and dtype are not used
-  bool has_cells;
-  CellsArgs cells;  // its x, n and dtype are not used; channels and hats have a row per observation
+  bool has_bins;
+  BinsArgs bins;  // its x, n and dtype are not used; channels and hats have a row per observation
 };
 
 // CPU ops: the widest instruction set that the processor has, on n_threads of the process's OpenMP threads.
 void neuron_scale(const NeuronScaleArgs& args, int n_threads);
 void comoments_update(const CoMomentsArgs& args, int n_threads);
-void cells_update(const CellsArgs& args, int n_threads);
+void bins_update(const BinsArgs& args, int n_threads);
 void act_mask_pool(const ActPoolArgs& args, int n_threads);
 void act_pool_accumulate(const ActPoolAccumulateArgs& args, int n_threads);
 

@@ -1,7 +1,7 @@
 """`act_pool_accumulate` in Triton: a program takes BLOCK_D neurons through some samples, then adds its sums.
 
 Sums are kept in registers over the samples and meet the state once, by float64 atomics; the order of those is the
-GPU's, so the last bits of the sums vary from run to run. The cells are integers and do not.
+GPU's, so the last bits of the sums vary from run to run. The bins are integers and do not.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ OPTIONS = {"num_warps": 4, "maxnreg": 255}  # else, or with wider tiles, ptxas s
 
 
 @triton.jit
-def count_cells(
-    values, kept, first, number, edges, channels, hats, table, d, cells, metrics, counts, weights,
+def count_bins(
+    values, kept, first, number, edges, channels, hats, table, d, bins, metrics, counts, weights,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds values [BLOCK_N, BLOCK_D] to the table; observation `first + i` has row i of channels and hats."""
     neuron = d.to(tl.int64)[None, :]
-    cell = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)
+    bin_ = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)
     for level in tl.static_range(LEVELS):
-        reach = cell + (1 << (LEVELS - 1 - level))
-        there = kept & (reach < cells)
-        edge = tl.load(edges + neuron * (cells - 1) + reach - 1, mask=there, other=0.0)
-        cell = tl.where(there & (values >= edge), reach, cell)
-    own = table + neuron * (cells * (counts + weights))
+        reach = bin_ + (1 << (LEVELS - 1 - level))
+        there = kept & (reach < bins)
+        edge = tl.load(edges + neuron * (bins - 1) + reach - 1, mask=there, other=0.0)
+        bin_ = tl.where(there & (values >= edge), reach, bin_)
+    own = table + neuron * (bins * (counts + weights))
     row = first + tl.arange(0, BLOCK_N)
     in_row = tl.arange(0, BLOCK_N) < number
     for k in range(metrics):
         channel = tl.load(channels + row * metrics + k, mask=in_row, other=-1).to(tl.int32)[:, None]
-        tl.atomic_add(own + cell * counts + channel, 1, mask=kept & (channel >= 0), sem="relaxed")
-    sums = own + cells * counts
+        tl.atomic_add(own + bin_ * counts + channel, 1, mask=kept & (channel >= 0), sem="relaxed")
+    sums = own + bins * counts
     for lane in range(weights):
         weight = tl.load(hats + row * weights + lane, mask=in_row, other=0).to(tl.int32)[:, None]
         added = tl.broadcast_to(weight, (BLOCK_N, BLOCK_D))
-        tl.atomic_add(sums + cell * weights + lane, added, mask=kept & (weight != 0), sem="relaxed")
+        tl.atomic_add(sums + bin_ * weights + lane, added, mask=kept & (weight != 0), sem="relaxed")
 
 
 @triton.jit
 def act_pool_accumulate_kernel(
     x, scale, shift, condition, mask, out, y, center, sum_x, sum_xx, sum_xy, edges, channels, hats, table,
-    stride_batch, stride_token, batch, tokens, width, columns, samples, cells, metrics, counts, weights,
+    stride_batch, stride_token, batch, tokens, width, columns, samples, bins, metrics, counts, weights,
     ACTIVATION: tl.constexpr, POOL: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_CONDITION: tl.constexpr, HAS_MASK: tl.constexpr, WRITE: tl.constexpr, Y_PER_TOKEN: tl.constexpr,
     LEVELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -103,9 +103,9 @@ def act_pool_accumulate_kernel(
                 else:
                     row += tl.sum(shifted, axis=0)
                 if LEVELS > 0:
-                    count_cells(
+                    count_bins(
                         flow, kept & leads[None, :], wide * tokens + start, tl.minimum(tokens - start, BLOCK_T), edges,
-                        channels, hats, table, d, cells, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
+                        channels, hats, table, d, bins, metrics, counts, weights, LEVELS, BLOCK_T, BLOCK_D,
                     )  # fmt: skip
             elif POOL == "mean":
                 row += tl.sum(tl.where(kept, flow, 0.0), axis=0)
@@ -128,8 +128,8 @@ def act_pool_accumulate_kernel(
                 row = tl.where(has_nan > 0, float("nan"), row)
             row = tl.where(counted > 0, row, float("nan"))
             if LEVELS > 0:
-                count_cells(
-                    row[None, :], leads[None, :], wide, 1, edges, channels, hats, table, d, cells, metrics, counts,
+                count_bins(
+                    row[None, :], leads[None, :], wide, 1, edges, channels, hats, table, d, bins, metrics, counts,
                     weights, LEVELS, 1, BLOCK_D,
                 )  # fmt: skip
             row = tl.where(in_d, row - about, 0.0)
@@ -175,18 +175,18 @@ def launch(
     batch, tokens, width = rows.shape
     y = y.contiguous()
     columns = y.shape[-1]
-    cells = metrics = counts = weights = levels = 0
+    bins = metrics = counts = weights = levels = 0
     if edges is not None and channels is not None and hats is not None and table is not None:
-        cells, metrics, weights = edges.shape[1] + 1, channels.shape[-1], hats.shape[-1]
-        counts, levels = table.shape[1] // cells - weights, (cells - 1).bit_length()
+        bins, metrics, weights = edges.shape[1] + 1, channels.shape[-1], hats.shape[-1]
+        counts, levels = table.shape[1] // bins - weights, (bins - 1).bit_length()
     blocks = triton.cdiv(width, TILE["BLOCK_D"]), max(1, triton.cdiv(columns, TILE["BLOCK_M"]))
     samples = triton.cdiv(batch, min(batch, max(1, PROGRAMS // (blocks[0] * blocks[1]))))
     given = [x if t is None else t.contiguous() for t in (scale, shift, condition, mask)]
-    of_cells = [x if t is None else t.contiguous() for t in (edges, channels, hats, table)]
+    of_bins = [x if t is None else t.contiguous() for t in (edges, channels, hats, table)]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         act_pool_accumulate_kernel[blocks[0], triton.cdiv(batch, samples), blocks[1]](
-            rows, *given, out, y, center, sum_x, sum_xx, sum_xy, *of_cells,
-            rows.stride(0), rows.stride(1), batch, tokens, width, columns, samples, cells, metrics, counts, weights,
+            rows, *given, out, y, center, sum_x, sum_xx, sum_xy, *of_bins,
+            rows.stride(0), rows.stride(1), batch, tokens, width, columns, samples, bins, metrics, counts, weights,
             ACTIVATION=activation, POOL=pool, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
             HAS_CONDITION=condition is not None, HAS_MASK=mask is not None, WRITE=write, Y_PER_TOKEN=y.dim() == 3,
             LEVELS=levels, **TILE, **OPTIONS,

@@ -43,12 +43,12 @@ def comoments_update(
     dtype: int,
     n_threads: int,
 ) -> None: ...
-def cells_update(
+def bins_update(
     x: int,
     stride_row: int,
     n: int,
     width: int,
-    cells: int,
+    bins: int,
     metrics: int,
     counts: int,
     weights: int,
@@ -100,7 +100,7 @@ def act_pool_accumulate(
     sum_x: int,
     sum_xx: int,
     sum_xy: int,
-    cells: int,
+    bins: int,
     metrics: int,
     counts: int,
     weights: int,

@@ -34,9 +34,9 @@ _LIBRARY.define(
     "str activation, str pool, Tensor? scale=None, Tensor? shift=None, Tensor? condition=None, Tensor? mask=None, "
     "bool write=True, Tensor? edges=None, Tensor? channels=None, Tensor? hats=None, Tensor(d!)? table=None) -> Tensor"
 )
-_LIBRARY.define("cells_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
+_LIBRARY.define("bins_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
 
-MAX_CELLS = 256
+MAX_BINS = 256
 CAPTURE_POOLS = (*POOLS, "moments")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -155,7 +155,7 @@ def act_pool_accumulate(
     condition: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     write: bool = True,
-    cells: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    bins: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`act_mask_pool` whose observations are added to the statistics where they are, and never stored.
 
@@ -171,7 +171,7 @@ def act_pool_accumulate(
         condition: Likewise.
         mask: Likewise.
         write: Whether what flows on is wanted.
-        cells: edges, channels, hats and table as in `cells_update`, channels and hats with a row per sample, or per
+        bins: edges, channels, hats and table as in `bins_update`, channels and hats with a row per sample, or per
             sample and token with `pool="none"`; the table is mutated. None for Pearson's r alone.
 
     Returns:
@@ -203,9 +203,9 @@ def act_pool_accumulate(
         if not tensor.is_contiguous():
             _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
     edges = channels = hats = table = None
-    if cells is not None:
-        edges, channels, hats, table = cells
-        _check_cells(op, batch * tokens if pool == "none" else batch, width, edges, channels, hats, table)
+    if bins is not None:
+        edges, channels, hats, table = bins
+        _check_bins(op, batch * tokens if pool == "none" else batch, width, edges, channels, hats, table)
     return torch.ops.skillfast.act_pool_accumulate(
         x, y, center, *sums, activation, pool, scale, shift, condition, mask, write, edges, channels, hats, table
     )
@@ -281,7 +281,7 @@ def comoments_update(
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
-def _check_cells(
+def _check_bins(
     op: str,
     n: int,
     width: int,
@@ -290,9 +290,9 @@ def _check_cells(
     hats: torch.Tensor,
     table: torch.Tensor,
 ) -> None:
-    """Checks a cell table of `width` neurons and what n observations add to it."""
-    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_CELLS:
-        _refuse(f"{op} edges", f"[{width}, C - 1] with C from 2 to {MAX_CELLS}", f"shape {list(edges.shape)}")
+    """Checks a bin table of `width` neurons and what n observations add to it."""
+    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_BINS:
+        _refuse(f"{op} edges", f"[{width}, C - 1] with C from 2 to {MAX_BINS}", f"shape {list(edges.shape)}")
     for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
         _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
         if tensor.dim() != 2 or tensor.shape[0] != n:
@@ -300,10 +300,10 @@ def _check_cells(
     _expect(f"{op} hats' columns modulo 8", 0, hats.shape[1] % 8)
     _expect(f"{op} edges' dtype", torch.float32, edges.dtype)
     _expect(f"{op} table's dtype", torch.int32, table.dtype)
-    cells = edges.shape[1] + 1
-    counts = table.shape[-1] // cells - hats.shape[1] if table.dim() == 2 else -1
-    if counts < 0 or list(table.shape) != [width, cells * (counts + hats.shape[1])]:
-        _refuse(f"{op} table", f"[{width}, {cells} * (P + {hats.shape[1]})]", f"shape {list(table.shape)}")
+    bins = edges.shape[1] + 1
+    counts = table.shape[-1] // bins - hats.shape[1] if table.dim() == 2 else -1
+    if counts < 0 or list(table.shape) != [width, bins * (counts + hats.shape[1])]:
+        _refuse(f"{op} table", f"[{width}, {bins} * (P + {hats.shape[1]})]", f"shape {list(table.shape)}")
     for name, tensor in (("edges", edges), ("table", table)):
         if not tensor.is_contiguous():
             _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
@@ -313,12 +313,12 @@ def _check_cells(
             _refuse(f"{op} channels", f"indices in [-1, {counts})", f"{low} to {high}")
 
 
-def cells_update(
+def bins_update(
     x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
 ) -> None:
-    """Count a buffer of rows into the cell table of every neuron, in place.
+    """Count a buffer of rows into the bin table of every neuron, in place.
 
-    A value falls into cell c = how many of its neuron's edges are at or below it; NaN falls into cell 0. A neuron's
+    A value falls into bin c = how many of its neuron's edges are at or below it; NaN falls into bin 0. A neuron's
     table is `[C, P]` counts followed by `[C, H]` sums of weights, so with `H` weights a row adds 1 to
     `counts[c, channels[row, k]]` for each metric k, and `hats[row]` to `sums[c]`. Integers: any order of rows and any
     number of threads gives the same table.
@@ -334,9 +334,9 @@ def cells_update(
         ArgumentError: Shapes or dtypes that do not fit together, or a channel out of range (checked on the CPU).
     """
     if x.dim() != 2:
-        _refuse("cells_update x", "[n, D]", f"shape {list(x.shape)}")
-    _check_cells("cells_update", x.shape[0], x.shape[1], edges, channels, hats, table)
-    torch.ops.skillfast.cells_update(x, edges, channels, hats, table)
+        _refuse("bins_update x", "[n, D]", f"shape {list(x.shape)}")
+    _check_bins("bins_update", x.shape[0], x.shape[1], edges, channels, hats, table)
+    torch.ops.skillfast.bins_update(x, edges, channels, hats, table)
 
 
 def _chosen(op: str) -> Callable[..., torch.Tensor | None]:
@@ -346,7 +346,7 @@ def _chosen(op: str) -> Callable[..., torch.Tensor | None]:
     return run
 
 
-for _op in ("neuron_scale", "comoments_update", "cells_update", "act_mask_pool", "act_pool_accumulate"):
+for _op in ("neuron_scale", "comoments_update", "bins_update", "act_mask_pool", "act_pool_accumulate"):
     for _device in ("CPU", "CUDA"):
         _LIBRARY.impl(_op, _chosen(_op), _device)
 
@@ -371,7 +371,7 @@ def _(*_: object) -> None:
     return None  # it only mutates
 
 
-@torch.library.register_fake("skillfast::cells_update")
+@torch.library.register_fake("skillfast::bins_update")
 def _(*_: object) -> None:
     return None  # it only mutates
 

@@ -101,33 +101,33 @@ def run_capture(backend, x, activation, pool, **more):
 
 
 def accumulate_case(shape, dtype, pool, per_token, parts=(), columns=3, seed=0):
-    """Arguments of act_pool_accumulate: x, y, center, sums that are not 0, keywords; cells where `parts` says so."""
-    x, more = capture_case(shape, dtype, set(parts) - {"center", "cells"}, seed)
+    """Arguments of act_pool_accumulate: x, y, center, sums that are not 0, keywords; bins where `parts` says so."""
+    x, more = capture_case(shape, dtype, set(parts) - {"center", "bins"}, seed)
     g = torch.Generator().manual_seed(seed + 1)
     batch, tokens, width = tokens_of(x).shape
     y = torch.randn(*((batch, tokens) if per_token else (batch,)), columns, generator=g)
     center = torch.randn(width, generator=g)
     sums = tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in ((width,), (width,), (columns, width)))
-    if "cells" in parts:
-        n, cells = batch * tokens if pool == "none" else batch, 19
-        edges = torch.randn(width, cells - 1, generator=g).sort(1).values.contiguous()
+    if "bins" in parts:
+        n, bins = batch * tokens if pool == "none" else batch, 19
+        edges = torch.randn(width, bins - 1, generator=g).sort(1).values.contiguous()
         edges[:, 7:9] = 0.0
         channels = torch.randint(-1, 4, (n, 2), generator=g).to(torch.int16)
         hats = torch.randint(0, 257, (n, 8), generator=g).to(torch.int16)
         edges = edges.sort(1).values.contiguous()
-        more["cells"] = (edges, channels, hats, torch.randint(0, 99, (width, cells * 12), generator=g).to(torch.int32))
+        more["bins"] = (edges, channels, hats, torch.randint(0, 99, (width, bins * 12), generator=g).to(torch.int32))
     return x, y, center, sums, more
 
 
-def run_accumulate(backend, x, y, center, sums, activation, pool, cells=None, **more):
+def run_accumulate(backend, x, y, center, sums, activation, pool, bins=None, **more):
     """What flows on, and the state, which is a copy."""
     sums = tuple(t.clone() for t in sums)
-    cells = None if cells is None else (*cells[:3], cells[3].clone())
+    bins = None if bins is None else (*bins[:3], bins[3].clone())
     before = backends.calls["act_pool_accumulate", backend]
     with backends.use_backend(backend):
-        out = ops.act_pool_accumulate(x, y, center, sums, activation, pool, cells=cells, **more)
+        out = ops.act_pool_accumulate(x, y, center, sums, activation, pool, bins=bins, **more)
     assert backends.calls["act_pool_accumulate", backend] == before + 1
-    return out, sums, None if cells is None else cells[3]
+    return out, sums, None if bins is None else bins[3]
 
 
 def observations(flow, pool, pooled, mask=None):
@@ -139,8 +139,8 @@ def observations(flow, pool, pooled, mask=None):
     return rows[here], here
 
 
-def expected_state(flow, pooled, y, center, sums, pool, cells=None, mask=None, **_):
-    """The sums in float64 and the table by cells_update, from what act_mask_pool gave."""
+def expected_state(flow, pooled, y, center, sums, pool, bins=None, mask=None, **_):
+    """The sums in float64 and the table by bins_update, from what act_mask_pool gave."""
     rows, here = observations(flow, pool, pooled, mask)
     if pool == "none" and y.dim() == 2:
         y = y[:, None].expand(-1, tokens_of(flow).shape[1], -1)
@@ -149,9 +149,9 @@ def expected_state(flow, pooled, y, center, sums, pool, cells=None, mask=None, *
     want = (sums[0] + shifted.sum(0), sums[1] + shifted.square().sum(0), sums[2] + y.T @ shifted)
     size = (shifted.abs().sum(0), shifted.square().sum(0), y.abs().T @ shifted.abs())
     table = None
-    if cells is not None:
-        edges, channels, hats, table = cells
+    if bins is not None:
+        edges, channels, hats, table = bins
         table = table.clone()
         with backends.use_backend("reference"):
-            ops.cells_update(rows, edges, channels[here], hats[here], table)
+            ops.bins_update(rows, edges, channels[here], hats[here], table)
     return want, size, table

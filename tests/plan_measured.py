@@ -32,7 +32,7 @@ def main(config: str, settings: dict) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
     generator = torch.Generator().manual_seed(int(warm.isnan()))
-    tracer = skillfast.Tracer(model, chosen.kinds(), statistics=chosen.statistics, cells=chosen.cells, pool="last")
+    tracer = skillfast.Tracer(model, chosen.kinds(), statistics=chosen.statistics, bins=chosen.bins, pool="last")
     with tracer, torch.no_grad():
         for _ in range(settings["examples"] // chosen.batch_size):
             ids = torch.randint(0, 100, (chosen.batch_size, chosen.tokens), generator=generator)

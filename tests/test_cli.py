@@ -111,7 +111,7 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
 @pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info", "attribution", "mask"])
 def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
     result = run("bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8, "--method", method,
-                 "--cells", 64, "--output", tmp_path)  # fmt: skip
+                 "--bins", 64, "--output", tmp_path)  # fmt: skip
     assert result.exit_code == 0, result.output
     skills = json.loads((tmp_path / "skills.json").read_text())["skills"]
     assert {skill["method"] for skill in skills} == {method}

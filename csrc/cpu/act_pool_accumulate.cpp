@@ -1,5 +1,5 @@
 // act_mask_pool whose observations go straight into the statistics: one panel of neurons at a time passes all samples,
-// and what it leaves is a few rows in cache, which the co-moments and the cells take from there.
+// and what it leaves is a few rows in cache, which the co-moments and the bins take from there.
 #include "cpu/pooling.h"
 
 namespace skillfast::SKILLFAST_ISA {
@@ -28,13 +28,13 @@ void add_observations(const ActPoolAccumulateArgs& args, Observations& seen, int
     sums.dtype = DType::float32;
     comoments_lanes(sums, 0, width);
   }
-  if (args.has_cells) {
-    CellsArgs cells = args.cells;
-    cells.x = seen.x, cells.stride_row = kStride, cells.n = seen.rows, cells.width = width;
-    cells.channels += seen.first * cells.metrics, cells.hats += seen.first * cells.weights;
-    cells.edges += d0 * (cells.cells - 1), cells.table += d0 * cells.cells * (cells.counts + cells.weights);
-    cells.dtype = DType::float32;
-    cells_lanes(cells, 0, width);
+  if (args.has_bins) {
+    BinsArgs bins = args.bins;
+    bins.x = seen.x, bins.stride_row = kStride, bins.n = seen.rows, bins.width = width;
+    bins.channels += seen.first * bins.metrics, bins.hats += seen.first * bins.weights;
+    bins.edges += d0 * (bins.bins - 1), bins.table += d0 * bins.bins * (bins.counts + bins.weights);
+    bins.dtype = DType::float32;
+    bins_lanes(bins, 0, width);
   }
   seen.rows = 0;
 }

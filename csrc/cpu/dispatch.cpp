@@ -10,12 +10,12 @@ namespace skillfast {
   namespace isa {                                                                           \
   void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end);               \
   void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);                   \
-  void cells_lanes(const CellsArgs&, int64_t begin, int64_t end);                           \
+  void bins_lanes(const BinsArgs&, int64_t begin, int64_t end);                           \
   void act_pool_items(const ActPoolArgs&, int64_t begin, int64_t end);                      \
   void act_pool_accumulate_lanes(const ActPoolAccumulateArgs&, int64_t begin, int64_t end); \
   }
 #define SKILLFAST_KERNELS(isa) \
-  isa::neuron_scale_rows, isa::comoments_lanes, isa::cells_lanes, isa::act_pool_items, isa::act_pool_accumulate_lanes
+  isa::neuron_scale_rows, isa::comoments_lanes, isa::bins_lanes, isa::act_pool_items, isa::act_pool_accumulate_lanes
 SKILLFAST_DECLARE(baseline)
 #ifdef SKILLFAST_HAS_avx2
 SKILLFAST_DECLARE(avx2)
@@ -32,7 +32,7 @@ struct Kernels {
   bool (*supported)();
   void (*neuron_scale_rows)(const NeuronScaleArgs&, int64_t, int64_t);
   void (*comoments_lanes)(const CoMomentsArgs&, int64_t, int64_t);
-  void (*cells_lanes)(const CellsArgs&, int64_t, int64_t);
+  void (*bins_lanes)(const BinsArgs&, int64_t, int64_t);
   void (*act_pool_items)(const ActPoolArgs&, int64_t, int64_t);
   void (*act_pool_accumulate_lanes)(const ActPoolAccumulateArgs&, int64_t, int64_t);
 };
@@ -103,12 +103,12 @@ void comoments_update(const CoMomentsArgs& args, int n_threads) {
       &args);
 }
 
-void cells_update(const CellsArgs& args, int n_threads) {
+void bins_update(const BinsArgs& args, int n_threads) {
   constexpr int64_t kNeurons = 64;  // a multiple of the panel's width
   parallel_for(
       n_threads, args.width, kNeurons,
       [](const void* context, int64_t begin, int64_t end) {
-        current()->cells_lanes(*static_cast<const CellsArgs*>(context), begin, end);
+        current()->bins_lanes(*static_cast<const BinsArgs*>(context), begin, end);
       },
       &args);
 }

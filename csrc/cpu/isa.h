@@ -104,7 +104,7 @@ inline half from_float<half>(float value) {
 
 void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end);  // rows of [batch * tokens]
 void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end);      // neurons
-void cells_lanes(const CellsArgs& args, int64_t begin, int64_t end);              // neurons
+void bins_lanes(const BinsArgs& args, int64_t begin, int64_t end);              // neurons
 void act_pool_items(const ActPoolArgs& args, int64_t begin, int64_t end);         // samples times panels
 void act_pool_accumulate_lanes(const ActPoolAccumulateArgs& args, int64_t begin, int64_t end);  // neurons
 

@@ -78,19 +78,19 @@ def comoments_update(
     )  # fmt: skip
 
 
-def cells_update(
+def bins_update(
     x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
 ) -> None:
-    """See `skillfast.ops.cells_update`."""
+    """See `skillfast.ops.bins_update`."""
     n, width = x.shape
     if n == 0 or width == 0:
         return
     if x.stride(1) != 1 and width > 1:
         x = x.contiguous()
     channels, hats = channels.contiguous(), hats.contiguous()
-    cells = edges.shape[1] + 1
-    _core.cells_update(
-        x.data_ptr(), x.stride(0), n, width, cells, channels.shape[1], table.shape[1] // cells - hats.shape[1],
+    bins = edges.shape[1] + 1
+    _core.bins_update(
+        x.data_ptr(), x.stride(0), n, width, bins, channels.shape[1], table.shape[1] // bins - hats.shape[1],
         hats.shape[1], edges.data_ptr(), channels.data_ptr(), hats.data_ptr(), table.data_ptr(), _DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -153,18 +153,18 @@ def act_pool_accumulate(
     rows, stride_batch, stride_token, batch, tokens = _rows(x)
     held = _contiguous(scale, shift, condition, mask)
     of_scale, of_shift, of_condition, of_mask = map(_address, held)
-    held_cells = _contiguous(edges, channels, hats, table)
-    of_edges, of_channels, of_hats, of_table = map(_address, held_cells)
+    held_bins = _contiguous(edges, channels, hats, table)
+    of_edges, of_channels, of_hats, of_table = map(_address, held_bins)
     y = y.contiguous()
-    cells = metrics = counts = weights = 0
+    bins = metrics = counts = weights = 0
     if edges is not None and channels is not None and hats is not None and table is not None:
-        cells, metrics, weights = edges.shape[1] + 1, channels.shape[1], hats.shape[1]
-        counts = table.shape[1] // cells - weights
+        bins, metrics, weights = edges.shape[1] + 1, channels.shape[1], hats.shape[1]
+        counts = table.shape[1] // bins - weights
     _core.act_pool_accumulate(
         rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
         _POOLS[pool], of_scale, of_shift, of_condition, of_mask, out.data_ptr() if write else 0, _DTYPES[x.dtype],
         y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(),
-        sum_xy.data_ptr(), cells, metrics, counts, weights, of_edges, of_channels, of_hats, of_table,
+        sum_xy.data_ptr(), bins, metrics, counts, weights, of_edges, of_channels, of_hats, of_table,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -173,7 +173,7 @@ def act_pool_accumulate(
 IMPLEMENTATIONS: dict[str, Callable] = {
     "neuron_scale": neuron_scale,
     "comoments_update": comoments_update,
-    "cells_update": cells_update,
+    "bins_update": bins_update,
     "act_mask_pool": act_mask_pool,
     "act_pool_accumulate": act_pool_accumulate,
 }

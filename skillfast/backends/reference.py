@@ -45,26 +45,26 @@ def comoments_update(
         sum_xy[:, part] += y.double().T @ shifted
 
 
-def cells_update(
+def bins_update(
     x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
 ) -> None:
-    """See `skillfast.ops.cells_update`; one `index_add_` per metric, a slice of the neurons at a time."""
-    n, cells, weights = x.shape[0], edges.shape[1] + 1, hats.shape[1]
-    counts = table.shape[1] // cells - weights
+    """See `skillfast.ops.bins_update`; one `index_add_` per metric, a slice of the neurons at a time."""
+    n, bins, weights = x.shape[0], edges.shape[1] + 1, hats.shape[1]
+    counts = table.shape[1] // bins - weights
     step = max(1, (1 << 22) // max(1, n * max(1, weights)))  # at most 16 MB of int32 payload at once
     for start in range(0, x.shape[1], step):
         part = slice(start, start + step)
         values = x[:, part].float().T.contiguous()  # [step, n]
-        cell = torch.searchsorted(edges[part], values, right=True)
-        cell = torch.where(values.isnan(), 0, cell)
-        neuron = torch.arange(values.shape[0], device=x.device)[:, None] * (cells * (counts + weights))
+        bin_ = torch.searchsorted(edges[part], values, right=True)
+        bin_ = torch.where(values.isnan(), 0, bin_)
+        neuron = torch.arange(values.shape[0], device=x.device)[:, None] * (bins * (counts + weights))
         view = table[part].view(-1)
         for channel in channels.long().T:  # [n]
-            at = neuron + cell * counts + channel.clamp_min(0)
+            at = neuron + bin_ * counts + channel.clamp_min(0)
             view.index_add_(0, at.flatten(), (channel >= 0).to(torch.int32).expand_as(at).flatten())
         if weights:
             lanes = torch.arange(weights, device=x.device)
-            at = (neuron + cells * counts + cell * weights)[:, :, None] + lanes  # [step, n, weights]
+            at = (neuron + bins * counts + bin_ * weights)[:, :, None] + lanes  # [step, n, weights]
             view.index_add_(0, at.flatten(), hats.to(torch.int32).expand_as(at).flatten())
 
 
@@ -161,14 +161,14 @@ def act_pool_accumulate(
         channels, hats = (None if t is None else t[here] for t in (channels, hats))
     comoments_update(rows, y, center, sum_x, sum_xx, sum_xy)
     if edges is not None and channels is not None and hats is not None and table is not None:
-        cells_update(rows, edges, channels, hats, table)
+        bins_update(rows, edges, channels, hats, table)
     return out
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "neuron_scale": neuron_scale,
     "comoments_update": comoments_update,
-    "cells_update": cells_update,
+    "bins_update": bins_update,
     "act_mask_pool": act_mask_pool,
     "act_pool_accumulate": act_pool_accumulate,
 }

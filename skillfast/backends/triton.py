@@ -22,7 +22,7 @@ def _launcher(op: str) -> Callable:
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     op: _launcher(op)
-    for op in ("neuron_scale", "comoments_update", "cells_update", "act_mask_pool", "act_pool_accumulate")
+    for op in ("neuron_scale", "comoments_update", "bins_update", "act_mask_pool", "act_pool_accumulate")
 }
 
 

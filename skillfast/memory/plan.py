@@ -15,8 +15,8 @@ from skillfast.memory import footprint
 from skillfast.memory.state import state_bytes
 from skillfast.models.huggingface import Task, load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
-from skillfast.statistics.cells import exact_rows
-from skillfast.statistics.scoring import OF_CELLS
+from skillfast.statistics.bins.table import exact_rows
+from skillfast.statistics.scoring import OF_BINS
 from skillfast.tracing.tracer import free_bytes
 from skillfast.vocabulary import DTYPES, KINDS, METRICS, STATISTICS
 
@@ -35,10 +35,10 @@ class Settings:
         task: As in `load_language_model`.
         sites: Kinds or names of sites.
         statistics: What the trace computes.
-        cells: Cells per neuron for all but Pearson's r.
+        bins: Bins per neuron for all but Pearson's r.
         metrics: Auxiliary metrics.
         classes: How many classes the labels have.
-        confidence: Replicates of the bootstrap; None for none.
+        n_bootstrap: Replicates of the bootstrap; None for none.
         dtype: Of weights and activations.
         bits: Of quantised linear layers: 4 or 8; None: they are not.
         batch_size: Examples per forward.
@@ -50,10 +50,10 @@ class Settings:
     task: Task = "own"
     sites: tuple[str, ...] = KINDS
     statistics: tuple[str, ...] = STATISTICS
-    cells: int = 128
+    bins: int = 128
     metrics: tuple[str, ...] = METRICS
     classes: int = 2
-    confidence: int | None = None
+    n_bootstrap: int | None = None
     dtype: str = "bfloat16"
     bits: int | None = None
     batch_size: int = 8
@@ -91,7 +91,7 @@ class DevicePlan:
         neurons: Of the traced sites there.
         weights: Of those parts.
         state: Of the accumulator; exact.
-        buffer: Rows that wait for an update; while the cells' edges are not set, all rows so far.
+        buffer: Rows that wait for an update; while the bins' edges are not set, all rows so far.
         forward: Most that a forward takes besides, at once.
         capacity: What the device has; None where nobody said.
     """
@@ -213,12 +213,12 @@ def _plan(name: str, model: torch.nn.Module, settings: Settings, capacity: int |
     widths = dict.fromkeys(weights, 0)
     for site in sites:
         widths[footprint.part_of(site.path, blocks) or footprint.LAST] += site.width
-    rows = exact_rows(settings.cells) if any(name in OF_CELLS for name in settings.statistics) else BUFFER_ROWS
+    rows = exact_rows(settings.bins) if any(name in OF_BINS for name in settings.statistics) else BUFFER_ROWS
 
     def state_of(neurons: int) -> int:
         if not neurons:
             return 0
-        return state_bytes(neurons, metrics, settings.statistics, settings.cells, settings.confidence)
+        return state_bytes(neurons, metrics, settings.statistics, settings.bins, settings.n_bootstrap)
 
     def buffer_of(neurons: int) -> int:
         return rows * (4 * neurons + 8 * (len(metrics) + 1)) if neurons else 0
@@ -267,10 +267,10 @@ def _spread(load: dict[str, int], devices: int) -> list[list[str]]:
 
 def _remedies(name: str, model: torch.nn.Module, settings: Settings, capacity: int) -> list[tuple[str, int]]:
     """Settings that make it fit, each by itself; where none does, the two strongest together."""
-    cells = any(statistic in OF_CELLS for statistic in settings.statistics)
-    fewer = [n for n in (64, 32, 16) if cells and n < settings.cells]
-    changes: list[tuple[str, dict[str, Any]]] = [(f"--cells {n}", {"cells": n}) for n in fewer]
-    changes += [("--statistics pearson", {"statistics": ("pearson",)})] if cells else []
+    bins = any(statistic in OF_BINS for statistic in settings.statistics)
+    fewer = [n for n in (64, 32, 16) if bins and n < settings.bins]
+    changes: list[tuple[str, dict[str, Any]]] = [(f"--bins {n}", {"bins": n}) for n in fewer]
+    changes += [("--statistics pearson", {"statistics": ("pearson",)})] if bins else []
     changes += [
         (f"--batch-size {n}", {"batch_size": n}) for n in _halves(settings.batch_size) if n < settings.batch_size
     ]

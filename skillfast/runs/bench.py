@@ -148,7 +148,7 @@ def _measure(
         sites=config.sites,
         pool=config.pool,
         statistics=config.statistics,
-        cells=config.cells,
+        bins=config.bins,
     )
     return results, skills, scores
 

@@ -61,7 +61,7 @@ class BenchConfig:
         pool: How tokens become one observation.
         metrics: What text is traced against; see `skillfast.auxiliary`.
         statistics: What the trace computes.
-        cells: Cells per neuron for all but Pearson's r.
+        bins: Bins per neuron for all but Pearson's r.
         method: `"auto"`: the method and size that are best on the validation part. Or what neurons are ranked by: a
             statistic, `"attribution"`, `"mask"`.
         contrastive: With a method that is named, rank by the score minus the best of the other classes.
@@ -110,7 +110,7 @@ class BenchConfig:
     pool: str = "mean"
     metrics: tuple[str, ...] = METRICS
     statistics: tuple[str, ...] = STATISTICS
-    cells: int = 128
+    bins: int = 128
     method: str = "auto"
     contrastive: bool = False
     share: float = 0.03

@@ -71,7 +71,7 @@ def trace_over_forward(
     with torch.inference_mode():
         for images, label in islice(loader, MEASURED_BATCHES):
             batch = (images.to(device), label.to(device))
-            if samples == 0:  # the first forward pays for allocations, the first rows for the cells' edges
+            if samples == 0:  # the first forward pays for allocations, the first rows for the bins' edges
                 with tracer:
                     tracer.step(**classification_forward(model, batch)[1])
                     if set(settings.get("statistics", ())) != {"pearson"}:  # which has no edges

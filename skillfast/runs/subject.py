@@ -260,7 +260,7 @@ def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[st
         sites=subject.config.sites,
         pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
         statistics=statistics,
-        cells=subject.config.cells,
+        bins=subject.config.bins,
         classes=subject.splits.classes,
         quiet=quiet,
     )

@@ -101,7 +101,7 @@ def trace_causal(subject: CausalSubject, quiet: bool) -> NeuronScores:
         sites=config.sites,
         pool=config.pool,  # type: ignore[arg-type]  # the tracer checks it
         statistics=config.statistics,
-        cells=config.cells,
+        bins=config.bins,
         forward=forward,
         mask=forward.mask,
         quiet=quiet,

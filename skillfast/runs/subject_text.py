@@ -156,7 +156,7 @@ def trace_text(
         sites=config.sites,
         pool=config.pool,  # type: ignore[arg-type]  # the tracer checks it
         statistics=statistics,
-        cells=config.cells,
+        bins=config.bins,
         forward=forward,
         mask=lambda batch: batch["attention_mask"],
         quiet=quiet,

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from skillfast.errors import ArgumentError
-from skillfast.statistics import comoments, confidence
-from skillfast.statistics.cells import Overflow
+from skillfast.statistics import bootstrap, comoments
+from skillfast.statistics.bins.table import Overflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from skillfast.statistics.cell_state import CellState
+    from skillfast.statistics.bins.state import BinState
     from skillfast.statistics.comoments import CoMoments
 
 _SLICE = 1 << 22  # table entries summed at once in int64: 32 MB
@@ -25,7 +25,7 @@ _SLICE = 1 << 22  # table entries summed at once in int64: 32 MB
 def stream() -> int:
     """A number for this process's own bootstrap weights: 0 in the first process, and where there is no other."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return int(confidence.mix(rank) >> np.uint64(1)) if rank else 0
+    return int(bootstrap.mix(rank) >> np.uint64(1)) if rank else 0
 
 
 def gather(value: Any, group: Any) -> list[Any]:
@@ -41,11 +41,11 @@ def all_true(value: bool, group: Any) -> bool:
 
 
 def check_same_edges(edges: torch.Tensor | None, keeping: bool, group: Any) -> None:
-    """Raises ArgumentError in every process where they do not count into the same cells."""
+    """Raises ArgumentError in every process where they do not count into the same bins."""
     digest = None if edges is None else hashlib.sha256(edges.cpu().numpy().tobytes()).hexdigest()
     if len(set(gather((digest, keeping), group))) > 1:
         raise ArgumentError(
-            "all_reduce: expected the same cell edges in every process, got different ones; calibrate() each with the "
+            "all_reduce: expected the same bin edges in every process, got different ones; calibrate() each with the "
             "same random rows before it counts"
         )
 
@@ -71,7 +71,7 @@ def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: Any) -> None:
         dist.all_reduce(tensor, group=group)
 
 
-def reduce_cells(state: CellState, group: Any) -> None:
+def reduce_bins(state: BinState, group: Any) -> None:
     """Sum all processes' tables in place; their edges are the same."""
     state.spill()
     flat = state.table.view(-1)

@@ -41,7 +41,7 @@ class NeuronScores:
         std: float64 [n_neurons], population standard deviation.
         n_observations: Rows counted.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
-        pearson_low: Likewise, lower end of the 95 % bootstrap interval; None without `confidence`.
+        pearson_low: Likewise, lower end of the 95 % bootstrap interval; None without `n_bootstrap`.
         pearson_high: Upper end.
         pearson_p: p of no correlation.
         pearson_q: p adjusted over all neurons and columns of the accumulator (Benjamini and Hochberg).
@@ -55,7 +55,7 @@ class NeuronScores:
         fingerprint: Of the model's architecture, or None.
         reasons: What went wrong and where: `constant_neuron` and `non_finite_activation` hold indices of neurons,
             `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
-            cells no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds
+            bins no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds
             neurons whose squares leave float32's range, `metric_beyond_float32` columns that do: rescale them.
     """
 

@@ -10,10 +10,11 @@ import torch
 
 from skillfast import files
 from skillfast.errors import ArgumentError
-from skillfast.statistics import cells, comoments, confidence, distributed, inputs, persistence, scoring
-from skillfast.statistics.cell_state import CellState
+from skillfast.statistics import bootstrap, comoments, distributed, inputs, persistence, scoring
+from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins.state import BinState
+from skillfast.statistics.bootstrap import Replicates
 from skillfast.statistics.comoments import CoMoments
-from skillfast.statistics.confidence import Replicates
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ FILE = "statistics.safetensors"
 class NeuronStatistics:
     """Correlates every neuron with every metric in one pass; what it keeps does not grow with the observations.
 
-    The first 16 rows per cell are kept, and up to there all scores are exact; then they set the edges of the cells,
+    The first 16 rows per bin are kept, and up to there all scores are exact; then they set the edges of the bins,
     unless `calibrate` has, and every later row is counted, as float32, and forgotten. Rows that come in an order
     (sorted by class, drifting) make poor edges: calibrate on random rows first.
 
@@ -39,8 +40,8 @@ class NeuronStatistics:
         n_neurons: Number of neurons, D.
         metrics: Name -> `Categorical`, `Binary` or `Continuous`.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
-        cells: Cells per neuron, C, from 2 to 256: more are more exact and take more memory.
-        confidence: Replicates of a Poisson bootstrap for intervals of Pearson's r, 64 say; None for none. Each takes
+        bins: Bins per neuron, C, from 2 to 256: more are more exact and take more memory.
+        n_bootstrap: Replicates of a Poisson bootstrap for intervals of Pearson's r, 64 say; None for none. Each takes
             8 bytes per neuron and column.
         seed: Of the replicates.
         buffer_rows: Observations collected before one update of the state.
@@ -56,28 +57,28 @@ class NeuronStatistics:
         metrics: Mapping[str, Metric],
         statistics: Sequence[str] = STATISTICS,
         *,
-        cells: int = 128,
-        confidence: int | None = None,
+        bins: int = 128,
+        n_bootstrap: int | None = None,
         seed: int = 0,
         buffer_rows: int = 512,
         device: torch.device | str = "cpu",
     ) -> None:
-        if n_neurons < 1 or not metrics or buffer_rows < 1 or not 2 <= cells <= 256:
+        if n_neurons < 1 or not metrics or buffer_rows < 1 or not 2 <= bins <= 256:
             raise ArgumentError(
-                "NeuronStatistics: expected at least one neuron, metric and buffer row and 2 to 256 cells, got "
-                f"{n_neurons} neurons, {len(metrics)} metrics, {buffer_rows} rows and {cells} cells"
+                "NeuronStatistics: expected at least one neuron, metric and buffer row and 2 to 256 bins, got "
+                f"{n_neurons} neurons, {len(metrics)} metrics, {buffer_rows} rows and {bins} bins"
             )
         unknown = [name for name in statistics if name not in STATISTICS]
         if unknown or not statistics:
             raise ArgumentError(f"statistics: expected some of {', '.join(STATISTICS)}, got {list(statistics)}")
         self.n_neurons = n_neurons
-        if confidence is not None and confidence < 8:
-            raise ArgumentError(f"confidence: expected at least 8 replicates, got {confidence}; 64 are usual")
+        if n_bootstrap is not None and n_bootstrap < 8:
+            raise ArgumentError(f"n_bootstrap: expected at least 8 replicates, got {n_bootstrap}; 64 are usual")
         self.metrics = dict(metrics)
         self.statistics = tuple(statistics)
-        self.confidence = confidence
+        self.n_bootstrap = n_bootstrap
         self.seed = seed
-        self.n_cells = cells
+        self.n_bins = bins
         self.buffer_rows = buffer_rows
         self.device = torch.device(device)
         columns = [column for name, metric in self.metrics.items() for column in metric.columns(name)]
@@ -85,7 +86,7 @@ class NeuronStatistics:
             raise ArgumentError(f"metrics: expected names without ':' that give each column its own, got {columns[:5]}")
         if len(columns) > MOST_COLUMNS and set(self.statistics) != {"pearson"}:
             raise ArgumentError(
-                f"metrics: expected at most {MOST_COLUMNS} columns for {', '.join(scoring.OF_CELLS)}, got "
+                f"metrics: expected at most {MOST_COLUMNS} columns for {', '.join(scoring.OF_BINS)}, got "
                 f"{len(columns)}; ask for Pearson's r alone"
             )
         self.columns = tuple(columns)
@@ -96,10 +97,10 @@ class NeuronStatistics:
             self._values = torch.empty(0, len(self.metrics) + 1, dtype=torch.float64, device=self.device)
             self._replicates = (
                 None
-                if confidence is None
-                else Replicates.zeros(seed, confidence, n_neurons, len(self.columns), self.device)
+                if n_bootstrap is None
+                else Replicates.zeros(seed, n_bootstrap, n_neurons, len(self.columns), self.device)
             )
-        self._cells: CellState | None = None
+        self._bins: BinState | None = None
         self._merged: set[int] = set()  # streams whose numbers others have used
         self._stream = distributed.stream()  # tells its observations from those of shards and other processes
         self._shards = 0
@@ -112,7 +113,7 @@ class NeuronStatistics:
     @property
     def _keeping(self) -> bool:
         """Whether rows are still kept, to be exact or to set the edges."""
-        return self._cells is None and any(name in scoring.OF_CELLS for name in self.statistics)
+        return self._bins is None and any(name in scoring.OF_BINS for name in self.statistics)
 
     @property
     def n_observations(self) -> int:
@@ -123,7 +124,7 @@ class NeuronStatistics:
     def state_bytes(self) -> int:
         """Size of the state and the buffer, in bytes."""
         tensors = [*self._moments.state_dict().values(), self._buffer, self._values]
-        counted = sum(state.nbytes for state in (self._cells, self._replicates) if state is not None)
+        counted = sum(state.nbytes for state in (self._bins, self._replicates) if state is not None)
         return counted + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
@@ -142,7 +143,7 @@ class NeuronStatistics:
         """Checked values with a last column of groups: their own, or a number that no other observation has."""
         n = checked.shape[0]
         if groups is None:
-            first = (int(confidence.mix(self.seed, self._stream)) >> 13) if self._stream else 0  # exact in float64
+            first = (int(bootstrap.mix(self.seed, self._stream)) >> 13) if self._stream else 0  # exact in float64
             column = first + self._numbered + torch.arange(n, dtype=torch.float64, device=self.device)
             self._numbered += n
         else:
@@ -154,7 +155,7 @@ class NeuronStatistics:
         return torch.cat([metric.expand(named[name]) for name, metric in self.metrics.items()], 1)
 
     def calibrate(self, activations: ArrayLike | torch.Tensor, metrics: Mapping[str, ArrayLike | torch.Tensor]) -> None:
-        """Set the cell edges from rows drawn at random, which are not counted; 8 rows per cell are enough.
+        """Set the bin edges from rows drawn at random, which are not counted; 8 rows per bin are enough.
 
         Args:
             activations: [n0, n_neurons].
@@ -163,7 +164,7 @@ class NeuronStatistics:
         Raises:
             ArgumentError: Something was counted already, or shapes that do not fit.
         """
-        if self.n_observations or self._cells is not None:
+        if self.n_observations or self._bins is not None:
             raise ArgumentError("calibrate: expected to be called once and before anything is counted, got it later")
         x = self._activations(activations)
         if x.shape[0] < 1:
@@ -173,14 +174,14 @@ class NeuronStatistics:
             self._calibrate(x.clone() if x.is_inference() else x, torch.cat([checked, checked[:, :1]], 1))
 
     def calibrate_on_counted(self) -> None:
-        """Let the rows counted so far set the cell edges as `calibrate` does, and forget them.
+        """Let the rows counted so far set the bin edges as `calibrate` does, and forget them.
 
         Raises:
             ArgumentError: Nothing was counted, or more than can be kept.
         """
-        if self._cells is not None or not self._filled or int(self._moments.count):
+        if self._bins is not None or not self._filled or int(self._moments.count):
             raise ArgumentError(
-                f"calibrate: expected 1 to {cells.exact_rows(self.n_cells)} rows counted before, got "
+                f"calibrate: expected 1 to {bins.exact_rows(self.n_bins)} rows counted before, got "
                 f"{self.n_observations}"
             )
         with torch.inference_mode(False):
@@ -193,7 +194,7 @@ class NeuronStatistics:
             comoments.choose_shift(self._moments, x, self._expanded(values))
             self._shifted = True
         if self._keeping:
-            self._cells = CellState.calibrated(self.metrics, self.n_cells, x, self._named(values))
+            self._bins = BinState.calibrated(self.metrics, self.n_bins, x, self._named(values))
 
     def update(
         self,
@@ -234,7 +235,7 @@ class NeuronStatistics:
     def _make_room(self, n: int, dtype: torch.dtype) -> None:
         if self._filled:
             self._drain()
-        rows = max(n, cells.exact_rows(self.n_cells) if self._keeping else self.buffer_rows)
+        rows = max(n, bins.exact_rows(self.n_bins) if self._keeping else self.buffer_rows)
         if len(self._buffer) != rows or self._buffer.dtype != dtype:
             with torch.inference_mode(False):
                 self._buffer = torch.empty(rows, self.n_neurons, dtype=dtype, device=self.device)
@@ -274,50 +275,50 @@ class NeuronStatistics:
         rows, values = self._buffer[: self._filled], self._values[: self._filled]
         if self._keeping and self._filled:
             with torch.inference_mode(False):
-                self._calibrate(rows[::2], values)  # 8 rows per cell are enough; of scalars more are better
+                self._calibrate(rows[::2], values)  # 8 rows per bin are enough; of scalars more are better
                 # The table may take the place of the kept rows: the buffer is made anew, and smaller.
                 self._buffer, self._values = self._buffer[:0].clone(), self._values[:0].clone()
         self._filled = self._summed = 0
-        if self._cells is not None:
+        if self._bins is not None:
             for part, checked in zip(rows.split(self.buffer_rows), values.split(self.buffer_rows), strict=True):
-                self._cells.add(part, self._named(checked))
+                self._bins.add(part, self._named(checked))
 
     def _add(self, x: torch.Tensor, values: torch.Tensor) -> None:
         self._sum(x, values)
-        if self._cells is not None:
-            self._cells.add(x, self._named(values))
+        if self._bins is not None:
+            self._bins.add(x, self._named(values))
 
     def like(self) -> NeuronStatistics:
-        """An empty accumulator of the same neurons, metrics, shift and cell edges: a shard to `merge` later."""
+        """An empty accumulator of the same neurons, metrics, shift and bin edges: a shard to `merge` later."""
         shard = NeuronStatistics(
             self.n_neurons,
             self.metrics,
             self.statistics,
-            cells=self.n_cells,
-            confidence=self.confidence,
+            bins=self.n_bins,
+            n_bootstrap=self.n_bootstrap,
             seed=self.seed,
             buffer_rows=self.buffer_rows,
             device=self.device,
         )
         self._shards += 1
-        shard._stream = int(confidence.mix(self._stream, self._shards) >> np.uint64(1))
+        shard._stream = int(bootstrap.mix(self._stream, self._shards) >> np.uint64(1))
         shard._moments.shift_x.copy_(self._moments.shift_x)
         shard._moments.shift_y.copy_(self._moments.shift_y)
         shard._shifted = self._shifted
-        shard._cells = None if self._cells is None else self._cells.like()
+        shard._bins = None if self._bins is None else self._bins.like()
         return shard
 
     def merge(self, other: NeuronStatistics) -> None:
         """Add another accumulator's observations to this one; the other is left as it is.
 
         Raises:
-            ArgumentError: The other has other neurons, metrics or statistics, or counts into other cells.
+            ArgumentError: The other has other neurons, metrics or statistics, or counts into other bins.
         """
-        ours = (self.n_neurons, self.metrics, self.statistics, self.n_cells, self.confidence, self.seed)
-        if (other.n_neurons, other.metrics, other.statistics, other.n_cells, other.confidence, other.seed) != ours:
+        ours = (self.n_neurons, self.metrics, self.statistics, self.n_bins, self.n_bootstrap, self.seed)
+        if (other.n_neurons, other.metrics, other.statistics, other.n_bins, other.n_bootstrap, other.seed) != ours:
             raise ArgumentError(
-                f"merge: expected {self.n_neurons} neurons, {self.n_cells} cells, metrics {list(self.metrics)} and "
-                f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_cells}, {list(other.metrics)} "
+                f"merge: expected {self.n_neurons} neurons, {self.n_bins} bins, metrics {list(self.metrics)} and "
+                f"statistics {list(self.statistics)}, got {other.n_neurons}, {other.n_bins}, {list(other.metrics)} "
                 f"and {list(other.statistics)}"
             )
         self._take_streams(other)
@@ -331,8 +332,8 @@ class NeuronStatistics:
             self._update(rows, values)
         self._drain()
         other._drain()
-        if self._cells is not None and other._cells is not None:
-            self._cells.merge(other._cells)
+        if self._bins is not None and other._bins is not None:
+            self._bins.merge(other._bins)
         tensors = {name: tensor.to(self.device) for name, tensor in other._moments.state_dict().items()}
         theirs = CoMoments(**tensors)
         comoments.merge(self._moments, theirs)
@@ -345,7 +346,7 @@ class NeuronStatistics:
 
     def _take_streams(self, other: NeuronStatistics) -> None:
         """No two observations may share a number, or they would share their bootstrap weights."""
-        if self.confidence is None:
+        if self.n_bootstrap is None:
             return
         ours, theirs = (acc._merged | ({acc._stream} if acc._numbered else set()) for acc in (self, other))
         if ours & theirs:
@@ -354,13 +355,13 @@ class NeuronStatistics:
             )
         self._merged |= theirs
         if self._stream in theirs:
-            self._stream = int(confidence.mix(self._stream, len(self._merged), 1) >> np.uint64(1))
+            self._stream = int(bootstrap.mix(self._stream, len(self._merged), 1) >> np.uint64(1))
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum over the processes of a `torch.distributed` group; every process then holds all observations.
 
         Raises:
-            ArgumentError: The processes count into other cells; `calibrate` each with the same rows.
+            ArgumentError: The processes count into other bins; `calibrate` each with the same rows.
         """
         if distributed.all_true(self._keeping, group):
             parts = distributed.gather((self._buffer[: self._filled], self._values[: self._filled]), group)
@@ -368,7 +369,7 @@ class NeuronStatistics:
             for rows, values in parts:
                 self._update(rows.to(self.device), values.to(self.device))
             return
-        distributed.check_same_edges(None if self._cells is None else self._cells.edges, self._keeping, group)
+        distributed.check_same_edges(None if self._bins is None else self._bins.edges, self._keeping, group)
         self._drain()
         before = self._moments
         self._moments = distributed.reduce_moments(before, group)
@@ -376,8 +377,8 @@ class NeuronStatistics:
             dx = before.shift_x.double() - self._moments.shift_x.double()
             self._replicates = self._replicates.reshift(dx, before.shift_y - self._moments.shift_y)
             distributed.reduce_tensors(self._replicates.tensors(), group)
-        if self._cells is not None:
-            distributed.reduce_cells(self._cells, group)
+        if self._bins is not None:
+            distributed.reduce_bins(self._bins, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import from_json, to_json
-from skillfast.statistics.cell_state import CellState
-from skillfast.statistics.cells import CellLayout
+from skillfast.statistics.bins.state import BinState
+from skillfast.statistics.bins.table import BinLayout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,14 +19,14 @@ SCHEMA = "skillfast.statistics/1"
 
 def state_of(statistics: NeuronStatistics) -> dict[str, Any]:
     """Settings and copies of all tensors; see `NeuronStatistics.state_dict`."""
-    filled, replicates, table = statistics._filled, statistics._replicates, statistics._cells
+    filled, replicates, table = statistics._filled, statistics._replicates, statistics._bins
     return {
         "schema": SCHEMA,
         "n_neurons": statistics.n_neurons,
         "metrics": to_json(statistics.metrics),
         "statistics": list(statistics.statistics),
-        "cells": statistics.n_cells,
-        "confidence": statistics.confidence,
+        "bins": statistics.n_bins,
+        "n_bootstrap": statistics.n_bootstrap,
         "seed": statistics.seed,
         "buffer_rows": statistics.buffer_rows,
         "stream": [statistics._stream, statistics._shards, statistics._numbered, *sorted(statistics._merged)],
@@ -45,13 +45,13 @@ def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
         raise ArgumentError(
             f"state_dict: expected schema {SCHEMA!r}, got {state.get('schema')!r}; use the version that wrote it"
         )
-    names = ("n_neurons", "statistics", "cells", "confidence", "seed", "buffer_rows")
+    names = ("n_neurons", "statistics", "bins", "n_bootstrap", "seed", "buffer_rows")
     return {**{name: state[name] for name in names}, "metrics": from_json(state["metrics"])}
 
 
 def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
     """Put the tensors into an empty accumulator; raises ArgumentError where one has another shape."""
-    layout = CellLayout.of(statistics.metrics, statistics.n_cells)
+    layout = BinLayout.of(statistics.metrics, statistics.n_bins)
     _check_shapes(statistics, state, layout)
     _check_contents(state, layout)
     for name, tensor in statistics._moments.state_dict().items():
@@ -62,7 +62,7 @@ def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
     if statistics._replicates is not None:
         statistics._replicates.load(state["replicates"])
     if state["table"] is not None:
-        statistics._cells = CellState.from_state_dict(layout, state["table"], statistics.device)
+        statistics._bins = BinState.from_state_dict(layout, state["table"], statistics.device)
     rows, values = state["kept"]["rows"], state["kept"]["values"]
     if len(rows):
         statistics.reserve(len(rows), rows.dtype).copy_(rows)
@@ -70,7 +70,7 @@ def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
         statistics._summed = statistics._filled
 
 
-def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout: CellLayout) -> None:
+def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout: BinLayout) -> None:
     kept, neurons = state["kept"], statistics.n_neurons
     stored = {**state["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
     expected = {name: list(tensor.shape) for name, tensor in statistics._moments.state_dict().items()}
@@ -78,7 +78,7 @@ def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout
     expected["kept values"] = [len(kept["rows"]), len(statistics.metrics) + 1]
     if state["table"] is not None:
         stored |= {name: state["table"].get(name) for name in ("edges", "table")}
-        expected |= {"edges": [neurons, statistics.n_cells - 1], "table": [neurons, layout.entries]}
+        expected |= {"edges": [neurons, statistics.n_bins - 1], "table": [neurons, layout.entries]}
     if statistics._replicates is not None:
         stored |= {f"replicates {name}": tensor for name, tensor in (state["replicates"] or {}).items()}
         expected |= {f"replicates {name}": list(t.shape) for name, t in statistics._replicates.tensors().items()}
@@ -88,7 +88,7 @@ def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout
             raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}; it is damaged, start again")
 
 
-def _check_contents(state: Mapping[str, Any], layout: CellLayout) -> None:
+def _check_contents(state: Mapping[str, Any], layout: BinLayout) -> None:
     """What shapes do not tell; raises ArgumentError."""
     count, table = int(state["comoments"]["count"]), state["table"]
     wrong = []

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skillfast.statistics import cells, comoments, confidence
+from skillfast.statistics import bootstrap, comoments
+from skillfast.statistics.bins import table as bins
 from skillfast.statistics.neuron_scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
 LEAST_SQUARE = 1e-30  # mean squares of a neuron below this underflow in float32
 LEAST_VARIANCE, MOST_VARIANCE = 1e-60, 1e50  # of a metric, likewise
-OF_CELLS = tuple(name for name in STATISTICS if name != "pearson")
+OF_BINS = tuple(name for name in STATISTICS if name != "pearson")
 
 
 def scores(statistics: NeuronStatistics) -> NeuronScores:
@@ -37,10 +38,10 @@ def scores(statistics: NeuronStatistics) -> NeuronScores:
     if "pearson" in statistics.statistics:
         arrays["pearson"] = comoments.pearson(state, constant_x | beyond_x, constant_y | beyond_y)
     stale = torch.zeros_like(constant_x)
-    counted = _cell_scores(statistics, non_finite)
+    counted = _bin_scores(statistics, non_finite)
     if counted is not None:
         stale = counted.stale & ~non_finite & ~constant_x
-        for name in OF_CELLS:
+        for name in OF_BINS:
             if name in statistics.statistics:
                 arrays |= {key: getattr(counted, key) for key in (name, f"{name}_bound") if hasattr(counted, key)}
         for name, array in arrays.items():
@@ -50,7 +51,7 @@ def scores(statistics: NeuronStatistics) -> NeuronScores:
         if "mutual_info" in arrays:
             arrays["mutual_info"][non_finite] = torch.nan
     if statistics._replicates is not None and "pearson" in arrays:
-        arrays |= confidence.summarise(statistics._replicates, arrays["pearson"])
+        arrays |= bootstrap.summarise(statistics._replicates, arrays["pearson"])
     reasons = {
         "constant_neuron": tuple(constant_x.nonzero()[:, 0].tolist()),
         "non_finite_activation": tuple(non_finite.nonzero()[:, 0].tolist()),
@@ -69,17 +70,17 @@ def scores(statistics: NeuronStatistics) -> NeuronScores:
     )
 
 
-def _cell_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> cells.CellScores | None:
+def _bin_scores(statistics: NeuronStatistics, non_finite: torch.Tensor) -> bins.BinScores | None:
     """Exact scores while all rows are there, then those of the table."""
-    if statistics._cells is not None:
-        return statistics._cells.scores()
+    if statistics._bins is not None:
+        return statistics._bins.scores()
     if not statistics._keeping:
         return None
     rows = statistics._buffer[: statistics._filled]
     if bool(non_finite.any()):
         rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-    layout = cells.CellLayout.of(statistics.metrics, statistics.n_cells)
-    return cells.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))
+    layout = bins.BinLayout.of(statistics.metrics, statistics.n_bins)
+    return bins.exact(layout, rows, statistics._named(statistics._values[: statistics._filled]))
 
 
 def warn_of_reasons(scores: NeuronScores) -> None:

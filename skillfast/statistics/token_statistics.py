@@ -46,12 +46,12 @@ class TokenStatistics:
         device: torch.device,
         **settings: Any,
     ) -> None:
-        common = {"seed": seed, "device": device, "buffer_rows": settings["buffer_rows"], "cells": settings["cells"]}
+        common = {"seed": seed, "device": device, "buffer_rows": settings["buffer_rows"], "bins": settings["bins"]}
         self._sums = NeuronStatistics(
             n_neurons,
             metrics,
             ("pearson",),
-            confidence=settings["confidence"],
+            n_bootstrap=settings["n_bootstrap"],
             **common,
         )
         ranked = tuple(name for name in statistics if name != "pearson")
@@ -102,10 +102,10 @@ class TokenStatistics:
         self, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Metrics of every token, checked: float64 [batch, tokens, metrics]; 0 where the mask leaves a token out."""
-        if self._sums.confidence is not None:
+        if self._sums.n_bootstrap is not None:
             raise ArgumentError(
-                "confidence: expected metrics with one value per example, got values told before the forward; leave "
-                "out confidence, or give them to step()"
+                "n_bootstrap: expected metrics with one value per example, got values told before the forward; leave "
+                "out n_bootstrap, or give them to step()"
             )
         here = torch.ones(batch, tokens, dtype=torch.bool, device=self.device) if mask is None else mask
         flat = {}
@@ -197,7 +197,7 @@ class TokenStatistics:
         self._sampled.commit(values)
 
     def calibrate_on_counted(self) -> None:
-        """Let the sampled tokens so far set the cells' edges, and forget all that was counted."""
+        """Let the sampled tokens so far set the bins' edges, and forget all that was counted."""
         if self._sampled is not None:
             self._sampled.calibrate_on_counted()
         state = self._sums._moments

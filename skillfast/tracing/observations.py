@@ -167,7 +167,7 @@ class PooledRows(_Rows):
         self._rows = None
 
     def calibrate(self) -> None:
-        """Let what was counted set the cells' edges, and forget it."""
+        """Let what was counted set the bins' edges, and forget it."""
         self.statistics.calibrate_on_counted()
 
     def scores(self) -> NeuronScores:
@@ -328,7 +328,7 @@ class TokenRows(_Rows):
         self._forget()
 
     def calibrate(self) -> None:
-        """Let what was counted set the cells' edges, and forget it."""
+        """Let what was counted set the bins' edges, and forget it."""
         self.statistics.calibrate_on_counted()
 
     def scores(self) -> NeuronScores:

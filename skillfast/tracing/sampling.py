@@ -30,7 +30,7 @@ _BUFFER_BYTES = 256 << 20  # of batches held to be shuffled
 
 @dataclass(frozen=True)
 class Order:
-    """How to read a loader so that the cells' edges come from random rows.
+    """How to read a loader so that the bins' edges come from random rows.
 
     Attributes:
         batches: What to iterate over.

@@ -10,8 +10,8 @@ from skillfast import metrics as auxiliary
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
 from skillfast.progress import track
-from skillfast.statistics.cells import exact_rows
-from skillfast.statistics.edges import calibration_rows
+from skillfast.statistics.bins.edges import calibration_rows
+from skillfast.statistics.bins.table import exact_rows
 from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.tracing import sampling
@@ -76,8 +76,8 @@ def trace(
     sites: Sequence[str] = ("mlp", "attn", "head"),
     pool: Pool = "mean",
     statistics: Sequence[str] = STATISTICS,
-    cells: int = 128,
-    confidence: int | None = None,
+    bins: int = 128,
+    n_bootstrap: int | None = None,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
     mask: Callable[[Any], torch.Tensor] | None = None,
@@ -85,7 +85,7 @@ def trace(
 ) -> NeuronScores:
     """One pass over a loader: a loop over `Tracer`.
 
-    The cells' edges come from random rows: the first ones of a loader that shuffles, else those of random items that
+    The bins' edges come from random rows: the first ones of a loader that shuffles, else those of random items that
     run through the model once more before the pass. Under `torch.distributed` with a DistributedSampler every process
     gets the scores of all processes' data, each sample counted once.
 
@@ -98,8 +98,8 @@ def trace(
             metric with a value per token ([batch, tokens]) then takes a second forward of each batch, in which it is
             known beforehand: nothing is stored per token.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
-        cells: Cells per neuron for all but Pearson's r; 2 to 256.
-        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
+        bins: Bins per neuron for all but Pearson's r; 2 to 256.
+        n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         classes: Class names for `"classification"`; from the loader's dataset or the model by default.
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
         mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding.
@@ -120,9 +120,9 @@ def trace(
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
         metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
-    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, cells=cells, confidence=confidence)
+    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counted = _Counted(tracer, model, run, mask)
-    order = sampling.plan(loader, calibration_rows(cells), exact_rows(cells))
+    order = sampling.plan(loader, calibration_rows(bins), exact_rows(bins))
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:
@@ -191,7 +191,7 @@ def correlate(
     metrics: Mapping[str, Metric] | None = None,
     *,
     statistics: Sequence[str] = STATISTICS,
-    cells: int = 128,
+    bins: int = 128,
 ) -> NeuronScores:
     """Scores of activations that already exist, in any order.
 
@@ -200,7 +200,7 @@ def correlate(
         metrics_values: Name -> [n] values.
         metrics: Name -> kind of metric. By default integers are `Categorical`, booleans `Binary`, others `Continuous`.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
-        cells: Cells per neuron for all but Pearson's r; 2 to 256.
+        bins: Bins per neuron for all but Pearson's r; 2 to 256.
 
     Raises:
         ArgumentError: Shapes that do not fit, or an unknown statistic.
@@ -210,9 +210,9 @@ def correlate(
         raise ArgumentError(f"activations: expected [n, D], got shape {list(x.shape)}")
     values = {name: as_tensor(v) for name, v in metrics_values.items()}
     chosen = metrics or {name: _kind_of(name, v) for name, v in values.items()}
-    accumulator = NeuronStatistics(x.shape[1], chosen, statistics, cells=cells, device=x.device)
-    if len(x) > exact_rows(cells):
-        sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: calibration_rows(cells)]
+    accumulator = NeuronStatistics(x.shape[1], chosen, statistics, bins=bins, device=x.device)
+    if len(x) > exact_rows(bins):
+        sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: calibration_rows(bins)]
         accumulator.calibrate(x[sample.to(x.device)], {name: v[sample.to(v.device)] for name, v in values.items()})
     accumulator.update(x, values)
     return accumulator.compute()

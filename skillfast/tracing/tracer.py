@@ -47,8 +47,8 @@ class Tracer:
             `"none"`: each token is an observation.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`. With tokens as
             observations Pearson's r counts every token, the others 4 of each example, drawn at random.
-        cells: Cells per neuron for all but Pearson's r; 2 to 256.
-        confidence: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
+        bins: Bins per neuron for all but Pearson's r; 2 to 256.
+        n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         seed: Of the replicates.
         buffer_rows: Observations collected before one update of the state.
 
@@ -65,8 +65,8 @@ class Tracer:
         sites: Sequence[str] = ("mlp", "attn", "head"),
         pool: Pool = "mean",
         statistics: Sequence[str] = STATISTICS,
-        cells: int = 128,
-        confidence: int | None = None,
+        bins: int = 128,
+        n_bootstrap: int | None = None,
         seed: int = 0,
         buffer_rows: int = 512,
     ) -> None:
@@ -93,9 +93,9 @@ class Tracer:
         self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
         for (device, _), members in by_group.items():
             width = sum(site.width for site in members)
-            _warn_of_size(device, width, state_bytes(width, metrics, statistics, cells, confidence))
+            _warn_of_size(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
             settings: dict[str, Any] = {
-                "cells": cells, "confidence": confidence, "seed": seed, "buffer_rows": buffer_rows, "device": device,
+                "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "buffer_rows": buffer_rows, "device": device,
             }  # fmt: skip
             rows: PooledRows | TokenRows
             if pool == "none":
@@ -141,7 +141,7 @@ class Tracer:
 
         Args:
             valid: bool [batch]; rows that are False are left out (padding of a last batch, repeated samples).
-            groups: [batch] whole numbers; observations of one group are resampled together for `confidence`. The
+            groups: [batch] whole numbers; observations of one group are resampled together for `n_bootstrap`. The
                 tokens of an example are a group by themselves.
             **values: One [batch] array per metric; those that `expect` was told are left out.
 
@@ -207,10 +207,10 @@ class Tracer:
         self._expect_nothing()
 
     def calibrate(self) -> None:
-        """Let the observations so far, random ones, set the cell edges, and forget them; count from zero.
+        """Let the observations so far, random ones, set the bin edges, and forget them; count from zero.
 
         Raises:
-            ArgumentError: None so far, or too many (16 per cell).
+            ArgumentError: None so far, or too many (16 per bin).
         """
         self._require_step("calibrate")
         for group in self._groups():
@@ -282,7 +282,7 @@ def _warn_of_size(device: torch.device, neurons: int, needed: int) -> None:
     if free is not None and needed > free:
         warnings.warn(
             f"the state of {neurons:,} neurons takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
-            f"{device}: trace Pearson's r alone, with fewer cells, or some of the sites at a time",
+            f"{device}: trace Pearson's r alone, with fewer bins, or some of the sites at a time",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -67,20 +67,20 @@ def test_remedies_are_settings_that_fit():
 
 
 @pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman"), skillfast.vocabulary.STATISTICS])
-@pytest.mark.parametrize("confidence", [None, 8])
+@pytest.mark.parametrize("n_bootstrap", [None, 8])
 @pytest.mark.parametrize(
     ("model_type", "architecture", "sites"),
     [("llama", "LlamaForCausalLM", ("mlp", "attn")), ("bert", "BertForMaskedLM", ("mlp", "attn", "head"))],
 )
-def test_the_state_is_exact(tmp_path, statistics, confidence, model_type, architecture, sites):
+def test_the_state_is_exact(tmp_path, statistics, n_bootstrap, model_type, architecture, sites):
     name = config_file(tmp_path, model_type, architecture)
     settings = Settings(
-        statistics=statistics, confidence=confidence, cells=8, sites=sites, classes=3, dtype="float32", tokens=4
+        statistics=statistics, n_bootstrap=n_bootstrap, bins=8, sites=sites, classes=3, dtype="float32", tokens=4
     )
     found = plan(name, settings, device_memory=1 << 40)
     model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(**json.loads(Path(name).read_text())))
     tracer = skillfast.Tracer(
-        model.eval(), settings.kinds(), sites=sites, statistics=statistics, cells=8, confidence=confidence, pool="last"
+        model.eval(), settings.kinds(), sites=sites, statistics=statistics, bins=8, n_bootstrap=n_bootstrap, pool="last"
     )
     g = torch.Generator().manual_seed(0)
     n = 0
@@ -93,7 +93,7 @@ def test_the_state_is_exact(tmp_path, statistics, confidence, model_type, archit
             n += 32
     state = tracer._groups()[0].statistics
     tensors = [*state._moments.state_dict().values()]
-    tensors += [] if state._cells is None else [state._cells.edges, state._cells.table]
+    tensors += [] if state._bins is None else [state._bins.edges, state._bins.table]
     tensors += [] if state._replicates is None else state._replicates.tensors().values()
     assert found.state == sum(tensor.nbytes for tensor in tensors if found.neurons in tensor.shape)  # not the metrics'
 
@@ -119,7 +119,7 @@ def test_weights_and_parts_add_up():
     ("settings", "sizes"),
     [
         ({"statistics": ("pearson",), "batch_size": 16, "tokens": 256, "examples": 64}, {}),
-        ({"cells": 64, "batch_size": 64, "tokens": 16, "examples": 1536}, {"vocab_size": 1000}),
+        ({"bins": 64, "batch_size": 64, "tokens": 16, "examples": 1536}, {"vocab_size": 1000}),
     ],
     ids=["forward", "state"],
 )

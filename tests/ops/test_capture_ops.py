@@ -184,14 +184,14 @@ def test_what_is_not_finite_flows_as_in_torch(isa, dtype, backend):
 def test_act_pool_accumulate(isa, monkeypatch, dtype, pool, per_token):
     poisoned_empty(monkeypatch)
     shapes = [(1, 1), (70, 7), (1, 1, 1), (3, 63, 65), (130, 2, 33), (2, 3, 5, 130)]
-    parts = [(), ("cells",), ("mask", "cells"), ("scale", "mask"), (*PARTS, "cells")]
+    parts = [(), ("bins",), ("mask", "bins"), ("scale", "mask"), (*PARTS, "bins")]
     for i, shape in enumerate(shapes * 2):
         case = accumulate_case(shape, dtype, pool, per_token, parts[i % 5], columns=(3, 14)[i % 2])
         check_accumulate(*case[:4], [*ACTIVATION][i % 5], pool, case[4], BACKENDS[: 2 if isa == ISAS[0] else 1])
 
 
 def check_accumulate(x, y, center, sums, activation, pool, more, on=BACKENDS):
-    flow_options = {name: t for name, t in more.items() if name != "cells"}
+    flow_options = {name: t for name, t in more.items() if name != "bins"}
     for backend in on:
         flow, pooled = run_capture(backend, x, activation, pool, **flow_options)
         out, state, table = run_accumulate(backend, x, y, center, sums, activation, pool, **more)
@@ -214,7 +214,7 @@ def check_accumulate(x, y, center, sums, activation, pool, more, on=BACKENDS):
 @given(
     shape=some_shape(), dtype=st.sampled_from(DTYPES[:3]), activation=st.sampled_from(list(ACTIVATION)),
     pool=st.sampled_from(["mean", "cls", "max", "last", "none", "none"]), per_token=st.booleans(),
-    parts=some_parts(*PARTS[:4], "cells"), view=st.sampled_from(list(VIEWS)), columns=st.sampled_from([0, 1, 6, 13]),
+    parts=some_parts(*PARTS[:4], "bins"), view=st.sampled_from(list(VIEWS)), columns=st.sampled_from([0, 1, 6, 13]),
 )  # fmt: skip
 def test_act_pool_accumulate_of_some_shapes(shape, dtype, activation, pool, per_token, parts, view, columns):
     x, y, *operands, more = accumulate_case(shape, dtype, pool, per_token and pool == "none", parts, columns)
@@ -226,7 +226,7 @@ def test_act_pool_accumulate_of_some_shapes(shape, dtype, activation, pool, per_
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 4, 5)], ids=str)
 def test_act_pool_accumulate_of_nothing(shape):
     """A sample without tokens is NaN when it is pooled, and no observation where tokens are."""
-    for pool, parts in product(POOLS[:5], (("cells",), (*PARTS, "cells"))):
+    for pool, parts in product(POOLS[:5], (("bins",), (*PARTS, "bins"))):
         x, *operands, more = accumulate_case(shape, torch.float32, pool, pool == "none", parts)
         check_accumulate(x, *operands, "gelu", pool, more)
 
@@ -263,9 +263,9 @@ def test_pearson_far_from_zero(isa, pool, per_token, backend):
 
 
 def test_threads_change_nothing():
-    case = accumulate_case((9, 40, 1030), torch.bfloat16, "none", True, (*PARTS, "cells"), columns=7)
+    case = accumulate_case((9, 40, 1030), torch.bfloat16, "none", True, (*PARTS, "bins"), columns=7)
     x, *operands, more = case
-    flow_options = {name: t for name, t in more.items() if name != "cells"}
+    flow_options = {name: t for name, t in more.items() if name != "bins"}
     threads = torch.get_num_threads()
     results = []
     try:
@@ -295,14 +295,14 @@ def test_act_mask_pool_is_registered_soundly(pool, parts):
 
 
 @pytest.mark.parametrize("pool", ["mean", "none"])
-@pytest.mark.parametrize("with_cells", [False, True])
-def test_act_pool_accumulate_is_registered_soundly(pool, with_cells):
-    parts = ("scale", "shift", "condition") + (("mask", "cells") if with_cells else ())
+@pytest.mark.parametrize("with_bins", [False, True])
+def test_act_pool_accumulate_is_registered_soundly(pool, with_bins):
+    parts = ("scale", "shift", "condition") + (("mask", "bins") if with_bins else ())
     x, y, center, sums, more = accumulate_case((3, 4, 5), torch.bfloat16, pool, False, parts)
     if pool == "mean":
         more.pop("mask", None)
     options = [more.get(name) for name in ("scale", "shift", "condition", "mask")]
-    arguments = (x, y, center, *sums, "gelu", pool, *options, True, *more.get("cells", ()))
+    arguments = (x, y, center, *sums, "gelu", pool, *options, True, *more.get("bins", ()))
     torch.library.opcheck(torch.ops.skillfast.act_pool_accumulate, arguments)
     torch.library.opcheck(torch.ops.skillfast.act_pool_accumulate, arguments[:8])
 
@@ -370,8 +370,8 @@ def test_act_pool_accumulate_refuses(change, words):
     }  # fmt: skip
     if change.get("pool") == "none":
         case["channels"], case["hats"] = case["channels"].repeat(3, 1), case["hats"].repeat(3, 1)
-    sums, cells = ([case.pop(n) for n in names] for names in (
+    sums, bins = ([case.pop(n) for n in names] for names in (
         ("sum_x", "sum_xx", "sum_xy"), ("edges", "channels", "hats", "table")
     ))  # fmt: skip
     positional = (case.pop("x"), case.pop("y"), case.pop("center"), tuple(sums))
-    assert words in one_line(ArgumentError, ops.act_pool_accumulate, *positional, cells=tuple(cells), **case)
+    assert words in one_line(ArgumentError, ops.act_pool_accumulate, *positional, bins=tuple(bins), **case)

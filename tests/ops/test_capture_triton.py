@@ -87,13 +87,13 @@ def check_accumulate(device, shapes):
     """Triton against the reference; the table, of integers, is the same bit by bit where the rows are."""
     pools = (*((pool, False) for pool in POOLS[:5]), ("none", True))
     for case, (shape, (pool, per_token)) in enumerate(product(shapes, pools)):
-        parts = ((*PARTS, "cells"), ("mask", "cells"), ())[(case + case // 6) % 3]
+        parts = ((*PARTS, "bins"), ("mask", "bins"), ())[(case + case // 6) % 3]
         columns = (3, 0, 17, 6)[case % 4]
         x, y, center, sums, more = accumulate_case(shape, DTYPES[case % 3], pool, per_token, parts, columns)
         options = {name: moved(value, device) for name, value in more.items()}
         state = [moved(t, device) for t in (x, y, center, sums)]
         out, got, table = run_accumulate("triton", *state, list(ACTIVATION)[case % 5], pool, **options)
-        about = {name: value for name, value in more.items() if name in ("mask", "cells")}
+        about = {name: value for name, value in more.items() if name in ("mask", "bins")}
         _, want, want_table = run_accumulate("reference", out.cpu(), y, center, sums, "identity", pool, **about)
         for a, b in zip(got, want, strict=True):
             close(a, b, 3e-5)
@@ -187,7 +187,7 @@ def test_act_pool_accumulate_compiles_without_a_gpu(arch, dtype, activation, poo
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
     from skillfast.kernels import act_pool_accumulate
 
-    sizes = ("batch", "tokens", "width", "columns", "samples", "cells", "metrics", "counts", "weights")
+    sizes = ("batch", "tokens", "width", "columns", "samples", "bins", "metrics", "counts", "weights")
     types = {
         "x": f"*{dtype}", "scale": "*fp32", "shift": "*fp32", "condition": "*i64", "mask": "*i1", "out": f"*{dtype}",
         "y": "*fp32", "center": "*fp32", "sum_x": "*fp64", "sum_xx": "*fp64", "sum_xy": "*fp64", "edges": "*fp32",

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 SOURCES = [
     ROOT / "csrc" / "cpu" / f"{name}.cpp"
-    for name in ("neuron_scale", "comoments", "cells", "act_mask_pool", "act_pool_accumulate")
+    for name in ("neuron_scale", "comoments", "bins", "act_mask_pool", "act_pool_accumulate")
 ]
 
 

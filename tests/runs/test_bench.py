@@ -243,7 +243,7 @@ def test_shares_by_block_of_planted_skills():
 @pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman")])
 def test_cost_of_batches_that_fill_the_buffer(vit, statistics):
     loader = [(torch.randn(600, 3, 16, 16), torch.arange(600) % 5)] * 2
-    found = trace_over_forward(vit, loader, classification(5), statistics=statistics, cells=8)
+    found = trace_over_forward(vit, loader, classification(5), statistics=statistics, bins=8)
     assert found["trace_over_forward"] > 0  # two batches say no more
     assert found["samples_per_s"] > 0
 

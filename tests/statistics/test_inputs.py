@@ -33,11 +33,11 @@ def test_an_open_forward_is_no_place_to_compute(vit, batches):
 
 def test_shards_without_weights_of_their_own_are_refused():
     def shard():
-        acc = NeuronStatistics(2, {"y": Binary()}, ("pearson",), confidence=8)
+        acc = NeuronStatistics(2, {"y": Binary()}, ("pearson",), n_bootstrap=8)
         acc.update(torch.randn(10, 2), {"y": torch.arange(10) % 2})
         return acc
 
-    total = NeuronStatistics(2, {"y": Binary()}, ("pearson",), confidence=8)
+    total = NeuronStatistics(2, {"y": Binary()}, ("pearson",), n_bootstrap=8)
     total.merge(shard())
     with pytest.raises(ArgumentError, match="got two of one stream"):
         total.merge(shard())
@@ -170,7 +170,7 @@ def tampered(path, change):
     ],
 )
 def test_tampered_states_are_refused_in_one_line(tmp_path, change):
-    acc = NeuronStatistics(2, {"y": Continuous()}, cells=4)
+    acc = NeuronStatistics(2, {"y": Continuous()}, bins=4)
     for _ in range(3):
         acc.update(torch.randn(50, 2), {"y": torch.randn(50)})
     path = acc.save(tmp_path)

@@ -44,7 +44,7 @@ def test_pearson_equals_scipys(dtype):
         rows = slice(start, start + 70)
         acc.update(x[rows], {name: v[rows] for name, v in values.items()})
     scores = acc.compute()
-    assert set(backends.calls) == {("comoments_update", "native"), ("cells_update", "native")}
+    assert set(backends.calls) == {("comoments_update", "native"), ("bins_update", "native")}
     assert scores.columns == ("label:cat", "label:dog", "label:owl", "correct", "loss")
     assert np.isfinite(scores.pearson).all()
     np.testing.assert_allclose(scores.pearson, oracle(x, values), atol=1e-6)

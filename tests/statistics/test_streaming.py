@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 import skillfast
 from skillfast import Binary, Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError, DataError
-from skillfast.statistics.cells import exact_rows
+from skillfast.statistics.bins.table import exact_rows
 from skillfast.tracing import sampling
 
 # Warnings of what has no score have tests of their own.
@@ -120,7 +120,7 @@ def test_metrics_of_few_and_many_classes(classes):
 @given(data=st.data())
 def test_the_same_edges_give_bitwise_the_same_table(data):
     x, values = rows(3000, seed=data.draw(st.integers(0, 3)))
-    first = NeuronStatistics(6, METRICS, cells=16)
+    first = NeuronStatistics(6, METRICS, bins=16)
     sample = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:128]
     first.calibrate(x[sample], part(values, sample))
     whole = first.like()
@@ -159,8 +159,8 @@ def test_shards_that_still_keep_their_rows_merge_exactly():
 def test_shards_with_other_edges_are_refused():
     x, values = rows(3000)
     half = torch.arange(3000)
-    a, b = (stream(x[s], part(values, half[s]), cells=8) for s in (slice(0, 1500), slice(1500, None)))
-    with pytest.raises(ArgumentError, match=r"expected the same cell edges, got others; make shards with like\(\)"):
+    a, b = (stream(x[s], part(values, half[s]), bins=8) for s in (slice(0, 1500), slice(1500, None)))
+    with pytest.raises(ArgumentError, match=r"expected the same bin edges, got others; make shards with like\(\)"):
         a.merge(b)
 
 
@@ -239,7 +239,7 @@ def test_correlate_is_right_on_sorted_rows():
 
 def test_updates_in_and_out_of_inference_mode_mix_past_the_kept_rows():
     x, values = rows(400)
-    acc = NeuronStatistics(6, METRICS, cells=8, buffer_rows=32)
+    acc = NeuronStatistics(6, METRICS, bins=8, buffer_rows=32)
     for i, index in enumerate(torch.arange(400).split(30)):
         with torch.inference_mode(i % 2 == 0):
             acc.update(x[index] * 1, part(values, index))
@@ -299,8 +299,8 @@ def loaders(pictures):
 @pytest.mark.parametrize("kind", ["shuffled", "sorted", "list"])
 def test_a_trace_in_any_order(pictures, kind):
     model = make_vit()
-    scores = skillfast.trace(model, loaders(pictures)[kind], cells=16, classes=5, sites=("mlp",))
-    want = skillfast.trace(model, loaders(pictures)["sorted"], cells=128, classes=5, sites=("mlp",))  # exact
+    scores = skillfast.trace(model, loaders(pictures)[kind], bins=16, classes=5, sites=("mlp",))
+    want = skillfast.trace(model, loaders(pictures)["sorted"], bins=128, classes=5, sites=("mlp",))  # exact
     assert scores.n_observations == want.n_observations == 1200
     assert np.nanmax(want.spearman_bound) == 0
     assert "stale_edges" not in scores.reasons
@@ -325,12 +325,12 @@ def test_a_stream_is_shuffled_in_a_buffer(pictures):
     assert sorted(seen.tolist()) == sorted(labels.tolist())
     assert not torch.equal(seen, labels)
     with pytest.warns(RuntimeWarning, match=r"stale_edges \(\d+ neurons\)") as told:  # no buffer mends a sorted stream
-        scores = skillfast.trace(make_vit(), DataLoader(Stream(images, labels), 50), cells=16, classes=5)
+        scores = skillfast.trace(make_vit(), DataLoader(Stream(images, labels), 50), bins=16, classes=5)
     assert len(told) == 1
     assert scores.n_observations == 1200
     order = torch.randperm(1200, generator=torch.Generator().manual_seed(0))
     mixed = DataLoader(Stream(images[order], labels[order]), 50)
-    assert "stale_edges" not in skillfast.trace(make_vit(), mixed, cells=16, classes=5).reasons
+    assert "stale_edges" not in skillfast.trace(make_vit(), mixed, bins=16, classes=5).reasons
 
 
 SCRIPT = """
@@ -340,7 +340,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import skillfast
 
-folder, tests, n, cells = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, tests, n, bins = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sys.path.insert(0, tests)
 from conftest import make_vit
 
@@ -349,29 +349,29 @@ dist.init_process_group("gloo")
 data = TensorDataset(torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 5)
 for shuffle in (False, True):
     loader = DataLoader(data, 16, sampler=DistributedSampler(data, shuffle=shuffle))
-    skillfast.trace(make_vit(), loader, cells=cells, classes=5).save(f"{folder}/{dist.get_rank()}-{shuffle}")
+    skillfast.trace(make_vit(), loader, bins=bins, classes=5).save(f"{folder}/{dist.get_rank()}-{shuffle}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("n", "cells"), [(101, 128), (301, 8)])
-def test_two_processes_under_torchrun_give_the_result_of_one(tmp_path, n, cells):
+@pytest.mark.parametrize(("n", "bins"), [(101, 128), (301, 8)])
+def test_two_processes_under_torchrun_give_the_result_of_one(tmp_path, n, bins):
     """101 and 301 do not divide by two: a DistributedSampler repeats a sample, which must not count twice."""
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [tmp_path / "script.py", tmp_path, Path(__file__).parents[1], n, cells]
+    arguments = [tmp_path / "script.py", tmp_path, Path(__file__).parents[1], n, bins]
     done = subprocess.run(
         [*command, *map(str, arguments)], check=False, capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     g = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(n, 3, 16, 16, generator=g), torch.arange(n) % 5)
-    want = skillfast.trace(make_vit(), DataLoader(data, 16), cells=cells, classes=5)
+    want = skillfast.trace(make_vit(), DataLoader(data, 16), bins=bins, classes=5)
     for name in ("0-False", "1-False", "0-True", "1-True"):
         got = skillfast.NeuronScores.load(tmp_path / name)
         assert got.n_observations == n
         np.testing.assert_allclose(got.pearson, want.pearson, atol=1e-5)  # other batches round otherwise
-        np.testing.assert_allclose(got.spearman, want.spearman, atol=2e-2 if cells == 8 else 1e-4)
+        np.testing.assert_allclose(got.spearman, want.spearman, atol=2e-2 if bins == 8 else 1e-4)
 
 
 def test_a_sampler_that_drops_is_refused():

@@ -156,7 +156,7 @@ def test_masked_tokens_are_never_sampled():
     from skillfast.statistics.token_statistics import TokenStatistics
 
     statistics = TokenStatistics(
-        3, METRICS, ("spearman",), seed=0, device=torch.device("cpu"), cells=16, buffer_rows=64, confidence=None
+        3, METRICS, ("spearman",), seed=0, device=torch.device("cpu"), bins=16, buffer_rows=64, n_bootstrap=None
     )
     mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) > 0.6
     mask[:, 4] = True
@@ -173,7 +173,7 @@ def test_confidence_over_examples(vit, batches):
     images, labels, loss = data(batches)
     widths = {}
     for pool in ("mean", "none"):
-        tracer = Tracer(vit, METRICS, sites=("attn",), pool=pool, statistics=("pearson",), confidence=64)
+        tracer = Tracer(vit, METRICS, sites=("attn",), pool=pool, statistics=("pearson",), n_bootstrap=64)
         with tracer, torch.no_grad():
             for part in torch.arange(len(images)).split(10):
                 vit(images[part])
@@ -249,10 +249,10 @@ def test_what_cannot_be_counted_is_told(vit, batches):
         tracer.expect(label=labels, loss=loss[:3])
         assert "metric 'loss': expected values [37] or [37, 17]" in one_line(ArgumentError, vit, images)
         tracer.discard()
-    sure = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",), confidence=16)
+    sure = Tracer(vit, METRICS, sites=BLOCKS, pool="none", statistics=("pearson",), n_bootstrap=16)
     with sure, torch.no_grad():
         sure.expect(label=labels, loss=per_token)
-        assert "leave out confidence" in one_line(ArgumentError, vit, images)
+        assert "leave out n_bootstrap" in one_line(ArgumentError, vit, images)
 
 
 def test_sites_of_several_resolutions_are_refused():

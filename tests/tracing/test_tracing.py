@@ -239,11 +239,11 @@ def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatc
     from skillfast.tracing import tracer
 
     metrics = {"label": Categorical(5), "loss": Continuous()}
-    for statistics, confidence in ((("pearson",), None), (("pearson", "auroc"), None), (("pearson",), 16)):
-        acc = skillfast.NeuronStatistics(50, metrics, statistics, cells=16, confidence=confidence, buffer_rows=8)
+    for statistics, n_bootstrap in ((("pearson",), None), (("pearson", "auroc"), None), (("pearson",), 16)):
+        acc = skillfast.NeuronStatistics(50, metrics, statistics, bins=16, n_bootstrap=n_bootstrap, buffer_rows=8)
         acc.calibrate(torch.randn(64, 50), {"label": torch.arange(64) % 5, "loss": torch.randn(64)})
-        known = state_bytes(50, metrics, statistics, 16, confidence)
-        columns = 1 + 6 + 2 * 6 + (confidence or 0) * (1 + 2 * 6)  # float64 per column and replicate, not per neuron
+        known = state_bytes(50, metrics, statistics, 16, n_bootstrap)
+        columns = 1 + 6 + 2 * 6 + (n_bootstrap or 0) * (1 + 2 * 6)  # float64 per column and replicate, not per neuron
         assert abs(acc.state_bytes - known) <= 8 * columns
     monkeypatch.setattr(tracer, "free_bytes", lambda _: 10_000)
     with pytest.warns(RuntimeWarning, match=r"the state of 384 neurons takes .* trace Pearson's r alone, with fewer"):

@@ -7,7 +7,7 @@ from scipy import stats
 
 from skillfast import Binary, Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError
-from skillfast.statistics import confidence
+from skillfast.statistics import bootstrap
 
 # Warnings of what has no score have tests of their own.
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
@@ -23,9 +23,9 @@ def sample(n, width=5, seed=0):
 
 
 def test_weights_are_poisson_and_reproducible():
-    w = confidence.weights(3, np.arange(20_000), 16)
-    assert np.array_equal(w, confidence.weights(3, np.arange(20_000), 16))
-    assert not np.array_equal(w, confidence.weights(4, np.arange(20_000), 16))
+    w = bootstrap.weights(3, np.arange(20_000), 16)
+    assert np.array_equal(w, bootstrap.weights(3, np.arange(20_000), 16))
+    assert not np.array_equal(w, bootstrap.weights(4, np.arange(20_000), 16))
     counts = np.bincount(w.astype(int).ravel(), minlength=8)[:8]
     expected = stats.poisson(1).pmf(np.arange(8)) * w.size
     assert stats.chisquare(counts[:6], expected[:6] * counts[:6].sum() / expected[:6].sum()).pvalue > 1e-3
@@ -35,11 +35,11 @@ def test_weights_are_poisson_and_reproducible():
 
 def test_replicates_equal_weighted_correlations():
     x, values = sample(700)
-    acc = NeuronStatistics(5, METRICS, confidence=12, seed=7, buffer_rows=64)
+    acc = NeuronStatistics(5, METRICS, n_bootstrap=12, seed=7, buffer_rows=64)
     for index in torch.arange(700).split(50):
         acc.update(x[index], {k: v[index] for k, v in values.items()}, groups=index)
     acc.compute()
-    w = confidence.weights(7, np.arange(700), 12)
+    w = bootstrap.weights(7, np.arange(700), 12)
     y = np.column_stack([torch.nn.functional.one_hot(values["label"], 3), values["loss"]])
     r = acc._replicates.pearson(slice(0, 5)).numpy()
     for b in range(12):
@@ -56,7 +56,7 @@ def test_the_interval_covers_and_p_is_uniform():
         g = torch.Generator().manual_seed(trial)
         y = torch.randn(n, generator=g)
         x = rho * y[:, None] + (1 - rho**2) ** 0.5 * torch.randn(n, 400, generator=g)
-        acc = NeuronStatistics(400, {"y": Continuous(), "coin": Binary()}, ("pearson",), confidence=64, seed=trial)
+        acc = NeuronStatistics(400, {"y": Continuous(), "coin": Binary()}, ("pearson",), n_bootstrap=64, seed=trial)
         acc.update(x, {"y": y, "coin": torch.rand(n, generator=g) < 0.5})
         scores = acc.compute()
         held.append(((scores.pearson_low[:, 0] <= rho) & (rho <= scores.pearson_high[:, 0])).mean())
@@ -70,9 +70,9 @@ def test_groups_keep_the_tokens_of_an_example_together():
     """50 examples of 20 equal tokens hold as much evidence as 50 observations, not as 1,000."""
     x, values = sample(50)
     tokens = torch.arange(50).repeat_interleave(20)
-    plain = NeuronStatistics(5, METRICS, ("pearson",), confidence=200)
+    plain = NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=200)
     plain.update(x, values)
-    acc, wrong = (NeuronStatistics(5, METRICS, ("pearson",), confidence=200) for _ in range(2))
+    acc, wrong = (NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=200) for _ in range(2))
     acc.update(x[tokens], {k: v[tokens] for k, v in values.items()}, groups=tokens)
     wrong.update(x[tokens], {k: v[tokens] for k, v in values.items()})
     width = [np.mean(s.pearson_high - s.pearson_low) for s in (a.compute() for a in (plain, acc, wrong))]
@@ -84,7 +84,7 @@ def test_groups_keep_the_tokens_of_an_example_together():
 def test_shards_merges_and_saved_states_agree(tmp_path, n):
     x, values = sample(n)
     index = torch.arange(n)
-    whole = NeuronStatistics(5, METRICS, confidence=16, cells=16)
+    whole = NeuronStatistics(5, METRICS, n_bootstrap=16, bins=16)
     whole.update(x, values, groups=index)
     a, b = whole.like(), whole.like()
     a.update(x[: n // 3], {k: v[: n // 3] for k, v in values.items()}, groups=index[: n // 3])
@@ -98,7 +98,7 @@ def test_shards_merges_and_saved_states_agree(tmp_path, n):
 
 
 def test_shards_have_weights_of_their_own():
-    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=8)
+    acc = NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=8)
     x, values = sample(10)
     shards = [acc.like(), acc.like()]
     for shard in shards:
@@ -109,7 +109,7 @@ def test_shards_have_weights_of_their_own():
 
 def test_shards_of_one_stream_are_refused():
     x, values = sample(10)
-    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=8)
+    acc = NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=8)
     copies = [NeuronStatistics.from_state_dict(acc.state_dict()) for _ in range(2)]
     for copy in copies:
         copy.update(x, values)
@@ -119,7 +119,7 @@ def test_shards_of_one_stream_are_refused():
 
 def test_adjusted_p_is_benjamini_and_hochbergs():
     x, values = sample(400)
-    acc = NeuronStatistics(5, METRICS, ("pearson",), confidence=64)
+    acc = NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=64)
     x[:, 3] = 1.0
     acc.update(x, values)
     scores = acc.compute()
@@ -132,7 +132,7 @@ def test_adjusted_p_is_benjamini_and_hochbergs():
 
 def test_too_few_replicates_or_wrong_groups_are_refused():
     with pytest.raises(ArgumentError, match="expected at least 8 replicates, got 2"):
-        NeuronStatistics(5, METRICS, confidence=2)
+        NeuronStatistics(5, METRICS, n_bootstrap=2)
     x, values = sample(4)
     with pytest.raises(ArgumentError, match="groups: expected 4 whole numbers"):
         NeuronStatistics(5, METRICS).update(x, values, groups=[0.5, 1, 2, 3])

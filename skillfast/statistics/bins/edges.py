@@ -1,7 +1,7 @@
-"""Frozen cell edges per neuron, from calibration rows.
+"""Frozen bin edges per neuron, from calibration rows.
 
-Equi-depth cells, so that no cell holds much of the mass; a value that repeats gets a cell of its own, which is
-*atomic*: [v, next value of the dtype), so ties in it are exact; a few geometric cells lie beyond either end.
+Equi-depth bins, so that no bin holds much of the mass; a value that repeats gets a bin of its own, which is
+*atomic*: [v, next value of the dtype), so ties in it are exact; a few geometric bins lie beyond either end.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from skillfast.errors import ArgumentError
-from skillfast.ops import MAX_CELLS
+from skillfast.ops import MAX_BINS
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _SLICE = 1 << 20  # values sorted at once: 4 MB of float32, and a few times that of temporaries
-_HEAVY = 1.5  # a value that fills this many cells' share of the rows gets a cell of its own
+_HEAVY = 1.5  # a value that fills this many bins' share of the rows gets a bin of its own
 
 
-def calibration_rows(cells: int) -> int:
-    """How many random rows set the edges: 8 per cell."""
-    return 8 * cells
+def calibration_rows(bins: int) -> int:
+    """How many random rows set the edges: 8 per bin."""
+    return 8 * bins
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose neighbouring values tell an atomic cell: float64 activations are counted as float32."""
+    """The dtype whose neighbouring values tell an atomic bin: float64 activations are counted as float32."""
     return dtype if dtype in _BITS else torch.float32
 
 
@@ -44,61 +44,61 @@ def next_value(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(values == torch.inf, values, up)
 
 
-def atomic_cells(edges: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Which cells can hold one value of `dtype` only, so that all that falls into them is tied.
+def atomic_bins(edges: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which bins can hold one value of `dtype` only, so that all that falls into them is tied.
 
     Args:
         edges: float32 [D, C - 1], ascending.
         dtype: The activations' dtype.
 
     Returns:
-        bool [D, C]; the first cell never is, the last only where its edge is infinity.
+        bool [D, C]; the first bin never is, the last only where its edge is infinity.
     """
     dtype = stored_dtype(dtype)
     low = edges.to(dtype).float()
-    low = torch.where(low < edges, next_value(low, dtype), low)  # the smallest value of dtype in the cell
+    low = torch.where(low < edges, next_value(low, dtype), low)  # the smallest value of dtype in the bin
     above = next_value(low, dtype)
     first = torch.zeros_like(edges[:, :1], dtype=torch.bool)
     return torch.cat([first, above[:, :-1] >= edges[:, 1:], edges[:, -1:] == torch.inf], 1)
 
 
-def build_edges(rows: torch.Tensor, cells: int = 128) -> torch.Tensor:
-    """Edges of every neuron's cells.
+def build_edges(rows: torch.Tensor, bins: int = 128) -> torch.Tensor:
+    """Edges of every neuron's bins.
 
     Values that are not finite are left out; a neuron with no finite value gets edges at infinity.
 
     Args:
-        rows: Random activations [n0, D] of any dtype, n0 about `calibration_rows(cells)`.
-        cells: C, from 2 to 256.
+        rows: Random activations [n0, D] of any dtype, n0 about `calibration_rows(bins)`.
+        bins: C, from 2 to 256.
 
     Returns:
         float32 [D, C - 1], ascending, contiguous, on the device of `rows`. Infinity where fewer edges are needed.
 
     Raises:
-        ArgumentError: No rows, or a number of cells out of range.
+        ArgumentError: No rows, or a number of bins out of range.
     """
     if rows.dim() != 2 or rows.shape[0] < 1:
         raise ArgumentError(f"build_edges rows: expected [n0, D] with n0 >= 1, got shape {list(rows.shape)}")
-    if not 2 <= cells <= MAX_CELLS:
-        raise ArgumentError(f"build_edges cells: expected 2 to {MAX_CELLS}, got {cells}")
+    if not 2 <= bins <= MAX_BINS:
+        raise ArgumentError(f"build_edges bins: expected 2 to {MAX_BINS}, got {bins}")
     n, width = rows.shape
-    edges = torch.empty(width, cells - 1, dtype=torch.float32, device=rows.device)
+    edges = torch.empty(width, bins - 1, dtype=torch.float32, device=rows.device)
     step = max(1, _SLICE // n)
     for start in range(0, width, step):
         part = slice(start, start + step)
-        edges[part] = _slice_edges(rows[:, part], cells, stored_dtype(rows.dtype))
+        edges[part] = _slice_edges(rows[:, part], bins, stored_dtype(rows.dtype))
     return edges
 
 
-def _slice_edges(rows: torch.Tensor, cells: int, dtype: torch.dtype) -> torch.Tensor:
+def _slice_edges(rows: torch.Tensor, bins: int, dtype: torch.dtype) -> torch.Tensor:
     values, finite = _sorted(rows)
-    tails = 0 if cells < 8 else max(1, cells // 32)
-    depth = cells - 1 - 2 * tails  # edges inside the range of the rows
+    tails = 0 if bins < 8 else max(1, bins // 32)
+    depth = bins - 1 - 2 * tails  # edges inside the range of the rows
     edges = _with_tails(_even_edges(values, finite, depth), values, finite, tails)
-    repeats = _may_repeat(values, _threshold(finite, cells)).any(1)
+    repeats = _may_repeat(values, _threshold(finite, bins)).any(1)
     if bool(repeats.any()):
         some, count = values[repeats], finite[repeats]
-        edges[repeats] = _with_tails(_edges_with_repeats(some, count, depth, cells, dtype), some, count, tails)
+        edges[repeats] = _with_tails(_edges_with_repeats(some, count, depth, bins, dtype), some, count, tails)
     return torch.where(finite[:, None] > 0, edges, torch.inf)
 
 
@@ -115,9 +115,9 @@ def _sorted(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.sort(values.numpy(), axis=1)), finite
 
 
-def _threshold(finite: torch.Tensor, cells: int) -> torch.Tensor:
-    """How often a value must repeat among the finite rows to get a cell of its own."""
-    return (_HEAVY * finite / cells).ceil().clamp_min(2).long()
+def _threshold(finite: torch.Tensor, bins: int) -> torch.Tensor:
+    """How often a value must repeat among the finite rows to get a bin of its own."""
+    return (_HEAVY * finite / bins).ceil().clamp_min(2).long()
 
 
 def _even_edges(values: torch.Tensor, finite: torch.Tensor, depth: int) -> torch.Tensor:
@@ -156,8 +156,8 @@ def _may_repeat(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     return first
 
 
-def _runs(values: torch.Tensor, finite: torch.Tensor, cells: int, most: int) -> _Runs:
-    threshold = _threshold(finite, cells)
+def _runs(values: torch.Tensor, finite: torch.Tensor, bins: int, most: int) -> _Runs:
+    threshold = _threshold(finite, bins)
     first = _may_repeat(values, threshold)
     step = max(1, int(threshold.min()) // 2)
     place = torch.arange(first.shape[1], 0, -1, device=values.device, dtype=torch.int32)
@@ -197,9 +197,9 @@ def _with_tails(inside: torch.Tensor, values: torch.Tensor, finite: torch.Tensor
 
 
 def _edges_with_repeats(
-    values: torch.Tensor, finite: torch.Tensor, depth: int, cells: int, dtype: torch.dtype
+    values: torch.Tensor, finite: torch.Tensor, depth: int, bins: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Two edges around each of the most repeated values, the rest divides what remains evenly."""
-    runs = _runs(values, finite, cells, max(1, 3 * depth // 8))
+    runs = _runs(values, finite, bins, max(1, 3 * depth // 8))
     cuts = _cuts(values, finite, depth, runs)
     return torch.cat([runs.value, next_value(runs.value, dtype), cuts], 1).sort(1).values[:, :depth]

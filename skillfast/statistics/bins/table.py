@@ -1,4 +1,4 @@
-"""The table of cells: its layout, what a row adds to it, and the scores that come out of it.
+"""The table of bins: its layout, what a row adds to it, and the scores that come out of it.
 
 One integer table serves Spearman's rho, AUROC and mutual information. A neuron's part is [C, P] counts (a channel per
 class of a categorical metric, one per binary metric) and then [C, 8 M] hat weights (8 per continuous metric).
@@ -15,9 +15,9 @@ from scipy.stats import rankdata
 from skillfast import ops
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Binary, Categorical, Continuous
-from skillfast.statistics import cell_scores
-from skillfast.statistics.cell_scores import HATS, UNIT
-from skillfast.statistics.edges import atomic_cells, build_edges
+from skillfast.statistics.bins import scores as bin_scores
+from skillfast.statistics.bins.edges import atomic_bins, build_edges
+from skillfast.statistics.bins.scores import HATS, UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,31 +29,31 @@ _SPILLED = 1 << 30
 _SLICE_VALUES = 1 << 22  # table entries finished at once: 32 MB of float64, and a few times that of temporaries
 
 
-def exact_rows(cells: int) -> int:
+def exact_rows(bins: int) -> int:
     """Up to this many rows it is better to keep them all and be exact."""
-    return 16 * cells
+    return 16 * bins
 
 
 @dataclass(frozen=True)
-class CellLayout:
+class BinLayout:
     """Where each metric lives in a neuron's table.
 
     Attributes:
-        cells: C.
+        bins: C.
         metrics: The metrics by name, in the order of their columns.
         first: The first count channel of each categorical or binary metric.
         hats: The place of each continuous metric among the hats.
         counts: P, count channels in all; the last is the rows themselves where no other metric tells them.
     """
 
-    cells: int
+    bins: int
     metrics: dict[str, Metric]
     first: dict[str, int]
     hats: dict[str, int]
     counts: int
 
     @staticmethod
-    def of(metrics: Mapping[str, Metric], cells: int = 128) -> CellLayout:
+    def of(metrics: Mapping[str, Metric], bins: int = 128) -> BinLayout:
         """The layout for these metrics."""
         first: dict[str, int] = {}
         hats: dict[str, int] = {}
@@ -65,12 +65,12 @@ class CellLayout:
                 first[name] = counts
                 counts += len(metric.classes) if isinstance(metric, Categorical) else 1
         tells = hats or any(isinstance(metric, Categorical) for metric in metrics.values())
-        return CellLayout(cells, dict(metrics), first, hats, counts if tells else counts + 1)
+        return BinLayout(bins, dict(metrics), first, hats, counts if tells else counts + 1)
 
     @property
     def entries(self) -> int:
         """Integers per neuron."""
-        return self.cells * (self.counts + HATS * len(self.hats))
+        return self.bins * (self.counts + HATS * len(self.hats))
 
     @property
     def counts_rows(self) -> bool:
@@ -83,9 +83,9 @@ class CellLayout:
 
     def split(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A table [d, entries] as counts [d, C, P] and hat weights [d, C, M, 8]."""
-        at = self.cells * self.counts
-        counts = table[:, :at].view(table.shape[0], self.cells, self.counts)
-        return counts, table[:, at:].view(table.shape[0], self.cells, len(self.hats), HATS)
+        at = self.bins * self.counts
+        counts = table[:, :at].view(table.shape[0], self.bins, self.counts)
+        return counts, table[:, at:].view(table.shape[0], self.bins, len(self.hats), HATS)
 
 
 def hat_positions(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -110,9 +110,9 @@ def hat_weights(positions: torch.Tensor) -> torch.Tensor:
 
 
 def payload(
-    layout: CellLayout, values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
+    layout: BinLayout, values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each row adds to the cell it falls into.
+    """What each row adds to the bin it falls into.
 
     Args:
         layout: The table's layout.
@@ -120,7 +120,7 @@ def payload(
         references: The ascending calibration values of each continuous metric.
 
     Returns:
-        channels int16 [n, metrics] and hats int16 [n, 8 M], for `ops.cells_update`.
+        channels int16 [n, metrics] and hats int16 [n, 8 M], for `ops.bins_update`.
     """
     channels, hats = [], []
     n = next(iter(values.values())).shape[0]
@@ -189,7 +189,7 @@ def merge(table: torch.Tensor, overflow: Overflow, other: torch.Tensor, other_ov
 
 
 @dataclass
-class CellScores:
+class BinScores:
     """Scores of D neurons in every column, float64 [D, columns], on the table's device.
 
     Attributes:
@@ -210,14 +210,14 @@ class CellScores:
     stale: torch.Tensor
 
     @staticmethod
-    def empty(n_neurons: int, n_columns: int, device: torch.device | str = "cpu") -> CellScores:
+    def empty(n_neurons: int, n_columns: int, device: torch.device | str = "cpu") -> BinScores:
         """Scores that are all NaN."""
 
         def nan() -> torch.Tensor:
             return torch.full((n_neurons, n_columns), torch.nan, dtype=torch.float64, device=device)
 
         stale = torch.zeros(n_neurons, dtype=torch.bool, device=device)
-        return CellScores(nan(), nan(), nan(), nan(), nan(), stale)
+        return BinScores(nan(), nan(), nan(), nan(), nan(), stale)
 
 
 def average_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -228,11 +228,11 @@ def average_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def fit_continuous(
-    layout: CellLayout, values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
-) -> dict[str, cell_scores.RankFit]:
+    layout: BinLayout, values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
+) -> dict[str, bin_scores.RankFit]:
     """Fits each continuous metric's exact ranks, from its values [N] of all rows, onto its hats."""
     return {
-        name: cell_scores.fit_ranks(
+        name: bin_scores.fit_ranks(
             average_ranks(values[name].double()),
             hat_weights(hat_positions(values[name].double(), references[name].double())),
         )
@@ -241,31 +241,31 @@ def fit_continuous(
 
 
 def finalise(
-    layout: CellLayout,
+    layout: BinLayout,
     table: torch.Tensor,
     edges: torch.Tensor,
     dtype: torch.dtype,
-    fits: Mapping[str, cell_scores.RankFit],
+    fits: Mapping[str, bin_scores.RankFit],
     overflow: Overflow | None = None,
-) -> CellScores:
+) -> BinScores:
     """The scores of every neuron, a slice of neurons at a time.
 
     Args:
         layout: The table's layout.
         table: int32 [D, entries].
         edges: float32 [D, C - 1], those the table was filled with.
-        dtype: Of the activations that filled it: it tells which cells are atomic.
+        dtype: Of the activations that filled it: it tells which bins are atomic.
         fits: From `fit_continuous`.
         overflow: What `spill` moved out of the table.
     """
     n_neurons = table.shape[0]
     n_columns = sum(len(metric.columns(name)) for name, metric in layout.metrics.items())
-    scores = CellScores.empty(n_neurons, n_columns, table.device)
+    scores = BinScores.empty(n_neurons, n_columns, table.device)
     step = max(1, _SLICE_VALUES // max(1, layout.entries))
     for start in range(0, n_neurons, step):
         part = slice(start, min(start + step, n_neurons))
         entries = widened(table, overflow, part)
-        _finalise_slice(layout, entries, atomic_cells(edges[part], dtype), fits, scores, part)
+        _finalise_slice(layout, entries, atomic_bins(edges[part], dtype), fits, scores, part)
     return scores
 
 
@@ -279,8 +279,8 @@ def widened(table: torch.Tensor, overflow: Overflow | None, part: slice) -> torc
     return entries
 
 
-def occupancy_of(layout: CellLayout, counts: torch.Tensor, hats: torch.Tensor) -> torch.Tensor:
-    """Rows per cell [d, C]: from the hats, a categorical metric, or the channel kept for it."""
+def occupancy_of(layout: BinLayout, counts: torch.Tensor, hats: torch.Tensor) -> torch.Tensor:
+    """Rows per bin [d, C]: from the hats, a categorical metric, or the channel kept for it."""
     if layout.hats:
         return hats[:, :, 0].sum(2) / UNIT
     for name, metric in layout.metrics.items():
@@ -289,7 +289,7 @@ def occupancy_of(layout: CellLayout, counts: torch.Tensor, hats: torch.Tensor) -
     return counts[:, :, -1]
 
 
-def _columns(layout: CellLayout) -> Iterator[tuple[str, Metric, slice]]:
+def _columns(layout: BinLayout) -> Iterator[tuple[str, Metric, slice]]:
     at = 0
     for name, metric in layout.metrics.items():
         width = len(metric.columns(name))
@@ -298,33 +298,33 @@ def _columns(layout: CellLayout) -> Iterator[tuple[str, Metric, slice]]:
 
 
 def _finalise_slice(
-    layout: CellLayout,
+    layout: BinLayout,
     entries: torch.Tensor,
     atomic: torch.Tensor,
-    fits: Mapping[str, cell_scores.RankFit],
-    scores: CellScores,
+    fits: Mapping[str, bin_scores.RankFit],
+    scores: BinScores,
     part: slice,
 ) -> None:
     counts, hats = layout.split(entries)
     occupancy = occupancy_of(layout, counts, hats)
-    ranks = cell_scores.cell_ranks(occupancy, atomic)
-    scores.stale[part] = cell_scores.is_stale(ranks.hidden, layout.cells)
+    ranks = bin_scores.bin_ranks(occupancy, atomic)
+    scores.stale[part] = bin_scores.is_stale(ranks.hidden, layout.bins)
     for name, metric, columns in _columns(layout):
         if isinstance(metric, Continuous):
             sums, fit = hats[:, :, layout.hats[name]], fits[name]
-            rho, bound = cell_scores.spearman_continuous(sums, occupancy, atomic, ranks, fit)
+            rho, bound = bin_scores.spearman_continuous(sums, occupancy, atomic, ranks, fit)
             scores.spearman[part, columns], scores.spearman_bound[part, columns] = rho[:, None], bound[:, None]
-            scores.mutual_info[part, columns] = cell_scores.mutual_information(sums / UNIT, fit.freedom)[:, None]
+            scores.mutual_info[part, columns] = bin_scores.mutual_information(sums / UNIT, fit.freedom)[:, None]
             continue
         first = layout.first[name]
         positives = counts[:, :, first : first + columns.stop - columns.start]
-        rho, bound, area, area_bound = cell_scores.label_scores(positives, occupancy, atomic, ranks)
+        rho, bound, area, area_bound = bin_scores.label_scores(positives, occupancy, atomic, ranks)
         scores.spearman[part, columns], scores.spearman_bound[part, columns] = rho, bound
         scores.auroc[part, columns], scores.auroc_bound[part, columns] = area, area_bound
-        scores.mutual_info[part, columns] = cell_scores.label_information(positives, occupancy)
+        scores.mutual_info[part, columns] = bin_scores.label_information(positives, occupancy)
 
 
-def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Tensor]) -> CellScores:
+def exact(layout: BinLayout, rows: torch.Tensor, values: Mapping[str, torch.Tensor]) -> BinScores:
     """The scores of few rows, from their exact ranks; the bounds are 0.
 
     Mutual information comes from the table that edges from all the rows give.
@@ -337,7 +337,7 @@ def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Ten
     n, width = rows.shape
     if n < 1:
         raise ArgumentError("exact scores: expected at least one row, got none")
-    edges = build_edges(rows, layout.cells)
+    edges = build_edges(rows, layout.bins)
     references = {name: values[name].double().sort().values for name in layout.hats}
     fits = fit_continuous(layout, values, references)
     channels, hats = payload(layout, values, references)
@@ -346,12 +346,12 @@ def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Ten
         [torch.full((c.stop - c.start,), not isinstance(metric, Continuous)) for _, metric, c in _columns(layout)]
     ).to(y.device)
     ranked_y = torch.stack([average_ranks(column) for column in y.T], 1)
-    scores = CellScores.empty(width, y.shape[1], rows.device)
+    scores = BinScores.empty(width, y.shape[1], rows.device)
     step = max(1, _SLICE_VALUES // max(layout.entries, n))
     for start in range(0, width, step):
         part = slice(start, min(start + step, width))
         table = layout.zeros(part.stop - part.start, rows.device)
-        ops.cells_update(rows[:, part], edges[part], channels, hats, table)
+        ops.bins_update(rows[:, part], edges[part], channels, hats, table)
         sliced = finalise(layout, table, edges[part], rows.dtype, fits)
         scores.mutual_info[part] = sliced.mutual_info
         _exact_slice(rows[:, part], y, ranked_y, labels, scores, part)
@@ -359,7 +359,7 @@ def exact(layout: CellLayout, rows: torch.Tensor, values: Mapping[str, torch.Ten
 
 
 def _exact_slice(
-    rows: torch.Tensor, y: torch.Tensor, ranked_y: torch.Tensor, labels: torch.Tensor, scores: CellScores, part: slice
+    rows: torch.Tensor, y: torch.Tensor, ranked_y: torch.Tensor, labels: torch.Tensor, scores: BinScores, part: slice
 ) -> None:
     n = rows.shape[0]
     ranks = (

@@ -1,4 +1,4 @@
-"""`CellState`: the table of cells as it fills, with frozen edges and what the end needs of the metrics."""
+"""`BinState`: the table of bins as it fills, with frozen edges and what the end needs of the metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 from skillfast import ops
 from skillfast.errors import ArgumentError
-from skillfast.statistics import cells
-from skillfast.statistics.cells import CellLayout, CellScores, Overflow
-from skillfast.statistics.edges import build_edges, stored_dtype
+from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins.edges import build_edges, stored_dtype
+from skillfast.statistics.bins.table import BinLayout, BinScores, Overflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from skillfast.metrics import Metric
 
 
-class CellState:
+class BinState:
     """Counts of D neurons over frozen edges.
 
     Args:
         layout: What a neuron's table holds.
         edges: float32 [D, C - 1], ascending.
         references: Ascending calibration values of each continuous metric.
-        dtype: Of the activations that set the edges: it tells which cells are atomic.
+        dtype: Of the activations that set the edges: it tells which bins are atomic.
     """
 
     def __init__(
-        self, layout: CellLayout, edges: torch.Tensor, references: Mapping[str, torch.Tensor], dtype: torch.dtype
+        self, layout: BinLayout, edges: torch.Tensor, references: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> None:
         self.layout = layout
         self.edges = edges
@@ -43,54 +43,54 @@ class CellState:
 
     @staticmethod
     def calibrated(
-        metrics: Mapping[str, Metric], n_cells: int, rows: torch.Tensor, values: Mapping[str, torch.Tensor]
-    ) -> CellState:
+        metrics: Mapping[str, Metric], n_bins: int, rows: torch.Tensor, values: Mapping[str, torch.Tensor]
+    ) -> BinState:
         """An empty state whose edges these rows [n0, D] and their values set."""
-        layout = CellLayout.of(metrics, n_cells)
+        layout = BinLayout.of(metrics, n_bins)
         references = {name: values[name].sort().values for name in layout.hats}
-        return CellState(layout, build_edges(rows, n_cells), references, stored_dtype(rows.dtype))
+        return BinState(layout, build_edges(rows, n_bins), references, stored_dtype(rows.dtype))
 
-    def like(self) -> CellState:
+    def like(self) -> BinState:
         """An empty state over the same edges."""
-        return CellState(self.layout, self.edges, self.references, self.dtype)
+        return BinState(self.layout, self.edges, self.references, self.dtype)
 
     def add(self, rows: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Count rows [n, D] with each metric's checked values [n]."""
         if stored_dtype(rows.dtype) != self.dtype:
             self.dtype = torch.float32  # with mixed dtypes only float32's neighbours tell ties
-        channels, hats = cells.payload(self.layout, values, self.references)
+        channels, hats = bins.payload(self.layout, values, self.references)
         self._since_spill += rows.shape[0]
-        if self._since_spill > cells.SPILL_ROWS:
+        if self._since_spill > bins.SPILL_ROWS:
             self.spill()
             self._since_spill = rows.shape[0]
-        ops.cells_update(rows, self.edges, channels, hats, self.table)
+        ops.bins_update(rows, self.edges, channels, hats, self.table)
         for name, kept in self.scalars.items():
             kept.append(values[name].clone())
 
     def spill(self) -> None:
         """Bring the table into the one form that its contents have."""
-        self.overflow = cells.spill(self.table, self.overflow)
+        self.overflow = bins.spill(self.table, self.overflow)
         self._since_spill = 0
 
-    def has_edges_of(self, other: CellState) -> bool:
-        """Whether both count into the same cells."""
+    def has_edges_of(self, other: BinState) -> bool:
+        """Whether both count into the same bins."""
         return torch.equal(self.edges, other.edges.to(self.edges.device)) and all(
             torch.equal(reference, other.references[name].to(reference.device))
             for name, reference in self.references.items()
         )
 
-    def merge(self, other: CellState) -> None:
+    def merge(self, other: BinState) -> None:
         """Add another state's counts; raises ArgumentError where its edges are others."""
         if not self.has_edges_of(other):
             raise ArgumentError(
-                "merge: expected the same cell edges, got others; make shards with like(), or calibrate() each with "
+                "merge: expected the same bin edges, got others; make shards with like(), or calibrate() each with "
                 "the same rows before it counts"
             )
         device = self.table.device
         self.spill()
         other.spill()
         theirs = Overflow(other.overflow.where.to(device), other.overflow.units.to(device))
-        self.overflow = cells.merge(self.table, self.overflow, other.table.to(device), theirs)
+        self.overflow = bins.merge(self.table, self.overflow, other.table.to(device), theirs)
         if self.dtype != other.dtype:
             self.dtype = torch.float32
         for name, kept in self.scalars.items():
@@ -103,10 +103,10 @@ class CellState:
                 kept[:] = [torch.cat(kept)]
         return {name: kept[0] if kept else self.references[name][:0] for name, kept in self.scalars.items()}
 
-    def scores(self) -> CellScores:
+    def scores(self) -> BinScores:
         """The scores of everything counted."""
-        fits = cells.fit_continuous(self.layout, self.values(), self.references)
-        return cells.finalise(self.layout, self.table, self.edges, self.dtype, fits, self.overflow)
+        fits = bins.fit_continuous(self.layout, self.values(), self.references)
+        return bins.finalise(self.layout, self.table, self.edges, self.dtype, fits, self.overflow)
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +128,11 @@ class CellState:
         }
 
     @staticmethod
-    def from_state_dict(layout: CellLayout, state: Mapping[str, Any], device: torch.device) -> CellState:
+    def from_state_dict(layout: BinLayout, state: Mapping[str, Any], device: torch.device) -> BinState:
         """The state that `state_dict` described, on a device."""
         tensors = {name: value.to(device) for name, value in state.items() if name != "dtype"}
         references = {name: tensors[f"reference.{name}"] for name in layout.hats}
-        result = CellState(layout, tensors["edges"], references, getattr(torch, state["dtype"]))
+        result = BinState(layout, tensors["edges"], references, getattr(torch, state["dtype"]))
         result.table.copy_(tensors["table"])
         result.overflow = Overflow(tensors["overflow_where"], tensors["overflow_units"])
         result.scalars = {name: [tensors[f"values.{name}"]] for name in layout.hats}

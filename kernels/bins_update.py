@@ -1,4 +1,4 @@
-"""`cells_update` in Triton: a tile of rows and neurons finds its cells and adds its payload with integer atomics."""
+"""`bins_update` in Triton: a tile of rows and neurons finds its bins and adds its payload with integer atomics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton.language as tl
 
 
 @triton.jit
-def cells_update_kernel(
-    x, edges, channels, hats, table, n, width, cells, metrics, counts, weights, stride_row,
+def bins_update_kernel(
+    x, edges, channels, hats, table, n, width, bins, metrics, counts, weights, stride_row,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Integers, so that neither the order of the atomics nor the tiling changes the table."""
@@ -20,38 +20,38 @@ def cells_update_kernel(
     inside = (r < n)[:, None] & (d < width)[None, :]
     neuron = d.to(tl.int64)[None, :]
     values = tl.load(x + r.to(tl.int64)[:, None] * stride_row + neuron, mask=inside, other=0.0).to(tl.float32)
-    cell = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)  # how many edges are at or below the value
+    bin_ = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)  # how many edges are at or below the value
     for level in tl.static_range(LEVELS):
-        reach = cell + (1 << (LEVELS - 1 - level))
-        there = inside & (reach < cells)
-        edge = tl.load(edges + neuron * (cells - 1) + reach - 1, mask=there, other=0.0)
-        cell = tl.where(there & (values >= edge), reach, cell)
-    own = table + neuron * (cells * (counts + weights))
+        reach = bin_ + (1 << (LEVELS - 1 - level))
+        there = inside & (reach < bins)
+        edge = tl.load(edges + neuron * (bins - 1) + reach - 1, mask=there, other=0.0)
+        bin_ = tl.where(there & (values >= edge), reach, bin_)
+    own = table + neuron * (bins * (counts + weights))
     for k in range(metrics):
         channel = tl.load(channels + r * metrics + k, mask=r < n, other=-1).to(tl.int32)[:, None]
-        tl.atomic_add(own + cell * counts + channel, 1, mask=inside & (channel >= 0), sem="relaxed")
-    sums = own + cells * counts
+        tl.atomic_add(own + bin_ * counts + channel, 1, mask=inside & (channel >= 0), sem="relaxed")
+    sums = own + bins * counts
     for lane in range(weights):  # at most two of a metric's eight are not 0
         weight = tl.load(hats + r * weights + lane, mask=r < n, other=0).to(tl.int32)[:, None]
         added = tl.broadcast_to(weight, (BLOCK_N, BLOCK_D))
-        tl.atomic_add(sums + cell * weights + lane, added, mask=inside & (weight != 0), sem="relaxed")
+        tl.atomic_add(sums + bin_ * weights + lane, added, mask=inside & (weight != 0), sem="relaxed")
 
 
 def launch(
     x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
 ) -> None:
-    """Runs the kernel; the arguments are those of `skillfast.ops.cells_update`, checked."""
+    """Runs the kernel; the arguments are those of `skillfast.ops.bins_update`, checked."""
     n, width = x.shape
     if n == 0 or width == 0:
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    cells, weights = edges.shape[1] + 1, hats.shape[1]
+    bins, weights = edges.shape[1] + 1, hats.shape[1]
     block_n, block_d = 16, 64
     grid = (triton.cdiv(width, block_d), triton.cdiv(n, block_n))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        cells_update_kernel[grid](
-            x, edges, channels.contiguous(), hats.contiguous(), table, n, width, cells, channels.shape[1],
-            table.shape[1] // cells - weights, weights, x.stride(0),
-            LEVELS=(cells - 1).bit_length(), BLOCK_N=block_n, BLOCK_D=block_d,
+        bins_update_kernel[grid](
+            x, edges, channels.contiguous(), hats.contiguous(), table, n, width, bins, channels.shape[1],
+            table.shape[1] // bins - weights, weights, x.stride(0),
+            LEVELS=(bins - 1).bit_length(), BLOCK_N=block_n, BLOCK_D=block_d,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`cells_update` and the scores from its table: bitwise against the reference, scores against scipy."""
+"""`bins_update` and the scores from its table: bitwise against the reference, scores against scipy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.library import opcheck
 from skillfast import _core, backends, ops
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Binary, Categorical, Continuous
-from skillfast.statistics import cell_scores, cells
-from skillfast.statistics.edges import atomic_cells, build_edges, calibration_rows, next_value
+from skillfast.statistics.bins import scores as bin_scores
+from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins.edges import atomic_bins, build_edges, calibration_rows, next_value
 
-CELLS = 128
+BINS = 128
 N = 20_000
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,50 +31,50 @@ def isa(request):
     _core.set_cpu_isa(before)
 
 
-def some_call(n, width, n_cells, dtype=torch.float32, metrics=2, counts=7, hats=16, seed=0):
-    """Arguments of cells_update with repeated edges, values on edges, and values that are not finite."""
+def some_call(n, width, n_bins, dtype=torch.float32, metrics=2, counts=7, hats=16, seed=0):
+    """Arguments of bins_update with repeated edges, values on edges, and values that are not finite."""
     g = torch.Generator().manual_seed(seed)
-    edges = torch.randn(width, n_cells - 1, generator=g).to(dtype).float().sort(1).values
-    edges[:, n_cells // 2 : n_cells // 2 + 2] = edges[:, n_cells // 2 - 1 : n_cells // 2]
-    edges[:, max(0, n_cells - 5) :] = torch.inf
+    edges = torch.randn(width, n_bins - 1, generator=g).to(dtype).float().sort(1).values
+    edges[:, n_bins // 2 : n_bins // 2 + 2] = edges[:, n_bins // 2 - 1 : n_bins // 2]
+    edges[:, max(0, n_bins - 5) :] = torch.inf
     x = torch.randn(n, width, generator=g).to(dtype)
-    nearest = edges[:, torch.randint(0, n_cells - 1, (n,), generator=g)].T.to(dtype)
+    nearest = edges[:, torch.randint(0, n_bins - 1, (n,), generator=g)].T.to(dtype)
     x = torch.where(torch.rand(n, width, generator=g) < 0.2, nearest, x)
-    x[:, ::3] = x[:, ::3].relu()  # many rows share a cell
+    x[:, ::3] = x[:, ::3].relu()  # many rows share a bin
     for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0, -0.0)):
         x.view(-1)[3 + i :: 17] = value
     channels = torch.randint(-1, counts, (n, metrics), generator=g).to(torch.int16)
     weights = torch.randint(0, 257, (n, hats), generator=g).to(torch.int16)
-    table = torch.randint(0, 1000, (width, n_cells * (counts + hats)), generator=g).to(torch.int32)
+    table = torch.randint(0, 1000, (width, n_bins * (counts + hats)), generator=g).to(torch.int32)
     return x, edges.contiguous(), channels, weights, table
 
 
 def run(backend, x, edges, channels, weights, table):
     table = table.clone()
-    before = backends.calls["cells_update", backend]
+    before = backends.calls["bins_update", backend]
     with backends.use_backend(backend):
-        ops.cells_update(x, edges, channels, weights, table)
-    assert backends.calls["cells_update", backend] == before + 1
+        ops.bins_update(x, edges, channels, weights, table)
+    assert backends.calls["bins_update", backend] == before + 1
     return table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "width"), [(1, 1), (63, 7), (512, 63), (1000, 197), (63, 1000), (2100, 33)])
 def test_native_equals_reference(isa, n, width, dtype):
-    arguments = some_call(n, width, CELLS, dtype)
+    arguments = some_call(n, width, BINS, dtype)
     assert torch.equal(run("native", *arguments), run("reference", *arguments))
 
 
-@pytest.mark.parametrize("n_cells", [2, 3, 16, 100, 129, 256])
+@pytest.mark.parametrize("n_bins", [2, 3, 16, 100, 129, 256])
 @pytest.mark.parametrize(("metrics", "counts", "hats"), [(1, 2, 0), (0, 0, 8), (3, 40, 24), (1, 1, 32)])
-def test_any_number_of_cells_and_metrics(isa, n_cells, metrics, counts, hats):
-    arguments = some_call(130, 37, n_cells, metrics=metrics, counts=counts, hats=hats)
+def test_any_number_of_bins_and_metrics(isa, n_bins, metrics, counts, hats):
+    arguments = some_call(130, 37, n_bins, metrics=metrics, counts=counts, hats=hats)
     assert torch.equal(run("native", *arguments), run("reference", *arguments))
 
 
 @pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed", "one row repeated"])
 def test_strides(layout):
-    x, *rest = some_call(100, 50, CELLS)
+    x, *rest = some_call(100, 50, BINS)
     wide = torch.full((200, 107), torch.nan)
     if layout == "one row repeated":
         strided = x[:1].expand(100, 50)
@@ -92,14 +93,14 @@ def test_only_the_neurons_given_are_written():
     x, edges, channels, weights, table = some_call(100, 40, 64)
     poison = torch.full((3, *table.shape), 123_456_789, dtype=torch.int32)
     poison[1] = table
-    ops.cells_update(x, edges, channels, weights, poison[1])
+    ops.bins_update(x, edges, channels, weights, poison[1])
     assert (poison[0] == 123_456_789).all()
     assert (poison[2] == 123_456_789).all()
     assert torch.equal(poison[1], run("reference", x, edges, channels, weights, table))
 
 
 def test_threads_change_nothing():
-    arguments = some_call(700, 1000, CELLS)
+    arguments = some_call(700, 1000, BINS)
     threads = torch.get_num_threads()
     tables = []
     try:
@@ -112,7 +113,7 @@ def test_threads_change_nothing():
 
 
 def test_the_op_keeps_its_contract():
-    opcheck(torch.ops.skillfast.cells_update, some_call(20, 5, 16))
+    opcheck(torch.ops.skillfast.bins_update, some_call(20, 5, 16))
 
 
 def test_nothing_to_add():
@@ -137,7 +138,7 @@ def test_arguments_that_do_not_fit_are_refused(name, change, said):
     arguments = dict(zip(("x", "edges", "channels", "hats", "table"), some_call(40, 6, 16), strict=True))
     arguments[name] = change(arguments[name])
     with pytest.raises(ArgumentError, match=said):
-        ops.cells_update(**arguments)
+        ops.bins_update(**arguments)
 
 
 # Edges
@@ -157,40 +158,40 @@ def test_next_value(dtype):
 
 def test_edges_divide_evenly():
     rows = torch.randn(1024, 50, generator=torch.Generator().manual_seed(0))
-    edges = build_edges(rows, CELLS)
-    assert edges.shape == (50, CELLS - 1)
+    edges = build_edges(rows, BINS)
+    assert edges.shape == (50, BINS - 1)
     assert edges.isfinite().all()
     assert (edges.diff(dim=1) > 0).all()
-    cell = torch.searchsorted(edges, rows.T.contiguous(), right=True)
-    held = torch.zeros(50, CELLS).scatter_add_(1, cell, torch.ones(50, 1024))
+    bin_ = torch.searchsorted(edges, rows.T.contiguous(), right=True)
+    held = torch.zeros(50, BINS).scatter_add_(1, bin_, torch.ones(50, 1024))
     assert held.max() <= 10
-    assert not atomic_cells(edges, torch.float32).any()
+    assert not atomic_bins(edges, torch.float32).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeated_values_get_atomic_cells(dtype):
+def test_repeated_values_get_atomic_bins(dtype):
     g = torch.Generator().manual_seed(1)
     sparse = torch.where(torch.rand(1024, generator=g) < 0.9, 0.0, torch.randn(1024, generator=g))
     few = torch.randint(-2, 5, (1024,), generator=g).float()
     rows = torch.stack([sparse, few, torch.full((1024,), 3.0)], 1).to(dtype)
-    edges = build_edges(rows, CELLS)
-    atomic = atomic_cells(edges, dtype)
+    edges = build_edges(rows, BINS)
+    atomic = atomic_bins(edges, dtype)
     for neuron, values in ((0, [0.0, -0.0]), (1, range(-2, 5)), (2, [3.0])):
         for value in values:
-            cell = torch.searchsorted(edges[neuron], torch.tensor([float(value)]), right=True)
-            assert atomic[neuron, cell], (neuron, value)
+            bin_ = torch.searchsorted(edges[neuron], torch.tensor([float(value)]), right=True)
+            assert atomic[neuron, bin_], (neuron, value)
     assert not atomic[:, 0].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_cell_is_atomic_exactly_if_one_value_of_the_dtype_fits(dtype):
+def test_a_bin_is_atomic_exactly_if_one_value_of_the_dtype_fits(dtype):
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
     every = every[every.isfinite()].unique()
     g = torch.Generator().manual_seed(0)
     at = torch.randint(0, len(every) - 4, (200,), generator=g)
     edges = torch.cat([every[at], every[at + 1], every[at + 3], torch.randn(100, generator=g)]).unique()
     inside = torch.bincount(torch.searchsorted(edges, every, right=True), minlength=len(edges) + 1)
-    assert torch.equal(atomic_cells(edges[None], dtype)[0, 1:-1], inside[1:-1] <= 1)
+    assert torch.equal(atomic_bins(edges[None], dtype)[0, 1:-1], inside[1:-1] <= 1)
 
 
 def test_edges_of_values_that_are_not_finite():
@@ -206,10 +207,10 @@ def test_edges_of_values_that_are_not_finite():
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 200])
-@pytest.mark.parametrize("n_cells", [2, 5, 8, 256])
-def test_edges_from_few_rows(n, n_cells):
-    edges = build_edges(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), n_cells)
-    assert edges.shape == (4, n_cells - 1)
+@pytest.mark.parametrize("n_bins", [2, 5, 8, 256])
+def test_edges_from_few_rows(n, n_bins):
+    edges = build_edges(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), n_bins)
+    assert edges.shape == (4, n_bins - 1)
     assert not edges.isnan().any()
     assert (edges[:, 1:] >= edges[:, :-1]).all()
 
@@ -268,17 +269,17 @@ def planted(seed=0):
     return list(neurons), torch.stack(list(neurons.values()), 1), values
 
 
-def table_scores(x, values, order, calibration, of=None, n_cells=CELLS, buffer=512):
+def table_scores(x, values, order, calibration, of=None, n_bins=BINS, buffer=512):
     """Streams rows in this order over edges from these calibration rows."""
-    layout = cells.CellLayout.of(of or metrics(), n_cells)
-    edges = build_edges(x[calibration], n_cells)
+    layout = bins.BinLayout.of(of or metrics(), n_bins)
+    edges = build_edges(x[calibration], n_bins)
     references = {name: values[name][calibration].double().sort().values for name in layout.hats}
     table = layout.zeros(x.shape[1])
     for rows in order.split(buffer):
-        payload = cells.payload(layout, {name: value[rows] for name, value in values.items()}, references)
-        ops.cells_update(x[rows], edges, *payload, table)
-    fits = cells.fit_continuous(layout, values, references)
-    return cells.finalise(layout, table, edges, x.dtype, fits), table
+        payload = bins.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        ops.bins_update(x[rows], edges, *payload, table)
+    fits = bins.fit_continuous(layout, values, references)
+    return bins.finalise(layout, table, edges, x.dtype, fits), table
 
 
 def oracle(x, values):
@@ -300,7 +301,7 @@ def oracle(x, values):
 def test_scores_against_scipy(dtype, seed):
     names, x, values = planted(seed)
     x = x.to(dtype)
-    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[: calibration_rows(CELLS)]
+    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[: calibration_rows(BINS)]
     scores, _ = table_scores(x, values, torch.arange(N), calibration)
     rho, area, positives = oracle(x, values)
     constant = (x == x[0]).all(0)  # "offset" has few values in 16 bits
@@ -327,17 +328,17 @@ def test_scores_against_scipy(dtype, seed):
 
 def test_one_pair_against_scipy_itself():
     _, x, values = planted()
-    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(0))[: calibration_rows(CELLS)]
+    calibration = torch.randperm(N, generator=torch.Generator().manual_seed(0))[: calibration_rows(BINS)]
     scores, _ = table_scores(x, values, torch.arange(N), calibration)
     rho = spearmanr(x[:, 7].numpy(), values["loss"].numpy()).statistic
     assert abs(float(scores.spearman[7, 12]) - rho) <= 5e-4
 
 
-@pytest.mark.parametrize("n_cells", [16, 64, 256])
+@pytest.mark.parametrize("n_bins", [16, 64, 256])
 @pytest.mark.parametrize(
     "kind", ["sorted by class", "sorted by value", "short prefix of one class", "constant at first"]
 )
-def test_the_bounds_hold_with_stale_edges(kind, n_cells):
+def test_the_bounds_hold_with_stale_edges(kind, n_bins):
     names, x, values = planted()
     order = torch.arange(N)
     if kind == "sorted by value":
@@ -345,10 +346,10 @@ def test_the_bounds_hold_with_stale_edges(kind, n_cells):
     elif kind != "constant at first":
         order = values["label"].argsort(stable=True)
     x, values = x[order], {name: value[order] for name, value in values.items()}
-    n0 = calibration_rows(n_cells) // (8 if kind.startswith("short") else 1)
+    n0 = calibration_rows(n_bins) // (8 if kind.startswith("short") else 1)
     if kind == "constant at first":
         x[:n0] = 1.0
-    scores, _ = table_scores(x, values, torch.arange(N), torch.arange(n0), n_cells=n_cells)
+    scores, _ = table_scores(x, values, torch.arange(N), torch.arange(n0), n_bins=n_bins)
     rho, area, _ = oracle(x, values)
     assert scores.spearman.isfinite().all()
     assert scores.auroc[:, :12].isfinite().all()
@@ -364,21 +365,21 @@ def test_the_bounds_hold_with_stale_edges(kind, n_cells):
 @given(data=st.data())
 def test_the_bounds_hold_for_any_rows_and_any_edges(data):
     n = data.draw(st.integers(3, 120))
-    n_cells = data.draw(st.integers(2, 12))
+    n_bins = data.draw(st.integers(2, 12))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
     steps = data.draw(st.sampled_from([1, 3, 1000]))  # from many ties to none
     tied = data.draw(st.sampled_from([1, 4, 1000]))
     x = torch.round(torch.randn(n, 4, generator=g) * steps) / steps
     loss = torch.round(torch.randn(n, generator=g) * tied) / tied
     x[:, 1] = loss  # the metric itself,
-    x[:, 2] = loss.sort().values  # and one that is sorted within the cells
+    x[:, 2] = loss.sort().values  # and one that is sorted within the bins
     values = {
         "label": (loss > loss.median()).long() if data.draw(st.booleans()) else torch.randint(0, 3, (n,), generator=g),
         "loss": loss,
     }
     of = {"label": Categorical(3), "loss": Continuous()}
     calibration = torch.arange(data.draw(st.integers(1, n)))
-    scores, _ = table_scores(x, values, torch.arange(n), calibration, of, n_cells)
+    scores, _ = table_scores(x, values, torch.arange(n), calibration, of, n_bins)
     for neuron in range(4):
         for k in range(3):
             one = (values["label"] == k).double().numpy()
@@ -431,12 +432,12 @@ def plain_mutual_information(joint):
 @pytest.mark.parametrize(("n", "classes"), [(20_000, 2), (20_000, 100), (3000, 10), (50, 7)])
 def test_mutual_information_is_the_plain_one_on_the_merged_table(n, classes):
     g = np.random.default_rng(0)
-    joint = torch.from_numpy(g.multinomial(n, g.dirichlet(np.full(CELLS * classes, 0.3)), size=6)).double()
-    joint = joint.view(6, CELLS, classes)
-    merged = cell_scores.merge_cells(joint)
+    joint = torch.from_numpy(g.multinomial(n, g.dirichlet(np.full(BINS * classes, 0.3)), size=6)).double()
+    joint = joint.view(6, BINS, classes)
+    merged = bin_scores.merge_bins(joint)
     assert torch.equal(merged.sum(1), joint.sum(1))
     assert (merged.sum(2).gt(0).sum(1) * 10 * classes <= max(n, 10 * classes)).all()
-    found = cell_scores.mutual_information(joint)
+    found = bin_scores.mutual_information(joint)
     assert found.isfinite().all()
     expected = [plain_mutual_information(table.numpy()) for table in merged]
     assert np.allclose(found.numpy(), expected, atol=1e-12)
@@ -446,15 +447,15 @@ def test_mutual_information_is_the_plain_one_on_the_merged_table(n, classes):
 def test_labels_share_the_mutual_information_of_two_levels(n):
     g = np.random.default_rng(0)
     prevalence = np.array([0.5, 0.2, 0.25, 0.049, 0.001, 0.0])
-    weight = np.concatenate([[0.5], np.full(CELLS - 1, 0.5 / (CELLS - 1))])[:, None] * prevalence  # half in one cell
-    joint = torch.from_numpy(g.multinomial(n, weight.ravel() / weight.sum(), size=4)).double().view(4, CELLS, 6)
+    weight = np.concatenate([[0.5], np.full(BINS - 1, 0.5 / (BINS - 1))])[:, None] * prevalence  # half in one bin
+    joint = torch.from_numpy(g.multinomial(n, weight.ravel() / weight.sum(), size=4)).double().view(4, BINS, 6)
     joint[:] = joint[:1]  # as in a table, every neuron sees the same labels
-    joint[1] = joint[1][torch.randperm(CELLS)]
+    joint[1] = joint[1][torch.randperm(BINS)]
     occupancy = joint.sum(2)
-    found = cell_scores.label_information(joint, occupancy)
+    found = bin_scores.label_information(joint, occupancy)
     for k in range(6):
         one = torch.stack([joint[:, :, k], occupancy - joint[:, :, k]], 2)
-        assert np.allclose(found[:, k].numpy(), cell_scores.mutual_information(one).numpy(), atol=1e-12)
+        assert np.allclose(found[:, k].numpy(), bin_scores.mutual_information(one).numpy(), atol=1e-12)
 
 
 def test_mutual_information_of_independent_data():
@@ -467,18 +468,18 @@ def test_mutual_information_of_independent_data():
         "loss": torch.randn(N, generator=g),
         "confidence": torch.randint(0, 50, (N,), generator=g) / 50,
     }
-    scores, table = table_scores(x, values, torch.arange(N), torch.arange(calibration_rows(CELLS)))
+    scores, table = table_scores(x, values, torch.arange(N), torch.arange(calibration_rows(BINS)))
     assert scores.mutual_info.isfinite().all()
     assert scores.mutual_info.mean(0).max() < 1e-3
-    counts, _ = cells.CellLayout.of(metrics(), CELLS).split(table.double())
-    assert cell_scores.mutual_information(counts[:, :, :10]).mean() < 1e-3
+    counts, _ = bins.BinLayout.of(metrics(), BINS).split(table.double())
+    assert bin_scores.mutual_information(counts[:, :, :10]).mean() < 1e-3
 
 
 def test_few_rows_are_exact():
     _, x, values = planted()
     x, values = x[:900], {name: value[:900] for name, value in values.items()}
     values["rare"][:3] = True
-    scores = cells.exact(cells.CellLayout.of(metrics(), 64), x, values)
+    scores = bins.exact(bins.BinLayout.of(metrics(), 64), x, values)
     rho, area, _ = oracle(x, values)
     varied = ~np.isnan(rho)
     assert varied.sum() > 150
@@ -504,14 +505,14 @@ def test_order_batches_and_shards_change_nothing(data):
         "correct": torch.rand(n, generator=g) < 0.5,
         "loss": torch.randn(n, generator=g),
     }
-    layout = cells.CellLayout.of({"label": Categorical(4), "correct": Binary(), "loss": Continuous()}, 32)
+    layout = bins.BinLayout.of({"label": Categorical(4), "correct": Binary(), "loss": Continuous()}, 32)
     edges = build_edges(x, 32)
     references = {"loss": values["loss"].double().sort().values}
 
     def count(rows):
         table = layout.zeros(5)
-        payload = cells.payload(layout, {name: value[rows] for name, value in values.items()}, references)
-        ops.cells_update(x[rows], edges, *payload, table)
+        payload = bins.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        ops.bins_update(x[rows], edges, *payload, table)
         return table
 
     whole = count(torch.arange(n))
@@ -520,37 +521,37 @@ def test_order_batches_and_shards_change_nothing(data):
     shards = [count(rows) for rows in order.tensor_split(cuts)]
     while len(shards) > 1:  # a merge tree of any shape
         at = data.draw(st.integers(0, len(shards) - 2))
-        cells.merge(shards[at], cells.Overflow.empty(), shards.pop(at + 1), cells.Overflow.empty())
+        bins.merge(shards[at], bins.Overflow.empty(), shards.pop(at + 1), bins.Overflow.empty())
     assert torch.equal(shards[0], whole)
 
 
 def test_positions_and_weights():
     reference = torch.arange(100).double()
-    positions = cells.hat_positions(torch.tensor([-5.0, 0.0, 49.5, 99.0, 1e9]).double(), reference)
+    positions = bins.hat_positions(torch.tensor([-5.0, 0.0, 49.5, 99.0, 1e9]).double(), reference)
     assert positions.tolist() == [0, 9, 896, 1783, 1792]
-    weights = cells.hat_weights(torch.arange(7 * 256 + 1))
+    weights = bins.hat_weights(torch.arange(7 * 256 + 1))
     assert (weights.sum(1) == 256).all()
     assert ((weights > 0).sum(1) <= 2).all()
     assert int(weights.min()) == 0
 
 
 def test_nothing_overflows():
-    layout = cells.CellLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
+    layout = bins.BinLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
     edges = torch.tensor([[0.0, 1.0, 2.0]])
     channels, weights = torch.zeros(1, 1, dtype=torch.int16), torch.tensor([[256] + [0] * 7], dtype=torch.int16)
-    one, overflow = layout.zeros(1), cells.Overflow.empty()
-    ops.cells_update(torch.full((1, 1), 1.5), edges, channels, weights, one)
+    one, overflow = layout.zeros(1), bins.Overflow.empty()
+    ops.bins_update(torch.full((1, 1), 1.5), edges, channels, weights, one)
     table = torch.zeros_like(one)
     for _ in range(5):  # 2^22 rows at once
-        table += one * cells.SPILL_ROWS
+        table += one * bins.SPILL_ROWS
         assert (table >= 0).all()
-        overflow = cells.spill(table, overflow)
+        overflow = bins.spill(table, overflow)
         assert (table < 1 << 30).all()
-    other = one * cells.SPILL_ROWS
-    overflow = cells.merge(table, overflow, other, cells.spill(other, cells.Overflow.empty()))
-    total = cells.widened(table, overflow, slice(0, 1))
-    assert torch.equal(total, one.double() * 6 * cells.SPILL_ROWS)
-    assert float(cells.occupancy_of(layout, *layout.split(total)).sum()) == 6 * cells.SPILL_ROWS
+    other = one * bins.SPILL_ROWS
+    overflow = bins.merge(table, overflow, other, bins.spill(other, bins.Overflow.empty()))
+    total = bins.widened(table, overflow, slice(0, 1))
+    assert torch.equal(total, one.double() * 6 * bins.SPILL_ROWS)
+    assert float(bins.occupancy_of(layout, *layout.split(total)).sum()) == 6 * bins.SPILL_ROWS
 
 
 @pytest.mark.parametrize(
@@ -572,12 +573,12 @@ def test_every_layout_counts_its_rows(of):
     }
     values = {name: draw[type(metric)]() for name, metric in of.items()}
     scores, table = table_scores(
-        torch.randn(300, 3, generator=g), values, torch.arange(300), torch.arange(300), of, n_cells=32
+        torch.randn(300, 3, generator=g), values, torch.arange(300), torch.arange(300), of, n_bins=32
     )
     assert scores.spearman.isfinite().any()
-    layout = cells.CellLayout.of(of, 32)
+    layout = bins.BinLayout.of(of, 32)
     counts, hats = layout.split(table.double())
-    assert cells.occupancy_of(layout, counts, hats).sum(1).tolist() == [300] * 3
+    assert bins.occupancy_of(layout, counts, hats).sum(1).tolist() == [300] * 3
     for name, metric in of.items():
         if isinstance(metric, Binary):
             assert (counts[:, :, layout.first[name]].sum(1) == float(values[name].sum())).all()

@@ -1,6 +1,6 @@
-"""`cells_update` against the bare GEMM it is measured by: X^T Y with the sums, on the same rows, in one run.
+"""`bins_update` against the bare GEMM it is measured by: X^T Y with the sums, on the same rows, in one run.
 
-    pytest bench/bench_cells.py --benchmark-only --benchmark-disable-gc
+    pytest bench/bench_bins.py --benchmark-only --benchmark-disable-gc
 
 The gate comes first: no figure is reported for a table that differs from the reference's.
 """
@@ -14,11 +14,11 @@ import torch
 
 from skillfast import backends, ops
 from skillfast.metrics import Categorical, Continuous
-from skillfast.statistics import cells
-from skillfast.statistics.edges import build_edges, calibration_rows
+from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins.edges import build_edges, calibration_rows
 
 WIDTH = 46_080  # ViT-B/16: mlp, attention and head sites
-CELLS = 128
+BINS = 128
 BUFFER = 512
 METRICS = {"label": Categorical(10), "confidence": Continuous(), "loss": Continuous()}
 KINDS = {
@@ -32,7 +32,7 @@ def rows(n: int, width: int, seed: int, kind: str = "normal") -> torch.Tensor:
     return KINDS[kind](torch.randn(n, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def payload_of(layout: cells.CellLayout, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def payload_of(layout: bins.BinLayout, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     values = {
         "label": torch.randint(0, 10, (n,), generator=g),
@@ -40,7 +40,7 @@ def payload_of(layout: cells.CellLayout, n: int, seed: int = 0) -> tuple[torch.T
         "loss": torch.randn(n, generator=g).exp(),
     }
     references = {name: values[name].double().sort().values for name in layout.hats}
-    return cells.payload(layout, values, references)
+    return bins.payload(layout, values, references)
 
 
 def floor(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -49,27 +49,27 @@ def floor(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def gate(kind: str) -> None:
-    layout = cells.CellLayout.of(METRICS, CELLS)
+    layout = bins.BinLayout.of(METRICS, BINS)
     x = rows(BUFFER, 300, 1, kind)
-    edges = build_edges(rows(calibration_rows(CELLS), 300, 2, kind), CELLS)
+    edges = build_edges(rows(calibration_rows(BINS), 300, 2, kind), BINS)
     tables = []
     for backend in ("native", "reference"):
         tables.append(layout.zeros(300))
         with backends.use_backend(backend):
-            ops.cells_update(x, edges, *payload_of(layout, BUFFER), tables[-1])
-    assert torch.equal(*tables), "cells_update differs from the reference: no figure is reported"
+            ops.bins_update(x, edges, *payload_of(layout, BUFFER), tables[-1])
+    assert torch.equal(*tables), "bins_update differs from the reference: no figure is reported"
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cells_update(benchmark, kind, dtype):
+def test_bins_update(benchmark, kind, dtype):
     gate(kind)
-    layout = cells.CellLayout.of(METRICS, CELLS)
-    edges = build_edges(rows(calibration_rows(CELLS), WIDTH, 2, kind).to(dtype), CELLS)
+    layout = bins.BinLayout.of(METRICS, BINS)
+    edges = build_edges(rows(calibration_rows(BINS), WIDTH, 2, kind).to(dtype), BINS)
     x = rows(BUFFER, WIDTH, 1, kind)
     y = torch.randn(BUFFER, 13).index_fill_(1, torch.tensor([12]), 1.0)
     buffer, payload, table = x.to(dtype), payload_of(layout, BUFFER), layout.zeros(WIDTH)
-    ops.cells_update(buffer, edges, *payload, table)  # touches the table's pages
+    ops.bins_update(buffer, edges, *payload, table)  # touches the table's pages
     floors = []
 
     def measure_floor():  # before each round, so that both see the same load
@@ -77,7 +77,7 @@ def test_cells_update(benchmark, kind, dtype):
         floor(x, y)
         floors.append(time.perf_counter() - start)
 
-    benchmark.pedantic(ops.cells_update, (buffer, edges, *payload, table), setup=measure_floor, rounds=15)
+    benchmark.pedantic(ops.bins_update, (buffer, edges, *payload, table), setup=measure_floor, rounds=15)
     floor_us = sorted(floors)[len(floors) // 2] / BUFFER * 1e6
     ours_us = benchmark.stats.stats.median / BUFFER * 1e6
     benchmark.extra_info.update(
@@ -88,17 +88,17 @@ def test_cells_update(benchmark, kind, dtype):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_edges(benchmark, kind):
-    x = rows(calibration_rows(CELLS), WIDTH, 2, kind)
-    benchmark.pedantic(build_edges, (x, CELLS), rounds=3, warmup_rounds=1)
+    x = rows(calibration_rows(BINS), WIDTH, 2, kind)
+    benchmark.pedantic(build_edges, (x, BINS), rounds=3, warmup_rounds=1)
 
 
 def test_finalise(benchmark):
-    layout = cells.CellLayout.of(METRICS, CELLS)
+    layout = bins.BinLayout.of(METRICS, BINS)
     width, n = 4096, 8192
     x = rows(n, width, 1)
-    edges, table, payload = build_edges(x[:1024], CELLS), layout.zeros(width), payload_of(layout, n)
-    ops.cells_update(x, edges, *payload, table)
+    edges, table, payload = build_edges(x[:1024], BINS), layout.zeros(width), payload_of(layout, n)
+    ops.bins_update(x, edges, *payload, table)
     g = torch.Generator().manual_seed(0)
     values = {name: torch.rand(n, generator=g) for name in layout.hats}
-    fits = cells.fit_continuous(layout, values, {name: value.double().sort().values for name, value in values.items()})
-    benchmark.pedantic(cells.finalise, (layout, table, edges, x.dtype, fits), rounds=3, warmup_rounds=1)
+    fits = bins.fit_continuous(layout, values, {name: value.double().sort().values for name, value in values.items()})
+    benchmark.pedantic(bins.finalise, (layout, table, edges, x.dtype, fits), rounds=3, warmup_rounds=1)

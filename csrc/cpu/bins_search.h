@@ -1,4 +1,4 @@
-// Which cell a value falls into: a binary search over a neuron's edges laid out level by level (node i's children are
+// Which bin a value falls into: a binary search over a neuron's edges laid out level by level (node i's children are
 // 2i and 2i + 1), so that each level is a few registers that a permute looks up for a whole vector of values at once.
 #pragma once
 #include "cpu/isa.h"
@@ -9,7 +9,7 @@
 
 namespace skillfast::SKILLFAST_ISA {
 
-constexpr int kMaxLevels = 8;  // 256 cells
+constexpr int kMaxLevels = 8;  // 256 bins
 
 constexpr int kTile = 8;
 
@@ -92,12 +92,12 @@ static inline __m512i descend(const float* tree, __m512 x, __m512i index) {
   }
 }
 
-// Cells of `rows` values; reads and writes whole vectors, so both arrays are padded to a multiple of 16.
+// Bins of `rows` values; reads and writes whole vectors, so both arrays are padded to a multiple of 16.
 template <int kLevels>
-static inline void find_cells(const float* tree, const float* x, int rows, int32_t* cells) {
+static inline void find_bins(const float* tree, const float* x, int rows, int32_t* bins) {
   for (int r = 0; r < rows; r += 16) {
     const __m512i leaf = descend<0, kLevels>(tree, _mm512_loadu_ps(x + r), _mm512_set1_epi32(1));
-    _mm512_storeu_si512(cells + r, _mm512_sub_epi32(leaf, _mm512_set1_epi32(1 << kLevels)));
+    _mm512_storeu_si512(bins + r, _mm512_sub_epi32(leaf, _mm512_set1_epi32(1 << kLevels)));
   }
 }
 
@@ -129,23 +129,23 @@ static inline __m256i descend(const float* tree, __m256 x, __m256i index) {
 }
 
 template <int kLevels>
-static inline void find_cells(const float* tree, const float* x, int rows, int32_t* cells) {
+static inline void find_bins(const float* tree, const float* x, int rows, int32_t* bins) {
   for (int r = 0; r < rows; r += 8) {
     const __m256i leaf = descend<0, kLevels>(tree, _mm256_loadu_ps(x + r), _mm256_set1_epi32(1));
-    const __m256i cell = _mm256_sub_epi32(leaf, _mm256_set1_epi32(1 << kLevels));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells + r), cell);
+    const __m256i bin = _mm256_sub_epi32(leaf, _mm256_set1_epi32(1 << kLevels));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bins + r), bin);
   }
 }
 
 #else
 
 template <int kLevels>
-static inline void find_cells(const float* tree, const float* x, int rows, int32_t* cells) {
-  for (int r = 0; r < rows; ++r) cells[r] = 1;
+static inline void find_bins(const float* tree, const float* x, int rows, int32_t* bins) {
+  for (int r = 0; r < rows; ++r) bins[r] = 1;
   for (int level = 0; level < kLevels; ++level) {  // level outside: the rows are independent
-    for (int r = 0; r < rows; ++r) cells[r] = 2 * cells[r] + (x[r] >= tree[cells[r]] ? 1 : 0);
+    for (int r = 0; r < rows; ++r) bins[r] = 2 * bins[r] + (x[r] >= tree[bins[r]] ? 1 : 0);
   }
-  for (int r = 0; r < rows; ++r) cells[r] -= 1 << kLevels;
+  for (int r = 0; r < rows; ++r) bins[r] -= 1 << kLevels;
 }
 
 #endif

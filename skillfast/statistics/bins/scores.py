@@ -1,9 +1,9 @@
-"""What a table of cells tells about ranks: pure functions, float64, on a slice of the neurons.
+"""What a table of bins tells about ranks: pure functions, float64, on a slice of the neurons.
 
-Shapes: d neurons, C cells, K columns. `occupancy` [d, C] is how many rows fell into each cell, `positives` [d, C, K]
-how many of them have each label, `atomic` [d, C] which cells hold one value only. N rows in all.
+Shapes: d neurons, C bins, K columns. `occupancy` [d, C] is how many rows fell into each bin, `positives` [d, C, K]
+how many of them have each label, `atomic` [d, C] which bins hold one value only. N rows in all.
 
-The bounds are never broken, whatever the rows and their order: they follow from the table alone. Within a cell that
+The bounds are never broken, whatever the rows and their order: they follow from the table alone. Within a bin that
 is not atomic the order of the rows is unknown, and nothing else is.
 """
 
@@ -19,13 +19,13 @@ ROUNDING = 1e-12  # added to bounds: float64 rounding in them and in whatever th
 
 
 @dataclass(frozen=True)
-class CellRanks:
+class BinRanks:
     """A neuron's ranks as far as the table knows them.
 
     Attributes:
-        rank: [d, C], mean rank of each cell's rows, centred.
-        between: [d], variance of the ranks between cells.
-        hidden: [d], eta^2: the largest share of the ranks' variance that cells which are not atomic can hide.
+        rank: [d, C], mean rank of each bin's rows, centred.
+        between: [d], variance of the ranks between bins.
+        hidden: [d], eta^2: the largest share of the ranks' variance that bins which are not atomic can hide.
     """
 
     rank: torch.Tensor
@@ -33,28 +33,28 @@ class CellRanks:
     hidden: torch.Tensor
 
 
-def cell_ranks(occupancy: torch.Tensor, atomic: torch.Tensor) -> CellRanks:
-    """Mean ranks of the cells; eta^2 = within / (between + within), where `within` assumes no ties outside atoms."""
+def bin_ranks(occupancy: torch.Tensor, atomic: torch.Tensor) -> BinRanks:
+    """Mean ranks of the bins; eta^2 = within / (between + within), where `within` assumes no ties outside atoms."""
     n = occupancy.sum(1, keepdim=True)
     rank = occupancy.cumsum(1) - occupancy / 2 - n / 2  # before + (w + 1) / 2 - (N + 1) / 2
     between = (occupancy * rank.square()).sum(1) / n[:, 0]
     open_ = torch.where(atomic, 0.0, occupancy)
     within = (open_ * (open_.square() - 1).clamp_min(0)).sum(1) / (12 * n[:, 0])
-    return CellRanks(rank, between, within / (between + within).clamp_min(torch.finfo(torch.float64).tiny))
+    return BinRanks(rank, between, within / (between + within).clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def is_stale(hidden: torch.Tensor, cells: int) -> torch.Tensor:
-    """Whether [d] the edges no longer divide the rows; they hide four times what even cells would."""
-    return hidden.sqrt() > max(4 / cells, 0.02)
+def is_stale(hidden: torch.Tensor, bins: int) -> torch.Tensor:
+    """Whether [d] the edges no longer divide the rows; they hide four times what even bins would."""
+    return hidden.sqrt() > max(4 / bins, 0.02)
 
 
 def is_constant(occupancy: torch.Tensor, atomic: torch.Tensor) -> torch.Tensor:
-    """Whether [d] every row fell into one atomic cell."""
+    """Whether [d] every row fell into one atomic bin."""
     return (occupancy.gt(0).sum(1) == 1) & ((occupancy > 0) & atomic).any(1)
 
 
 def _bounded(
-    rho: torch.Tensor, shift: torch.Tensor, ranks: CellRanks, constant: torch.Tensor
+    rho: torch.Tensor, shift: torch.Tensor, ranks: BinRanks, constant: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate and bound [d, K]; `shift` is how far hidden order can move the estimate."""
     shrink = 1 - (1 - ranks.hidden).sqrt()
@@ -68,14 +68,14 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 
 
 def label_scores(
-    positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor, ranks: CellRanks
+    positives: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor, ranks: BinRanks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Spearman's rho and AUROC of each neuron with each 0/1 label, and how far off they can be.
 
-    AUROC counts ties half, so it is the positives' mean rank; within a cell that is not atomic any share of the pairs
+    AUROC counts ties half, so it is the positives' mean rank; within a bin that is not atomic any share of the pairs
     of a positive and a negative can be in order, so its bound is half of all such pairs. The same pairs bound
     Cov(rank, label); so does eta sd(rank) sd(label) sqrt(1 - R^2), with R^2 the share of the label's variance between
-    cells. The smaller of the two counts for rho.
+    bins. The smaller of the two counts for rho.
 
     Returns:
         rho, its bound, AUROC, its bound: float64 [d, K]; NaN where the neuron or the label is constant.
@@ -136,11 +136,11 @@ def fit_ranks(ranks: torch.Tensor, hats: torch.Tensor) -> RankFit:
 
 
 def spearman_continuous(
-    sums: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor, ranks: CellRanks, fit: RankFit
+    sums: torch.Tensor, occupancy: torch.Tensor, atomic: torch.Tensor, ranks: BinRanks, fit: RankFit
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spearman's rho of each neuron with one continuous metric, and how far off it can be.
 
-    `sums` [d, C, 8] are the cells' hat weights. What the fit leaves of the metric's ranks is orthogonal to the hats,
+    `sums` [d, C, 8] are the bins' hat weights. What the fit leaves of the metric's ranks is orthogonal to the hats,
     so only the part of the neuron's ranks that is orthogonal to them too can go with it.
 
     Returns:
@@ -151,7 +151,7 @@ def spearman_continuous(
     scale = ranks.between.sqrt() * fit.deviation
     rho = _ratio(with_hats @ fit.coefficients, scale).clamp(-1, 1)
     projected = _ratio(torch.einsum("dj,jk,dk->d", with_hats, fit.gram_inverse, with_hats), ranks.between)
-    fitted = sums @ fit.coefficients / UNIT  # [d, C], sum of the fitted ranks in each cell
+    fitted = sums @ fit.coefficients / UNIT  # [d, C], sum of the fitted ranks in each bin
     between = ((_ratio(fitted.square(), occupancy).sum(1) / n).sqrt() / max(fit.deviation, ROUNDING)).clamp(0, 1)
     unexplained = 1 - (between - fit.residual).clamp_min(0).square()
     shift = (
@@ -164,7 +164,7 @@ def spearman_continuous(
 
 
 def _places(occupancy: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Which merged cell int64 [d, C] each cell goes to, where the ranks are divided into `wanted` [d] even groups."""
+    """Which merged bin int64 [d, C] each bin goes to, where the ranks are divided into `wanted` [d] even groups."""
     n = occupancy.sum(1, keepdim=True)
     wanted = wanted.floor().clamp_min(1)[:, None]
     group = torch.minimum(((occupancy.cumsum(1) - occupancy / 2) * (wanted / n)).floor(), wanted - 1)
@@ -183,14 +183,14 @@ def _two_level_groups(n: torch.Tensor, rarer: torch.Tensor) -> torch.Tensor:
     return torch.maximum(n / 20 * torch.exp2(-halvings), (n / 20).clamp_max(2))
 
 
-def merge_cells(joint: torch.Tensor) -> torch.Tensor:
-    """Merges neighbouring cells of [d, C, K] until about 10 rows per class fall into each.
+def merge_bins(joint: torch.Tensor) -> torch.Tensor:
+    """Merges neighbouring bins of [d, C, K] until about 10 rows per class fall into each.
 
-    The rows' ranks are divided into N / (10 K) even groups; cells whose middles fall into one group are merged, so
+    The rows' ranks are divided into N / (10 K) even groups; bins whose middles fall into one group are merged, so
     there are at most that many. With two levels there are fewer, `_two_level_groups`.
 
     Returns:
-        float64 [d, C, K], the merged cells first, then empty ones.
+        float64 [d, C, K], the merged bins first, then empty ones.
     """
     occupancy = joint.sum(2)
     n = occupancy.sum(1)
@@ -206,24 +206,24 @@ def _plogp(counts: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
 
 
 def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> torch.Tensor:
-    """Mutual information of each neuron's cells with a variable of K levels, in nats.
+    """Mutual information of each neuron's bins with a variable of K levels, in nats.
 
-    Plug-in estimate on cells merged by `merge_cells`, Miller and Madow's correction, clipped to [0, H(levels)].
+    Plug-in estimate on bins merged by `merge_bins`, Miller and Madow's correction, clipped to [0, H(levels)].
 
     Args:
-        joint: float64 [d, C, K], rows of each cell and level.
+        joint: float64 [d, C, K], rows of each bin and level.
         freedom: Degrees of freedom of the levels, for soft ones whose rows are divided among several; None: counts,
             for which the correction counts the occupied places.
 
     Returns:
         float64 [d].
     """
-    merged = merge_cells(joint)
-    cells, levels = merged.sum(2), merged.sum(1)
-    n = cells.sum(1, keepdim=True)
+    merged = merge_bins(joint)
+    bins, levels = merged.sum(2), merged.sum(1)
+    n = bins.sum(1, keepdim=True)
     entropy = -_plogp(levels, n).sum(1)
-    plugin = _plogp(merged, n[:, :, None]).sum((1, 2)) - _plogp(cells, n).sum(1) + entropy
-    rows, columns = cells.gt(0).sum(1), levels.gt(0).sum(1)
+    plugin = _plogp(merged, n[:, :, None]).sum((1, 2)) - _plogp(bins, n).sum(1) + entropy
+    rows, columns = bins.gt(0).sum(1), levels.gt(0).sum(1)
     occupied = merged.gt(0).sum((1, 2))
     excess = occupied - rows - columns + 1 if freedom is None else (rows - 1) * freedom
     return torch.minimum((plugin - excess / (2 * n[:, 0])).clamp_min(0), entropy)
@@ -232,7 +232,7 @@ def mutual_information(joint: torch.Tensor, freedom: float | None = None) -> tor
 def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch.Tensor:
     """`mutual_information` of each neuron with each 0/1 label: float64 [d, K].
 
-    Every neuron has seen the same labels. Labels that want as many merged cells share one merging.
+    Every neuron has seen the same labels. Labels that want as many merged bins share one merging.
     """
     one = positives[0].sum(0)
     n = occupancy[0].sum().expand_as(one)
@@ -247,16 +247,16 @@ def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch
 
 def _label_information(positives: torch.Tensor, occupancy: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     n = occupancy.sum(1, keepdim=True)
-    n_cells = int(place.max()) + 1
-    cells = torch.zeros_like(occupancy[:, :n_cells]).scatter_add_(1, place, occupancy)
-    merged = torch.zeros_like(positives[:, :n_cells])
+    n_bins = int(place.max()) + 1
+    bins = torch.zeros_like(occupancy[:, :n_bins]).scatter_add_(1, place, occupancy)
+    merged = torch.zeros_like(positives[:, :n_bins])
     merged.scatter_add_(1, place[:, :, None].expand_as(positives), positives)
-    rest = cells[:, :, None] - merged
+    rest = bins[:, :, None] - merged
     one = positives.sum(1)
     entropy = -_plogp(one, n) - _plogp(n - one, n)
     both = _plogp(merged, n[:, :, None]).sum(1) + _plogp(rest, n[:, :, None]).sum(1)
     occupied = merged.gt(0).sum(1) + rest.gt(0).sum(1)
     levels = one.gt(0).long() + (n > one).long()
-    excess = occupied - cells.gt(0).sum(1, keepdim=True) - levels + 1
-    plugin = both - _plogp(cells, n).sum(1, keepdim=True) + entropy
+    excess = occupied - bins.gt(0).sum(1, keepdim=True) - levels + 1
+    plugin = both - _plogp(bins, n).sum(1, keepdim=True) + entropy
     return torch.minimum((plugin - excess / (2 * n)).clamp_min(0), entropy)

@@ -1,0 +1,1 @@
+"""The table of bins: frozen edges, integer counts, and what they tell about ranks."""
