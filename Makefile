@@ -12,7 +12,7 @@ bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

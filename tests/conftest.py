@@ -1,24 +1,51 @@
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Workers side by side share the cores; OpenMP reads this when torch is imported, here and in what the tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[1]
+CORE = ("ablation", "models", "ops", "statistics", "tracing")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
+        if folder in CORE and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.core)
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextmanager
+def alone(folder: Path, name: str) -> Iterator[Path]:
+    """Keep the other workers out, and give the folder of what is made; an empty one has yet to be filled."""
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / name
+        made.mkdir(exist_ok=True)
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +58,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(common: Path) -> Path:
     """A cache of this session's own, so that no test depends on what an earlier run left."""
-    folder = Path(os.environ.get("SKILLFAST_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
+    folder = Path(os.environ.get("SKILLFAST_TEST_CACHE") or common / "cache")
     os.environ["SKILLFAST_CACHE"] = str(folder)
     return folder
 
