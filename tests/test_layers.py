@@ -19,7 +19,6 @@ LAYERS = [
     {"tracing"},
     {"statistics"},
     {"models", "data"},
-    {"auxiliary"},
     {"metrics", "progress"},
     {"ops"},
     {"backends"},

@@ -11,7 +11,7 @@ import torch
 from conftest import one_line
 from scipy import special, stats
 
-from skillfast import Binary, Categorical, Continuous, auxiliary
+from skillfast import Binary, Categorical, Continuous, metrics
 from skillfast.errors import ArgumentError
 
 
@@ -38,8 +38,8 @@ def test_metrics_equal_float64_references(case):
         "margin": x[rows, y] - others.max(1),
         "entropy": stats.entropy(np.exp(log_p), axis=1),
     }
-    assert list(want) == list(auxiliary.FUNCTIONS)
-    for name, function in auxiliary.FUNCTIONS.items():
+    assert list(want) == list(metrics.FUNCTIONS)
+    for name, function in metrics.FUNCTIONS.items():
         got = function(logits, labels)
         assert got.shape == (200,)
         assert got.dtype not in (torch.bfloat16, torch.float16), name
@@ -49,9 +49,7 @@ def test_metrics_equal_float64_references(case):
 
 def test_an_impossible_class_adds_no_entropy():
     logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf]])
-    torch.testing.assert_close(
-        auxiliary.entropy(logits, torch.zeros(2, dtype=torch.long)), torch.tensor([0.69314718, 0])
-    )
+    torch.testing.assert_close(metrics.entropy(logits, torch.zeros(2, dtype=torch.long)), torch.tensor([0.69314718, 0]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -64,7 +62,7 @@ def test_token_log_probabilities_are_those_of_the_next_token(case, side):
     for row, n in enumerate(lengths):
         mask[row, -n:] = side == "left"
         mask[row, :n] |= side == "right"
-    values, valid = auxiliary.token_log_probabilities(logits, ids, mask)
+    values, valid = metrics.token_log_probabilities(logits, ids, mask)
     assert valid.sum(1).tolist() == [9, 6, 1, 0]
     log_p = special.log_softmax(x, 2)
     for row, n in enumerate(lengths):
@@ -74,20 +72,20 @@ def test_token_log_probabilities_are_those_of_the_next_token(case, side):
         for t in places:
             assert float(values[row, t]) == pytest.approx(log_p[row, t, ids[row, t + 1]], rel=1e-5, abs=1e-6)
         assert not values[row][~valid[row]].any()
-    got = auxiliary.mean_log_probability(logits[:3], ids[:3], mask[:3])
+    got = metrics.mean_log_probability(logits[:3], ids[:3], mask[:3])
     np.testing.assert_allclose(got, (values[:3].double().sum(1) / torch.tensor([9, 6, 1])), rtol=1e-6)
-    text = one_line(ArgumentError, auxiliary.mean_log_probability, logits, ids, mask)
+    text = one_line(ArgumentError, metrics.mean_log_probability, logits, ids, mask)
     assert "expected at least two tokens each" in text
 
 
 def test_without_a_mask_every_token_counts():
     logits, ids = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    values, valid = auxiliary.token_log_probabilities(logits, ids)
+    values, valid = metrics.token_log_probabilities(logits, ids)
     assert valid.tolist() == [[True] * 4 + [False]] * 2
     want = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     np.testing.assert_allclose(values[:, :-1], want, rtol=1e-5)
     assert "expected [batch, tokens, vocabulary]" in one_line(
-        ArgumentError, auxiliary.token_log_probabilities, logits[:, 0], ids
+        ArgumentError, metrics.token_log_probabilities, logits[:, 0], ids
     )
 
 
@@ -115,7 +113,7 @@ def their_module(monkeypatch):
 def test_metrics_are_chosen_by_name_function_and_column(their_module):
     columns = {"length": Continuous(), "genre": Categorical(["a", "b"])}
     wanted = ["label", "confidence", "their_metrics:is_long", surprise, "column:length", "column:genre"]
-    chosen = auxiliary.choose(wanted, ["no", "yes"], columns)
+    chosen = metrics.parse_metrics(wanted, ["no", "yes"], columns)
     assert {name: metric.kind for name, metric in chosen.items()} == {
         "label": Categorical(["no", "yes"]), "confidence": Continuous(), "is_long": Binary(),
         "surprise": Continuous(), "length": Continuous(), "genre": Categorical(["a", "b"]),
@@ -145,11 +143,11 @@ def test_metrics_are_chosen_by_name_function_and_column(their_module):
     ],
 )
 def test_metrics_that_mean_nothing_are_refused(their_module, wanted, words):
-    assert words in one_line(ArgumentError, auxiliary.choose, wanted, ["no", "yes"], {"length": Continuous()})
+    assert words in one_line(ArgumentError, metrics.parse_metrics, wanted, ["no", "yes"], {"length": Continuous()})
 
 
 def test_a_function_that_gives_something_else_is_refused(their_module):
-    chosen = auxiliary.choose(["their_metrics:bad"], ["no", "yes"])["bad"]
+    chosen = metrics.parse_metrics(["their_metrics:bad"], ["no", "yes"])["bad"]
     logits, labels = torch.randn(6, 3), torch.zeros(6, dtype=torch.long)
     assert "expected 6 values, one per example, got shape [6, 3]" in one_line(
         ArgumentError, chosen.values, logits, labels

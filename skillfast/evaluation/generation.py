@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from skillfast.ablation import ablate
-from skillfast.auxiliary import token_log_probabilities
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.evaluation.selectivity import interval
+from skillfast.metrics import token_log_probabilities
 from skillfast.models.text_inputs import Collate, batches
 from skillfast.progress import track
 from skillfast.runs.results import Measured, Outcome, finite

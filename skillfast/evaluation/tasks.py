@@ -13,12 +13,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skillfast import auxiliary
 from skillfast.ablation import ablate
-from skillfast.auxiliary import COLUMN
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import random_skills
-from skillfast.metrics import Continuous
+from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, Continuous, check_metric_names, parse_metrics
 from skillfast.models.sites import find_sites, module_device
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.runs.results import Measured, finite, summary
@@ -29,7 +27,7 @@ from skillfast.tracing.trace import image_batch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skillfast.auxiliary import Auxiliary
+    from skillfast.metrics import AuxiliaryMetric
     from skillfast.models.sites import Site
     from skillfast.runs.subject import Subject
     from skillfast.statistics.neuron_scores import NeuronScores
@@ -176,7 +174,7 @@ class _Measures:
 
     def __init__(self, subject: Subject, tasks: Sequence[str]) -> None:
         splits: Any = subject.splits
-        self.chosen: dict[str, Auxiliary] = auxiliary.choose(
+        self.chosen: dict[str, AuxiliaryMetric] = parse_metrics(
             tasks, splits.classes, getattr(splits.select, "metrics", None)
         )
         self.test = splits.test
@@ -226,7 +224,7 @@ class _Measures:
         what = "Pearson's r with the truth, which a mere shift of the embeddings leaves,"
         self._add(values, f"{name}: r of a probe", words.format(what), _pearson(told, truth))
 
-    def _output(self, name: str, metric: Auxiliary, found: Outputs, values: dict[str, float]) -> None:
+    def _output(self, name: str, metric: AuxiliaryMetric, found: Outputs, values: dict[str, float]) -> None:
         now, before = (metric.values(o.logits, o.labels).double().numpy() for o in (found, self.intact))
         self._add(values, f"{name}: mean", f"mean {name} on held-out examples", now.mean())
         if not isinstance(metric.kind, Continuous):
@@ -259,11 +257,9 @@ def check_tasks(tasks: Sequence[str]) -> None:
             f"tasks: expected two different ones or more, got {', '.join(tasks) or 'none'}; for example "
             "--tasks label,confidence"
         )
-    if auxiliary.TOKEN_LOG_PROBABILITY in tasks:
-        raise ArgumentError(
-            f"tasks: expected metrics of a classifier, got {auxiliary.TOKEN_LOG_PROBABILITY}; leave it out"
-        )
-    auxiliary.check_names(tasks)
+    if TOKEN_LOG_PROBABILITY in tasks:
+        raise ArgumentError(f"tasks: expected metrics of a classifier, got {TOKEN_LOG_PROBABILITY}; leave it out")
+    check_metric_names(tasks)
 
 
 def compare_tasks(

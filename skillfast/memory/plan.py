@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast import auxiliary
 from skillfast.errors import ArgumentError
 from skillfast.memory import footprint
 from skillfast.memory.state import state_bytes
+from skillfast.metrics import parse_metrics
 from skillfast.models.huggingface import Task, load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
 from skillfast.statistics.bins.table import exact_rows
@@ -79,7 +79,7 @@ class Settings:
     def kinds(self) -> dict[str, Metric]:
         """The metrics and what they are."""
         classes = [str(index) for index in range(self.classes)]
-        return {name: metric.kind for name, metric in auxiliary.choose(self.metrics, classes).items()}
+        return {name: metric.kind for name, metric in parse_metrics(self.metrics, classes).items()}
 
 
 @dataclass(frozen=True)

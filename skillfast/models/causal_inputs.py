@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.auxiliary import (
+from skillfast.errors import ArgumentError
+from skillfast.metrics import (
     COLUMN,
     TOKEN_LOG_PROBABILITY,
     has_successor,
     mean_log_probability,
     token_log_probabilities,
 )
-from skillfast.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from skillfast.auxiliary import Auxiliary
-    from skillfast.metrics import Metric
+    from skillfast.metrics import AuxiliaryMetric, Metric
     from skillfast.models.text_inputs import Batch
 
 
@@ -27,7 +26,7 @@ class CausalForward:
     """The `forward` of `trace` for batches of text and a `CausalModel`.
 
     Args:
-        metrics: From `auxiliary.choose`: `token_log_probability`, and beside it the label or columns of the data.
+        metrics: From `parse_metrics`: `token_log_probability`, and beside it the label or columns of the data.
         tokens: Each token is an observation: position t's activations go with the log-probability of token t + 1, and
             padding and last tokens, which `mask` leaves out, with none. Otherwise each text is one: its mean
             log-probability. Values per token are known after the forward alone, so `trace` runs each batch twice.
@@ -36,7 +35,7 @@ class CausalForward:
         ArgumentError: A metric of a classifier's logits.
     """
 
-    def __init__(self, metrics: Mapping[str, Auxiliary], *, tokens: bool) -> None:
+    def __init__(self, metrics: Mapping[str, AuxiliaryMetric], *, tokens: bool) -> None:
         for name, metric in metrics.items():
             if not metric.of_tokens and metric.column is None and name != "label":
                 raise ArgumentError(

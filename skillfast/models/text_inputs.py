@@ -22,9 +22,8 @@ from skillfast.models.text_classifier import TextClassifier, accepts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from skillfast.auxiliary import Auxiliary
     from skillfast.data.text import TextTable
-    from skillfast.metrics import Metric
+    from skillfast.metrics import AuxiliaryMetric, Metric
     from skillfast.models.huggingface import LanguageModel
 
 Batch = dict[str, Any]
@@ -226,10 +225,10 @@ class TextForward:
     """The `forward` of `trace` for `batches`: a `TextClassifier`'s logits, and the metrics' values.
 
     Args:
-        metrics: From `auxiliary.choose`.
+        metrics: From `parse_metrics`.
     """
 
-    def __init__(self, metrics: Mapping[str, Auxiliary]) -> None:
+    def __init__(self, metrics: Mapping[str, AuxiliaryMetric]) -> None:
         self.metrics = dict(metrics)
 
     @property

@@ -59,7 +59,7 @@ class BenchConfig:
         seed: Of every random choice.
         sites: Kinds or names of sites.
         pool: How tokens become one observation.
-        metrics: What text is traced against; see `skillfast.auxiliary`.
+        metrics: What text is traced against; see `skillfast.metrics`.
         statistics: What the trace computes.
         bins: Bins per neuron for all but Pearson's r.
         method: `"auto"`: the method and size that are best on the validation part. Or what neurons are ranked by: a

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast import backends
 from skillfast.ablation import limited_memory
-from skillfast.auxiliary import COLUMN, check_names
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import classification as class_scores
 from skillfast.evaluation.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
 from skillfast.evaluation.grid import Grid, cases_of_scores, cases_of_skills, largest
 from skillfast.evaluation.tasks import check_tasks, compare_tasks
+from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.runs import selection
 from skillfast.runs.cost import Clock
@@ -203,7 +203,7 @@ def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dic
 
 def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
     """With the metrics of text that are wanted; those of images are fixed."""
-    check_names(metrics)
+    check_metric_names(metrics)
     if config.dataset == "text":
         return replace(config, metrics=tuple(metrics))
     unknown = [name for name in metrics if name not in METRICS]

@@ -10,8 +10,8 @@ import torch
 
 from skillfast import backends, data
 from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
-from skillfast.auxiliary import check_names
 from skillfast.errors import ArgumentError
+from skillfast.metrics import check_metric_names
 from skillfast.models import loading, training
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
@@ -268,7 +268,7 @@ def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[st
 
 def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     """The scores of a run that does nothing but trace."""
-    check_names(config.metrics)
+    check_metric_names(config.metrics)
     with backends.use_backend(config.backend):
         if predicts_tokens(config):
             return trace_causal(prepare_causal(*on_device(config)), quiet)

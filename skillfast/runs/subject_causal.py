@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast import auxiliary
 from skillfast.data.text import TextTable, read_text
 from skillfast.errors import ArgumentError
+from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, parse_metrics
 from skillfast.models.causal import CausalModel
 from skillfast.models.causal_inputs import CausalForward
 from skillfast.models.huggingface import load_config, load_language_model
@@ -48,7 +48,7 @@ class CausalSubject:
 
 def predicts_tokens(config: BenchConfig) -> bool:
     """Whether the metrics ask for the log-probabilities of tokens."""
-    return config.dataset == "text" and auxiliary.TOKEN_LOG_PROBABILITY in config.metrics
+    return config.dataset == "text" and TOKEN_LOG_PROBABILITY in config.metrics
 
 
 def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
@@ -58,7 +58,7 @@ def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
         ArgumentError: A prompt, fine-tuning, or a model with a classification head.
         SkillfastError: Data or a model that cannot be had.
     """
-    name, what = str(config.model), auxiliary.TOKEN_LOG_PROBABILITY
+    name, what = str(config.model), TOKEN_LOG_PROBABILITY
     if config.prompt is not None:
         raise ArgumentError(
             f"metric '{what}': expected text without a prompt, got --prompt; leave out --prompt and --label-words"
@@ -92,7 +92,7 @@ def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
 def trace_causal(subject: CausalSubject, quiet: bool) -> NeuronScores:
     """Trace the select part: every token with `pool="none"`, else each text's pooled activations."""
     config = subject.config
-    chosen = auxiliary.choose(config.metrics, subject.select.classes, subject.select.metrics)
+    chosen = parse_metrics(config.metrics, subject.select.classes, subject.select.metrics)
     forward = CausalForward(chosen, tokens=config.pool == "none")
     return trace(
         subject.model,
@@ -109,7 +109,7 @@ def trace_causal(subject: CausalSubject, quiet: bool) -> NeuronScores:
 
 
 def _read(config: BenchConfig, source: str | None, classes: tuple[str, ...] | None = None) -> TextTable:
-    columns = [name.removeprefix(auxiliary.COLUMN) for name in config.metrics if name.startswith(auxiliary.COLUMN)]
+    columns = [name.removeprefix(COLUMN) for name in config.metrics if name.startswith(COLUMN)]
     return read_text(
         source or "",
         text_column=config.text_column,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast import auxiliary
 from skillfast.data.text import TextTable, read_text
 from skillfast.errors import ModelError
+from skillfast.metrics import COLUMN, parse_metrics
 from skillfast.models import training
 from skillfast.models.huggingface import load_language_model, quantization
 from skillfast.models.sites import choose_sites
@@ -148,7 +148,7 @@ def trace_text(
     config: BenchConfig, model: TextClassifier, examples: Any, statistics: Sequence[str], quiet: bool
 ) -> NeuronScores:
     """Trace one part's `TokenExamples` against the metrics that were asked for."""
-    forward = TextForward(auxiliary.choose(config.metrics, examples.classes, examples.metrics))
+    forward = TextForward(parse_metrics(config.metrics, examples.classes, examples.metrics))
     return trace(
         model,
         batches(examples, config.batch_size),
@@ -164,7 +164,7 @@ def trace_text(
 
 
 def _read(config: BenchConfig, source: str | None, classes: tuple[str, ...] | None = None) -> TextTable:
-    columns = [name.removeprefix(auxiliary.COLUMN) for name in config.metrics if name.startswith(auxiliary.COLUMN)]
+    columns = [name.removeprefix(COLUMN) for name in config.metrics if name.startswith(COLUMN)]
     return read_text(
         source or "",
         text_column=config.text_column,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from skillfast import metrics as auxiliary
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.metrics import Binary, Categorical, Continuous, classification, classification_values
 from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
 from skillfast.progress import track
 from skillfast.statistics.bins.edges import calibration_rows
@@ -51,7 +51,7 @@ def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Te
     images, label = image_batch(batch)
     label = label.to(device)
     logits = model(images.to(device))
-    return logits, auxiliary.classification_values(logits, label)
+    return logits, classification_values(logits, label)
 
 
 def image_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +118,7 @@ def trace(
     if isinstance(metrics, str):
         if metrics != "classification":
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
-        metrics = auxiliary.classification(classes if classes is not None else classes_of(loader, model))
+        metrics = classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counted = _Counted(tracer, model, run, mask)
@@ -220,13 +220,13 @@ def correlate(
 
 def _kind_of(name: str, values: torch.Tensor) -> Metric:
     if values.dtype == torch.bool:
-        return auxiliary.Binary()
+        return Binary()
     if values.is_floating_point():
-        return auxiliary.Continuous()
+        return Continuous()
     largest = int(values.long().max()) if values.numel() else 0
     if largest >= MOST_CLASSES:
         raise ArgumentError(
             f"metric {name!r}: expected class indices below {MOST_CLASSES}, got {largest}; say what it is with "
             f"metrics={{{name!r}: Continuous()}}"
         )
-    return auxiliary.Categorical(max(2, largest + 1))
+    return Categorical(max(2, largest + 1))

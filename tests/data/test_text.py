@@ -11,10 +11,11 @@ from conftest import one_line
 from tiny_models import make_tokenizer, save_model
 
 import skillfast
-from skillfast import Categorical, Continuous, auxiliary
+from skillfast import Categorical, Continuous
 from skillfast.data.splits import join, loader
 from skillfast.data.text import read_text
 from skillfast.errors import ArgumentError, DataError, SkillfastError
+from skillfast.metrics import parse_metrics
 from skillfast.models.text_inputs import Collate, Prompt, TextForward, TokenExamples, batches, split_text
 
 ROWS = [
@@ -246,7 +247,7 @@ def test_trace_over_text_equals_plain_hooks(tmp_path, folders):
         [(" ".join(row[0].split()[:1] * (1 + i % 5)), row[1], row[2]) for i, row in enumerate(ROWS * 5)],
     )
     examples = TokenExamples(read_text(path, columns=["length"]), loaded)
-    forward = TextForward(auxiliary.choose(["label", "margin", "column:length"], examples.classes, examples.metrics))
+    forward = TextForward(parse_metrics(["label", "margin", "column:length"], examples.classes, examples.metrics))
     assert forward.kinds["length"] == Continuous()
     classifier = TextClassifier(loaded, 2)
     scores = skillfast.trace(

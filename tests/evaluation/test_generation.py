@@ -16,7 +16,6 @@ from tiny_models import WORDS, make_tokenizer, save_model
 
 import skillfast
 from skillfast import BenchConfig, Skill
-from skillfast.auxiliary import TOKEN_LOG_PROBABILITY
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.evaluation.generation import (
@@ -29,6 +28,7 @@ from skillfast.evaluation.generation import (
     prefixes,
 )
 from skillfast.evaluation.grid import Grid, cases_of_skills
+from skillfast.metrics import TOKEN_LOG_PROBABILITY
 from skillfast.runs.subject_causal import prepare_causal
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")

@@ -10,15 +10,15 @@ from conftest import one_line
 from tiny_models import WORDS, make_tokenizer, save_model
 
 import skillfast
-from skillfast import auxiliary
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError
+from skillfast.metrics import TOKEN_LOG_PROBABILITY, parse_metrics
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
 
 MODELS = ["GPT2LMHeadModel", "LlamaForCausalLM"]
-METRIC = auxiliary.TOKEN_LOG_PROBABILITY
+METRIC = TOKEN_LOG_PROBABILITY
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def traced(model, examples, metrics, pool, side, batch_size=7, **more):
     from skillfast.models.causal_inputs import CausalForward
     from skillfast.models.text_inputs import batches
 
-    chosen = auxiliary.choose(metrics, examples.classes, examples.metrics)
+    chosen = parse_metrics(metrics, examples.classes, examples.metrics)
     forward = CausalForward(chosen, tokens=pool == "none")
     loader = batches(examples, batch_size, side=side)
     return skillfast.trace(
@@ -233,12 +233,12 @@ def test_what_does_not_fit_is_told_in_one_line(folder, tmp_path, model_class, ch
 
 
 def test_a_classifiers_logits_have_no_token_log_probability(folder):
-    chosen = auxiliary.choose([METRIC], ["no", "yes"])[METRIC]
+    chosen = parse_metrics([METRIC], ["no", "yes"])[METRIC]
     assert "expected a causal language model" in one_line(
         ArgumentError, chosen.values, torch.zeros(2, 2), torch.zeros(2)
     )
     with pytest.raises(ArgumentError, match=r"metric 'nothing': expected one of .*token_log_probability"):
-        auxiliary.choose(["nothing"], ["no", "yes"])
+        parse_metrics(["nothing"], ["no", "yes"])
 
 
 def test_a_model_that_reads_later_tokens_is_refused(tmp_path):

@@ -14,11 +14,12 @@ from conftest import one_line
 from tiny_models import WORDS, save_model
 
 import skillfast
-from skillfast import Condition, Skill, auxiliary
+from skillfast import Condition, Skill
 from skillfast.cli import main
 from skillfast.data import loader
 from skillfast.data.text import read_text
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.metrics import parse_metrics
 from skillfast.models import huggingface
 from skillfast.models.huggingface import load_language_model, quantization
 from skillfast.models.text_classifier import TextClassifier
@@ -54,7 +55,7 @@ def outcome(folder, data, **placed):
     table = read_text(data)
     model = TextClassifier(loaded, 2, PROMPT.ids(loaded.tokenizer, table.classes))
     examples = TokenExamples(table, loaded, PROMPT)
-    forward = TextForward(auxiliary.choose(("label", "confidence", "loss"), table.classes))
+    forward = TextForward(parse_metrics(("label", "confidence", "loss"), table.classes))
     scores = skillfast.trace(
         model, batches(examples, 8), forward.kinds, forward=forward, mask=lambda batch: batch["attention_mask"]
     )
@@ -136,7 +137,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 import skillfast
-from skillfast import auxiliary
+from skillfast.metrics import parse_metrics
 from skillfast.data.text import read_text
 from skillfast.models.text_inputs import Collate, TextForward, TokenExamples
 from skillfast.models.huggingface import load_language_model
@@ -147,7 +148,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 loaded = load_language_model(model_folder, "classification", classes=["0", "1"])
 examples = TokenExamples(read_text(data), loaded)
-forward = TextForward(auxiliary.choose(("label", "confidence", "loss"), examples.classes))
+forward = TextForward(parse_metrics(("label", "confidence", "loss"), examples.classes))
 sampler = DistributedSampler(examples, shuffle=False)
 scores = skillfast.trace(
     TextClassifier(loaded, 2), DataLoader(examples, 8, sampler=sampler, collate_fn=Collate(loaded)), forward.kinds,
@@ -171,7 +172,7 @@ def test_two_processes_over_shards_of_text_give_the_result_of_one(tmp_path, data
     loaded = load_language_model(str(folder), "classification", classes=["0", "1"])
     examples = TokenExamples(read_text(data), loaded)
     assert len(set(examples.lengths)) > 4
-    forward = TextForward(auxiliary.choose(("label", "confidence", "loss"), examples.classes))
+    forward = TextForward(parse_metrics(("label", "confidence", "loss"), examples.classes))
     want = skillfast.trace(
         TextClassifier(loaded, 2), batches(examples, 8), forward.kinds, forward=forward,
         mask=lambda batch: batch["attention_mask"],
