@@ -31,8 +31,8 @@ _PUBLIC = {
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
     "Grid": "evaluation.grid",
-    "Validation": "runs.results",
-    "validate": "runs.evaluate",
+    "Evaluation": "runs.results",
+    "evaluate": "runs.evaluate",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from skillfast.metrics import Continuous as Continuous
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.config import BenchConfig as BenchConfig
-    from skillfast.runs.evaluate import validate as validate
-    from skillfast.runs.results import Validation as Validation
+    from skillfast.runs.evaluate import evaluate as evaluate
+    from skillfast.runs.results import Evaluation as Evaluation
     from skillfast.skills.attribution import NeuronRanking as NeuronRanking
     from skillfast.skills.attribution import attribute as attribute
     from skillfast.skills.learned_mask import learn_masks as learn_masks

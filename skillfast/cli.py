@@ -311,7 +311,7 @@ def ablate(
 @click.option("--max-new-tokens", type=int, default=32, show_default=True, help="To write; 0 leaves BLEU out.")
 @click.option("--generations", type=int, default=64, show_default=True, help="Held-out texts to write on from.")
 @_output
-def validate(quiet: bool, output: str, **options: Any) -> None:
+def evaluate(quiet: bool, output: str, **options: Any) -> None:
     """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.
 
     A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
@@ -320,8 +320,8 @@ def validate(quiet: bool, output: str, **options: Any) -> None:
     from skillfast.evaluation.generation import Generation
     from skillfast.evaluation.grid import Grid
     from skillfast.files import output_folder
-    from skillfast.report import validation_table, write_validation
-    from skillfast.runs.evaluate import validate as run
+    from skillfast.report import evaluation_table, write_evaluation
+    from skillfast.runs.evaluate import evaluate as run
 
     output_folder(output)  # before anything is trained for nothing
     names = ("signed", "contrastive", "shares", "layers", "scales", "max_site_share", "draws", "seed")
@@ -332,8 +332,8 @@ def validate(quiet: bool, output: str, **options: Any) -> None:
     found = run(_config(options), grid, **settings, quiet=quiet, say=_say(quiet))
     found.save(output)
     if not quiet:
-        _show(validation_table(found.to_json()))
-    click.echo(f"report: {write_validation(output)}")
+        _show(evaluation_table(found.to_json()))
+    click.echo(f"report: {write_evaluation(output)}")
 
 
 @main.command(cls=_Command)
@@ -348,15 +348,15 @@ def compare(directories: tuple[str, ...]) -> None:
 @main.command(cls=_Command)
 @click.argument("directory", type=click.Path())
 def report(directory: str) -> None:
-    """Make report.html again from the files of a bench run, or validation.html from those of a validation."""
+    """Make report.html again from the files of a bench run, or evaluation.html from those of an evaluation."""
     from pathlib import Path
 
-    from skillfast.report import write_report, write_validation
+    from skillfast.report import write_evaluation, write_report
 
-    validated = (Path(directory) / "validation.json").is_file()
-    if validated:
-        click.echo(f"report: {write_validation(directory)}")
-    if not validated or (Path(directory) / "results.json").is_file():
+    evaluated = (Path(directory) / "evaluation.json").is_file()
+    if evaluated:
+        click.echo(f"report: {write_evaluation(directory)}")
+    if not evaluated or (Path(directory) / "results.json").is_file():
         click.echo(f"report: {write_report(directory)}")
 
 

@@ -1,4 +1,4 @@
-"""What usual dashboards see of a removal: embeddings and neighbours before and after, beside the target's loss."""
+"""Cosine similarity, kNN accuracy and CKA before and after ablation, beside what the ablation costs the target."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Comparison:
     undefined: np.ndarray
 
 
-class Dashboard:
+class EmbeddingMetrics:
     """The usual metrics of embeddings, relative to the intact model's.
 
     Neighbours are other test images, the image itself left out: before and after alike they are embedded by the model
@@ -109,7 +109,8 @@ class Dashboard:
         rows = {name: np.full(len(kept), np.nan) for name in PER_IMAGE}
         cka, left_out = np.nan, np.full(GROUPS, np.nan)
         if kept.any():
-            found = Dashboard(self.embeddings[kept], self.labels[kept], **self.settings).compare(embeddings[kept])
+            whole = EmbeddingMetrics(self.embeddings[kept], self.labels[kept], **self.settings)
+            found = whole.compare(embeddings[kept])
             cka, left_out = found.cka, found.cka_left_out
             for name, row in rows.items():
                 row[kept] = getattr(found, name)
@@ -120,7 +121,7 @@ class Dashboard:
         kept = self.has_direction
         if not kept.any():
             return None
-        whole = self if kept.all() else Dashboard(self.embeddings[kept], self.labels[kept], **self.settings)
+        whole = self if kept.all() else EmbeddingMetrics(self.embeddings[kept], self.labels[kept], **self.settings)
         return _mean(whole.right)
 
     def _right(self, embeddings: np.ndarray) -> np.ndarray:
@@ -238,7 +239,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def standard_metrics(
-    dashboard: Dashboard,
+    metrics: EmbeddingMetrics,
     comparisons: Sequence[Comparison],
     drops: np.ndarray,
     classes: Sequence[str],
@@ -248,7 +249,7 @@ def standard_metrics(
     """The standard_metrics object of results.json.
 
     Args:
-        dashboard: Of the intact model.
+        metrics: of the intact model.
         comparisons: After the removal of each class's skill, K of them.
         drops: float64 [K], loss in accuracy of each class when its own skill is removed.
         classes: Class names.
@@ -258,7 +259,7 @@ def standard_metrics(
     Returns:
         Means over the removals with intervals, and each removal's own values; `reasons` names what was left out.
     """
-    labels = dashboard.labels
+    labels = metrics.labels
     per_class = {
         name: _one_removal(found, i, labels, drops[i], len(classes))
         for i, (name, found) in enumerate(zip(classes, comparisons, strict=True))
@@ -274,10 +275,10 @@ def standard_metrics(
     own = np.where(labels == np.arange(len(classes))[:, None], rows["knn_accuracy_change"], np.nan)
     return {
         **{key: mean(key) for key in (*PER_IMAGE, "cka", "target_knn_accuracy_change")},
-        "knn_accuracy": dashboard.knn_accuracy(),
+        "knn_accuracy": metrics.knn_accuracy(),
         "target_drop": _mean(drops),
-        "n_neighbours": dashboard.settings["n_neighbours"],
-        "n_ranked": min(len(labels), dashboard.settings["max_anchors"]),
+        "n_neighbours": metrics.settings["n_neighbours"],
+        "n_ranked": min(len(labels), metrics.settings["max_anchors"]),
         "ci95": {
             **{key: interval(_resampled(values, weights)) for key, values in rows.items()},
             "cka": _cka_interval(comparisons),

@@ -232,7 +232,7 @@ def causal_outcomes(
         bench = _Bench(subject, settings, replicates, seed)
         intact = bench.measure()
         found = []
-        for case, scale in track(rows, "validation", quiet=quiet):
+        for case, scale in track(rows, "evaluation", quiet=quiet):
             own, *drawn = (bench.measure(skill, scale) for skill in (case.skill, *case.controls))
             found.append(Outcome.of(case, scale, own, drawn))
     counts = {"tokens": int(bench.counts.sum()), "prefixes": len(bench.starts)}

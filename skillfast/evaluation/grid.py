@@ -1,4 +1,4 @@
-"""What a validation tries: skills x sizes x layers x factors, with random neurons beside each."""
+"""What an evaluation tries: skills x sizes x layers x factors, with random neurons beside each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL, EACH, LAST, HEAD = "all", "each", "last", "head"
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings of a validation.
+    """The settings of an evaluation.
 
     Attributes:
         shares: Sizes of a skill, as shares of all neurons. In one block it has as many, up to `max_site_share`.

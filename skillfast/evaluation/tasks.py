@@ -286,7 +286,7 @@ def compare_tasks(
         seed: Of the controls.
 
     Returns:
-        The tasks object of validation.json.
+        The tasks object of evaluation.json.
 
     Raises:
         ArgumentError: Fewer than two tasks, one that was not traced, or a model without a classifier.

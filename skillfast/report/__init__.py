@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 __all__ = [
     "accuracy_table",
     "comparison_table",
+    "evaluation_table",
     "plan_table",
     "read_results",
     "render",
     "sites_table",
     "summary_table",
     "top_neurons_table",
-    "validation_table",
+    "write_evaluation",
     "write_report",
-    "write_validation",
 ]
 
 
@@ -151,29 +151,29 @@ def plan_table(plan: Plan) -> Table:
     return tables.plan_table(plan)
 
 
-def write_validation(directory: str | Path) -> Path:
-    """Write `validation.html` from the `validation.json` of an output folder.
+def write_evaluation(directory: str | Path) -> Path:
+    """Write `evaluation.html` from the `evaluation.json` of an output folder.
 
     Args:
-        directory: the folder; `validation.html`, one self-contained file, appears in it whole or not at all.
+        directory: the folder; `evaluation.html`, one self-contained file, appears in it whole or not at all.
 
     Returns:
         The path of the page.
 
     Raises:
-        DataError: `validation.json` is missing, is not JSON, or is not of the schema that this version reads.
+        DataError: `evaluation.json` is missing, is not JSON, or is not of the schema that this version reads.
     """
-    from skillfast.report import validation
+    from skillfast.report import evaluation
 
-    return validation.write_validation(Path(directory))
+    return evaluation.write_evaluation(Path(directory))
 
 
-def validation_table(results: dict[str, Any]) -> Table:
-    """Make the table that `skillfast validate` prints: skills removed from all layers, by size.
+def evaluation_table(results: dict[str, Any]) -> Table:
+    """Make the table that `skillfast evaluate` prints: skills removed from all layers, by size.
 
     Args:
-        results: what `validation.json` holds.
+        results: what `evaluation.json` holds.
     """
     from skillfast.report import tables
 
-    return tables.validation_table(results)
+    return tables.evaluation_table(results)

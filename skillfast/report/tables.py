@@ -182,23 +182,23 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def validation_table(results: dict[str, Any]) -> Table:
-    """See `skillfast.report.validation_table`."""
-    from skillfast.report import validation
+def evaluation_table(results: dict[str, Any]) -> Table:
+    """See `skillfast.report.evaluation_table`."""
+    from skillfast.report import evaluation
 
-    measures, before = validation.defined(results), results["intact"]["values"]
-    known = [f"{validation.NAMES[m]} {validation.write_value(m)(before[m])}" for m in measures if m in before]
+    measures, before = evaluation.defined(results), results["intact"]["values"]
+    known = [f"{evaluation.NAMES[m]} {evaluation.write_value(m)(before[m])}" for m in measures if m in before]
     caption = "after removal from all layers; in brackets the change, and that of as many random neurons"
     table = Table(title=Text(f"intact: {', '.join(known)}"), title_justify="left", caption=caption)
-    for heading in ("skill", "of all neurons", *(validation.NAMES[m] for m in measures)):
+    for heading in ("skill", "of all neurons", *(evaluation.NAMES[m] for m in measures)):
         table.add_column(heading, justify="left" if heading == "skill" else "right")
-    for outcome in validation.by_skill(results):
+    for outcome in evaluation.by_skill(results):
         if outcome["layers"] != "all" or outcome["scale"] != 0:
             continue
         cells = []
         for m in measures:
-            change, drawn = validation.write_change(m), outcome["random"]["change"][m]["mean"]
-            value = validation.write_value(m)(outcome["values"][m])
+            change, drawn = evaluation.write_change(m), outcome["random"]["change"][m]["mean"]
+            value = evaluation.write_value(m)(outcome["values"][m])
             cells.append(Text(f"{value} ({change(outcome['change'][m])}; {change(drawn)})"))
         table.add_row(Text(outcome["skill"]), f"{percent(outcome['share'])} ({outcome['neurons']:,})", *cells)
     return table

@@ -1,4 +1,4 @@
-"""The part of a validation's page that compares several tasks on one model."""
+"""The part of an evaluation's page that compares several tasks on one model."""
 
 from __future__ import annotations
 

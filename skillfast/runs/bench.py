@@ -266,7 +266,7 @@ def _results(
         turns, control = (embedded.angles[:k], embedded.resampled_angles[:k]), embedded.angles[k:]
         comparisons = embedded.comparisons
         seen["standard_metrics"] = standard_metrics(
-            embedded.dashboard, comparisons[:k], drops[0], subject.splits.classes, bootstrap, comparisons[k:]
+            embedded.metrics, comparisons[:k], drops[0], subject.splits.classes, bootstrap, comparisons[k:]
         )
     return {
         "schema": SCHEMA,

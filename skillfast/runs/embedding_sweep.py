@@ -10,7 +10,7 @@ import numpy as np
 
 from skillfast import files
 from skillfast.ablation import sweep
-from skillfast.evaluation.embeddings import Comparison, Dashboard
+from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
 from skillfast.evaluation.interference import Directions
 from skillfast.evaluation.selectivity import Bootstrap
 from skillfast.models.sites import find_sites
@@ -33,13 +33,13 @@ class EmbeddingChanges:
     """Embeddings after each removal beside the intact model's.
 
     Attributes:
-        dashboard: Of the intact model.
+        metrics: of the intact model.
         comparisons: One per removal.
         angles: float64 [removals, K], of `Directions.angles`.
         resampled_angles: float64 [removals, K, replicates].
     """
 
-    dashboard: Dashboard
+    metrics: EmbeddingMetrics
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
     resampled_angles: np.ndarray
@@ -50,15 +50,13 @@ class EmbeddingChanges:
         rows = {name: np.stack([getattr(found, name) for found in self.comparisons]) for name in _PER_REMOVAL}
         arrays = {
             **rows,
-            "embeddings": self.dashboard.embeddings,
-            "labels": self.dashboard.labels,
+            "embeddings": self.metrics.embeddings,
+            "labels": self.metrics.labels,
             "angles": self.angles,
             "resampled_angles": self.resampled_angles,
         }
         undefined = [found.undefined.tolist() for found in self.comparisons]
-        files.write_arrays(
-            path, arrays, {"schema": SCHEMA, "settings": self.dashboard.settings, "undefined": undefined}
-        )
+        files.write_arrays(path, arrays, {"schema": SCHEMA, "settings": self.metrics.settings, "undefined": undefined})
         return path
 
     @staticmethod
@@ -72,8 +70,8 @@ class EmbeddingChanges:
                 Comparison(cosine, rho, knn, float(cka), left_out, np.array(undefined, np.int64))
                 for cosine, rho, knn, cka, left_out, undefined in rows
             )
-            dashboard = Dashboard(arrays["embeddings"], arrays["labels"], **header["settings"])
-            return EmbeddingChanges(dashboard, comparisons, arrays["angles"], arrays["resampled_angles"])
+            metrics = EmbeddingMetrics(arrays["embeddings"], arrays["labels"], **header["settings"])
+            return EmbeddingChanges(metrics, comparisons, arrays["angles"], arrays["resampled_angles"])
 
 
 def compare_embeddings(
@@ -106,7 +104,7 @@ def compare_embeddings(
     intact = sweep(model, loader, [], classes=classes, keep_embeddings=True, quiet=quiet)
     before = intact.baseline_embeddings
     assert before is not None
-    dashboard = Dashboard(before, intact.labels, seed=seed)
+    metrics = EmbeddingMetrics(before, intact.labels, seed=seed)
     directions = Directions.of(before, intact.labels, len(classes))
     bootstrap = Bootstrap(intact.labels, seed=seed)
     comparisons, angles, resampled = [], [], []
@@ -116,7 +114,7 @@ def compare_embeddings(
         swept = sweep(model, loader, some, classes=classes, keep_embeddings=True, quiet=quiet).embeddings
         assert swept is not None
         for after in swept:
-            comparisons.append(dashboard.compare(after))
+            comparisons.append(metrics.compare(after))
             angles.append(directions.angles(after))
             resampled.append(directions.resampled_angles(before, after, bootstrap))
-    return EmbeddingChanges(dashboard, tuple(comparisons), np.stack(angles), np.stack(resampled))
+    return EmbeddingChanges(metrics, tuple(comparisons), np.stack(angles), np.stack(resampled))

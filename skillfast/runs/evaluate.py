@@ -1,4 +1,4 @@
-"""`skillfast validate`: what removing and amplifying skills does on held-out data, by size and by layer."""
+"""`skillfast evaluate`: what removing and amplifying skills does on held-out data, by size and by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.runs import selection
 from skillfast.runs.cost import Clock
-from skillfast.runs.results import Validation, environment
+from skillfast.runs.results import Evaluation, environment
 from skillfast.runs.subject import Subject, on_device, prepare, trace_part
 from skillfast.runs.subject_causal import predicts_tokens, prepare_causal, trace_causal
 from skillfast.skills.skill import load_skills
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
 
 
-def validate(
+def evaluate(
     config: BenchConfig,
     grid: Grid | None = None,
     *,
@@ -47,7 +47,7 @@ def validate(
     generation: Generation | None = None,
     quiet: bool = True,
     say: Say = lambda _: None,
-) -> Validation:
+) -> Evaluation:
     """Remove and amplify skills on held-out data.
 
     A classifier's accuracy and F1; with `token_log_probability` among the metrics a causal language model's perplexity
@@ -80,7 +80,7 @@ def validate(
                 "tasks: expected a classifier's --metrics, got those of a causal language model; leave --tasks out, or "
                 "give --prompt and --label-words"
             )
-        return _validate_causal(config, grid, skills, generation or Generation(), quiet, say)
+        return _evaluate_causal(config, grid, skills, generation or Generation(), quiet, say)
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.backend))
         stack.enter_context(limited_memory(config.memory_bytes))
@@ -106,7 +106,7 @@ def validate(
             quiet=quiet,
         )
         compared = None if scores is None or not tasks else _compared(subject, scores, tasks, grid)
-    return Validation(
+    return Evaluation(
         task="classification",
         measures=class_scores.MEASURES,
         intact=intact,
@@ -133,9 +133,9 @@ def _compared(subject: Subject, scores: NeuronScores, tasks: Sequence[str], grid
     )
 
 
-def _validate_causal(
+def _evaluate_causal(
     config: BenchConfig, grid: Grid, skills: str | Path | None, settings: Generation, quiet: bool, say: Say
-) -> Validation:
+) -> Evaluation:
     if settings.max_new_tokens:
         require_sacrebleu()  # before anything is traced for nothing
     with backends.use_backend(config.backend):
@@ -147,7 +147,7 @@ def _validate_causal(
         intact, outcomes, counts = causal_outcomes(
             subject, cases, settings, replicates=grid.replicates, seed=grid.seed, quiet=quiet
         )
-    return Validation(
+    return Evaluation(
         task="causal",
         measures=settings.measures,
         intact=intact,
@@ -235,7 +235,7 @@ def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Seq
 
 
 def model_json(name: str, model: nn.Module, kinds: Sequence[str]) -> dict[str, Any]:
-    """The model object of validation.json."""
+    """The model object of evaluation.json."""
     sites = choose_sites(model, kinds)
     return {
         "name": name,

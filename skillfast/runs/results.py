@@ -1,4 +1,4 @@
-"""What a validation found, and its file `validation.json`."""
+"""What an evaluation found, and its file `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from skillfast.evaluation.grid import Case
 
-SCHEMA = "skillfast.validation/1"
-FILE = "validation.json"
+SCHEMA = "skillfast.evaluation/1"
+FILE = "evaluation.json"
 
 Values = dict[str, float | None]
 Intervals = dict[str, list[float] | None]
@@ -92,8 +92,8 @@ def summary(controls: Sequence[Measured]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """The results of a validation.
+class Evaluation:
+    """The results of an evaluation.
 
     Attributes:
         task: `"classification"` or `"causal"`.
@@ -121,7 +121,7 @@ class Validation:
     skills: tuple[Skill, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of validation.json."""
+        """The content of evaluation.json."""
         found = {"schema": SCHEMA, **asdict(replace(self, skills=()))}
         del found["skills"]
         found["measures"] = list(self.measures)
@@ -133,7 +133,7 @@ class Validation:
         return found
 
     def save(self, directory: str | Path) -> Path:
-        """Write `validation.json` into the folder, and `skills.json` where skills were chosen; returns the first."""
+        """Write `evaluation.json` into the folder, and `skills.json` where skills were chosen; returns the first."""
         path = files.output_folder(directory) / FILE
         if self.skills:
             save_skills(directory, self.skills)
@@ -141,13 +141,13 @@ class Validation:
         return path
 
     @staticmethod
-    def load(directory: str | Path) -> Validation:
-        """Read a folder's `validation.json`, without skills.
+    def load(directory: str | Path) -> Evaluation:
+        """Read a folder's `evaluation.json`, without skills.
 
         Raises:
             DataError: It is missing, broken or of another version.
         """
-        path, remedy = Path(directory) / FILE, "write it with `skillfast validate`"
+        path, remedy = Path(directory) / FILE, "write it with `skillfast evaluate`"
         found = files.read_json(path, SCHEMA, remedy)
         with files.whole(path, remedy):
             parts = ("values", "change", "ci95", "change_ci95")
@@ -159,7 +159,7 @@ class Validation:
                 for entry in found["outcomes"]
             )
             rest = {name: value for name, value in found.items() if name not in ("schema", "measures", "outcomes")}
-            return Validation(measures=tuple(found["measures"]), outcomes=outcomes, **rest)
+            return Evaluation(measures=tuple(found["measures"]), outcomes=outcomes, **rest)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

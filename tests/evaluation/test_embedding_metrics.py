@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from skillfast.evaluation.embeddings import (
     Alignment,
-    Dashboard,
+    EmbeddingMetrics,
     jackknife_interval,
     linear_cka,
     standard_metrics,
@@ -29,7 +29,7 @@ def pair():
 
 def test_identical_embeddings(pair):
     before, _, labels = pair
-    found = Dashboard(before, labels).compare(before.copy())
+    found = EmbeddingMetrics(before, labels).compare(before.copy())
     np.testing.assert_allclose(found.cosine, 1)
     np.testing.assert_allclose(found.rank_preservation, 1)
     assert not found.knn_accuracy_change.any()
@@ -39,7 +39,7 @@ def test_identical_embeddings(pair):
 
 def test_cosine_and_ranks_equal_sklearns_and_scipys(pair):
     before, after, labels = pair
-    found = Dashboard(before, labels).compare(after)
+    found = EmbeddingMetrics(before, labels).compare(after)
     wide = before.astype(np.float64), after.astype(np.float64)
     np.testing.assert_allclose(found.cosine, np.diagonal(cosine_similarity(*wide)))
     rows = [cosine_similarity(x) for x in wide]
@@ -51,7 +51,7 @@ def test_cosine_and_ranks_equal_sklearns_and_scipys(pair):
 
 def test_knn_equals_sklearns_one_image_at_a_time(pair):
     before, after, labels = pair
-    found = Dashboard(before, labels, n_neighbours=4).compare(after)  # an even number: votes tie
+    found = EmbeddingMetrics(before, labels, n_neighbours=4).compare(after)  # an even number: votes tie
     right = []
     for embeddings in (before, after):
         row = []
@@ -62,7 +62,7 @@ def test_knn_equals_sklearns_one_image_at_a_time(pair):
         right.append(np.array(row, dtype=float))
     np.testing.assert_array_equal(found.knn_accuracy_change, right[1] - right[0])
     assert found.knn_accuracy_change.any()
-    assert Dashboard(before, labels, n_neighbours=4).knn_accuracy() == pytest.approx(right[0].mean())
+    assert EmbeddingMetrics(before, labels, n_neighbours=4).knn_accuracy() == pytest.approx(right[0].mean())
 
 
 def test_cka_equals_the_definition_over_gram_matrices(pair):
@@ -107,20 +107,20 @@ def test_invariances(pair):
     """Angles and neighbours see neither scale nor rotation; CKA besides no shift."""
     before, after, labels = pair
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(12, 12)))[0]
-    want = Dashboard(before, labels).compare(after)
-    turned = Dashboard(before, labels).compare(3 * after @ turn)
+    want = EmbeddingMetrics(before, labels).compare(after)
+    turned = EmbeddingMetrics(before, labels).compare(3 * after @ turn)
     np.testing.assert_allclose(turned.rank_preservation, want.rank_preservation, atol=1e-6)
     np.testing.assert_array_equal(turned.knn_accuracy_change, want.knn_accuracy_change)
     assert turned.cka == pytest.approx(want.cka)
     assert linear_cka(before, 3 * after @ turn + 5) == pytest.approx(want.cka)
-    together = Dashboard(before @ turn, labels).compare(7 * after @ turn)
+    together = EmbeddingMetrics(before @ turn, labels).compare(7 * after @ turn)
     np.testing.assert_allclose(together.cosine, want.cosine, atol=1e-6)
 
 
 def test_what_has_nothing_in_common_scores_near_0():
     rng = np.random.default_rng(0)
     before, after = rng.normal(size=(2, 2000, 4))
-    found = Dashboard(before, np.arange(2000) % 2).compare(after)
+    found = EmbeddingMetrics(before, np.arange(2000) % 2).compare(after)
     assert abs(np.nanmean(found.rank_preservation)) < 0.02
     assert abs(found.cosine.mean()) < 0.05
     assert found.cka < 0.01
@@ -128,8 +128,8 @@ def test_what_has_nothing_in_common_scores_near_0():
 
 def test_more_images_than_anchors(pair):
     before, after, labels = pair
-    every = Dashboard(before, labels).compare(after).rank_preservation
-    some = Dashboard(before, labels, max_anchors=40).compare(after).rank_preservation
+    every = EmbeddingMetrics(before, labels).compare(after).rank_preservation
+    some = EmbeddingMetrics(before, labels, max_anchors=40).compare(after).rank_preservation
     assert np.isfinite(some).sum() == 40
     np.testing.assert_array_equal(some[np.isfinite(some)], every[np.isfinite(some)])
 
@@ -141,10 +141,10 @@ def test_embeddings_without_direction_are_left_out_and_counted(pair):
     broken[11, 2] = np.inf
     before = before.copy()
     before[20] = 0
-    found = Dashboard(before, labels).compare(broken)
+    found = EmbeddingMetrics(before, labels).compare(broken)
     assert found.undefined.tolist() == [3, 7, 11, 20]
     kept = np.setdiff1d(np.arange(150), [3, 7, 11, 20])
-    want = Dashboard(before[kept], labels[kept]).compare(after[kept])
+    want = EmbeddingMetrics(before[kept], labels[kept]).compare(after[kept])
     for name in ("cosine", "rank_preservation", "knn_accuracy_change"):
         values = getattr(found, name)
         np.testing.assert_array_equal(values[kept], getattr(want, name))
@@ -157,25 +157,26 @@ def test_nothing_is_left():
     labels = np.arange(20) % 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = Dashboard(before, labels).compare(np.zeros((20, 3)))
+        found = EmbeddingMetrics(before, labels).compare(np.zeros((20, 3)))
         result = standard_metrics(
-            Dashboard(before, labels), [found] * 2, np.array([0.5, 0.7]), ["a", "b"], Bootstrap(labels, 20)
+            EmbeddingMetrics(before, labels), [found] * 2, np.array([0.5, 0.7]), ["a", "b"], Bootstrap(labels, 20)
         )
     assert [result[key] for key in ("cosine", "rank_preservation", "knn_accuracy_change", "cka")] == [None] * 4
     assert result["reasons"] == {"zero_or_not_finite": {"a": 20, "b": 20}}
     assert set(result["ci95"].values()) == {None}
     assert result["target_drop"] == pytest.approx(0.6)
-    assert Dashboard(np.zeros((20, 3)), labels).knn_accuracy() is None
+    assert EmbeddingMetrics(np.zeros((20, 3)), labels).knn_accuracy() is None
 
 
 def test_constant_embeddings_have_no_order_and_no_cka():
     before = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
     labels = np.arange(30) % 2
-    found = Dashboard(before, labels).compare(np.full_like(before, 0.1))
+    found = EmbeddingMetrics(before, labels).compare(np.full_like(before, 0.1))
     assert np.isnan(found.rank_preservation).all()
     assert np.isnan(found.cka)
     assert np.isfinite(found.cosine).all()
-    result = standard_metrics(Dashboard(before, labels), [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 20))
+    metrics = EmbeddingMetrics(before, labels)
+    result = standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 20))
     assert result["rank_preservation"] is result["cka"] is None
     assert result["cosine"] is not None
     assert result["reasons"] == {"constant_embeddings": ["a", "b"]}
@@ -185,7 +186,7 @@ def test_few_images():
     rng = np.random.default_rng(0)
     for n in (1, 2, 5):
         before, after = rng.normal(size=(2, n, 3))
-        found = Dashboard(before, np.zeros(n, dtype=int)).compare(after)
+        found = EmbeddingMetrics(before, np.zeros(n, dtype=int)).compare(after)
         assert np.isfinite(found.cosine).all()
         assert np.isfinite(found.rank_preservation).all() == (n > 2)
         assert np.isnan(found.knn_accuracy_change).all()  # at most n - 1 < 5 neighbours
@@ -195,32 +196,32 @@ def test_a_class_of_one_image_has_no_knn_accuracy():
     rng = np.random.default_rng(0)
     labels = np.array([0] * 20 + [1] * 20 + [2])
     before = np.eye(3)[labels] + 0.1 * rng.normal(size=(41, 3))
-    dashboard = Dashboard(before, labels)
-    found = dashboard.compare(before)
+    metrics = EmbeddingMetrics(before, labels)
+    found = metrics.compare(before)
     assert np.isnan(found.knn_accuracy_change).tolist() == [False] * 40 + [True]
-    assert dashboard.knn_accuracy() == 1
-    result = standard_metrics(dashboard, [found] * 3, np.zeros(3), ["a", "b", "c"], Bootstrap(labels, 50))
+    assert metrics.knn_accuracy() == 1
+    result = standard_metrics(metrics, [found] * 3, np.zeros(3), ["a", "b", "c"], Bootstrap(labels, 50))
     assert result["per_class"]["c"]["target_knn_accuracy_change"] is None
     assert result["per_class"]["a"]["knn_accuracy_change_per_class"] == [0, 0, None]
     assert result["reasons"] == {"one_image": ["c"]}
 
 
-def test_planted_what_dashboards_miss():
+def test_planted_what_embedding_metrics_miss():
     """One class of ten loses itself among the others: the target falls, the averages over all images hardly move."""
     rng = np.random.default_rng(0)
     labels = np.arange(10).repeat(50)
     before = 3 * np.eye(16)[labels] + 0.5 * rng.normal(size=(500, 16)) + 4
     after = before.copy()
     after[labels == 3] -= 3 * np.eye(16)[3]
-    dashboard = Dashboard(before, labels)
-    found = dashboard.compare(after)
+    metrics = EmbeddingMetrics(before, labels)
+    found = metrics.compare(after)
     assert np.nanmean(found.cosine) > 0.99
     assert np.nanmean(found.rank_preservation) > 0.8
     others = found.knn_accuracy_change[labels != 3]
     assert abs(others.mean()) < 0.02
-    still = dashboard.compare(before)
+    still = metrics.compare(before)
     result = standard_metrics(
-        dashboard, [found if i == 3 else still for i in range(10)], np.eye(10)[3], list("0123456789"),
+        metrics, [found if i == 3 else still for i in range(10)], np.eye(10)[3], list("0123456789"),
         Bootstrap(labels, 200),
     )  # fmt: skip
     assert result["per_class"]["3"]["target_drop"] == 1
@@ -242,9 +243,9 @@ def test_the_intervals_cover():
         turn = np.stack(
             [np.stack([np.cos(angle), -np.sin(angle)], -1), np.stack([np.sin(angle), np.cos(angle)], -1)], 1
         )
-        dashboard = Dashboard(before, labels, max_anchors=2)
-        found = dashboard.compare(np.einsum("nij,nj->ni", turn, before))
-        result = standard_metrics(dashboard, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 300, trial))
+        metrics = EmbeddingMetrics(before, labels, max_anchors=2)
+        found = metrics.compare(np.einsum("nij,nj->ni", turn, before))
+        result = standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 300, trial))
         low, high = result["ci95"]["cosine"]
         held += low <= np.cos(turns).mean() <= high
     assert 133 <= held <= 149

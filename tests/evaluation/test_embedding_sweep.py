@@ -6,7 +6,7 @@ import torch
 
 import skillfast
 from skillfast import Condition, Skill
-from skillfast.evaluation.embeddings import Dashboard
+from skillfast.evaluation.embeddings import EmbeddingMetrics
 from skillfast.evaluation.interference import Directions
 from skillfast.runs.embedding_sweep import compare_embeddings
 
@@ -43,10 +43,10 @@ def test_changes_equal_those_of_plain_hooks(vit, batches, conditions):
     found = compare_embeddings(vit, batches, conditions, classes=CLASSES)
     labels = torch.cat([y for _, y in batches]).numpy()
     before = with_plain_hooks(vit, batches, Skill("nothing", {}))
-    dashboard, directions = Dashboard(before, labels), Directions.of(before, labels, 5)
+    metrics, directions = EmbeddingMetrics(before, labels), Directions.of(before, labels, 5)
     for i, condition in enumerate(conditions):
         after = with_plain_hooks(vit, batches, condition.skill)
-        want = dashboard.compare(after)
+        want = metrics.compare(after)
         np.testing.assert_allclose(found.comparisons[i].cosine, want.cosine, atol=1e-5)
         np.testing.assert_allclose(found.comparisons[i].rank_preservation, want.rank_preservation, atol=0.01)
         assert found.comparisons[i].cka == pytest.approx(want.cka, abs=1e-5)

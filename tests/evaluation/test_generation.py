@@ -189,22 +189,22 @@ def run(*arguments):
 @pytest.mark.filterwarnings("ignore")
 def test_the_command(folder, tmp_path):
     options = [
-        "validate", "--model", f"hf:{folder / 'LlamaForCausalLM'}", "--dataset", "text", "--data-file",
+        "evaluate", "--model", f"hf:{folder / 'LlamaForCausalLM'}", "--dataset", "text", "--data-file",
         folder / "x.tsv", "--metrics", TOKEN_LOG_PROBABILITY, "--batch-size", 8, "--control-draws", 1,
         "--statistics", "pearson", "--max-new-tokens", 8, "--prefix-tokens", 4, "--shares", "0.05,0.2",
     ]  # fmt: skip
     result = run(*options, "--pool", "none", "--layers", "all,last", "--scales", "0,2", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert "BLEU against the intact model's text" in result.output
-    found = json.loads((tmp_path / "validation.json").read_text(encoding="utf-8"))
-    text = resources.files("skillfast.runs").joinpath("validation.schema.json").read_text()
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
     jsonschema.validate(found, json.loads(text))
     assert found["task"] == "causal"
     assert len(found["outcomes"]) == 2 * (2 + 1)
     assert {o["skill"] for o in found["outcomes"]} == {TOKEN_LOG_PROBABILITY}
     assert found["config"]["generation"] == {"prefix_tokens": 4, "max_new_tokens": 8, "texts": 64}
     assert found["data"]["n_test"] == found["data"]["prefixes"] == 10
-    page = (tmp_path / "validation.html").read_text(encoding="utf-8")
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
     for place in ("size-perplexity", "size-bleu", "layer-bleu", "scale-perplexity"):
         assert f'id="{place}"' in page
     # neurons that a prompt's confidence chose are the same neurons
@@ -213,7 +213,7 @@ def test_the_command(folder, tmp_path):
         encoding="utf-8",
     )
     prompted = [
-        "validate", "--model", f"hf:{folder / 'LlamaForCausalLM'}", "--dataset", "text", "--data-file",
+        "evaluate", "--model", f"hf:{folder / 'LlamaForCausalLM'}", "--dataset", "text", "--data-file",
         tmp_path / "y.tsv", "--prompt", "{text} is", "--label-words", "bad,good", "--pool", "last", "--metrics",
         "confidence", "--shares", "0.1", "--layers", "all", "--scales", "0", "--control-draws", 1, "--quiet",
         "--statistics", "pearson", "--output", tmp_path / "prompted",
@@ -223,7 +223,7 @@ def test_the_command(folder, tmp_path):
     moved = [*options, "--skills", tmp_path / "prompted", "--layers", "all", "--scales", "0", "--quiet"]
     result = run(*moved, "--output", tmp_path / "moved")
     assert result.exit_code == 0, result.output
-    assert [o.skill for o in skillfast.Validation.load(tmp_path / "moved").outcomes] == ["confidence"]
+    assert [o.skill for o in skillfast.Evaluation.load(tmp_path / "moved").outcomes] == ["confidence"]
     for change, code, words in [
         (["--method", "mask"], 2, "which ranks neurons for classes alone"),
         (["--prefix-tokens", 14], 1, "expected a text of more than 14 tokens"),

@@ -189,20 +189,20 @@ def run(*arguments):
 
 def test_the_command(folder, tmp_path):
     options = [
-        "validate", "--model", f"hf:{folder / 'BertForSequenceClassification'}", "--dataset", "text", "--data-file",
+        "evaluate", "--model", f"hf:{folder / 'BertForSequenceClassification'}", "--dataset", "text", "--data-file",
         folder / "x.tsv", "--pool", "cls", "--statistics", "pearson", "--shares", "0.2", "--layers", "all", "--scales",
         "0", "--control-draws", 1, "--batch-size", 32, "--quiet", "--output", tmp_path,
     ]  # fmt: skip
     result = run(*options, "--tasks", "label,column:length,confidence")
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "validation.json").read_text(encoding="utf-8"))
-    text = resources.files("skillfast.runs").joinpath("validation.schema.json").read_text()
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
     jsonschema.validate(found, json.loads(text))
     assert found["tasks"]["names"] == ["label", "length", "confidence"]
     for i, j in itertools.combinations(range(3), 2):
         assert found["tasks"]["shared"][i][j] == found["tasks"]["shared"][j][i] <= found["tasks"]["neurons"][i]
     assert {o["skill"] for o in found["outcomes"]} == {"neg", "pos"}  # of --metrics alone
-    page = (tmp_path / "validation.html").read_text(encoding="utf-8")
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
     assert 'id="tasks-shared"' in page
     assert "without length" in page
     for change, words in [

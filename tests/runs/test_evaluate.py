@@ -1,4 +1,4 @@
-"""Validation of skills on held-out data: numbers against scikit-learn and plain loops, files, page, command line."""
+"""Evaluation of skills on held-out data: numbers against scikit-learn and plain loops, files, page, command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from skillfast.errors import ArgumentError, DataError
 from skillfast.evaluation import classification as class_scores
 from skillfast.evaluation.grid import Case, Grid, cases_of_scores, cases_of_skills, largest, layer_sites
 from skillfast.models.sites import find_sites
-from skillfast.runs.results import Validation
+from skillfast.runs.results import Evaluation
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -37,7 +37,7 @@ def scores_of(vit, batches):
 
 
 def schema():
-    text = resources.files("skillfast.runs").joinpath("validation.schema.json").read_text()
+    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
     jsonschema.Draft202012Validator.check_schema(json.loads(text))
     return json.loads(text)
 
@@ -250,7 +250,7 @@ def texts(tmp_path_factory):
     rows = [f"{' '.join(rng.choice(WORDS, size=3 + i % 5))}\t{('neg', 'pos')[i % 2]}\t{3 + i % 5}" for i in range(90)]
     (folder / "x.tsv").write_text("\n".join(["text\tlabel\tlength", *rows]) + "\n", encoding="utf-8")
     return [
-        "validate", "--model", f"hf:{folder / 'model'}", "--dataset", "text", "--data-file", folder / "x.tsv",
+        "evaluate", "--model", f"hf:{folder / 'model'}", "--dataset", "text", "--data-file", folder / "x.tsv",
         "--pool", "cls", "--batch-size", 32,
     ]  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_the_command(texts, tmp_path):
     result = run(*options, *output)
     assert result.exit_code == 0, result.output
     assert "F1, mean of the classes" in result.output
-    found = json.loads((tmp_path / "validation.json").read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     jsonschema.validate(found, schema())
     assert found["data"]["n_test"] == 30
     assert len(found["outcomes"]) == 3 * 2 * (2 + 1)
@@ -270,8 +270,8 @@ def test_the_command(texts, tmp_path):
         ("neg", "label:neg"), ("pos", "label:pos"), ("length", "length"),
     }  # fmt: skip
     assert any(o["change"]["accuracy"] for o in found["outcomes"])
-    assert json.loads(json.dumps(Validation.load(tmp_path).to_json())) == found
-    page = (tmp_path / "validation.html").read_text(encoding="utf-8")
+    assert json.loads(json.dumps(Evaluation.load(tmp_path).to_json())) == found
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
     for place in ("size-class_f1", "layer-accuracy", "layer-random-accuracy", "scale-f1_macro"):
         assert f'id="{place}"' in page
         assert f'"{place}":' in page
@@ -279,15 +279,15 @@ def test_the_command(texts, tmp_path):
     assert {name: len(skill) for name, skill in chosen.items()} == {
         o["skill"]: o["neurons"] for o in found["outcomes"] if o["layers"] == "all" and o["share"] == 0.2
     }
-    (tmp_path / "validation.html").unlink()
+    (tmp_path / "evaluation.html").unlink()
     result = run("report", tmp_path)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "validation.html").read_text(encoding="utf-8") == page
+    assert (tmp_path / "evaluation.html").read_text(encoding="utf-8") == page
     # another run's skills
     skillfast.save_skills(tmp_path / "skills", [Skill("mine", {"blocks.0.mlp": torch.arange(4)}, metric="label:pos")])
     result = run(*options, "--skills", tmp_path / "skills", "--output", tmp_path / "again", "--quiet")
     assert result.exit_code == 0, result.output
-    loaded = Validation.load(tmp_path / "again")
+    loaded = Evaluation.load(tmp_path / "again")
     assert [(o.skill, o.layers, o.scale, o.neurons) for o in loaded.outcomes] == [
         ("mine", "all", 0.0, 4), ("mine", "all", 2.0, 4),
     ]  # fmt: skip
@@ -299,7 +299,7 @@ def test_the_command_with_other_rankings(texts, tmp_path, method):
     options = ["--shares", "0.1", "--layers", "all", "--scales", "0", "--statistics", "pearson", "--quiet"]
     result = run(*texts, *options, "--method", method, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert [o.skill for o in Validation.load(tmp_path).outcomes] == ["neg", "pos"]
+    assert [o.skill for o in Evaluation.load(tmp_path).outcomes] == ["neg", "pos"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -320,16 +320,16 @@ def test_what_does_not_fit_is_told_in_one_line(texts, tmp_path, change, code, wo
     assert words in result.output
     assert len(result.output.strip().splitlines()) == 1
     with pytest.raises(DataError, match="expected a file, got none"):
-        Validation.load(tmp_path)
+        Evaluation.load(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_on_the_digits(tmp_path):
     options = ["--shares", "0.03", "--layers", "all", "--scales", "0", "--control-draws", 2, "--quiet"]
-    result = run("validate", *options, "--statistics", "pearson", "--output", tmp_path)
+    result = run("evaluate", *options, "--statistics", "pearson", "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "validation.json").read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     jsonschema.validate(found, schema())
     own = [o["change"]["class_accuracy"] for o in found["outcomes"]]
     drawn = [o["random"]["change"]["class_accuracy"]["mean"] for o in found["outcomes"]]
@@ -338,13 +338,13 @@ def test_the_command_on_the_digits(tmp_path):
 
 
 def test_metrics_of_images_are_fixed(tmp_path):
-    result = run("validate", "--quiet", "--output", tmp_path, "--metrics", "entropy")
+    result = run("evaluate", "--quiet", "--output", tmp_path, "--metrics", "entropy")
     assert result.exit_code == 2
     assert "metrics: expected some of label, correct, confidence, loss for images, got 'entropy'" in result.output
 
 
 def hostile_page(folder, vit, batches):
-    from skillfast.report import write_validation
+    from skillfast.report import write_evaluation
 
     hostile = "</script><b id=hostile>"
     classes = (hostile, *CLASSES[1:])
@@ -358,15 +358,15 @@ def hostile_page(folder, vit, batches):
         "sites": [{"name": "head", "kind": "head", "block": None, "width": 10}],
     }
     data = {"name": "x", "classes": list(classes), "n_select": 1, "n_validate": 0, "n_test": 37}
-    found = Validation(
+    found = Evaluation(
         "classification", class_scores.MEASURES, intact, tuple(outcomes), model, data, {"grid": {}},
         {"skillfast": "0", "python": "3", "torch": "2", "device": "cpu"},
     )  # fmt: skip
     found.save(folder)
-    jsonschema.validate(json.loads((folder / "validation.json").read_text()), schema())
-    page = write_validation(folder).read_text(encoding="utf-8")
+    jsonschema.validate(json.loads((folder / "evaluation.json").read_text()), schema())
+    page = write_evaluation(folder).read_text(encoding="utf-8")
     assert "<b id=hostile>" not in page
-    return folder / "validation.html"
+    return folder / "evaluation.html"
 
 
 def test_names_on_the_page_are_text(tmp_path, vit, batches):

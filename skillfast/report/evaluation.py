@@ -1,4 +1,4 @@
-"""The page of a validation: figures, tables and words from `validation.json`."""
+"""The page of an evaluation: figures, tables and words from `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-SCHEMA = "skillfast.validation/1"
-FILE, PAGE = "validation.json", "validation.html"
-REMEDY = "run `skillfast validate` into that folder"
+SCHEMA = "skillfast.evaluation/1"
+FILE, PAGE = "evaluation.json", "evaluation.html"
+REMEDY = "run `skillfast evaluate` into that folder"
 HUES = ("--skill", "--mlp", "--attn", "--head", "--oracle", "--other")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")  # one more for each round of the colours
 NAMES = {
@@ -30,8 +30,8 @@ NAMES = {
 FRACTIONS = frozenset(NAMES) - {"perplexity", "bleu"}
 
 
-def write_validation(directory: Path) -> Path:
-    """Write `validation.html` from a folder's `validation.json`; see `skillfast.report.write_validation`."""
+def write_evaluation(directory: Path) -> Path:
+    """Write `evaluation.html` from a folder's `evaluation.json`; see `skillfast.report.write_evaluation`."""
     text = render(read_json(directory / FILE, SCHEMA, REMEDY))
     path = directory / PAGE
     with replacing(path) as temporary:
@@ -260,7 +260,7 @@ def _with_interval(intact: dict[str, Any], name: str) -> str:
 
 
 def render(results: dict[str, Any]) -> str:
-    """Make the page; see `skillfast.report.write_validation`."""
+    """Make the page; see `skillfast.report.write_evaluation`."""
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -272,14 +272,14 @@ def render(results: dict[str, Any]) -> str:
     # our own files and encoded JSON: everything else in the page is escaped
     inline = {
         "style": Markup(resource.joinpath("page.css").read_text(encoding="utf-8")),
-        "script": Markup(resource.joinpath("validation.js").read_text(encoding="utf-8")),
+        "script": Markup(resource.joinpath("evaluation.js").read_text(encoding="utf-8")),
         "plotly": Markup(get_plotlyjs()),
         "data": Markup(script_json({"figures": made})),
     }
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(resource.joinpath("validation.html").read_text(encoding="utf-8"))
+    template = environment.from_string(resource.joinpath("evaluation.html").read_text(encoding="utf-8"))
     return template.render(
         results=results,
         summary=summary(results),
