@@ -45,7 +45,11 @@ def skill_from(model, block, seed):
 
 def plan(model, blocks):
     """10 skills, the i-th in blocks[i], each with all, its MLP, its attention and its head neurons removed."""
-    return [Condition(skill_from(model, block, i), subset) for i, block in enumerate(blocks) for subset in SUBSETS]
+    return [
+        Condition(skill_from(model, block, i), subset, name=f"{i} {subset}")
+        for i, block in enumerate(blocks)
+        for subset in SUBSETS
+    ]
 
 
 def deeper(model, first):
@@ -56,7 +60,8 @@ def deeper(model, first):
         neurons = {}
         for b in range(block, last + 1):
             neurons |= skill_from(model, b, i).neurons
-        conditions += [Condition(Skill(f"from {block}", neurons), subset) for subset in SUBSETS]
+        skill = Skill(f"from {block}", neurons)
+        conditions += [Condition(skill, subset, name=f"{i} {subset}") for subset in SUBSETS]
     return conditions
 
 

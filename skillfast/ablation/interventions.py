@@ -34,12 +34,15 @@ class Condition:
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
         mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold, `"resample"`
             the activation of another sample of the batch; in general `other + scale * (x - other)`.
+        name: What a sweep's result calls it; by default the skill's name and the settings that are not the defaults,
+            such as `"deer (mlp+attn, x 2.0)"`. A sweep wants a different name for each of its conditions.
     """
 
     skill: Skill
     components: tuple[str, ...] = KINDS
     scale: float = 0.0
     mode: Mode = "zero"
+    name: str = ""
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.components if kind not in KINDS]
@@ -49,6 +52,17 @@ class Condition:
             raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.scale, int | float) or not abs(self.scale) < float(np.finfo(np.float32).max):
             raise ArgumentError(f"scale: expected a finite number, got {self.scale}")
+        if not self.name:
+            object.__setattr__(self, "name", self._derived_name())
+
+    def _derived_name(self) -> str:
+        special = [
+            "+".join(self.components) if set(self.components) != set(KINDS) else "",
+            f"x {self.scale}" if self.scale != 0 else "",
+            self.mode if self.mode != "zero" else "",
+        ]
+        settings = ", ".join(text for text in special if text)
+        return f"{self.skill.name} ({settings})" if settings else self.skill.name
 
     def neurons_at(self, site: Site) -> torch.Tensor | None:
         """int64 indices of the neurons that it changes at a site, or None."""

@@ -33,11 +33,31 @@ FILE = "sweep.safetensors"
 
 
 @dataclass(frozen=True)
+class ConditionResult:
+    """What the model does under one condition.
+
+    Attributes:
+        name: The condition's.
+        accuracy: float64 [n_classes], accuracy per class; NaN for a class without samples.
+        margin: float64 [n_classes], mean of the true class's logit minus the best other one's.
+        predictions: int64 [n], or None where they were not kept.
+        embeddings: float32 [n, E], the classifier's input, or None where they were not kept.
+    """
+
+    name: str
+    accuracy: np.ndarray
+    margin: np.ndarray
+    predictions: np.ndarray | None
+    embeddings: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """What the model does without and with each condition.
 
     Attributes:
         classes: Class names.
+        names: The conditions' names, in the order the conditions were given; `result[name]` is what one of them does.
         labels: int64 [n], the true class of every sample.
         baseline: float64 [n_classes], accuracy per class of the intact model; NaN for a class without samples.
         per_class_accuracy: float64 [n_conditions, n_classes], in the order the conditions were given.
@@ -50,6 +70,7 @@ class SweepResult:
     """
 
     classes: tuple[str, ...]
+    names: tuple[str, ...]
     labels: np.ndarray
     baseline: np.ndarray
     per_class_accuracy: np.ndarray
@@ -60,11 +81,45 @@ class SweepResult:
     baseline_embeddings: np.ndarray | None = None
     embeddings: np.ndarray | None = None
 
+    def __getitem__(self, name: str) -> ConditionResult:
+        """What the model does under the condition of this name; raises ArgumentError for an unknown one."""
+        i = self._row(name)
+        return ConditionResult(
+            name=name,
+            accuracy=self.per_class_accuracy[i],
+            margin=self.per_class_margin[i],
+            predictions=None if self.predictions is None else self.predictions[i],
+            embeddings=None if self.embeddings is None else self.embeddings[i],
+        )
+
+    def predictions_of(self, names: Iterable[str]) -> np.ndarray:
+        """Predictions under the conditions of these names, in their order.
+
+        Args:
+            names: Names of conditions.
+
+        Returns:
+            int64 [len(names), n].
+
+        Raises:
+            ArgumentError: An unknown name, or a sweep that did not keep predictions.
+        """
+        if self.predictions is None:
+            raise ArgumentError("predictions: expected a sweep that kept them, got none; pass keep_predictions=True")
+        return self.predictions[[self._row(name) for name in names]]
+
+    def _row(self, name: str) -> int:
+        try:
+            return self.names.index(name)
+        except ValueError:
+            known = ", ".join(map(repr, self.names[:5])) + (", ..." if len(self.names) > 5 else "")
+            raise ArgumentError(f"condition: expected one of {known}, got {name!r}; see .names") from None
+
     def save(self, directory: str | Path) -> Path:
         """Write `sweep.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        files.write_arrays(path, arrays, {"schema": SCHEMA, "classes": self.classes})
+        files.write_arrays(path, arrays, {"schema": SCHEMA, "classes": self.classes, "names": self.names})
         return path
 
     @staticmethod
@@ -73,7 +128,7 @@ class SweepResult:
         path, remedy = Path(directory) / FILE, "write it with SweepResult.save"
         arrays, header = files.read_arrays(path, SCHEMA, remedy)
         with files.whole(path, remedy):
-            return SweepResult(classes=tuple(header["classes"]), **arrays)
+            return SweepResult(classes=tuple(header["classes"]), names=tuple(header["names"]), **arrays)
 
 
 def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
@@ -118,7 +173,7 @@ def sweep(
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels).
-        conditions: In the order of the result's rows.
+        conditions: In the order of the result's rows, each with another name.
         reference: Scores of this model, for conditions with `mode="mean"`.
         classes: Class names; from the loader's dataset or the model by default.
         keep_predictions: Keep every condition's prediction of every sample.
@@ -128,7 +183,8 @@ def sweep(
         quiet: Show no progress bar.
 
     Raises:
-        ArgumentError: A condition that does not fit the model, or a budget too small for one sample.
+        ArgumentError: A condition that does not fit the model, two conditions of one name, or a budget too small for
+            one sample.
         ModelError: A model in training mode.
     """
     model = unwrap_compiled(model)
@@ -137,7 +193,14 @@ def sweep(
     for condition in conditions:
         if not isinstance(condition, Condition):
             raise ArgumentError(f"conditions: expected Condition(skill), got {type(condition).__name__}")
-    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
+    names = tuple(condition.name for condition in conditions)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ArgumentError(
+            f"conditions: expected a different name for each, got {twice!r} {names.count(twice)} times; "
+            "pass Condition(skill, name=...)"
+        )
+    class_names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
     runner = Runner(model, Interventions(model, conditions, reference), memory_budget)
     parts = []
     with torch.inference_mode():
@@ -145,15 +208,15 @@ def sweep(
             images, labels = image_batch(batch)
             if not len(labels):
                 continue
-            if not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            if not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
                 raise ArgumentError(
-                    f"labels: expected class indices in [0, {len(names)}), got {int(labels.min())} to "
+                    f"labels: expected class indices in [0, {len(class_names)}), got {int(labels.min())} to "
                     f"{int(labels.max())}"
                 )
             parts.append(runner.run(images, labels, keep_embeddings))
     if not parts:
         raise ArgumentError("sweep: expected at least one batch, got an empty loader")
-    return _result(parts, names, keep_predictions, keep_embeddings)
+    return _result(parts, class_names, names, keep_predictions, keep_embeddings)
 
 
 @dataclass
@@ -168,7 +231,11 @@ class _Part:
 
 
 def _result(
-    parts: Sequence[_Part], classes: tuple[str, ...], keep_predictions: bool, keep_embeddings: bool
+    parts: Sequence[_Part],
+    classes: tuple[str, ...],
+    names: tuple[str, ...],
+    keep_predictions: bool,
+    keep_embeddings: bool,
 ) -> SweepResult:
     labels = np.concatenate([part.labels for part in parts])
     predictions = np.concatenate([part.predictions for part in parts], 1)
@@ -181,6 +248,7 @@ def _result(
     )
     return SweepResult(
         classes=classes,
+        names=names,
         labels=labels,
         baseline=accuracy[0],
         per_class_accuracy=accuracy[1:],
@@ -330,4 +398,4 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-__all__ = ["SweepResult", "per_class_accuracy", "sweep"]
+__all__ = ["ConditionResult", "SweepResult", "per_class_accuracy", "sweep"]

@@ -152,7 +152,11 @@ def class_outcomes(
         The intact model's measures, and an outcome per case and factor, in their order.
     """
     rows = [(case, scale) for case in cases for scale in case.scales]
-    conditions = [Condition(skill, scale=scale) for case, scale in rows for skill in (case.skill, *case.controls)]
+    conditions = [
+        Condition(skill, scale=scale, name=f"{i}: {skill.name}")
+        for i, (case, scale) in enumerate(rows)
+        for skill in (case.skill, *case.controls)
+    ]
     swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
     assert swept.predictions is not None
     intact, bootstrap = swept.top2[:, 0], PairedBootstrap(swept.labels, len(classes), replicates, seed)

@@ -101,8 +101,13 @@ def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: floa
     def within(skill: Skill, kept: Sequence[int | None]) -> Skill:
         return replace(skill, neurons={name: index for name, index in skill.neurons.items() if where[name] in kept})
 
-    sets = [blocks[:size] for size in range(1, len(blocks))] + [blocks[-size:] for size in range(1, len(blocks))]
-    return [Condition(within(skill, kept), scale=scale) for kept in sets for skill in skills]
+    first = [("first", blocks[:size]) for size in range(1, len(blocks))]
+    last = [("last", blocks[-size:]) for size in range(1, len(blocks))]
+    return [
+        Condition(within(skill, kept), scale=scale, name=f"{skill.name} ({end} {len(kept)} blocks)")
+        for end, kept in first + last
+        for skill in skills
+    ]
 
 
 def block_values(values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

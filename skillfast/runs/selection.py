@@ -252,7 +252,11 @@ def effects(
     Returns:
         As JSON: under `candidates` the terms and ratios of selectivity of each, under `oracle` those of the oracle.
     """
-    conditions = [Condition(skill, scale=scale) for made in skills for skill in made.values()]
+    conditions = [
+        Condition(skill, scale=scale, name=f"{i}: {skill.name}")
+        for i, made in enumerate(skills)
+        for skill in made.values()
+    ]
     swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
     assert swept.predictions is not None
     k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from skillfast.ablation.sweeping import Runner
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory import budget
 from skillfast.models.sites import find_sites
+from skillfast.vocabulary import KINDS
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7}
 # name -> (arguments, whether all conditions may start in the middle)
@@ -65,7 +67,7 @@ def some_conditions(model, seed=0):
 
     alone = [Condition(skill([site]), scale=scale) for site in sites for scale in (0.0, 3.0)]
     several = [Condition(skill(rng.permutation(np.array(sites, dtype=object))[:3])) for _ in range(4)]
-    return [
+    conditions = [
         *alone,
         *several,
         Condition(skill(sites)),
@@ -74,6 +76,7 @@ def some_conditions(model, seed=0):
         Condition(skill(sites[:1]), mode="resample", scale=0.25),
         Condition(Skill("nothing", {})),
     ]
+    return [replace(condition, name=str(i)) for i, condition in enumerate(conditions)]
 
 
 def by_plain_hooks(model, images, condition):
@@ -146,6 +149,36 @@ def test_routes_start_at_the_site_and_give_the_loops_logits(name, narrow):
     for i, got in logits.items():
         want = by_plain_hooks(model, batch[0], conditions[i])
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
+    deer = Skill("deer", {"blocks.1.mlp": list(range(60))})
+    frog = Skill("frog", {"blocks.2.attn": [1], "head": list(range(24))})
+    conditions = [
+        Condition(deer),
+        Condition(deer, ("attn", "mlp"), scale=2.0),
+        Condition(frog, scale=0.5, mode="resample"),
+        Condition(frog, scale=-3.0, name="mine"),
+    ]
+    result = skillfast.sweep(vit, batches, conditions, keep_predictions=True, keep_embeddings=True)
+    assert result.names == ("deer", "deer (attn+mlp, x 2.0)", "frog (x 0.5, resample)", "mine")
+    for i, name in enumerate(result.names):
+        found = result[name]
+        assert found.name == name
+        np.testing.assert_array_equal(found.accuracy, result.per_class_accuracy[i])
+        np.testing.assert_array_equal(found.margin, result.per_class_margin[i])
+        np.testing.assert_array_equal(found.predictions, result.predictions[i])
+        np.testing.assert_array_equal(found.embeddings, result.embeddings[i])
+    np.testing.assert_array_equal(result.predictions_of(["mine", "deer"]), result.predictions[[3, 0]])
+    assert not np.array_equal(result.predictions[3], result.predictions[0])
+    assert one_line(ArgumentError, result.__getitem__, "cat") == (
+        "condition: expected one of 'deer', 'deer (attn+mlp, x 2.0)', 'frog (x 0.5, resample)', 'mine', got 'cat'; see .names"
+    )
+    bare = skillfast.sweep(vit, batches, conditions[:1])
+    assert bare["deer"].predictions is None
+    assert "pass keep_predictions=True" in one_line(ArgumentError, bare.predictions_of, ["deer"])
+    text = one_line(ArgumentError, skillfast.sweep, vit, batches, [Condition(deer), Condition(deer, KINDS)])
+    assert text == "conditions: expected a different name for each, got 'deer' 2 times; pass Condition(skill, name=...)"
 
 
 def test_conditions_in_one_stack_do_not_mix():
@@ -226,7 +259,7 @@ def test_nothing_is_left_behind_after_an_exception(vit, batches, monkeypatch):
 
     monkeypatch.setattr(replay.Replay, "run", failing)
     with pytest.raises(ZeroDivisionError):
-        skillfast.sweep(vit, batches, [Condition(skill)] * 3)
+        skillfast.sweep(vit, batches, [Condition(skill, name=str(i)) for i in range(3)])
     monkeypatch.undo()
     assert before == {path: (m.forward.__func__, len(m._forward_pre_hooks)) for path, m in vit.named_modules()}
     assert all("forward" not in vars(m) and not m._forward_hooks for m in vit.modules())
