@@ -172,7 +172,8 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
     np.testing.assert_array_equal(result.predictions_of(["mine", "deer"]), result.predictions[[3, 0]])
     assert not np.array_equal(result.predictions[3], result.predictions[0])
     assert one_line(ArgumentError, result.__getitem__, "cat") == (
-        "condition: expected one of 'deer', 'deer (attn+mlp, x 2.0)', 'frog (x 0.5, resample)', 'mine', got 'cat'; see .names"
+        "condition: expected one of 'deer', 'deer (attn+mlp, x 2.0)', 'frog (x 0.5, resample)', 'mine', got 'cat'; "
+        "see .names"
     )
     bare = skillfast.sweep(vit, batches, conditions[:1])
     assert bare["deer"].predictions is None
