@@ -12,10 +12,9 @@ from importlib import resources
 from pathlib import Path
 
 import jsonschema
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from conftest import make_pictures
 
 from skillfast.cli import _join_numbers, main
 
@@ -28,25 +27,6 @@ TINY = [
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def make_pictures(root, train, test, colour):
-    """An image folder of three classes: noise, brighter by `colour` in the class's channel."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 90, (20, 20, 3))
-                pixels[..., channel] += colour
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"), 20, 8, colour=150)
 
 
 @pytest.fixture(scope="session")

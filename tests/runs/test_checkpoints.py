@@ -130,14 +130,19 @@ def test_results_come_back_as_they_were(tmp_path, vit, batches):
         np.testing.assert_array_equal(getattr(back, name), getattr(swept, name))
 
 
-SMALL = {
-    "model": "vit_tiny_patch16_224",
-    "model_kwargs": {"img_size": 8, "in_chans": 1, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "epochs": 2,
-    "statistics": ("pearson",),
-    "method": "attribution",
-    "control_draws": 1,
-}
+@pytest.fixture(scope="module")
+def small(pictures):
+    """Settings of a run of seconds that goes through every phase."""
+    return {
+        "dataset": "imagefolder",
+        "data_dir": str(pictures),
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3},
+        "epochs": 2,
+        "statistics": ("pearson",),
+        "method": "attribution",
+        "control_draws": 1,
+    }
 
 
 def without_cost(report):
@@ -145,9 +150,9 @@ def without_cost(report):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return skillfast.bench(BenchConfig(**SMALL, output=str(folder)))
+    return skillfast.bench(BenchConfig(**small, output=str(folder)))
 
 
 def test_a_finished_run_leaves_its_files_alone(undisturbed):
@@ -158,9 +163,9 @@ def test_a_finished_run_leaves_its_files_alone(undisturbed):
     assert undisturbed.results["cost"]["resumed"] == []
 
 
-def test_the_trained_weights_can_be_loaded(undisturbed, tmp_path):
+def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
     """As a checkpoint, they need no training and do the same."""
-    config = {name: value for name, value in SMALL.items() if name != "epochs"}
+    config = {name: value for name, value in small.items() if name != "epochs"}
     checkpoint = str(undisturbed.directory / WEIGHTS)
     again = skillfast.bench(BenchConfig(**config, checkpoint=checkpoint, output=str(tmp_path)))
     assert again.results["removal_matrix"] == undisturbed.results["removal_matrix"]
@@ -185,8 +190,10 @@ def test_the_trained_weights_can_be_loaded(undisturbed, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_interrupted_run_goes_on_after_its_last_phase(undisturbed, tmp_path, monkeypatch, module, name, finished):
-    config = BenchConfig(**SMALL, output=str(tmp_path))
+def test_an_interrupted_run_goes_on_after_its_last_phase(
+    undisturbed, small, tmp_path, monkeypatch, module, name, finished
+):
+    config = BenchConfig(**small, output=str(tmp_path))
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -207,16 +214,16 @@ def test_an_interrupted_run_goes_on_after_its_last_phase(undisturbed, tmp_path, 
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total") * 0.99
     assert not (tmp_path / FOLDER).exists()
     torch.testing.assert_close(
-        skillfast.load_skills(tmp_path)["0"].neurons, skillfast.load_skills(undisturbed.directory)["0"].neurons
+        skillfast.load_skills(tmp_path)["red"].neurons, skillfast.load_skills(undisturbed.directory)["red"].neurons
     )
 
 
-def test_another_share_trains_again(tmp_path, monkeypatch):
+def test_another_share_trains_again(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(protocol, "_sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            skillfast.bench(BenchConfig(**SMALL, output=str(tmp_path)))
+            skillfast.bench(BenchConfig(**small, output=str(tmp_path)))
     said = []
-    report = skillfast.bench(BenchConfig(**SMALL, share=0.02, output=str(tmp_path)), say=said.append)
+    report = skillfast.bench(BenchConfig(**small, share=0.02, output=str(tmp_path)), say=said.append)
     assert report.results["cost"]["resumed"] == []
     assert any("had another share: starting anew" in line for line in said)
