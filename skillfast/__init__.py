@@ -68,12 +68,14 @@ if TYPE_CHECKING:
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'skillfast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"skillfast.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker shall refuse names that are not there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'skillfast' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"skillfast.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -28,19 +28,19 @@ def stream() -> int:
     return int(bootstrap.mix(rank) >> np.uint64(1)) if rank else 0
 
 
-def gather(value: Any, group: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Every process's value, in the order of their ranks."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def all_true(value: bool, group: Any) -> bool:
+def all_true(value: bool, group: dist.ProcessGroup | None) -> bool:
     """Whether it holds in every process."""
     return all(gather(value, group))
 
 
-def check_same_edges(edges: torch.Tensor | None, keeping: bool, group: Any) -> None:
+def check_same_edges(edges: torch.Tensor | None, keeping: bool, group: dist.ProcessGroup | None) -> None:
     """Raises ArgumentError in every process where they do not count into the same bins."""
     digest = None if edges is None else hashlib.sha256(edges.cpu().numpy().tobytes()).hexdigest()
     if len(set(gather((digest, keeping), group))) > 1:
@@ -50,7 +50,7 @@ def check_same_edges(edges: torch.Tensor | None, keeping: bool, group: Any) -> N
         )
 
 
-def reduce_moments(state: CoMoments, group: Any) -> CoMoments:
+def reduce_moments(state: CoMoments, group: dist.ProcessGroup | None) -> CoMoments:
     """The sum of all processes' co-moments."""
     total = state.count.clone()
     dist.all_reduce(total, group=group)
@@ -65,13 +65,13 @@ def reduce_moments(state: CoMoments, group: Any) -> CoMoments:
     return moved
 
 
-def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: Any) -> None:
+def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum each tensor over the processes, in place."""
     for tensor in tensors.values():
         dist.all_reduce(tensor, group=group)
 
 
-def reduce_bins(state: BinState, group: Any) -> None:
+def reduce_bins(state: BinState, group: dist.ProcessGroup | None) -> None:
     """Sum all processes' tables in place; their edges are the same."""
     state.spill()
     flat = state.table.view(-1)

@@ -357,7 +357,7 @@ class NeuronStatistics:
         if self._stream in theirs:
             self._stream = int(bootstrap.mix(self._stream, len(self._merged), 1) >> np.uint64(1))
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group; every process then holds all observations.
 
         Raises:

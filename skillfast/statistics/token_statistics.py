@@ -207,7 +207,7 @@ class TokenStatistics:
             for tensor in self._sums._replicates.tensors().values():
                 tensor.zero_()
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""
         self._sums.all_reduce(group)
         if self._sampled is not None:

@@ -216,7 +216,7 @@ class Tracer:
         for group in self._groups():
             group.calibrate()
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`."""
         self._require_step("all_reduce")
         for rows in self._groups():
