@@ -150,7 +150,7 @@ _subject = _options(
 _tracing = _options(
     click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names."),
     click.option("--statistics", type=_Names(), default=",".join(words.STATISTICS), show_default=True),
-    click.option("--bins", type=int, default=128, show_default=True, help="Per neuron; fewer take less memory."),
+    click.option("--bins", type=int, default=words.BINS, show_default=True, help="Per neuron; fewer take less memory."),
     click.option("--pool", type=click.Choice(words.POOLS), default="mean", show_default=True, help="Over tokens."),
 )
 _selection = _options(
@@ -391,7 +391,7 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
 @click.option("--task", type=click.Choice(["own", "classification", "causal"]), default="own", show_default=True)
 @click.option("--sites", type=_Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names.")
 @click.option("--statistics", type=_Names(), default=",".join(words.STATISTICS), show_default=True)
-@click.option("--bins", type=int, default=128, show_default=True)
+@click.option("--bins", type=int, default=words.BINS, show_default=True)
 @click.option("--metrics", type=_Names(), default=",".join(words.METRICS), show_default=True)
 @click.option("--classes", type=int, default=2, show_default=True, help="Of the labels.")
 @click.option("--n-bootstrap", type=int, help="Replicates of the bootstrap.")

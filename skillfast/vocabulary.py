@@ -1,4 +1,4 @@
-"""The words that settings take, for the modules that use them and for a command line that imports no torch."""
+"""Words that settings take and defaults of several signatures, for a command line that imports no torch, too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
+
+BINS = 128  # per neuron, for all statistics but Pearson's r
+BUFFER_ROWS = 512  # observations collected before one update of an accumulator
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 POOLS: tuple[Pool, ...] = get_args(Pool)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from skillfast.errors import ModelError
-from skillfast.memory.budget import PeakBytes
+from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
     """
     sites = find_sites(model)
     watch = _Watch(model, sites)
-    with watch, PeakBytes() as memory:
+    with watch, LivingBytes() as memory:
         output = logits_of(model(inputs))
     fired = [site for name in watch.fired for site in sites if site.name == name]
     blocks = tuple(dict.fromkeys(watch.entered))

@@ -1,21 +1,18 @@
-"""How much memory a forward takes, and how many rows fit."""
+"""How much memory a sweep may take, and how many rows fit into it."""
 
 from __future__ import annotations
 
-import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from typing import TYPE_CHECKING
 
 from skillfast.errors import ArgumentError
-from skillfast.tracing.tracer import free_bytes
+from skillfast.memory.usage import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    import torch
 
 SHARE_OF_FREE = 0.5  # of the memory that is free, what a sweep takes unless it is told
 CPU_TOKENS = 4096  # stacked rows times tokens beyond which a CPU gains nothing
@@ -42,43 +39,6 @@ def memory_limit(device: torch.device) -> int:
         return limit
     free = free_bytes(device)
     return UNKNOWN_FREE if free is None else int(SHARE_OF_FREE * free)
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the context that are alive at once.
-
-    Attributes:
-        peak: The most so far, in bytes; an op's own workspace is not in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._alive -= size
 
 
 def rows_that_fit(

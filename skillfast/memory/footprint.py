@@ -7,16 +7,14 @@ Fused attention makes no matrix of scores, so attention counts its output alone.
 from __future__ import annotations
 
 import re
-import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from skillfast.errors import ModelError
+from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
 from skillfast.models.weights import first_line
 
@@ -103,7 +101,7 @@ def forward_peaks(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, 
 
 def _run(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     blocks = blocks_of(model)
-    live = _Live()
+    live = LivingBytes(FIRST)
     with ExitStack() as stack:
         for path, module in model.named_modules():
             if path in blocks:
@@ -113,42 +111,6 @@ def _run(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
             stack.enter_context(context)
         model(**inputs)
     return live.peaks
-
-
-class _Live(TorchDispatchMode):
-    """Counts bytes in use, by the part that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peaks: dict[str, int] = {FIRST: 0}
-        self._part = FIRST
-        self._bytes = 0
-        self._known: set[int] = set()
-
-    def enter(self, part: str) -> None:
-        self._part = part
-        self.peaks[part] = max(self.peaks.get(part, 0), self._bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        held = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in held:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._bytes += size
-        self.enter(self._part)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._bytes -= size
 
 
 class _FusedAttention(TorchFunctionMode):

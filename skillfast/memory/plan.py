@@ -12,18 +12,17 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.memory import footprint
 from skillfast.memory.state import state_bytes
+from skillfast.memory.usage import free_bytes
 from skillfast.metrics import parse_metrics
 from skillfast.models.huggingface import Task, load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
 from skillfast.statistics.bins.table import exact_rows
 from skillfast.statistics.scoring import OF_BINS
-from skillfast.tracing.tracer import free_bytes
-from skillfast.vocabulary import DTYPES, KINDS, METRICS, STATISTICS
+from skillfast.vocabulary import BINS, BUFFER_ROWS, DTYPES, KINDS, METRICS, STATISTICS
 
 if TYPE_CHECKING:
     from skillfast.metrics import Metric
 
-BUFFER_ROWS = 512
 _SCORES = 6 * 8  # bytes per neuron and column of all statistics and their bounds, float64
 
 
@@ -50,7 +49,7 @@ class Settings:
     task: Task = "own"
     sites: tuple[str, ...] = KINDS
     statistics: tuple[str, ...] = STATISTICS
-    bins: int = 128
+    bins: int = BINS
     metrics: tuple[str, ...] = METRICS
     classes: int = 2
     n_bootstrap: int | None = None

@@ -1,15 +1,19 @@
-"""What an accumulator will take, before it is made."""
+"""How much memory an accumulator will take, before it is made."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
+from skillfast.memory.usage import free_bytes
 from skillfast.statistics.bins.table import BinLayout
 from skillfast.statistics.scoring import OF_BINS
-from skillfast.vocabulary import STATISTICS
+from skillfast.vocabulary import BINS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
 
     from skillfast.metrics import Metric
 
@@ -18,10 +22,18 @@ def state_bytes(
     n_neurons: int,
     metrics: Mapping[str, Metric],
     statistics: Sequence[str] = STATISTICS,
-    bins: int = 128,
+    bins: int = BINS,
     n_bootstrap: int | None = None,
 ) -> int:
-    """How many bytes the state of such an accumulator takes, without its buffer and a continuous metric's scalars."""
+    """Bytes of an accumulator's state, without its buffer of rows and a continuous metric's scalars.
+
+    Args:
+        n_neurons: Number of neurons.
+        metrics: Name -> kind of metric.
+        statistics: Which statistics it computes.
+        bins: Bins per neuron.
+        n_bootstrap: Replicates of the bootstrap; None for none.
+    """
     columns = sum(len(metric.columns(name)) for name, metric in metrics.items())
     per_neuron = 8 * (2 + columns) + 4  # sums of x, x^2 and each x y; the shift
     if any(name in OF_BINS for name in statistics):
@@ -29,3 +41,15 @@ def state_bytes(
     if n_bootstrap is not None:
         per_neuron += 8 * n_bootstrap * (2 + columns)
     return n_neurons * per_neuron
+
+
+def warn_of_state(device: torch.device, n_neurons: int, needed: int) -> None:
+    """Warns where a state of so many bytes is more than what is free on the device, and says what to turn down."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        warnings.warn(
+            f"the state of {n_neurons:,} neurons takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
+            f"on {device}: trace Pearson's r alone, with fewer bins, or some of the sites at a time",
+            RuntimeWarning,
+            stacklevel=3,
+        )

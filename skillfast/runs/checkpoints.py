@@ -14,8 +14,8 @@ import torch
 
 from skillfast import files
 from skillfast.errors import DataError
+from skillfast.memory.usage import peak_memory
 from skillfast.models.loading import load_trained, save_trained
-from skillfast.runs.cost import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -7,6 +7,7 @@ from typing import Any
 
 from skillfast.errors import ArgumentError
 from skillfast.vocabulary import (
+    BINS,
     BITS,
     DATASETS,
     DEVICE_MAPS,
@@ -110,7 +111,7 @@ class BenchConfig:
     pool: str = "mean"
     metrics: tuple[str, ...] = METRICS
     statistics: tuple[str, ...] = STATISTICS
-    bins: int = 128
+    bins: int = BINS
     method: str = "auto"
     contrastive: bool = False
     share: float = 0.03

@@ -1,8 +1,7 @@
-"""What a run costs: seconds per phase, trace over forward, peak memory."""
+"""What a run costs: seconds per phase, trace over forward."""
 
 from __future__ import annotations
 
-import resource
 import time
 from contextlib import contextmanager
 from itertools import islice
@@ -41,15 +40,6 @@ class Clock:
     def total(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self._start
-
-
-def peak_memory() -> dict[str, int | None]:
-    """Peak memory of the process, and of its CUDA devices together, in bytes; None without one."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return {
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
-        "peak_device_bytes": sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
-    }
 
 
 def trace_over_forward(

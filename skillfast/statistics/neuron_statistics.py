@@ -15,7 +15,7 @@ from skillfast.statistics.bins import table as bins
 from skillfast.statistics.bins.state import BinState
 from skillfast.statistics.bootstrap import Replicates
 from skillfast.statistics.comoments import CoMoments
-from skillfast.vocabulary import STATISTICS
+from skillfast.vocabulary import BINS, BUFFER_ROWS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,10 +57,10 @@ class NeuronStatistics:
         metrics: Mapping[str, Metric],
         statistics: Sequence[str] = STATISTICS,
         *,
-        bins: int = 128,
+        bins: int = BINS,
         n_bootstrap: int | None = None,
         seed: int = 0,
-        buffer_rows: int = 512,
+        buffer_rows: int = BUFFER_ROWS,
         device: torch.device | str = "cpu",
     ) -> None:
         if n_neurons < 1 or not metrics or buffer_rows < 1 or not 2 <= bins <= 256:

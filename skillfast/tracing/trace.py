@@ -16,7 +16,7 @@ from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.tracing import sampling
 from skillfast.tracing.tracer import Tracer
-from skillfast.vocabulary import STATISTICS, Pool
+from skillfast.vocabulary import BINS, KINDS, STATISTICS, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,10 +73,10 @@ def trace(
     loader: Iterable[Any],
     metrics: Mapping[str, Metric] | Literal["classification"] = "classification",
     *,
-    sites: Sequence[str] = ("mlp", "attn", "head"),
+    sites: Sequence[str] = KINDS,
     pool: Pool = "mean",
     statistics: Sequence[str] = STATISTICS,
-    bins: int = 128,
+    bins: int = BINS,
     n_bootstrap: int | None = None,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
@@ -191,7 +191,7 @@ def correlate(
     metrics: Mapping[str, Metric] | None = None,
     *,
     statistics: Sequence[str] = STATISTICS,
-    bins: int = 128,
+    bins: int = BINS,
 ) -> NeuronScores:
     """Scores of activations that already exist, in any order.
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.memory.state import state_bytes
+from skillfast.memory.state import state_bytes, warn_of_state
 from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
 from skillfast.statistics import distributed
 from skillfast.statistics.neuron_scores import OF_NEURONS
@@ -22,7 +20,7 @@ from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.token_statistics import TokenStatistics
 from skillfast.tracing.capture import reading
 from skillfast.tracing.observations import Expected, PooledRows, TokenRows
-from skillfast.vocabulary import POOLS, STATISTICS, Pool
+from skillfast.vocabulary import BINS, BUFFER_ROWS, KINDS, POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,13 +60,13 @@ class Tracer:
         model: torch.nn.Module,
         metrics: Mapping[str, Metric],
         *,
-        sites: Sequence[str] = ("mlp", "attn", "head"),
+        sites: Sequence[str] = KINDS,
         pool: Pool = "mean",
         statistics: Sequence[str] = STATISTICS,
-        bins: int = 128,
+        bins: int = BINS,
         n_bootstrap: int | None = None,
         seed: int = 0,
-        buffer_rows: int = 512,
+        buffer_rows: int = BUFFER_ROWS,
     ) -> None:
         refuse_compiled(model)
         reserved = {"self", "valid", "groups", "mask"} & set(metrics)
@@ -93,7 +91,7 @@ class Tracer:
         self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
         for (device, _), members in by_group.items():
             width = sum(site.width for site in members)
-            _warn_of_size(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
+            warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
             settings: dict[str, Any] = {
                 "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "buffer_rows": buffer_rows, "device": device,
             }  # fmt: skip
@@ -262,27 +260,3 @@ class Tracer:
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
         group = self._rows[site.name]
         return replace(computed[id(group)], sites=group.sites)[site.name]
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device, in bytes; None where the system does not tell."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _warn_of_size(device: torch.device, neurons: int, needed: int) -> None:
-    """Says before the pass that its state will not fit, and what to turn down."""
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        warnings.warn(
-            f"the state of {neurons:,} neurons takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
-            f"{device}: trace Pearson's r alone, with fewer bins, or some of the sites at a time",
-            RuntimeWarning,
-            stacklevel=3,
-        )

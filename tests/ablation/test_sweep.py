@@ -17,7 +17,7 @@ from skillfast.ablation import replay, sweeping
 from skillfast.ablation.interventions import Interventions, partners
 from skillfast.ablation.sweeping import Runner
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.memory import budget
+from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
 from skillfast.vocabulary import KINDS
 
@@ -318,7 +318,7 @@ def test_a_budget_is_kept():
     ]
     peaks = {}
     for megabytes in (40, 120):
-        with budget.PeakBytes() as memory:
+        with LivingBytes() as memory:
             skillfast.sweep(model, [batch], conditions, classes=5, memory_budget=megabytes << 20)
         peaks[megabytes] = memory.peak / 2**20
         assert peaks[megabytes] <= megabytes
@@ -331,7 +331,7 @@ def test_a_budget_is_kept():
 
 
 def test_peak_bytes_counts_what_is_alive():
-    with budget.PeakBytes() as memory:
+    with LivingBytes() as memory:
         a = torch.ones(1000)
         b = a.view(10, 100) + 1
         del a, b

@@ -10,7 +10,7 @@ from conftest import make_vit, one_line
 import skillfast
 from skillfast import Categorical, Continuous, Tracer, backends
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.memory.budget import PeakBytes
+from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
 
 METRICS = {"label": Categorical(5), "loss": Continuous()}
@@ -199,7 +199,7 @@ def test_no_tensor_of_all_tokens_outlives_its_layer(expected):
             model(images)
             tracer.step(label=labels)
         context = tracer if traced else torch.no_grad()
-        with torch.no_grad(), context, PeakBytes() as memory:
+        with torch.no_grad(), context, LivingBytes() as memory:
             if traced and expected:
                 tracer.expect(label=labels)
             model(images)

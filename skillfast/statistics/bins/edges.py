@@ -62,7 +62,7 @@ def atomic_bins(edges: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([first, above[:, :-1] >= edges[:, 1:], edges[:, -1:] == torch.inf], 1)
 
 
-def build_edges(rows: torch.Tensor, bins: int = 128) -> torch.Tensor:
+def build_edges(rows: torch.Tensor, bins: int) -> torch.Tensor:
     """Edges of every neuron's bins.
 
     Values that are not finite are left out; a neuron with no finite value gets edges at infinity.

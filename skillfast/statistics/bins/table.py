@@ -53,7 +53,7 @@ class BinLayout:
     counts: int
 
     @staticmethod
-    def of(metrics: Mapping[str, Metric], bins: int = 128) -> BinLayout:
+    def of(metrics: Mapping[str, Metric], bins: int) -> BinLayout:
         """The layout for these metrics."""
         first: dict[str, int] = {}
         hats: dict[str, int] = {}
