@@ -24,10 +24,10 @@ _PUBLIC = {
     "load_skills": "skills.skill",
     "save_skills": "skills.skill",
     "select": "skills.skill",
-    "Condition": "ablation",
-    "SweepResult": "ablation",
-    "ablate": "ablation",
-    "sweep": "ablation",
+    "Condition": "ablation.interventions",
+    "SweepResult": "ablation.sweep",
+    "ablate": "ablation.interventions",
+    "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
     "Grid": "evaluation.grid",
@@ -38,10 +38,10 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from skillfast.ablation import Condition as Condition
-    from skillfast.ablation import SweepResult as SweepResult
-    from skillfast.ablation import ablate as ablate
-    from skillfast.ablation import sweep as sweep
+    from skillfast.ablation.interventions import Condition as Condition
+    from skillfast.ablation.interventions import ablate as ablate
+    from skillfast.ablation.sweep import SweepResult as SweepResult
+    from skillfast.ablation.sweep import sweep as sweep
     from skillfast.backends import use_backend as use_backend
     from skillfast.errors import SkillfastError as SkillfastError
     from skillfast.evaluation.grid import Grid as Grid

@@ -82,7 +82,7 @@ def partners(batch: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Row:
+class SiteChange:
     """What one condition does to a batch at one site.
 
     Attributes:
@@ -107,17 +107,17 @@ class _Tables:
     other: torch.Tensor | None  # factor on the partner's activations
 
     @staticmethod
-    def of(rows: Sequence[Row | None], width: int, dtype: torch.dtype, device: torch.device) -> _Tables:
-        scale = torch.ones(len(rows), width, dtype=dtype)
+    def of(changes: Sequence[SiteChange | None], width: int, dtype: torch.dtype, device: torch.device) -> _Tables:
+        scale = torch.ones(len(changes), width, dtype=dtype)
         shift, other = torch.zeros_like(scale), torch.zeros_like(scale)
-        for k, row in enumerate(rows):
-            if row is None:
+        for k, change in enumerate(changes):
+            if change is None:
                 continue
-            scale[k, row.neurons] = row.scale
-            if row.mean is not None:
-                shift[k, row.neurons] = (1 - row.scale) * row.mean.to(dtype)
-            if row.resample:
-                other[k, row.neurons] = 1 - row.scale
+            scale[k, change.neurons] = change.scale
+            if change.mean is not None:
+                shift[k, change.neurons] = (1 - change.scale) * change.mean.to(dtype)
+            if change.resample:
+                other[k, change.neurons] = 1 - change.scale
         shift_or_none, other_or_none = (t.to(device) if bool(t.any()) else None for t in (shift, other))
         return _Tables(scale.to(device), shift_or_none, other_or_none)
 
@@ -140,23 +140,23 @@ class Interventions:
         for condition in conditions:
             _check(condition.skill, sites, fingerprint_of_model)
         self.conditions = conditions
-        self._rows: dict[str, dict[int, Row]] = {}  # site -> condition -> row
+        self._changes: dict[str, dict[int, SiteChange]] = {}  # site -> condition -> change
         for site in sites.values():
-            rows = {}
+            changes = {}
             for i, condition in enumerate(conditions):
                 neurons = condition.neurons_at(site)
                 if neurons is not None:
                     mean = _reference_mean(reference, site)[neurons] if condition.mode == "mean" else None
-                    rows[i] = Row(neurons, float(condition.scale), mean, condition.mode == "resample")
-            if rows:
-                self._rows[site.name] = rows
-        self.sites = [site for site in sites.values() if site.name in self._rows]
+                    changes[i] = SiteChange(neurons, float(condition.scale), mean, condition.mode == "resample")
+            if changes:
+                self._changes[site.name] = changes
+        self.sites = [site for site in sites.values() if site.name in self._changes]
         self._kept: dict[tuple[Any, ...], _Tables] = {}
-        self.resamples = any(row.resample for rows in self._rows.values() for row in rows.values())
+        self.resamples = any(change.resample for changes in self._changes.values() for change in changes.values())
 
-    def row(self, site: Site, condition: int) -> Row | None:
+    def change_at(self, site: Site, condition: int) -> SiteChange | None:
         """What a condition does at a site; None where it does nothing."""
-        return self._rows.get(site.name, {}).get(condition)
+        return self._changes.get(site.name, {}).get(condition)
 
     def apply(self, site: Site, x: torch.Tensor, conditions: Sequence[int]) -> torch.Tensor:
         """Activations [conditions * batch, ..., D], one condition after the other, each changed by its own.
@@ -164,18 +164,18 @@ class Interventions:
         Raises:
             ModelError: One sample alone where another one's activations are wanted.
         """
-        rows = self._rows[site.name]
-        if not any(i in rows for i in conditions):
+        changes = self._changes[site.name]
+        if not any(i in changes for i in conditions):
             return x
         tables = self._tables(site, x, tuple(conditions))
         batch = x.shape[0] // len(conditions)
-        of_row = (
+        condition = (
             torch.arange(len(conditions), device=x.device).repeat_interleave(batch) if len(conditions) > 1 else None
         )
-        changed = ops.neuron_scale(x, tables.scale, tables.shift, of_row)
+        changed = ops.neuron_scale(x, tables.scale, tables.shift, condition)
         if tables.other is not None:
             partner = torch.cat([partners(batch) + k * batch for k in range(len(conditions))]).to(x.device)
-            changed = changed + ops.neuron_scale(x[partner], tables.other, None, of_row)
+            changed = changed + ops.neuron_scale(x[partner], tables.other, None, condition)
         return changed
 
     def _tables(self, site: Site, x: torch.Tensor, conditions: tuple[int, ...]) -> _Tables:
@@ -185,9 +185,9 @@ class Interventions:
         if key not in self._kept:
             if sum(tables.nbytes for tables in self._kept.values()) > MOST_TABLE_BYTES:
                 self._kept.clear()
-            rows = self._rows[site.name]
+            changes = self._changes[site.name]
             with torch.inference_mode(False):
-                self._kept[key] = _Tables.of([rows.get(i) for i in conditions], site.width, dtype, x.device)
+                self._kept[key] = _Tables.of([changes.get(i) for i in conditions], site.width, dtype, x.device)
         return self._kept[key]
 
 

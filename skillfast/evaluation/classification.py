@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.metrics import f1_score
 
-from skillfast.ablation import Condition, per_class_accuracy, sweep
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import per_class_accuracy, sweep
 from skillfast.evaluation.selectivity import interval
 from skillfast.runs.results import Measured, Outcome, finite
 

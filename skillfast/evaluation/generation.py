@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast.ablation import ablate
+from skillfast.ablation.interventions import ablate
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.evaluation.selectivity import interval
 from skillfast.metrics import token_log_probabilities

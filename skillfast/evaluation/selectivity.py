@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast.ablation import Condition, per_class_accuracy
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import per_class_accuracy
 from skillfast.skills.skill import Skill
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skillfast.ablation import Condition
+from skillfast.ablation.interventions import Condition
 from skillfast.evaluation.selectivity import interval
 from skillfast.vocabulary import KINDS, Kind
 

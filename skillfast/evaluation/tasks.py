@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skillfast.ablation import ablate
+from skillfast.ablation.interventions import ablate
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import random_skills
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, Continuous, check_metric_names, parse_metrics

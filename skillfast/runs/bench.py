@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from skillfast import __version__, backends, files, metrics
-from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal
 from skillfast.evaluation import shapley as contribution
@@ -23,6 +24,7 @@ from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
 from skillfast.evaluation.overall import overall_accuracy
+from skillfast.memory.budget import limited_memory
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.runs import selection
 from skillfast.runs.checkpoints import JSON, Kept, Phases

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skillfast import files
-from skillfast.ablation import sweep
+from skillfast.ablation.sweep import sweep
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
 from skillfast.evaluation.interference import Directions
 from skillfast.evaluation.selectivity import Bootstrap
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from skillfast.ablation import Condition
+    from skillfast.ablation.interventions import Condition
 
 BYTES_AT_ONCE = 1 << 29
 SCHEMA = "skillfast.embeddings/1"

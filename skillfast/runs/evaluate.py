@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from skillfast import backends
-from skillfast.ablation import limited_memory
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import classification as class_scores
 from skillfast.evaluation.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
 from skillfast.evaluation.grid import Grid, cases_of_scores, cases_of_skills, largest
 from skillfast.evaluation.tasks import check_tasks, compare_tasks
+from skillfast.memory.budget import limited_memory
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.runs import selection

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skillfast.ablation import Condition, sweep
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import sweep
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import (
     RATIOS,

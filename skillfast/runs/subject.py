@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast import backends, data
-from skillfast.ablation import Condition, SweepResult, limited_memory, sweep
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.errors import ArgumentError
+from skillfast.memory.budget import limited_memory
 from skillfast.metrics import check_metric_names
 from skillfast.models import loading, training
 from skillfast.models.sites import choose_sites

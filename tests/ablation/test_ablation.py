@@ -7,7 +7,7 @@ from conftest import make_vit
 
 import skillfast
 from skillfast import Condition, Skill, backends
-from skillfast.ablation import per_class_accuracy
+from skillfast.ablation.sweep import per_class_accuracy
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
 

@@ -13,9 +13,9 @@ from conftest import make_vit, one_line
 
 import skillfast
 from skillfast import Condition, Skill
-from skillfast.ablation import replay, sweeping
+from skillfast.ablation import prefix_reuse, sweep
 from skillfast.ablation.interventions import Interventions, partners
-from skillfast.ablation.sweeping import Runner
+from skillfast.ablation.sweep import BatchRunner
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
@@ -125,12 +125,12 @@ def test_every_family_equals_the_loop(name):
 def logits_of_routes(model, batch, conditions):
     """Each condition's logits by its route, and the routes."""
     with torch.inference_mode():
-        runner = Runner(model, Interventions(model, conditions, None), None)
+        runner = BatchRunner(model, Interventions(model, conditions, None), None)
         ready = runner._prepared(batch[0])
-        record = ready.record(batch[0])
+        cache = ready.fill_cache(batch[0])
         logits = {
-            i: ready.run(record, start, [i])[0][0]
-            for start, members in ready.members.items() if start is not None for i in members
+            i: ready.run(cache, point, [i])[0][0]
+            for point, members in ready.conditions_from.items() if point is not None for i in members
         }  # fmt: skip
     return logits, ready.routes
 
@@ -142,10 +142,10 @@ def test_routes_start_at_the_site_and_give_the_loops_logits(name, narrow):
     model, batch, _ = family(name)
     conditions = some_conditions(model)
     logits, routes = logits_of_routes(model, batch, conditions)
-    for start, route in routes.items():
-        assert route.start == start
+    for point, route in routes.items():
+        assert route.point == point
         assert not route.whole_stem
-        assert route.narrow == (narrow and start.block is not None)
+        assert route.narrow == (narrow and point.block is not None)
     for i, got in logits.items():
         want = by_plain_hooks(model, batch[0], conditions[i])
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
@@ -250,7 +250,7 @@ def test_autocast(vit, batches):
 def test_nothing_is_left_behind_after_an_exception(vit, batches, monkeypatch):
     before = {path: (m.forward.__func__, len(m._forward_pre_hooks)) for path, m in vit.named_modules()}
     skill = Skill("s", {"blocks.1.mlp": [0], "blocks.2.attn": [1]})
-    original, calls = replay.Replay.run, []
+    original, calls = prefix_reuse.PrefixReuse.run, []
 
     def failing(self, *arguments, **more):
         calls.append(0)
@@ -258,7 +258,7 @@ def test_nothing_is_left_behind_after_an_exception(vit, batches, monkeypatch):
             monkeypatch.setattr(vit.blocks[2].mlp, "forward", lambda *_: 1 / 0)
         return original(self, *arguments, **more)
 
-    monkeypatch.setattr(replay.Replay, "run", failing)
+    monkeypatch.setattr(prefix_reuse.PrefixReuse, "run", failing)
     with pytest.raises(ZeroDivisionError):
         skillfast.sweep(vit, batches, [Condition(skill, name=str(i)) for i in range(3)])
     monkeypatch.undo()
@@ -294,15 +294,15 @@ def test_partners_are_others():
 def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
     conditions = [Condition(Skill(str(i), {"blocks.0.attn": [i]})) for i in range(9)]
     want = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
-    original, sizes = replay.Replay.run, []
+    original, sizes = prefix_reuse.PrefixReuse.run, []
 
-    def limited(self, record, start, some, **more):
-        sizes.append(len(some) * len(record.inputs))
+    def limited(self, cache, point, some, **more):
+        sizes.append(len(some) * len(cache.inputs))
         if sizes[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(self, record, start, some, **more)
+        return original(self, cache, point, some, **more)
 
-    monkeypatch.setattr(replay.Replay, "run", limited)
+    monkeypatch.setattr(prefix_reuse.PrefixReuse, "run", limited)
     got = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
     assert max(sizes) > 20
     assert sum(size > 20 for size in sizes) <= 3  # it is remembered
@@ -364,10 +364,10 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
     images = batches[0][0][:2]
     conditions = [Condition(Skill("s", {"blocks.1.mlp": list(range(10))}))]
     with torch.inference_mode():
-        runner = Runner(vit, Interventions(vit, conditions, None), None)
+        runner = BatchRunner(vit, Interventions(vit, conditions, None), None)
         ready = runner._prepared(images)
-        start = next(iter(ready.routes))
-        record, tolerance = ready.record(images), sweeping.TOLERANCE[torch.float32]
-        assert ready._agrees(record, start, 0, runner._plain(images, 0), tolerance)
-        assert ready._agrees(record, start, 0, vit(images), tolerance, changed=False)
-        assert not ready._agrees(record, start, 0, vit(images), tolerance)
+        point = next(iter(ready.routes))
+        cache, tolerance = ready.fill_cache(images), sweep.TOLERANCE[torch.float32]
+        assert ready._agrees(cache, point, 0, runner._plain(images, 0), tolerance)
+        assert ready._agrees(cache, point, 0, vit(images), tolerance, changed=False)
+        assert not ready._agrees(cache, point, 0, vit(images), tolerance)

@@ -13,7 +13,7 @@ import torch
 
 import skillfast
 from skillfast import BenchConfig
-from skillfast.ablation import per_class_accuracy
+from skillfast.ablation.sweep import per_class_accuracy
 from skillfast.data import load_digits
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal

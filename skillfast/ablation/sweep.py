@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from skillfast import files
+from skillfast.ablation.forward_trace import logits_of, trace_forward
 from skillfast.ablation.interventions import Condition, Interventions, hooked
-from skillfast.ablation.replay import Record, Replay, Start
-from skillfast.ablation.survey import logits_of, survey
+from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical
@@ -201,7 +201,7 @@ def sweep(
             "pass Condition(skill, name=...)"
         )
     class_names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
-    runner = Runner(model, Interventions(model, conditions, reference), memory_budget)
+    runner = BatchRunner(model, Interventions(model, conditions, reference), memory_budget)
     parts = []
     with torch.inference_mode():
         for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
@@ -220,7 +220,7 @@ def sweep(
 
 
 @dataclass
-class _Part:
+class _BatchResult:
     """One batch's outcome; row 0 of the first dimension is the intact model."""
 
     labels: np.ndarray  # [batch]
@@ -231,7 +231,7 @@ class _Part:
 
 
 def _result(
-    parts: Sequence[_Part],
+    parts: Sequence[_BatchResult],
     classes: tuple[str, ...],
     names: tuple[str, ...],
     keep_predictions: bool,
@@ -261,34 +261,34 @@ def _result(
     )
 
 
-class Runner:
-    """Runs batches under all conditions.
+class BatchRunner:
+    """Runs batches under the intact model and every condition.
 
     Args:
         model: In evaluation mode.
-        interventions: Of all conditions.
-        memory_budget: Bytes, or None for half of what is free.
+        interventions: What every condition does.
+        memory_budget: Bytes that intermediate results may take; None: what `limited_memory` says.
     """
 
     def __init__(self, model: torch.nn.Module, interventions: Interventions, memory_budget: int | None) -> None:
         self.model = model
         self.device = module_device(model)
         self.interventions = interventions
-        self.replay: Replay | None = None
-        self.kept_bytes = 0.0  # per sample, once there is a replay
+        self.reuse: PrefixReuse | None = None
+        self.kept_bytes = 0.0  # per sample, once the first batch has run
         self.memory_budget = memory_budget
         self._most_rows: int | None = None  # halved when memory ran out
 
-    def run(self, images: torch.Tensor, labels: torch.Tensor, keep_embeddings: bool) -> _Part:
-        """One batch under the intact model and every condition."""
+    def run(self, images: torch.Tensor, labels: torch.Tensor, keep_embeddings: bool) -> _BatchResult:
+        """Run one batch under the intact model and every condition."""
         images, labels = images.to(self.device), labels.to(self.device)
-        replay = self._prepared(images)
+        reuse = self._prepared(images)
         samples, rows = self._sizes(images)
         chunks = [
-            self._chunk(replay, part, of_part, rows, keep_embeddings)
+            self._chunk(reuse, part, of_part, rows, keep_embeddings)
             for part, of_part in zip(images.split(samples), labels.split(samples), strict=True)
         ]
-        return _Part(
+        return _BatchResult(
             labels=labels.cpu().numpy(),
             second=np.concatenate([chunk.second for chunk in chunks]),
             predictions=np.concatenate([chunk.predictions for chunk in chunks], 1),
@@ -300,26 +300,28 @@ class Runner:
             ),
         )
 
-    def _prepared(self, images: torch.Tensor) -> Replay:
-        """The model's survey and each start's route, from the first batch."""
-        if self.replay is None:
+    def _prepared(self, images: torch.Tensor) -> PrefixReuse:
+        """The order of the model's forward and the route from each resume point, found on the first batch."""
+        if self.reuse is None:
             few = images[:2] if len(images) > 1 else images[:1].repeat(2, *(1,) * (images.dim() - 1))
-            replay = Replay(self.model, self.interventions, survey(self.model, few))
-            tolerance = TOLERANCE.get(replay.survey.dtype, HALF_TOLERANCE)
-            replay.verify(few, lambda i: self._plain(few, i), tolerance)
-            whole = sum(len(replay.members[start]) for start, route in replay.routes.items() if route.start is None)
-            record = replay.record(few)
+            reuse = PrefixReuse(self.model, self.interventions, trace_forward(self.model, few))
+            tolerance = TOLERANCE.get(reuse.trace.dtype, HALF_TOLERANCE)
+            reuse.verify(few, lambda i: self._plain(few, i), tolerance)
+            whole = sum(
+                len(reuse.conditions_from[point]) for point, route in reuse.routes.items() if route.point is None
+            )
+            cache = reuse.fill_cache(few)
             if whole:
-                why = "does not allow to start in the middle" if record.finite else "gives logits that are not finite"
+                why = "does not allow to start in the middle" if cache.finite else "gives logits that are not finite"
                 warnings.warn(
                     f"sweep: {whole} of {len(self.interventions.conditions)} conditions run the whole forward of this "
                     f"{type(self.model).__name__}, which {why}",
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            self.kept_bytes = record.nbytes / len(few)
-            self.replay = replay
-        return self.replay
+            self.kept_bytes = cache.nbytes / len(few)
+            self.reuse = reuse
+        return self.reuse
 
     def _plain(self, images: torch.Tensor, condition: int) -> torch.Tensor:
         with hooked(self.model, self.interventions, self.interventions.sites, [condition]):
@@ -327,10 +329,10 @@ class Runner:
 
     def _sizes(self, images: torch.Tensor) -> tuple[int, int]:
         """Samples at a time, and stacked rows."""
-        assert self.replay is not None
+        assert self.reuse is not None
         if self.memory_budget is None:
             self.memory_budget = memory_limit(self.device)
-        known = self.replay.survey
+        known = self.reuse.trace
         samples, rows = rows_that_fit(
             self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, len(images), self.device
         )
@@ -342,32 +344,32 @@ class Runner:
         return samples, rows
 
     def _chunk(
-        self, replay: Replay, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
-    ) -> _Part:
-        record = replay.record(images)
-        if keep_embeddings and record.embedding is None:
+        self, reuse: PrefixReuse, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
+    ) -> _BatchResult:
+        cache = reuse.fill_cache(images)
+        if keep_embeddings and cache.embedding is None:
             raise ArgumentError(
                 f"embeddings: expected a model with a linear classifier, got {type(self.model).__name__} without one; "
                 "leave out keep_embeddings"
             )
         n, shape = len(images), (1 + len(self.interventions.conditions), len(images))
-        first, second = record.logits.topk(2, dim=1).indices.cpu().numpy().T
-        part = _Part(
+        first, second = cache.logits.topk(2, dim=1).indices.cpu().numpy().T
+        part = _BatchResult(
             labels=labels.cpu().numpy(),
             second=second,
             predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
-            margins=np.broadcast_to(margins(record.logits, labels).cpu().numpy(), shape).copy(),
+            margins=np.broadcast_to(margins(cache.logits, labels).cpu().numpy(), shape).copy(),
             embeddings=None,
         )
         if keep_embeddings:
-            assert record.embedding is not None
+            assert cache.embedding is not None
             part.embeddings = np.broadcast_to(
-                record.embedding.float().cpu().numpy(), (*shape, record.embedding.shape[-1])
+                cache.embedding.float().cpu().numpy(), (*shape, cache.embedding.shape[-1])
             ).copy()
-        for start, conditions in replay.members.items():
-            if start is None:
+        for point, conditions in reuse.conditions_from.items():
+            if point is None:
                 continue
-            for some, logits, embeddings in self._stacks(replay, record, start, conditions, rows // n):
+            for some, logits, embeddings in self._stacks(reuse, cache, point, conditions, rows // n):
                 at = [1 + i for i in some]
                 part.predictions[at] = logits.argmax(-1).cpu().numpy()
                 part.margins[at] = margins(logits, labels).cpu().numpy()
@@ -376,19 +378,19 @@ class Runner:
         return part
 
     def _stacks(
-        self, replay: Replay, record: Record, start: Start, conditions: Sequence[int], size: int
+        self, reuse: PrefixReuse, cache: PrefixCache, point: ResumePoint, conditions: Sequence[int], size: int
     ) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor | None]]:
-        """A start's conditions, `size` at a time; fewer once memory has run out."""
+        """Run the conditions that begin at one point, `size` at a time; fewer once memory has run out."""
         done = 0
         while done < len(conditions):
-            size = max(1, size if self._most_rows is None else min(size, self._most_rows // len(record.inputs)))
+            size = max(1, size if self._most_rows is None else min(size, self._most_rows // len(cache.inputs)))
             some = conditions[done : done + size]
             try:
-                logits, embeddings = replay.run(record, start, some)
+                logits, embeddings = reuse.run(cache, point, some)
             except RuntimeError as error:
                 if not _out_of_memory(error) or len(some) == 1:
                     raise
-                self._most_rows = len(some) // 2 * len(record.inputs)
+                self._most_rows = len(some) // 2 * len(cache.inputs)
                 continue
             yield some, logits, embeddings
             done += len(some)

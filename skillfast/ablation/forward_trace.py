@@ -1,4 +1,4 @@
-"""What a model's forward does in which order, seen once on a few samples."""
+"""The order of a model's forward, seen once on a few samples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def first_tensor(output: Any) -> Any:
-    """A module's output, or the first part of one that has several."""
+    """The tensor in a module's output: the output itself, or the first of several parts."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_first_tensor(output: Any, value: torch.Tensor) -> Any:
-    """The output with another first part."""
+    """A copy of a module's output with another tensor in it."""
     return type(output)((value, *output[1:])) if isinstance(output, tuple | list) else value
 
 
@@ -41,15 +41,16 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ForwardTrace:
     """The order of a model's blocks and sites, and what may be kept of them.
 
     Attributes:
         blocks: Paths of the modules that hold sites, in the order of their calls.
         sites: In the order in which their projections ran; those that never did are missing.
         block_of: Site -> position in `blocks`, None for the classifier; in the order of `sites`.
-        owners: Site -> path of the module around its projection, where that gives out the projection's output as it is.
-        feeds: Path of an owner -> path of the block's module (a norm) whose output is the owner's input.
+        parents: Site -> path of the module around its projection (`attn` of `attn.proj`), where that module returns the
+            projection's output unchanged.
+        feeds: Path of such a module -> path of its sibling (a norm) whose output is its input.
         batched: Block -> for each leaf of its arguments, whether it has a row per sample; None where another batch may
             tell otherwise: a mask is made where there is padding only.
         head: The classifier's site, or None.
@@ -63,7 +64,7 @@ class Survey:
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
     block_of: Mapping[str, int | None]
-    owners: Mapping[str, str]
+    parents: Mapping[str, str]
     feeds: Mapping[str, str]
     batched: Mapping[str, list[bool | None]]
     head: Site | None
@@ -89,8 +90,8 @@ def block_path(site: Site) -> str:
     return found[1] if found else ""
 
 
-def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
-    """Run two samples through a model and watch.
+def trace_forward(model: torch.nn.Module, inputs: torch.Tensor) -> ForwardTrace:
+    """Run two samples through a model and note the order of its blocks and sites.
 
     Args:
         model: In evaluation mode.
@@ -104,17 +105,17 @@ def survey(model: torch.nn.Module, inputs: torch.Tensor) -> Survey:
     blocks = tuple(dict.fromkeys(watch.entered))
     head = next((site for site in sites if site.kind == "head"), None)
     inner = [site for site in fired if site.kind != "head"]
-    owners = {site.name: site.path.rpartition(".")[0] for site in inner if watch.hands_out(site)}
+    parents = {site.name: site.path.rpartition(".")[0] for site in inner if watch.returns_projection(site)}
     for site in inner:  # a start needs all earlier sites of its block kept, too
         same = [s for s in inner if block_path(s) == block_path(site)]
-        if any(s.name not in owners for s in same[: same.index(site)]):
-            owners.pop(site.name, None)
-    return Survey(
+        if any(s.name not in parents for s in same[: same.index(site)]):
+            parents.pop(site.name, None)
+    return ForwardTrace(
         blocks=blocks,
         sites=tuple(fired),
         block_of={site.name: None if site.kind == "head" else blocks.index(block_path(site)) for site in fired},
-        owners=owners,
-        feeds={owner: feed for owner in owners.values() if (feed := watch.feed(owner)) is not None},
+        parents=parents,
+        feeds={parent: feed for parent in parents.values() if (feed := watch.feed(parent)) is not None},
         batched=watch.batched,
         head=head if head is not None and head.name in watch.fired else None,
         head_is_last=head is not None and watch.same(watch.outputs.get(head.path), output),
@@ -133,7 +134,7 @@ def _by_sample(leaf: Any, rows: int) -> bool | None:
 
 
 class _Watch:
-    """Hooks on everything that a survey asks about, for the duration of a context."""
+    """Hooks on everything that `trace_forward` asks about, for the duration of a context."""
 
     def __init__(self, model: torch.nn.Module, sites: tuple[Site, ...]) -> None:
         self.model = model
@@ -141,8 +142,8 @@ class _Watch:
         self.entered: list[str] = []
         self.fired: list[str] = []
         self.batched: dict[str, list[bool | None]] = {}
-        self.outputs: dict[str, Any] = {}  # path -> output, of projections, owners and the blocks' own modules
-        self.inputs: dict[str, list[Any]] = {}  # path -> argument leaves, of owners
+        self.outputs: dict[str, Any] = {}  # path -> output, of projections, parents and the blocks' own modules
+        self.inputs: dict[str, list[Any]] = {}  # path -> argument leaves, of parents
         self.tokens = 1
         self._stack = ExitStack()
 
@@ -155,12 +156,12 @@ class _Watch:
         for site in self.sites:
             self._on_call(modules[site.path], lambda args, _, site=site: self._fire(site, args[0]))
             self._on_output(site.path, modules[site.path])
-            owner = site.path.rpartition(".")[0]
-            if site.kind != "head" and owner:
+            parent = site.path.rpartition(".")[0]
+            if site.kind != "head" and parent:
                 self._on_call(
-                    modules[owner], lambda *call, owner=owner: self.inputs.__setitem__(owner, tree_leaves(call))
+                    modules[parent], lambda *call, parent=parent: self.inputs.__setitem__(parent, tree_leaves(call))
                 )
-                self._on_output(owner, modules[owner])
+                self._on_output(parent, modules[parent])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,18 +191,18 @@ class _Watch:
     def same(a: Any, b: Any) -> bool:
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (a is b or torch.equal(a, b))
 
-    def hands_out(self, site: Site) -> bool:
-        """Whether the projection is a plain linear layer whose output its owner gives out unchanged."""
+    def returns_projection(self, site: Site) -> bool:
+        """Whether the projection is a plain linear layer whose output its parent module returns unchanged."""
         projection = self.model.get_submodule(site.path)
         plain = type(projection) is torch.nn.Linear and projection.weight.is_floating_point()
-        owner = site.path.rpartition(".")[0]
-        return plain and self.same(first_tensor(self.outputs.get(owner)), self.outputs.get(site.path))
+        parent = site.path.rpartition(".")[0]
+        return plain and self.same(first_tensor(self.outputs.get(parent)), self.outputs.get(site.path))
 
-    def feed(self, owner: str) -> str | None:
-        """The sibling of an owner whose output is the owner's input, or None."""
-        parent = owner.rpartition(".")[0]
-        inputs = {id(leaf) for leaf in self.inputs.get(owner, []) if isinstance(leaf, torch.Tensor)}
+    def feed(self, parent: str) -> str | None:
+        """Path of the sibling whose output is this module's input, or None."""
+        block = parent.rpartition(".")[0]
+        inputs = {id(leaf) for leaf in self.inputs.get(parent, []) if isinstance(leaf, torch.Tensor)}
         for path, output in self.outputs.items():
-            if path != owner and path.rpartition(".")[0] == parent and id(output) in inputs:
+            if path != parent and path.rpartition(".")[0] == block and id(output) in inputs:
                 return path
         return None

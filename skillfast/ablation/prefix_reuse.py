@@ -1,0 +1,437 @@
+"""Prefix reuse: forwards that start in the middle of a model, from what the intact forward left there.
+
+A condition changes nothing before the first site that it touches. So the intact forward of a batch fills a
+`PrefixCache` with the inputs of the blocks where conditions begin, and a condition's forward runs the model's own code
+from there (its `ResumePoint`): earlier blocks return their input, the first block gets the cached arguments, and at the
+first touched projection the output is the cached one plus what the changed neurons S add to it,
+`W[:, S] @ (change of neurons S)`. After the last block's attention many models read the class token alone; then only
+that token runs. None of this is assumed of a model: each way to run is compared with the plain forward before it is
+used (`PrefixReuse.verify`).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, logits_of, with_first_tensor
+from skillfast.ablation.interventions import Interventions, hooked, partners
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from skillfast.models.sites import Site
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a condition's forward departs from the intact one.
+
+    Attributes:
+        block: Position of the block in the order of calls; None: at the classifier.
+        site: The first site that is changed, where its projection's output can be corrected; None: the block's input.
+    """
+
+    block: int | None
+    site: Site | None
+
+
+@dataclass(frozen=True)
+class Route:
+    """How to run the forwards of conditions.
+
+    Attributes:
+        point: Where to begin; None: at the input, as a plain forward.
+        narrow: Whether only the first token passes the last block.
+        whole_stem: Whether what precedes the blocks runs on all rows, not on one.
+    """
+
+    point: ResumePoint | None
+    narrow: bool = False
+    whole_stem: bool = False
+
+
+@dataclass
+class PrefixCache:
+    """What the intact forward of one batch left for the routes.
+
+    Attributes:
+        inputs: [batch, ...].
+        logits: [batch, classes], the intact model's.
+        embedding: [batch, E], the classifier's input; None for a model without a classifier.
+        calls: Path of a block -> its arguments, flattened, and the tree that they are of.
+        outputs: Path of the module around a site's projection -> its output.
+        neurons: Name of a site -> activations [batch, tokens, S] of the neurons that conditions change.
+    """
+
+    inputs: torch.Tensor
+    logits: torch.Tensor
+    embedding: torch.Tensor | None
+    calls: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    neurons: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether corrections may be added: removing a neuron that is not finite is no subtraction."""
+        return bool(self.logits.isfinite().all())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept tensors."""
+        kept = [leaf for leaves, _ in self.calls.values() for leaf in leaves]
+        tensors = {id(t): t for t in (*kept, *map(first_tensor, self.outputs.values()), *self.neurons.values())}
+        return sum(t.nbytes for t in tensors.values() if isinstance(t, torch.Tensor))
+
+
+@contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's `forward` inside the context; an exception restores it, too."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _rows(leaf: Any) -> int:
+    """Length of an argument's first dimension; 0 for what has none."""
+    return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else 0
+
+
+def _identity(x: Any, *_: Any, **__: Any) -> Any:
+    return x
+
+
+class PrefixReuse:
+    """Runs each condition's forward from the first site that it changes.
+
+    Args:
+        model: In evaluation mode.
+        interventions: What every condition does.
+        trace: The order of the model's forward.
+
+    Attributes:
+        conditions_from: Where to resume -> positions of the conditions that begin there; at None those that change
+            nothing.
+        routes: Where to resume -> how to; filled by `verify`.
+    """
+
+    def __init__(self, model: torch.nn.Module, interventions: Interventions, trace: ForwardTrace) -> None:
+        self.model = model
+        self.interventions = interventions
+        self.trace = trace
+        self.routes: dict[ResumePoint, Route] = {}
+        self.conditions_from: dict[ResumePoint | None, list[int]] = {}
+        for i in range(len(interventions.conditions)):
+            self.conditions_from.setdefault(self._resume_point(i), []).append(i)
+        self._changed: dict[str, torch.Tensor] = {}  # site of a resume point -> sorted neurons that conditions change
+        for point, conditions in self.conditions_from.items():
+            if point is not None and point.site is not None and point.block is not None:
+                neurons = [self._change(point.site, i).neurons for i in conditions]
+                self._changed[point.site.name] = torch.cat(neurons).unique()
+
+    def _change(self, site: Site, condition: int) -> Any:
+        change = self.interventions.change_at(site, condition)
+        assert change is not None  # asked only where the condition begins
+        return change
+
+    def _resume_point(self, condition: int) -> ResumePoint | None:
+        for site in self.trace.sites:
+            if self.interventions.change_at(site, condition) is None:
+                continue
+            if site.kind == "head":
+                return ResumePoint(None, site)
+            block = self.trace.block_of[site.name]
+            return ResumePoint(block, site if site.name in self.trace.parents else None)
+        return None
+
+    def candidate_routes(self, point: ResumePoint) -> Iterator[Route]:
+        """Ways to run from a resume point, the shortest first; the plain forward last."""
+        if not self.trace.sequential:
+            yield Route(None)
+            return
+        if point.block is None:
+            if self.trace.head_is_last:
+                yield Route(point)
+            point = ResumePoint(len(self.trace.blocks) - 1, None)
+        points = [point] if point.site is None else [point, ResumePoint(point.block, None)]
+        for whole_stem in (False, True):
+            for narrow in (True, False):
+                yield from (Route(begin, narrow, whole_stem) for begin in points)
+        yield Route(None)
+
+    def verify(self, inputs: torch.Tensor, plain: Callable[[int], torch.Tensor], tolerance: float) -> None:
+        """Choose each resume point's route: the shortest that gives the intact model's logits when nothing is changed.
+
+        One route of each kind is also compared with a condition's plain forward.
+
+        Args:
+            inputs: A few samples.
+            plain: Function of a condition's position that gives the logits of its plain forward.
+            tolerance: Largest difference that counts as equal, as a share of the largest logit.
+        """
+        points = [point for point in self.conditions_from if point is not None]
+        last = ResumePoint(len(self.trace.blocks) - 1, None)
+        whole = self.fill_cache(
+            inputs, [Route(last if p.block is None else p) for p in points] if self.trace.blocks else []
+        )
+        proven: set[tuple[Any, ...]] = set()
+        for point in points:
+            condition = self.conditions_from[point][0]
+            for route in self.candidate_routes(point):
+                self.routes[point] = route
+                if route.point is None:
+                    break
+                kind = (route.point.block is None, route.point.site and route.point.site.kind, route.narrow)
+                if not self._agrees(whole, point, condition, whole.logits, tolerance, changed=False):
+                    continue
+                if kind in proven or self._agrees(whole, point, condition, plain(condition), tolerance):
+                    proven.add(kind)
+                    break
+
+    def _agrees(
+        self,
+        cache: PrefixCache,
+        point: ResumePoint,
+        condition: int,
+        want: torch.Tensor,
+        tolerance: float,
+        *,
+        changed: bool = True,
+    ) -> bool:
+        try:
+            got = self.run(cache, point, [condition], changed=changed)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False  # the model's own code has no use for this route
+        allowed = tolerance * float(want.abs().max())
+        return got.shape[1:] == want.shape and bool(((got[0] - want).abs() <= allowed).all())
+
+    def fill_cache(self, inputs: torch.Tensor, routes: Iterable[Route] | None = None) -> PrefixCache:
+        """Run the intact forward of a batch and keep what these routes need; None: those that `verify` chose."""
+        cache = PrefixCache(inputs, torch.empty(0), None)
+        with ExitStack() as stack:
+            for route in self.routes.values() if routes is None else routes:
+                self._keep(stack, cache, route)
+            if self.trace.head is not None:
+
+                def keep_embedding(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+                    cache.embedding = args[0]
+
+                head = self.model.get_submodule(self.trace.head.path)
+                stack.callback(head.register_forward_pre_hook(keep_embedding).remove)
+            cache.logits = logits_of(self.model(inputs))
+        return cache
+
+    def _keep(self, stack: ExitStack, cache: PrefixCache, route: Route) -> None:
+        point = route.point
+        if point is None or point.block is None:
+            return
+        in_last = point.block == len(self.trace.blocks) - 1
+        narrow = route.narrow and in_last and point.site is not None
+        for block in self.trace.blocks[point.block :]:
+            first = block == self.trace.blocks[point.block]
+            if first or self.trace.takes_more(block):
+                self._keep_call(stack, cache, block, narrow, hidden=first)
+        if point.site is None:
+            return
+        for site in self.trace.sites_until(point.site):
+            parent = self.trace.parents[site.name]
+
+            def keep_output(_: torch.nn.Module, __: Any, output: Any, parent: str = parent) -> None:
+                kept = first_tensor(output)
+                cache.outputs[parent] = with_first_tensor(output, kept[:, :1].clone() if narrow else kept)
+
+            stack.callback(self.model.get_submodule(parent).register_forward_hook(keep_output).remove)
+        changed_neurons, name = self._changed[point.site.name], point.site.name
+
+        def keep_neurons(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0][:, :1] if narrow else args[0]
+            cache.neurons[name] = x.index_select(-1, changed_neurons.to(x.device))
+
+        stack.callback(self.model.get_submodule(point.site.path).register_forward_pre_hook(keep_neurons).remove)
+
+    def _keep_call(self, stack: ExitStack, cache: PrefixCache, block: str, narrow: bool, *, hidden: bool) -> None:
+        def keep(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            if not hidden and block in cache.calls:
+                return
+            (state, *more), spec = tree_flatten((args, kwargs))
+            if narrow:
+                state = state[:, :1].clone()
+            cache.calls[block] = ([state if hidden else None, *more], spec)  # else earlier blocks make it anew
+
+        handle = self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def run(
+        self, cache: PrefixCache, point: ResumePoint, conditions: Sequence[int], *, changed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the forwards of conditions that begin at one point, stacked along the batch.
+
+        Args:
+            cache: What the intact forward of the batch left.
+            point: Where the conditions begin.
+            conditions: Their positions.
+            changed: False: change no neuron, to see whether the route gives the intact logits.
+
+        Returns:
+            Logits [conditions, batch, classes], and embeddings [conditions, batch, E] or None without a classifier.
+        """
+        route = self.routes[point] if cache.finite else Route(None)
+        n = len(conditions)
+        if route.point is not None and route.point.block is None:
+            assert self.trace.head is not None
+            assert cache.embedding is not None
+            stacked = _repeat(cache.embedding, n)
+            if changed:
+                stacked = self.interventions.apply(self.trace.head, stacked, conditions)
+            logits = self.model.get_submodule(self.trace.head.path)(stacked)
+            return _unstack(logits, n), _unstack(stacked, n)
+        seen: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            sites = self.interventions.sites
+            rows = n if route.point is None or route.whole_stem else 0
+            if route.point is not None:
+                sites = self._set_up(stack, cache, route, conditions, changed)
+            stack.enter_context(hooked(self.model, self.interventions, sites if changed else [], conditions))
+            if self.trace.head is not None:
+                head = self.model.get_submodule(self.trace.head.path)
+                stack.callback(head.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
+            output = logits_of(self.model(_repeat(cache.inputs, rows) if rows else cache.inputs[:1]))
+        return _unstack(output, n), _unstack(seen[0], n) if seen else None
+
+    def _set_up(
+        self, stack: ExitStack, cache: PrefixCache, route: Route, conditions: Sequence[int], changed: bool
+    ) -> list[Site]:
+        """Set up a run from the middle; returns the sites whose input is still to be changed."""
+        point = route.point
+        assert point is not None
+        assert point.block is not None
+        module = self.model.get_submodule
+        before, block, after = (
+            self.trace.blocks[: point.block],
+            self.trace.blocks[point.block],
+            self.trace.blocks[point.block + 1 :],
+        )
+        for path in before:
+            stack.enter_context(replaced_forward(module(path), _identity))
+        last = self.trace.blocks[-1]
+        narrow = route.narrow and block == last and point.site is not None  # the cache holds the first token alone
+        self._inject(stack, cache, block, len(conditions), hidden=True, narrow=narrow)
+        for path in after:
+            if path in cache.calls and self.trace.takes_more(path):
+                self._inject(stack, cache, path, len(conditions), hidden=False, narrow=False)
+        done: list[Site] = []
+        if point.site is not None:
+            done = self.trace.sites_until(point.site)
+            for site in done:
+                change = changed and site is point.site
+                output = self._parent_output(cache, site, conditions, changed=change, narrow=narrow)
+                self._replace_parent(stack, site, output)
+        if route.narrow and not narrow:
+            self._narrow(stack, last)
+        block_of = self.trace.block_of
+        later = {name for name, at in block_of.items() if at is None or at >= point.block} - {s.name for s in done}
+        return [site for site in self.interventions.sites if site.name in later]
+
+    def _inject(self, stack: ExitStack, cache: PrefixCache, block: str, n: int, *, hidden: bool, narrow: bool) -> None:
+        """Give a block its cached arguments, all of them or all but the hidden state."""
+        leaves, spec = cache.calls[block]
+        if narrow:
+            leaves = [leaves[0][:, :1], *leaves[1:]]
+        samples = len(cache.inputs)
+        batched = [
+            _rows(leaf) == samples if many is None else many
+            for leaf, many in zip(leaves, self.trace.batched[block], strict=True)
+        ]
+        rows = n * samples
+
+        def give(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            own = tree_flatten((args, kwargs))[0]
+            given = [
+                _repeat(leaf, n) if many and leaf is not None else leaf
+                for leaf, many in zip(leaves, batched, strict=True)
+            ]
+            if not hidden:  # what earlier blocks made is right; what the stem made of one row is not
+                given = [
+                    kept if _rows(kept) and _rows(leaf) != rows else leaf for leaf, kept in zip(own, given, strict=True)
+                ]
+            return tree_unflatten(given, spec)
+
+        handle = self.model.get_submodule(block).register_forward_pre_hook(give, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def _replace_parent(self, stack: ExitStack, site: Site, output: Any) -> None:
+        parent = self.trace.parents[site.name]
+        stack.enter_context(replaced_forward(self.model.get_submodule(parent), lambda *_, **__: output))
+        feed = self.trace.feeds.get(parent)
+        if feed is not None:
+            stack.enter_context(replaced_forward(self.model.get_submodule(feed), _identity))
+
+    def _parent_output(
+        self, cache: PrefixCache, site: Site, conditions: Sequence[int], *, changed: bool, narrow: bool
+    ) -> Any:
+        """Output of the module around a projection under each condition: the cached one plus what neurons change."""
+        kept = cache.outputs[self.trace.parents[site.name]]
+        base = first_tensor(kept)[:, :1] if narrow else first_tensor(kept)  # [batch, tokens, E]
+        n = len(conditions)
+        stacked = _repeat(base, n)
+        if not changed:
+            return with_first_tensor(kept, stacked)
+        weight = self.model.get_parameter(f"{site.path}.weight")
+        neurons = cache.neurons[site.name][:, : base.shape[1]]  # [batch, tokens, S], of all conditions
+        changed_neurons = self._changed[site.name]
+        with torch.autocast(base.device.type, enabled=False):
+            for out, i in zip(stacked.view(n, -1, stacked.shape[-1]), conditions, strict=True):
+                change = self._change(site, i)
+                where = torch.searchsorted(changed_neurons, change.neurons).to(base.device)
+                x = neurons.index_select(-1, where)
+                if change.mean is not None:
+                    x = x - change.mean.to(x)
+                if change.resample:
+                    x = x - x[partners(len(x)).to(x.device)]
+                columns = weight.index_select(1, change.neurons.to(weight.device)).to(base.dtype)  # [E, S]
+                out.addmm_(x.flatten(0, -2).to(base.dtype), columns.T, alpha=change.scale - 1)
+        return with_first_tensor(kept, stacked)
+
+    def _narrow(self, stack: ExitStack, last: str) -> None:
+        """Let only the first token pass the last block; its attention still reads all tokens."""
+        module = self.model.get_submodule
+        whole: list[Any] = []
+
+        def first_row(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            whole[:] = [args[0]]
+            return (args[0][:, :1], *args[1:])
+
+        stack.callback(module(last).register_forward_pre_hook(first_row).remove)
+        for site in self.trace.sites:
+            if site.kind != "attn" or self.trace.blocks[self.trace.block_of[site.name] or 0] != last:
+                continue
+            path = self.trace.parents[site.name]
+            parent, feed = module(path), self.trace.feeds.get(path)
+            read = module(feed) if feed is not None else _identity
+
+            def attend(_: Any, *args: Any, forward: Any = parent.forward, read: Any = read, **kwargs: Any) -> Any:
+                return forward(read(whole[0]), *args, **kwargs)
+
+            stack.enter_context(replaced_forward(parent, attend))
+            handle = module(site.path).register_forward_pre_hook(lambda _, args: (args[0][:, :1], *args[1:]))
+            stack.callback(handle.remove)
+
+
+def _repeat(x: Any, n: int) -> Any:
+    return x.repeat(n, *(1,) * (x.dim() - 1)) if isinstance(x, torch.Tensor) else x
+
+
+def _unstack(x: torch.Tensor, n: int) -> torch.Tensor:
+    return x.view(n, -1, *x.shape[1:])
