@@ -30,7 +30,7 @@ _PUBLIC = {
     "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
-    "Grid": "evaluation.grid",
+    "Grid": "runs.config",
     "Evaluation": "runs.results",
     "evaluate": "runs.evaluate",
     "SkillfastError": "errors",
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from skillfast.ablation.sweep import sweep as sweep
     from skillfast.backends import use_backend as use_backend
     from skillfast.errors import SkillfastError as SkillfastError
-    from skillfast.evaluation.grid import Grid as Grid
     from skillfast.metrics import Binary as Binary
     from skillfast.metrics import Categorical as Categorical
     from skillfast.metrics import Continuous as Continuous
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.config import BenchConfig as BenchConfig
+    from skillfast.runs.config import Grid as Grid
     from skillfast.runs.evaluate import evaluate as evaluate
     from skillfast.runs.results import Evaluation as Evaluation
     from skillfast.skills.attribution import NeuronRanking as NeuronRanking

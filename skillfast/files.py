@@ -52,6 +52,17 @@ def output_folder(directory: str | Path) -> Path:
     return path
 
 
+def check_output(directory: str | Path) -> None:
+    """Raises ArgumentError where a file stands in the way of an output folder; makes nothing."""
+    path = Path(directory)
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ArgumentError(
+            f"output folder {str(path)!r}: expected one that can be written, got the file {str(there)!r}; "
+            "choose another with --output"
+        )
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file; NaN and infinity are refused, they are not JSON."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)

@@ -27,3 +27,5 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as in tran
 BACKENDS = ("auto", "native", "triton", "reference")
 METRICS = ("label", "correct", "confidence", "loss")
 ALL_METRICS = (*METRICS, "margin", "entropy", "token_log_probability")
+
+SHARE, MAX_SITE_SHARE = 0.03, 0.25  # of all neurons, and of one site's, that a skill takes at most

@@ -11,12 +11,14 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import click
 import jsonschema
 import pytest
 from click.testing import CliRunner
 from conftest import make_pictures
 
-from skillfast.cli import _join_numbers, main
+from skillfast.cli import main
+from skillfast.options import Command, Numbers, _given_once
 
 SKILLFAST = Path(sys.executable).with_name("skillfast")
 TINY = [
@@ -114,12 +116,28 @@ def test_info():
         (["--statistics", "pearson", "--method", "auroc"], 2, "expected one of the statistics that are traced"),
         (["--batch-size", "0"], 2, "batch_size: expected at least 1, got 0"),
         (["--mean", "a"], 2, "expected numbers such as"),
+        (["--mean", "0.5", "0.5"], 2, "mean: expected 1 number, or 3 for RGB images, got 2"),
+        (["--mean", "0.5", "--mean", "0.4"], 2, "--mean: expected once, got twice; give all its numbers at once"),
+        (["--sites", "mlp", "--sites", "attn"], 2, "--sites: expected once, got twice; give all its names at once"),
+        (["--seed=1", "--seed", "1"], 2, "--seed: expected once, got twice; leave one of them out"),
+        (["--resume", "--no-resume"], 2, "--no-resume: expected once, got twice"),
+        (["--std", "0"], 2, "std: expected more than 0, got 0.0"),
+        (["--share", "3"], 2, "share: expected a number in (0, 1], got 3.0; leave it out for 0.03"),
+        (["--max-site-share", "0"], 2, "max_site_share: expected a number in (0, 1], got 0.0"),
+        (["--scale", "nan"], 2, "scale: expected a finite number, got nan"),
+        (["--bins", "1"], 2, "bins: expected a number in [2, 256], got 1"),
+        (["--crop-pct", "1.5"], 2, "crop_pct: expected a number in (0, 1], got 1.5"),
+        (["--train-per-class", "-1"], 2, "train_per_class: expected at least 2, got -1"),
+        (["--control-draws", "-2"], 2, "control_draws: expected at least 1, got -2"),
+        (["--seed", "-1"], 2, "seed: expected at least 0, got -1"),
+        (["--statistics", "pearson,spearmint"], 2, "statistics: expected one of pearson, spearman, auroc"),
+        (["--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         (["--device", "cuda:99"], 2, "device 'cuda:99': expected one that is there"),
         (["--device", "abacus"], 2, "device: expected cpu, cuda or cuda:<number>, got 'abacus'"),
         (["--model", "vit_tiny_patch16_223"], 1, "vit_tiny_patch16_224"),
         (["--model", "resnet18", "--epochs", "1"], 1, "ResNet: expected blocks named as in a known family"),
         (["--model", "vit_tiny_patch16_224"], 2, "expected one for the digits' [1, 8, 8] images, got one for [3, 224"),
-        (["--model", "vit_tiny_patch16_224", "--checkpoint", "nowhere.safetensors"], 1, "nowhere.safetensors"),
+        (["--model", "vit_tiny_patch16_224", "--checkpoint", "nowhere.safetensors"], 2, "nowhere.safetensors"),
         (["--model", "vit_tiny_patch16_224", "--model-kwarg", "depth"], 2, "expected key=value, got 'depth'"),
     ],
 )
@@ -181,9 +199,16 @@ def test_a_baseline_near_chance_is_warned_of(tmp_path):
 
 
 def test_numbers_in_timms_spelling():
-    assert _join_numbers(["--mean", "0.5", "0.4", "-0.3", "--std", "1", "x"]) == [
+    params = [click.Option(["--mean"], type=Numbers()), click.Option(["--std"], type=Numbers())]
+    assert list(_given_once(params, ["--mean", "0.5", "0.4", "-0.3", "--std", "1", "x"])) == [
         "--mean", "0.5,0.4,-0.3", "--std", "1", "x",
     ]  # fmt: skip
+
+
+def test_what_looks_like_an_option_may_be_a_value():
+    command = Command("c", params=[click.Option(["--prompt"]), click.Option(["--seed"]), click.Argument(["rest"])])
+    parsed = command.make_context("c", ["--prompt", "--seed", "--seed", "2", "--", "--seed"]).params
+    assert parsed == {"prompt": "--seed", "seed": "2", "rest": "--seed"}
 
 
 @pytest.mark.parametrize("command", [[], ["bench"], ["trace"]])

@@ -20,7 +20,7 @@ LAYERS = [
     {"statistics"},
     {"models"},
     {"ops", "data"},
-    {"metrics", "backends", "files", "progress"},
+    {"metrics", "backends", "files", "progress", "options", "settings"},
     {"errors", "vocabulary", "_core", "kernels"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

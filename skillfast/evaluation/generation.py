@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from skillfast.evaluation.selectivity import interval
 from skillfast.metrics import token_log_probabilities
 from skillfast.models.text_inputs import Collate, batches
 from skillfast.progress import track
+from skillfast.runs.config import BLEU, PERPLEXITY, Generation
 from skillfast.runs.results import Measured, Outcome, finite
 
 if TYPE_CHECKING:
@@ -25,33 +25,7 @@ if TYPE_CHECKING:
     from skillfast.runs.subject_causal import CausalSubject
     from skillfast.skills.skill import Skill
 
-PERPLEXITY, BLEU = "perplexity", "bleu"
 WHOLE = 100.0  # BLEU of a text against itself
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What the model writes for BLEU.
-
-    Attributes:
-        prefix_tokens: Tokens of each held-out text that it goes on from.
-        max_new_tokens: Tokens that it writes at most, greedily; 0 leaves BLEU out.
-        texts: Held-out texts to go on from, drawn at random; all where there are fewer.
-    """
-
-    prefix_tokens: int = 8
-    max_new_tokens: int = 32
-    texts: int = 64
-
-    def __post_init__(self) -> None:
-        for name, least in (("prefix_tokens", 1), ("max_new_tokens", 0), ("texts", 1)):
-            if getattr(self, name) < least:
-                raise ArgumentError(f"{name}: expected at least {least}, got {getattr(self, name)}; raise it")
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """Names of what is measured."""
-        return (PERPLEXITY, BLEU) if self.max_new_tokens else (PERPLEXITY,)
 
 
 def require_sacrebleu() -> Any:
@@ -131,7 +105,7 @@ def generate(
 def log_probabilities(subject: CausalSubject) -> tuple[np.ndarray, np.ndarray]:
     """Per held-out text: sum of its tokens' log-probabilities in nats, float64 [n], and how many tokens, int64 [n]."""
     sums, counts = [], []
-    for batch in batches(subject.test, subject.config.batch_size):
+    for batch in batches(subject.test, subject.config.run.batch_size):
         logits = subject.model.logits(batch)
         ids, mask = (batch[name].to(logits.device) for name in ("input_ids", "attention_mask"))
         values, valid = token_log_probabilities(logits, ids, mask)
@@ -172,7 +146,7 @@ class _Bench:
     def _write(self) -> list[str]:
         if not self.settings.max_new_tokens:
             return []
-        return generate(self.subject, self.starts, self.settings.max_new_tokens, self.subject.config.batch_size)
+        return generate(self.subject, self.starts, self.settings.max_new_tokens, self.subject.config.run.batch_size)
 
     def measure(self, skill: Skill | None = None, scale: float = 0.0) -> Measured:
         """Values with a skill scaled, or of the intact model."""

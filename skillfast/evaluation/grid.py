@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import random_skills
+from skillfast.runs.config import ALL, EACH, HEAD, LAST, Grid
 from skillfast.skills.attribution import NeuronRanking
 from skillfast.skills.skill import Skill, select
 
@@ -18,58 +19,6 @@ if TYPE_CHECKING:
 
     from skillfast.models.sites import Site
     from skillfast.statistics.neuron_scores import NeuronScores
-
-ALL, EACH, LAST, HEAD = "all", "each", "last", "head"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The settings of an evaluation.
-
-    Attributes:
-        shares: Sizes of a skill, as shares of all neurons. In one block it has as many, up to `max_site_share`.
-        layers: Where neurons are chosen from: `"all"`, `"each"` (every block by itself), `"last"` (the last block),
-            `"head"`, or a block such as `"blocks.3"`.
-        scales: Factors on the activations of a skill of all layers; 0, which removes, is always among them.
-        draws: Random controls beside each skill, with as many neurons per site.
-        max_site_share: Largest share of one site's neurons.
-        signed: Rank a continuous metric's neurons by the statistic itself, not by its size. Classes always are.
-        contrastive: As for `select`, of classes.
-        replicates: Of the bootstrap behind the 95 % intervals.
-        seed: Of the random controls and the bootstrap.
-    """
-
-    shares: tuple[float, ...] = (0.001, 0.003, 0.01)
-    layers: tuple[str, ...] = (ALL, EACH)
-    scales: tuple[float, ...] = (0.0, 0.5, 2.0, 4.0)
-    draws: int = 3
-    max_site_share: float = 0.25
-    signed: bool = False
-    contrastive: bool = False
-    replicates: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("shares", "layers", "scales"):
-            if not getattr(self, name):
-                raise ArgumentError(f"{name}: expected at least one, got none; leave the option out for the default")
-        wrong = [share for share in self.shares if not 0 < share <= 1]
-        if wrong:
-            raise ArgumentError(f"shares: expected shares in (0, 1], got {wrong[0]}; 0.01 is 1 % of all neurons")
-        wrong = [scale for scale in self.scales if not np.isfinite(scale)]
-        if wrong:
-            raise ArgumentError(f"scales: expected finite numbers, got {wrong[0]}; 0 removes, 2 doubles")
-        for name in ("draws", "replicates"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}; raise it")
-
-    def scales_at(self, layers: str) -> tuple[float, ...]:
-        """Factors to try: everywhere in turn, in single layers removal alone."""
-        return tuple(sorted({0.0, *(self.scales if layers == ALL else ())} - {1.0}))  # 1 is the intact model
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

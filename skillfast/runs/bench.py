@@ -79,17 +79,17 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
-    if config.method in STATISTICS and config.method not in config.statistics:
+    if config.select.method in STATISTICS and config.select.method not in config.trace.statistics:
         raise ArgumentError(
-            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
-            f"{config.method!r}"
+            f"method: expected one of the statistics that are traced, {', '.join(config.trace.statistics)}, got "
+            f"{config.select.method!r}"
         )
-    directory = files.output_folder(config.output)
+    directory = files.output_folder(config.run.output)
     clock = Clock()
-    phases = Phases(directory, _determined_by(config), clock, resume=config.resume, say=say)
+    phases = Phases(directory, _determined_by(config), clock, resume=config.run.resume, say=say)
     with phases, ExitStack() as stack:
-        stack.enter_context(backends.use_backend(config.backend))
-        stack.enter_context(limited_memory(config.memory_bytes))
+        stack.enter_context(backends.use_backend(config.run.backend))
+        stack.enter_context(limited_memory(config.run.memory_bytes))
         subject = prepare(config, clock, quiet=quiet, say=say, phases=phases)
         stack.enter_context(subject.precision())
         if phases.resumed:
@@ -127,9 +127,9 @@ def _measure(
             subject.model,
             subject.loader("test"),
             chosen.skills,
-            scale=config.scale,
+            scale=config.ablate.scale,
             classes=list(skills),
-            intervals=config.seed,
+            intervals=config.run.seed,
             quiet=quiet,
         ),
         JSON,
@@ -147,10 +147,10 @@ def _measure(
         subject.model,
         subject.loader("select"),
         metrics.classification(subject.splits.classes),
-        sites=config.sites,
-        pool=config.pool,
-        statistics=config.statistics,
-        bins=config.bins,
+        sites=config.trace.sites,
+        pool=config.trace.pool,
+        statistics=config.trace.statistics,
+        bins=config.trace.bins,
     )
     return results, skills, scores
 
@@ -182,7 +182,10 @@ def _choose(
     """The best candidate on the validation part; the test part is not looked at."""
     config, classes = subject.config, subject.splits.classes
     tried = selection.candidates(
-        config.method, config.share, contrastive=config.contrastive, statistics=config.statistics
+        config.select.method,
+        config.select.share,
+        contrastive=config.select.contrastive,
+        statistics=config.trace.statistics,
     )
     ranked = selection.rankings(
         subject.model,
@@ -190,18 +193,18 @@ def _choose(
         scores,
         tried,
         mask_loader=subject.varied_loader("select"),
-        max_site_share=config.max_site_share,
-        scale=config.scale,
-        seed=config.seed,
+        max_site_share=config.select.max_site_share,
+        scale=config.ablate.scale,
+        seed=config.run.seed,
         classes=classes,
         quiet=quiet,
         keep=lambda name, make: phases.run("select", make, Kept.by(NeuronRanking.load), part=name),
     )
-    skills = selection.cut(ranked, tried, max_site_share=config.max_site_share)
+    skills = selection.cut(ranked, tried, max_site_share=config.select.max_site_share)
     validation = phases.run(
         "choose",
         lambda: selection.effects(
-            subject.model, subject.loader("validate"), skills, scale=config.scale, classes=classes, quiet=quiet
+            subject.model, subject.loader("validate"), skills, scale=config.ablate.scale, classes=classes, quiet=quiet
         ),
         JSON,
     )
@@ -214,11 +217,11 @@ def _choose(
 def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResult:
     """Every skill's components, then its blocks, then its random controls."""
     config = subject.config
-    sites = choose_sites(subject.model, config.sites)
+    sites = choose_sites(subject.model, config.trace.sites)
     conditions: list[Condition] = [
-        *contribution.component_conditions(skills, config.scale),
-        *contribution.block_conditions(skills, sites, config.scale),
-        *removal.control_conditions(skills, sites, config.control_draws, config.scale, config.seed),
+        *contribution.component_conditions(skills, config.ablate.scale),
+        *contribution.block_conditions(skills, sites, config.ablate.scale),
+        *removal.control_conditions(skills, sites, config.ablate.control_draws, config.ablate.scale, config.run.seed),
     ]
     return sweep(
         subject.model,
@@ -233,16 +236,16 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
 def _embeddings(subject: Subject, skills: Sequence[Skill], quiet: bool) -> EmbeddingChanges | None:
     """What each skill's removal does to the embeddings, then what one random control of each does."""
     config = subject.config
-    sites = choose_sites(subject.model, config.sites)
+    sites = choose_sites(subject.model, config.trace.sites)
     return compare_embeddings(
         subject.model,
         subject.loader("test"),
         [
-            *(Condition(skill, scale=config.scale) for skill in skills),
-            *removal.control_conditions(skills, sites, 1, config.scale, config.seed),
+            *(Condition(skill, scale=config.ablate.scale) for skill in skills),
+            *removal.control_conditions(skills, sites, 1, config.ablate.scale, config.run.seed),
         ],
         classes=subject.splits.classes,
-        seed=config.seed,
+        seed=config.run.seed,
         quiet=quiet,
     )
 
@@ -254,12 +257,12 @@ def _results(
     k, n = len(skills), len(swept.labels)
     labels, intact = swept.labels, swept.top2[:, 0]
     assert swept.predictions is not None
-    sites = choose_sites(subject.model, subject.config.sites)
+    sites = choose_sites(subject.model, subject.config.trace.sites)
     blocks = contribution.occupied_blocks(skills, sites)
     rows = swept.predictions.reshape(-1, k, n)
     n_parts = len(contribution.SUBSETS)
     parts, by_block, controls = np.split(rows, [n_parts, n_parts + max(0, 2 * (len(blocks) - 1))])
-    bootstrap = removal.Bootstrap(labels, seed=subject.config.seed)
+    bootstrap = removal.Bootstrap(labels, seed=subject.config.run.seed)
     oracle = removal.oracle_predictions(swept.top2, k)[None]
     drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
     block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
@@ -292,7 +295,7 @@ def _results(
         },
         "random_control": {
             **removal.selectivity(controls, intact, labels, bootstrap),
-            "draws": subject.config.control_draws,
+            "draws": subject.config.ablate.control_draws,
         },
         "layer_contribution": {
             **contribution.layer_contribution(drops, resampled, subject.splits.classes),
@@ -334,7 +337,7 @@ def _processor() -> str:
 
 
 def _model(subject: Subject) -> dict[str, Any]:
-    sites = choose_sites(subject.model, subject.config.sites)
+    sites = choose_sites(subject.model, subject.config.trace.sites)
     return {
         "name": subject.name,
         "parameters": sum(p.numel() for p in subject.model.parameters()),

@@ -1,12 +1,17 @@
-"""What a benchmark run is told."""
+"""The settings of a run, in groups; a command's options are made from their fields."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
+from skillfast.files import check_output
+from skillfast.settings import Settings, name_of, setting
 from skillfast.vocabulary import (
+    BACKENDS,
     BINS,
     BITS,
     DATASETS,
@@ -14,198 +19,82 @@ from skillfast.vocabulary import (
     DTYPES,
     FINETUNE,
     KINDS,
+    MAX_SITE_SHARE,
     METHODS,
     METRICS,
+    POOLS,
+    SHARE,
     STATISTICS,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from dataclasses import Field
+
+LANGUAGE_MODEL = "hf:"  # before the name of a language model
+ALL, EACH, LAST, HEAD = "all", "each", "last", "head"  # layers of an evaluation's grid
+EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are named
+PERPLEXITY, BLEU = "perplexity", "bleu"
+_CHANNELS = (1, 3)  # of images
+_NOT_RESULTS = ("output", "resume")  # where a run writes and what it goes on from change no result
+
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """The settings of `skillfast.bench`; every default is that of the command line.
+class ModelConfig(Settings):
+    """Which model, its weights, and how it is trained first."""
 
-    Attributes:
-        model: timm's name, or `hf:` and a name on the hub or a folder; None is the small vision transformer for the
-            digits.
-        model_kwargs: Further arguments of the model's constructor.
-        checkpoint: A safetensors or `.pt` file with the model's weights.
-        pretrained: Use the weights that timm downloads.
-        finetune: What to train first: `"none"`, `"head"`, `"last-block"`, `"all"`; None: what the model needs.
-        epochs: Passes of that training; None for the default of the mode.
-        lr: Its highest learning rate; None for the default of the mode.
-        dataset: `"digits"`, `"cifar10"`, `"imagefolder"` or `"text"`.
-        data_dir: The folder of images; of CIFAR-10 None lets torchvision download it into the cache.
-        data_file: Text: a `.tsv`, `.csv` or `.jsonl` file, or `hf:NAME[:CONFIG][@SPLIT]`.
-        test_file: Likewise, to test on; None for a third of `data_file`.
-        text_column: Where the text stands.
-        label_column: Where its class stands.
-        pair_column: Where a second text stands.
-        class_names: Of classes that the data numbers, in their order; none: as the model or the data has them.
-        prompt: Template with `{text}` for a model that only predicts tokens.
-        label_words: Its words for the classes, in their order.
-        pad_token: What to pad with, where the tokenizer has nothing.
-        truncate: Cut texts that are longer than the model's context.
-        train_per_class: Training images per class to use; None for 200 of CIFAR-10 (a model without weights is then
-            trained on all others too), all of anything else.
-        test_per_class: Test images per class to use; None for 100 of CIFAR-10, all of anything else.
-        mean: Per channel, what images are normalised by; None for the model's own.
-        std: Likewise.
-        crop_pct: Share of the resized image that the centre crop keeps; None for the model's own.
-        skip_unreadable: Leave unreadable images out instead of stopping.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`; None for CUDA where there is one.
-        device_map: Of a language model: how accelerate spreads its layers, `"auto"` for one; None: all on `device`.
-        bits: Of a language model's linear layers, 4 or 8, by bitsandbytes; None as they are.
-        dtype: Of the activations, by autocast; None for bfloat16 on a CUDA device that computes in it, else float32.
-        batch_size: Images per forward of the trace, rows per forward of the sweep.
-        seed: Of every random choice.
-        sites: Kinds or names of sites.
-        pool: How tokens become one observation.
-        metrics: What text is traced against; see `skillfast.metrics`.
-        statistics: What the trace computes.
-        bins: Bins per neuron for all but Pearson's r.
-        method: `"auto"`: the method and size that are best on the validation part. Or what neurons are ranked by: a
-            statistic, `"attribution"`, `"mask"`.
-        contrastive: With a method that is named, rank by the score minus the best of the other classes.
-        share: Share of all neurons that a skill takes, at most.
-        max_site_share: Share of one site's neurons that a skill takes, at most.
-        scale: Factor on the activations of a removed skill's neurons.
-        control_draws: Random controls per skill.
-        memory_budget: GiB that a sweep's intermediate results may take; None for half of what is free.
-        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
-        resume: Go on from what an interrupted run of the same settings left in the output folder.
-        output: Folder of the results.
-    """
+    name: str | None = setting(
+        None,
+        "timm's name of a vision transformer, or hf: and a language model's name or folder; the default is a small one "
+        "for the digits.",
+        name="model",
+    )
+    kwargs: dict[str, Any] = setting(  # noqa: RUF009
+        {},
+        "An argument of the model's constructor; may be repeated.",
+        name="model_kwargs",
+        option="model-kwarg",
+        metavar="KEY=VALUE",
+    )
+    checkpoint: str | None = setting(None, "The model's weights: a .safetensors or .pt file.")
+    pretrained: bool = setting(False, "Download the weights that timm names.")
+    finetune: str | None = setting(None, "What to train first; by default what the model needs.", choices=FINETUNE)
+    epochs: int | None = setting(None, "Passes of that training.", low=1)
+    lr: float | None = setting(None, "Highest learning rate of that training.", above=0)
+    prompt: str | None = setting(None, "Template with {text}, for a model that only predicts tokens.")
+    label_words: tuple[str, ...] = setting((), "The prompt's words for the classes: ' bad, good'.")
+    pad_token: str | None = setting(None, "What to pad with, where the tokenizer has nothing.")
+    device_map: str | None = setting(
+        None, "Spread a language model over all devices (accelerate).", choices=DEVICE_MAPS
+    )
+    bits: int | None = setting(None, "Bits of a language model's linear layers (bitsandbytes).", choices=BITS)
 
-    model: str | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    pretrained: bool = False
-    finetune: str | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    dataset: str = "digits"
-    data_dir: str | None = None
-    data_file: str | None = None
-    test_file: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    pair_column: str | None = None
-    class_names: tuple[str, ...] = ()
-    prompt: str | None = None
-    label_words: tuple[str, ...] = ()
-    pad_token: str | None = None
-    truncate: bool = False
-    train_per_class: int | None = None
-    test_per_class: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop_pct: float | None = None
-    skip_unreadable: bool = False
-    device: str | None = None
-    device_map: str | None = None
-    bits: int | None = None
-    dtype: str | None = None
-    batch_size: int = 256
-    seed: int = 0
-    sites: tuple[str, ...] = KINDS
-    pool: str = "mean"
-    metrics: tuple[str, ...] = METRICS
-    statistics: tuple[str, ...] = STATISTICS
-    bins: int = BINS
-    method: str = "auto"
-    contrastive: bool = False
-    share: float = 0.03
-    max_site_share: float = 0.25
-    scale: float = 0.0
-    control_draws: int = 5
-    memory_budget: float | None = None
-    backend: str = "auto"
-    resume: bool = True
-    output: str = "skillfast-report"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("dataset", DATASETS),
-            ("finetune", (None, *FINETUNE)),
-            ("dtype", (None, *DTYPES)),
-            ("method", ("auto", *METHODS)),
-        ):
-            if getattr(self, name) not in allowed:
-                words = ", ".join(str(word) for word in allowed if word)
-                raise ArgumentError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "control_draws", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {value}")
-        if self.lr is not None and not self.lr > 0:
-            raise ArgumentError(f"learning rate: expected more than 0, got {self.lr:g}; leave it out for the default")
-        if self.memory_budget is not None and not self.memory_budget > 0:
-            raise ArgumentError(f"memory budget: expected more than 0 GiB, got {self.memory_budget}")
-        if self.contrastive and self.method in ("auto", "mask"):
+    def check(self) -> None:
+        """Raise ArgumentError where values do not go together, or the checkpoint cannot be read."""
+        if self.name is None and (self.checkpoint or self.pretrained or self.kwargs or self.finetune or self.lr):
             raise ArgumentError(
-                f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
+                "model: expected --model with --checkpoint, --pretrained, --model-kwarg, --finetune or --lr, got none; "
+                "name one"
             )
-        self._check_text()
-        if self.dataset == "imagefolder" and self.data_dir is None:
-            raise ArgumentError("data folder: expected --data-dir with --dataset imagefolder, got none")
-        if self.model is None and self.dataset != "digits":
-            raise ArgumentError(
-                f"model: expected a timm name with --dataset {self.dataset}, got none; "
-                "for example --model vit_tiny_patch16_224"
-            )
-        if self.model is None and (self.checkpoint or self.pretrained or self.model_kwargs or self.finetune or self.lr):
-            raise ArgumentError(
-                "model: expected --model with --checkpoint, --pretrained, --model-kwarg, --finetune or --lr, got none"
-            )
-        if self.checkpoint is not None and self.pretrained:
-            raise ArgumentError("weights: expected --checkpoint or --pretrained, got both; leave one out")
-
-    def _check_text(self) -> None:
-        hugging_face = self.model is not None and self.model.startswith("hf:")
-        if hugging_face != (self.dataset == "text"):
-            expected, got = ("--dataset text", f"--dataset {self.dataset}") if hugging_face else ("hf:NAME", self.model)
-            what = "dataset" if hugging_face else "model"
-            raise ArgumentError(
-                f"{what}: expected {expected} with {self.model if hugging_face else '--dataset text'}, got {got}; "
-                "language models read text, timm's models read images"
-            )
-        if self.dataset == "text" and self.data_file is None:
-            raise ArgumentError(
-                "data file: expected --data-file with --dataset text, got none; for example --data-file train.tsv"
-            )
+        if self.checkpoint is not None:
+            if self.pretrained:
+                raise ArgumentError("weights: expected --checkpoint or --pretrained, got both; leave one out")
+            _check_readable(self.checkpoint)
         if (self.prompt is None) != (not self.label_words):
             raise ArgumentError(
                 "prompt: expected --prompt and --label-words together, got one; leave both out for a model with a "
                 "classification head"
             )
-        if self.placed:
-            self._check_placed("--bits" if self.device_map is None else "--device-map")
-        if self.dataset != "text" and self.metrics != METRICS:
+        if self.placed and self.finetune not in (None, "none"):
             raise ArgumentError(
-                f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.metrics)}; trace others with "
-                "skillfast.trace(forward=...)"
+                f"--finetune: expected none with {self.placed_by}, got {self.finetune!r}; layers that are spread or "
+                "quantised are not trained"
             )
 
-    def _check_placed(self, option: str) -> None:
-        if self.device_map not in (None, *DEVICE_MAPS):
-            raise ArgumentError(
-                f"device map: expected one of {', '.join(DEVICE_MAPS)}, got {self.device_map!r}; auto fills the devices"
-            )
-        if self.bits not in (None, *BITS):
-            raise ArgumentError(
-                f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}; leave it out for whole weights"
-            )
-        if self.dataset != "text":
-            raise ArgumentError(f"{option}: expected a language model with it, got {self.model}; leave it out")
-        if self.device_map is not None and self.device is not None:
-            raise ArgumentError(
-                f"device: expected --device or --device-map, got both ({self.device}, {self.device_map}); leave one out"
-            )
-        if self.finetune not in (None, "none"):
-            raise ArgumentError(
-                f"--finetune: expected none with {option}, got {self.finetune!r}; layers that are spread or quantised "
-                "are not trained"
-            )
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it reads text."""
+        return self.name is not None and self.name.startswith(LANGUAGE_MODEL)
 
     @property
     def placed(self) -> bool:
@@ -213,8 +102,132 @@ class BenchConfig:
         return self.device_map is not None or self.bits is not None
 
     @property
+    def placed_by(self) -> str:
+        """The option that makes it `placed`."""
+        return "--bits" if self.device_map is None else "--device-map"
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Which examples, and how images and texts are read."""
+
+    dataset: str = setting("digits", "What the examples are.", choices=DATASETS)
+    data_dir: str | None = setting(
+        None, "Folder with train/<class> and test/<class>, or CIFAR-10's (by default downloaded)."
+    )
+    data_file: str | None = setting(None, "Text: a .tsv, .csv or .jsonl file, or hf:NAME[:CONFIG][@SPLIT].")
+    test_file: str | None = setting(None, "Text to test on: as --data-file, of which it is a third by default.")
+    text_column: str = setting("text", "Column of the text.")
+    label_column: str = setting("label", "Column of its class.")
+    pair_column: str | None = setting(None, "Column of a second text, for inference tasks.")
+    class_names: tuple[str, ...] = setting((), "Names of classes that the data numbers: bad,good.")
+    truncate: bool = setting(False, "Cut texts that are longer than the model's context.")
+    train_per_class: int | None = setting(
+        None, "Training examples of each class; by default 200 of CIFAR-10, else all.", low=2
+    )
+    test_per_class: int | None = setting(
+        None, "Test examples of each class; by default 100 of CIFAR-10, else all.", low=1
+    )
+    mean: tuple[float, ...] | None = setting(
+        None, "What images are normalised by, one number or one per channel; by default the model's own.", required=True
+    )
+    std: tuple[float, ...] | None = setting(
+        None, "Standard deviation that images are normalised by, given as --mean.", above=0, required=True
+    )
+    crop_pct: float | None = setting(
+        None, "Share of the image that the centre crop keeps; by default the model's own.", above=0, high=1
+    )
+    skip_unreadable: bool = setting(False, "Leave out images that cannot be read, and count them.")
+
+    def check(self) -> None:
+        """Raise ArgumentError where a source is missing, or an image's channels have another number of values."""
+        if self.dataset == "imagefolder" and self.data_dir is None:
+            raise ArgumentError(
+                "data folder: expected --data-dir with --dataset imagefolder, got none; name the folder of images"
+            )
+        if self.dataset == "text" and self.data_file is None:
+            raise ArgumentError(
+                "data file: expected --data-file with --dataset text, got none; for example --data-file train.tsv"
+            )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) not in _CHANNELS:
+                raise ArgumentError(
+                    f"{name}: expected 1 number, or 3 for RGB images, got {len(values)}; give one for all channels or "
+                    f"one per channel, as --{name} 0.49 0.48 0.45"
+                )
+
+
+@dataclass(frozen=True)
+class TraceConfig(Settings):
+    """What a trace reads and computes."""
+
+    sites: tuple[str, ...] = setting(KINDS, "Kinds or names of sites.", required=True)
+    pool: str = setting("mean", "How an example's tokens become one observation.", choices=POOLS)
+    metrics: tuple[str, ...] = setting(
+        METRICS, "What neurons are correlated with; of text also margin, entropy, token_log_probability, "
+        "module:function, column:NAME.", required=True,
+    )  # fmt: skip
+    statistics: tuple[str, ...] = setting(STATISTICS, "What is computed.", choices=STATISTICS, required=True)
+    bins: int = setting(BINS, "Bins per neuron for all but Pearson's r; fewer take less memory.", low=2, high=256)
+
+
+@dataclass(frozen=True)
+class SelectConfig(Settings):
+    """Which neurons a skill takes."""
+
+    method: str = setting(
+        "auto", "What neurons are ranked by; auto takes the method and size that are best on the validation part.",
+        choices=("auto", *METHODS),
+    )  # fmt: skip
+    contrastive: bool = setting(False, "Rank by the score minus the best of the other classes.")
+    share: float = setting(SHARE, "Share of all neurons that a skill takes, at most.", above=0, high=1)
+    max_site_share: float = setting(
+        MAX_SITE_SHARE, "Share of one site's neurons that a skill takes, at most.", above=0, high=1
+    )
+
+    def check(self) -> None:
+        """Raise ArgumentError for a contrastive ranking by a method that has none."""
+        if self.contrastive and self.method in ("auto", "mask"):
+            raise ArgumentError(
+                f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
+            )
+
+
+@dataclass(frozen=True)
+class AblateConfig(Settings):
+    """What removing a skill means."""
+
+    scale: float = setting(0.0, "Factor on the activations of a skill's neurons: 0 removes, 2 doubles.")
+    control_draws: int = setting(5, "Random controls per skill.", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """Where a run computes, from which seed, and where it writes."""
+
+    device: str | None = setting(None, "cpu, cuda, cuda:1; by default CUDA where there is one.")
+    dtype: str | None = setting(
+        None, "Of the activations; by default bfloat16 on a GPU that computes in it, else float32.", choices=DTYPES
+    )
+    batch_size: int = setting(256, "Examples per forward.", low=1)
+    seed: int = setting(0, "Of every random choice.", low=0)
+    memory_budget: float | None = setting(None, "GiB for a sweep's results; by default half of what is free.", above=0)
+    backend: str = setting("auto", "What runs the ops.", choices=BACKENDS)
+    resume: bool = setting(True, "Go on from what an interrupted run left in --output.")
+    output: str = setting("skillfast-report", "Folder of the results.")
+
+    def check(self) -> None:
+        """Raise ArgumentError for a device that no machine has, or an output folder that cannot be written."""
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ArgumentError(
+                f"device: expected cpu, cuda or cuda:<number>, got {self.device!r}; leave it out for the default"
+            )
+        check_output(self.output)
+
+    @property
     def memory_bytes(self) -> int | None:
-        """The budget in bytes."""
+        """The memory budget in bytes."""
         return None if self.memory_budget is None else int(self.memory_budget * 2**30)
 
     @property
@@ -222,11 +235,155 @@ class BenchConfig:
         """The dtype of the activations, once the device is known."""
         return self.dtype or "float32"
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything that may change the results; where they go and what they go on from does not."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output", "resume")}
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The settings of a run, checked when they are made; every default is that of the command line.
+
+    `BenchConfig.of(model="vit_tiny_patch16_224", dataset="cifar10", share=0.01)` makes it from flat settings, named as
+    the options are.
+
+    Attributes:
+        model: Which model, its weights, and how it is trained first.
+        data: Which examples, and how they are read.
+        trace: What a trace reads and computes.
+        select: Which neurons a skill takes.
+        ablate: What removing a skill means.
+        run: Where it computes, from which seed, and where it writes.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    ablate: AblateConfig = field(default_factory=AblateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        name, dataset = self.model.name, self.data.dataset
+        if name is None and dataset != "digits":
+            raise ArgumentError(
+                f"model: expected a {'language model' if dataset == 'text' else 'timm name'} with --dataset {dataset}, "
+                f"got none; for example --model {'hf:gpt2' if dataset == 'text' else 'vit_tiny_patch16_224'}"
+            )
+        if self.model.is_language_model != (dataset == "text"):
+            text = self.model.is_language_model
+            what, expected, got = ("dataset", "text", dataset) if text else ("model", "hf:NAME", name)
+            raise ArgumentError(
+                f"{what}: expected {expected} with {name if text else '--dataset text'}, got {got}; language models "
+                "read text, timm's models read images"
+            )
+        if self.model.placed and dataset != "text":
+            raise ArgumentError(f"{self.model.placed_by}: expected a language model with it, got {name}; leave it out")
+        if self.model.device_map is not None and self.run.device is not None:
+            raise ArgumentError(
+                f"device: expected --device or --device-map, got both ({self.run.device}, {self.model.device_map}); "
+                "leave one out"
+            )
+        if dataset != "text" and self.trace.metrics != METRICS:
+            raise ArgumentError(
+                f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.trace.metrics)}; trace others "
+                "with skillfast.trace(forward=...)"
+            )
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        """Names of all settings."""
-        return tuple(f.name for f in fields(BenchConfig))
+        """Names of all flat settings."""
+        return tuple(name_of(declared) for _, declared in _declared())
+
+    @staticmethod
+    def of(**settings: Any) -> BenchConfig:
+        """Make the settings from flat ones, named as the command line's options: `of(model=..., dataset=...)`.
+
+        Raises:
+            ArgumentError: A setting that is not known, or a value that cannot be used.
+        """
+        return BenchConfig().replaced(**settings)
+
+    def replaced(self, **settings: Any) -> BenchConfig:
+        """The same with some flat settings replaced; raises ArgumentError as `of`."""
+        places = {name_of(declared): (group, declared.name) for group, declared in _declared()}
+        unknown = [name for name in settings if name not in places]
+        if unknown:
+            raise ArgumentError(f"setting: expected one of {', '.join(places)}, got {unknown[0]!r}; check its name")
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            group, own = places[name]
+            changes.setdefault(group, {})[own] = value
+        return replace(self, **{group: replace(getattr(self, group), **values) for group, values in changes.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that may change the results, flat."""
+        flat = {
+            name_of(declared): getattr(getattr(self, group), declared.name)
+            for group, declared in _declared()
+            if declared.name not in _NOT_RESULTS
+        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+@dataclass(frozen=True)
+class Grid(Settings):
+    """Skills x sizes x layers x factors to try, and the random controls beside them."""
+
+    shares: tuple[float, ...] = setting(
+        (0.001, 0.003, 0.01), "Sizes of a skill, as shares of all neurons. In one block it has as many, up to "
+        "--max-site-share.", above=0, high=1, required=True,
+    )  # fmt: skip
+    layers: tuple[str, ...] = setting(
+        (ALL, EACH), "Where neurons are chosen from: all, each (every block by itself), last (the last block), head, "
+        "or a block such as blocks.3.", required=True,
+    )  # fmt: skip
+    scales: tuple[float, ...] = setting(
+        (0.0, 0.5, 2.0, 4.0), "Factors on the activations of a skill of all layers; 0, which removes, is always among "
+        "them.", required=True,
+    )  # fmt: skip
+    draws: int = setting(
+        3, "Random controls beside each skill, with as many neurons per site.", low=1, option="control-draws"
+    )
+    max_site_share: float = setting(MAX_SITE_SHARE, "Share of one site's neurons, at most.", above=0, high=1)
+    signed: bool = setting(False, "Rank a continuous metric's neurons by the score, not by its size.")
+    contrastive: bool = setting(False, "Rank by the score minus the best of the other classes.")
+    replicates: int = setting(1000, "Of the bootstrap behind the 95 % intervals.", low=1)
+    seed: int = setting(0, "Of the random controls and the bootstrap.", low=0)
+
+    def scales_at(self, layers: str) -> tuple[float, ...]:
+        """Factors to try: everywhere in turn, in single layers removal alone."""
+        return tuple(sorted({0.0, *(self.scales if layers == ALL else ())} - {1.0}))  # 1 is the intact model
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Generation(Settings):
+    """What a causal language model writes for BLEU."""
+
+    prefix_tokens: int = setting(8, "Tokens of each held-out text to write on from.", low=1)
+    max_new_tokens: int = setting(32, "Tokens to write at most, greedily; 0 leaves BLEU out.", low=0)
+    texts: int = setting(
+        64, "Held-out texts to write on from, drawn at random; all where there are fewer.", low=1, option="generations"
+    )
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is measured."""
+        return (PERPLEXITY, BLEU) if self.max_new_tokens else (PERPLEXITY,)
+
+
+def _declared() -> Iterator[tuple[str, Field[Any]]]:
+    """Every setting with the name of its group."""
+    for group in fields(BenchConfig):
+        for declared in fields(group.default_factory):  # type: ignore[arg-type]  # the group's class
+            yield group.name, declared
+
+
+def _check_readable(checkpoint: str) -> None:
+    try:
+        with Path(checkpoint).open("rb"):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"checkpoint: expected a file that can be read, got {checkpoint!r} ({error.strerror}); check its path"
+        ) from error

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from skillfast import backends
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import classification as class_scores
-from skillfast.evaluation.generation import Generation, causal_outcomes, prefixes, require_sacrebleu
-from skillfast.evaluation.grid import Grid, cases_of_scores, cases_of_skills, largest
+from skillfast.evaluation.generation import causal_outcomes, prefixes, require_sacrebleu
+from skillfast.evaluation.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.evaluation.tasks import check_tasks, compare_tasks
 from skillfast.memory.budget import limited_memory
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.runs import selection
+from skillfast.runs.config import EVALUATED, Generation, Grid
 from skillfast.runs.cost import Clock
 from skillfast.runs.results import Evaluation, environment
 from skillfast.runs.subject import Subject, on_device, prepare, trace_part
@@ -41,7 +42,7 @@ def evaluate(
     config: BenchConfig,
     grid: Grid | None = None,
     *,
-    metrics: Sequence[str] = ("label",),
+    metrics: Sequence[str] = EVALUATED,
     tasks: Sequence[str] = (),
     skills: str | Path | None = None,
     generation: Generation | None = None,
@@ -53,8 +54,8 @@ def evaluate(
     A classifier's accuracy and F1; with `token_log_probability` among the metrics a causal language model's perplexity
     on held-out text, and BLEU of what it writes against what it writes intact.
 
-    Skills are chosen on the select part by `config.method` (Pearson's r for `"auto"`), or loaded; the test part, on
-    which everything is measured, chooses nothing.
+    Skills are chosen on the select part by `config.select.method` (Pearson's r for `"auto"`), or loaded; the test part,
+    on which everything is measured, chooses nothing.
 
     Args:
         config: Model, data and method.
@@ -70,7 +71,7 @@ def evaluate(
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
-    grid = grid or Grid(seed=config.seed)
+    grid = grid or Grid(seed=config.run.seed)
     config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks))))
     if tasks:
         check_tasks(tasks)
@@ -82,8 +83,8 @@ def evaluate(
             )
         return _evaluate_causal(config, grid, skills, generation or Generation(), quiet, say)
     with ExitStack() as stack:
-        stack.enter_context(backends.use_backend(config.backend))
-        stack.enter_context(limited_memory(config.memory_bytes))
+        stack.enter_context(backends.use_backend(config.run.backend))
+        stack.enter_context(limited_memory(config.run.memory_bytes))
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         stack.enter_context(subject.precision())
         scores = None
@@ -94,7 +95,7 @@ def evaluate(
             assert scores is not None
             cases = class_cases(subject, scores, grid, metrics, quiet)
         else:
-            cases = cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
+            cases = cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.trace.sites), grid)
         say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
         intact, outcomes = class_scores.class_outcomes(
             subject.model,
@@ -111,7 +112,7 @@ def evaluate(
         measures=class_scores.MEASURES,
         intact=intact,
         outcomes=tuple(outcomes),
-        model=model_json(subject.name, subject.model, config.sites),
+        model=model_json(subject.name, subject.model, config.trace.sites),
         data=subject.dataset_json(),
         config=_settings(subject.config, grid, skills),
         environment=environment(subject.device),
@@ -138,7 +139,7 @@ def _evaluate_causal(
 ) -> Evaluation:
     if settings.max_new_tokens:
         require_sacrebleu()  # before anything is traced for nothing
-    with backends.use_backend(config.backend):
+    with backends.use_backend(config.run.backend):
         subject = prepare_causal(*on_device(config))
         if settings.max_new_tokens:
             prefixes(subject.test, settings, grid.seed)  # likewise
@@ -152,7 +153,7 @@ def _evaluate_causal(
         measures=settings.measures,
         intact=intact,
         outcomes=tuple(outcomes),
-        model=model_json(str(config.model), subject.model, config.sites),
+        model=model_json(str(config.model.name), subject.model, config.trace.sites),
         data={
             "name": "text",
             "classes": list(subject.test.classes),
@@ -171,14 +172,14 @@ def _causal_cases(subject: CausalSubject, grid: Grid, skills: str | Path | None,
     """Skills from a file, or chosen on the select part."""
     config = subject.config
     if skills is not None:
-        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.sites), grid)
-    _check_method(_method(config), config, config.metrics)
+        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.trace.sites), grid)
+    _check_method(_method(config), config, config.trace.metrics)
     scores = trace_causal(subject, quiet)
-    return cases_of_scores(scores, _method(config), [name.removeprefix(COLUMN) for name in config.metrics], grid)
+    return cases_of_scores(scores, _method(config), [name.removeprefix(COLUMN) for name in config.trace.metrics], grid)
 
 
 def _method(config: BenchConfig) -> str:
-    return "pearson" if config.method == "auto" else config.method
+    return "pearson" if config.select.method == "auto" else config.select.method
 
 
 def _check_method(method: str, config: BenchConfig, metrics: Sequence[str]) -> None:
@@ -190,9 +191,9 @@ def _check_method(method: str, config: BenchConfig, metrics: Sequence[str]) -> N
             f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(metrics)}, got "
             f"{method!r}, which ranks neurons for classes alone; name another --method"
         )
-    if method not in config.statistics:
+    if method not in config.trace.statistics:
         raise ArgumentError(
-            f"method: expected one of the statistics that are traced, {', '.join(config.statistics)}, got "
+            f"method: expected one of the statistics that are traced, {', '.join(config.trace.statistics)}, got "
             f"{method!r}; add it to --statistics"
         )
 
@@ -204,8 +205,8 @@ def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dic
 def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
     """With the metrics of text that are wanted; those of images are fixed."""
     check_metric_names(metrics)
-    if config.dataset == "text":
-        return replace(config, metrics=tuple(metrics))
+    if config.data.dataset == "text":
+        return config.replaced(metrics=tuple(metrics))
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise ArgumentError(
@@ -227,7 +228,7 @@ def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Seq
         [tried],
         mask_loader=subject.varied_loader("select"),
         max_site_share=grid.max_site_share,
-        seed=config.seed,
+        seed=config.run.seed,
         classes=subject.splits.classes,
         quiet=quiet,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,18 +66,18 @@ class Subject:
 
     def loader(self, part: str) -> DataLoader[Any]:
         """Batches of `"select"`, `"validate"` or `"test"`, in the data's order."""
-        return data.loader(getattr(self.splits, part), self.config.batch_size)
+        return data.loader(getattr(self.splits, part), self.config.run.batch_size)
 
     def varied_loader(self, part: str) -> DataLoader[Any]:
         """Batches of which the first ones hold texts of all lengths, too; for images `loader`'s."""
         examples = getattr(self.splits, part)
         if not hasattr(examples, "lengths"):
             return self.loader(part)
-        return data.loader(examples, VARIED_BATCH, shuffle=True, seed=self.config.seed)
+        return data.loader(examples, VARIED_BATCH, shuffle=True, seed=self.config.run.seed)
 
     def precision(self) -> torch.autocast:
         """The context in which the model runs in the dtype that was asked for."""
-        dtype = getattr(torch, self.config.precision)
+        dtype = getattr(torch, self.config.run.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def dataset_json(self) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def choose_dtype(name: str | None, device: torch.device) -> str:
 
 def on_device(config: BenchConfig) -> tuple[BenchConfig, torch.device]:
     """The device that was asked for, and the settings with its dtype."""
-    device = choose_device(config.device)
-    return replace(config, dtype=choose_dtype(config.dtype, device)), device
+    device = choose_device(config.run.device)
+    return config.replaced(dtype=choose_dtype(config.run.dtype, device)), device
 
 
 def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases: Phases | None = None) -> Subject:
@@ -137,23 +137,25 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
         SkillfastError: Data or a model that cannot be had, a device that is not there.
     """
     config, device = on_device(config)
-    if config.dataset == "text":
+    if config.data.dataset == "text":
         classifier, texts, trained = prepare_text(config, device, clock, quiet=quiet, say=say, phases=phases)
-        return Subject(config, classifier, str(config.model), texts, trained, "text as its tokenizer reads it", device)
-    if config.dataset == "digits" and config.model is None:
+        return Subject(
+            config, classifier, str(config.model.name), texts, trained, "text as its tokenizer reads it", device
+        )
+    if config.data.dataset == "digits" and config.model.name is None:
         return _digits(config, device, clock, quiet=quiet)
     with clock.phase("data"):
         loaded = loading.create_model(
-            config.model or "",
+            config.model.name or "",
             _n_classes(config),
-            pretrained=config.pretrained,
-            checkpoint=config.checkpoint,
-            model_kwargs=config.model_kwargs,
-            seed=config.seed,
+            pretrained=config.model.pretrained,
+            checkpoint=config.model.checkpoint,
+            model_kwargs=config.model.kwargs,
+            seed=config.run.seed,
             quiet=quiet,
         )
-        choose_sites(loaded.model, config.sites)  # before anything is trained for nothing
-        mode = training.resolve_finetune(config.finetune, loaded)
+        choose_sites(loaded.model, config.trace.sites)  # before anything is trained for nothing
+        mode = training.resolve_finetune(config.model.finetune, loaded)
         splits, normalisation = _images(config, loaded, quiet)
     if splits.skipped:
         say(f"{len(splits.skipped)} unreadable images left out: {', '.join(splits.skipped[:3])}")
@@ -161,8 +163,8 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
     if mode != "none":
         data_to_train = splits.train if mode == "all" and splits.train is not None else splits.select
         say(
-            f"training {_what_is_trained(mode)} of {config.model} ({loaded.source} weights) on {len(data_to_train)} "
-            "images"
+            f"training {_what_is_trained(mode)} of {config.model.name} ({loaded.source} weights) on "
+            f"{len(data_to_train)} images"
         )
 
     def train() -> dict[str, Any]:
@@ -171,11 +173,11 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
                 model,
                 splits,
                 mode,
-                epochs=config.epochs,
-                lr=config.lr,
-                seed=config.seed,
+                epochs=config.model.epochs,
+                lr=config.model.lr,
+                seed=config.run.seed,
                 device=device,
-                dtype=getattr(torch, config.precision),
+                dtype=getattr(torch, config.run.precision),
                 quiet=quiet,
                 scratch=loaded.source == "scratch",
             )
@@ -186,10 +188,10 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
 
 def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
     with clock.phase("data"):
-        splits = data.load_digits(config.seed)
-        choose_sites(loading.digits_model().model, config.sites)  # before anything is trained for nothing
+        splits = data.load_digits(config.run.seed)
+        choose_sites(loading.digits_model().model, config.trace.sites)  # before anything is trained for nothing
     with clock.phase("train"):
-        loaded, trained = loading.load_or_train_digits(splits, config.seed, quiet=quiet)
+        loaded, trained = loading.load_or_train_digits(splits, config.run.seed, quiet=quiet)
     trained = {"from": "scratch", **trained}
     model = loaded.model.to(device).eval()
     return Subject(config, model, loaded.name, splits, trained, "the digits' own mean and deviation", device)
@@ -198,39 +200,45 @@ def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: b
 def _images(config: BenchConfig, loaded: loading.LoadedModel, quiet: bool) -> tuple[data.Splits, str]:
     """The splits, and in words what their images are normalised by."""
     data_config = loaded.data_config
-    if config.dataset == "digits":
+    if config.data.dataset == "digits":
         if tuple(data_config["input_size"]) != DIGITS_INPUT:
             raise ArgumentError(
                 f"model: expected one for the digits' {list(DIGITS_INPUT)} images, got one for "
                 f"{list(data_config['input_size'])}; pass --model-kwarg in_chans=1 img_size=8 patch_size=2 (one "
                 "--model-kwarg each), or another --dataset"
             )
-        return data.load_digits(config.seed), "the digits' own mean and deviation"
-    transforms = data.make_transforms(data_config, mean=config.mean, std=config.std, crop_pct=config.crop_pct)
-    if config.dataset == "cifar10":
+        return data.load_digits(config.run.seed), "the digits' own mean and deviation"
+    transforms = data.make_transforms(
+        data_config, mean=config.data.mean, std=config.data.std, crop_pct=config.data.crop_pct
+    )
+    if config.data.dataset == "cifar10":
         splits = data.load_cifar10(
-            config.data_dir or loading.cache_dir() / "cifar10",
+            config.data.data_dir or loading.cache_dir() / "cifar10",
             transforms,
-            config.train_per_class or CIFAR10_TRAIN,
-            config.test_per_class or CIFAR10_TEST,
-            config.seed,
-            download=config.data_dir is None,
+            config.data.train_per_class or CIFAR10_TRAIN,
+            config.data.test_per_class or CIFAR10_TEST,
+            config.run.seed,
+            download=config.data.data_dir is None,
             # a model without weights is not made by the few images that skills are selected on
-            train_on_all=config.train_per_class is None and loaded.source == "scratch",
+            train_on_all=config.data.train_per_class is None and loaded.source == "scratch",
             quiet=quiet,
         )
     else:
         splits = data.load_imagefolder(
-            config.data_dir or "",
+            config.data.data_dir or "",
             transforms,
-            config.train_per_class,
-            config.test_per_class,
-            config.seed,
-            skip_unreadable=config.skip_unreadable,
+            config.data.train_per_class,
+            config.data.test_per_class,
+            config.run.seed,
+            skip_unreadable=config.data.skip_unreadable,
             quiet=quiet,
         )
     used = transforms.config
-    own = "the model's own" if (config.mean, config.std, config.crop_pct) == (None, None, None) else "as given"
+    own = (
+        "the model's own"
+        if (config.data.mean, config.data.std, config.data.crop_pct) == (None, None, None)
+        else "as given"
+    )
     words = f"normalised by mean {_short(used['mean'])}, std {_short(used['std'])}, crop {used['crop_pct']:g} ({own})"
     return splits, words
 
@@ -241,9 +249,9 @@ def _short(values: Sequence[float]) -> str:
 
 def _n_classes(config: BenchConfig) -> int:
     """How many classes the data has; the loaders say what is wrong with a folder that cannot be counted."""
-    if config.dataset != "imagefolder":
+    if config.data.dataset != "imagefolder":
         return CIFAR10_CLASSES  # the digits have as many
-    train = Path(config.data_dir or "") / "train"
+    train = Path(config.data.data_dir or "") / "train"
     return sum(entry.is_dir() for entry in train.iterdir()) if train.is_dir() else 2
 
 
@@ -253,16 +261,16 @@ def _what_is_trained(mode: str) -> str:
 
 def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[str, ...] | None = None) -> NeuronScores:
     """Trace a part of the data with the subject's settings, and with other statistics where they are given."""
-    statistics = statistics or subject.config.statistics
+    statistics = statistics or subject.config.trace.statistics
     if isinstance(subject.model, TextClassifier):
         return trace_text(subject.config, subject.model, getattr(subject.splits, part), statistics, quiet)
     return trace(
         subject.model,
         subject.loader(part),
-        sites=subject.config.sites,
-        pool=subject.config.pool,  # type: ignore[arg-type]  # the tracer checks it
+        sites=subject.config.trace.sites,
+        pool=subject.config.trace.pool,  # type: ignore[arg-type]  # the tracer checks it
         statistics=statistics,
-        bins=subject.config.bins,
+        bins=subject.config.trace.bins,
         classes=subject.splits.classes,
         quiet=quiet,
     )
@@ -270,8 +278,8 @@ def trace_part(subject: Subject, part: str, quiet: bool, *, statistics: tuple[st
 
 def traced(config: BenchConfig, *, quiet: bool, say: Say) -> NeuronScores:
     """The scores of a run that does nothing but trace."""
-    check_metric_names(config.metrics)
-    with backends.use_backend(config.backend):
+    check_metric_names(config.trace.metrics)
+    with backends.use_backend(config.run.backend):
         if predicts_tokens(config):
             return trace_causal(prepare_causal(*on_device(config)), quiet)
         subject = prepare(config, Clock(), quiet=quiet, say=say)
@@ -290,8 +298,8 @@ def ablated(
     say: Say,
 ) -> SweepResult:
     """Accuracy on the test part without and with each skill's intervention."""
-    conditions = [Condition(skill, tuple(components), config.scale, mode) for skill in skills]
-    with backends.use_backend(config.backend), limited_memory(config.memory_bytes):
+    conditions = [Condition(skill, tuple(components), config.ablate.scale, mode) for skill in skills]
+    with backends.use_backend(config.run.backend), limited_memory(config.run.memory_bytes):
         subject = prepare(config, Clock(), quiet=quiet, say=say)
         with subject.precision():
             return sweep(

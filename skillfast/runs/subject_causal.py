@@ -48,7 +48,7 @@ class CausalSubject:
 
 def predicts_tokens(config: BenchConfig) -> bool:
     """Whether the metrics ask for the log-probabilities of tokens."""
-    return config.dataset == "text" and TOKEN_LOG_PROBABILITY in config.metrics
+    return config.data.dataset == "text" and TOKEN_LOG_PROBABILITY in config.trace.metrics
 
 
 def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
@@ -58,33 +58,39 @@ def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
         ArgumentError: A prompt, fine-tuning, or a model with a classification head.
         SkillfastError: Data or a model that cannot be had.
     """
-    name, what = str(config.model), TOKEN_LOG_PROBABILITY
-    if config.prompt is not None:
+    name, what = str(config.model.name), TOKEN_LOG_PROBABILITY
+    if config.model.prompt is not None:
         raise ArgumentError(
             f"metric '{what}': expected text without a prompt, got --prompt; leave out --prompt and --label-words"
         )
-    if config.finetune not in (None, "none"):
-        raise ArgumentError(f"metric '{what}': expected --finetune none, got {config.finetune}; train the model before")
+    if config.model.finetune not in (None, "none"):
+        raise ArgumentError(
+            f"metric '{what}': expected --finetune none, got {config.model.finetune}; train the model before"
+        )
     heads = [kind for kind in load_config(name).architectures or () if "Classification" in kind]
     if heads:
         raise ArgumentError(
             f"metric '{what}': expected a causal language model, got {heads[0]}, whose head is over classes; name "
             "another --model, or other --metrics"
         )
-    table = _read(config, config.data_file)
+    table = _read(config, config.data.data_file)
     loaded = load_language_model(
-        name, "causal", pad_token=config.pad_token, dtype=getattr(torch, config.precision), seed=config.seed
+        name,
+        "causal",
+        pad_token=config.model.pad_token,
+        dtype=getattr(torch, config.run.precision),
+        seed=config.run.seed,
     )
     model = CausalModel(loaded).to(device).eval()
-    choose_sites(model, config.sites)
+    choose_sites(model, config.trace.sites)
     splits: Any = split_text(
         table,
         loaded,
-        test=None if config.test_file is None else _read(config, config.test_file, table.classes),
-        truncate=config.truncate,
-        train_per_class=config.train_per_class,
-        test_per_class=config.test_per_class,
-        seed=config.seed,
+        test=None if config.data.test_file is None else _read(config, config.data.test_file, table.classes),
+        truncate=config.data.truncate,
+        train_per_class=config.data.train_per_class,
+        test_per_class=config.data.test_per_class,
+        seed=config.run.seed,
     )
     return CausalSubject(config, model, loaded, splits.select, splits.validate, splits.test, device)
 
@@ -92,16 +98,16 @@ def prepare_causal(config: BenchConfig, device: torch.device) -> CausalSubject:
 def trace_causal(subject: CausalSubject, quiet: bool) -> NeuronScores:
     """Trace the select part: every token with `pool="none"`, else each text's pooled activations."""
     config = subject.config
-    chosen = parse_metrics(config.metrics, subject.select.classes, subject.select.metrics)
-    forward = CausalForward(chosen, tokens=config.pool == "none")
+    chosen = parse_metrics(config.trace.metrics, subject.select.classes, subject.select.metrics)
+    forward = CausalForward(chosen, tokens=config.trace.pool == "none")
     return trace(
         subject.model,
-        batches(subject.select, config.batch_size),
+        batches(subject.select, config.run.batch_size),
         forward.kinds,
-        sites=config.sites,
-        pool=config.pool,  # type: ignore[arg-type]  # the tracer checks it
-        statistics=config.statistics,
-        bins=config.bins,
+        sites=config.trace.sites,
+        pool=config.trace.pool,  # type: ignore[arg-type]  # the tracer checks it
+        statistics=config.trace.statistics,
+        bins=config.trace.bins,
         forward=forward,
         mask=forward.mask,
         quiet=quiet,
@@ -109,12 +115,12 @@ def trace_causal(subject: CausalSubject, quiet: bool) -> NeuronScores:
 
 
 def _read(config: BenchConfig, source: str | None, classes: tuple[str, ...] | None = None) -> TextTable:
-    columns = [name.removeprefix(COLUMN) for name in config.metrics if name.startswith(COLUMN)]
+    columns = [name.removeprefix(COLUMN) for name in config.trace.metrics if name.startswith(COLUMN)]
     return read_text(
         source or "",
-        text_column=config.text_column,
-        label_column=config.label_column if "label" in config.metrics else None,
-        pair_column=config.pair_column,
+        text_column=config.data.text_column,
+        label_column=config.data.label_column if "label" in config.trace.metrics else None,
+        pair_column=config.data.pair_column,
         columns=columns,
         classes=classes or None,
     )

@@ -59,33 +59,33 @@ def prepare_text(
     Raises:
         SkillfastError: Data or a model that cannot be had, a prompt that does not fit.
     """
-    prompt = None if config.prompt is None else Prompt(config.prompt, config.label_words)
+    prompt = None if config.model.prompt is None else Prompt(config.model.prompt, config.model.label_words)
     with clock.phase("data"):
-        table = _read(config, config.data_file, config.class_names or None)
+        table = _read(config, config.data.data_file, config.data.class_names or None)
         loaded = _load(config, table.classes, device)
-        if prompt is None and not config.class_names:
+        if prompt is None and not config.data.class_names:
             named = _own_classes(loaded)
             if named is not None and len(named) == len(table.classes):
-                table = _read(config, config.data_file, named)
+                table = _read(config, config.data.data_file, named)
         words = None if prompt is None else prompt.ids(loaded.tokenizer, table.classes)
         model = TextClassifier(loaded, len(table.classes), words)
-        if not config.placed:  # by from_pretrained
+        if not config.model.placed:  # by from_pretrained
             model = model.to(device)
-        choose_sites(model, config.sites)  # before anything is trained for nothing
+        choose_sites(model, config.trace.sites)  # before anything is trained for nothing
         splits = split_text(
             table,
             loaded,
-            test=None if config.test_file is None else _read(config, config.test_file, table.classes),
+            test=None if config.data.test_file is None else _read(config, config.data.test_file, table.classes),
             prompt=prompt,
-            truncate=config.truncate,
-            train_per_class=config.train_per_class,
-            test_per_class=config.test_per_class,
-            seed=config.seed,
+            truncate=config.data.truncate,
+            train_per_class=config.data.train_per_class,
+            test_per_class=config.data.test_per_class,
+            seed=config.run.seed,
         )
-    mode = config.finetune or ("all" if loaded.head_replaced else "none")
+    mode = config.model.finetune or ("all" if loaded.head_replaced else "none")
     if mode != "none":
-        say(f"training {config.model} ({mode}) on {len(splits.select)} texts")
-    lr = config.lr or (_LR if mode == "all" else None)
+        say(f"training {config.model.name} ({mode}) on {len(splits.select)} texts")
+    lr = config.model.lr or (_LR if mode == "all" else None)
 
     def train() -> dict[str, Any]:
         with torch.inference_mode(False):
@@ -93,13 +93,13 @@ def prepare_text(
                 model,
                 splits,
                 mode,
-                epochs=config.epochs or (_EPOCHS if mode == "all" else None),
+                epochs=config.model.epochs or (_EPOCHS if mode == "all" else None),
                 lr=lr,
                 head_lr=_NEW_HEAD * lr if lr and mode == "all" and loaded.head_replaced else None,
-                batch_size=min(config.batch_size, _BATCH),
-                seed=config.seed,
+                batch_size=min(config.run.batch_size, _BATCH),
+                seed=config.run.seed,
                 device=device,
-                dtype=getattr(torch, config.precision),
+                dtype=getattr(torch, config.run.precision),
                 quiet=quiet,
             )
 
@@ -125,18 +125,18 @@ def _folder_of(loaded: LanguageModel) -> Kept[dict[str, Any]]:
 
 def _load(config: BenchConfig, classes: tuple[str, ...], device: torch.device) -> LanguageModel:
     """The language model; in float32 where it may be trained."""
-    dtype = getattr(torch, config.precision)
+    dtype = getattr(torch, config.run.precision)
     loaded = load_language_model(
-        str(config.model),
-        "classification" if config.prompt is None else "causal",
+        str(config.model.name),
+        "classification" if config.model.prompt is None else "causal",
         classes=classes,
-        pad_token=config.pad_token,
-        dtype=torch.float32 if config.prompt is None and not config.placed else dtype,
-        device_map=config.device_map or ({"": device} if config.bits else None),
-        quantization_config=quantization(config.bits, dtype),
-        seed=config.seed,
+        pad_token=config.model.pad_token,
+        dtype=torch.float32 if config.model.prompt is None and not config.model.placed else dtype,
+        device_map=config.model.device_map or ({"": device} if config.model.bits else None),
+        quantization_config=quantization(config.model.bits, dtype),
+        seed=config.run.seed,
     )
-    if config.placed and loaded.head_replaced:
+    if config.model.placed and loaded.head_replaced:
         raise ModelError(
             f"model '{loaded.name}': expected weights with a head for {', '.join(classes[:5])} with --device-map or "
             "--bits, got none; fine-tune and save it first, or pass --prompt"
@@ -148,15 +148,15 @@ def trace_text(
     config: BenchConfig, model: TextClassifier, examples: Any, statistics: Sequence[str], quiet: bool
 ) -> NeuronScores:
     """Trace one part's `TokenExamples` against the metrics that were asked for."""
-    forward = TextForward(parse_metrics(config.metrics, examples.classes, examples.metrics))
+    forward = TextForward(parse_metrics(config.trace.metrics, examples.classes, examples.metrics))
     return trace(
         model,
-        batches(examples, config.batch_size),
+        batches(examples, config.run.batch_size),
         forward.kinds,
-        sites=config.sites,
-        pool=config.pool,  # type: ignore[arg-type]  # the tracer checks it
+        sites=config.trace.sites,
+        pool=config.trace.pool,  # type: ignore[arg-type]  # the tracer checks it
         statistics=statistics,
-        bins=config.bins,
+        bins=config.trace.bins,
         forward=forward,
         mask=lambda batch: batch["attention_mask"],
         quiet=quiet,
@@ -164,12 +164,12 @@ def trace_text(
 
 
 def _read(config: BenchConfig, source: str | None, classes: tuple[str, ...] | None = None) -> TextTable:
-    columns = [name.removeprefix(COLUMN) for name in config.metrics if name.startswith(COLUMN)]
+    columns = [name.removeprefix(COLUMN) for name in config.trace.metrics if name.startswith(COLUMN)]
     return read_text(
         source or "",
-        text_column=config.text_column,
-        label_column=config.label_column,
-        pair_column=config.pair_column,
+        text_column=config.data.text_column,
+        label_column=config.data.label_column,
+        pair_column=config.data.pair_column,
         columns=columns,
         classes=classes,
     )

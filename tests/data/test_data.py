@@ -285,7 +285,7 @@ def test_the_published_protocol_is_the_default(cifar: Path, monkeypatch: pytest.
     said: list[str] = []
 
     def prepared(**more: str | int) -> setup.Subject:
-        config = BenchConfig(**options, data_dir=str(cifar), **more)  # type: ignore[arg-type]
+        config = BenchConfig.of(**options, data_dir=str(cifar), **more)  # type: ignore[arg-type]
         return setup.prepare(config, Clock(), quiet=True, say=said.append)
 
     scratch = prepared()

@@ -19,7 +19,6 @@ from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.evaluation.generation import (
-    Generation,
     causal_outcomes,
     corpus_bleu,
     generate,
@@ -27,8 +26,9 @@ from skillfast.evaluation.generation import (
     perplexity,
     prefixes,
 )
-from skillfast.evaluation.grid import Grid, cases_of_skills
+from skillfast.evaluation.grid import cases_of_skills
 from skillfast.metrics import TOKEN_LOG_PROBABILITY
+from skillfast.runs.config import Generation, Grid
 from skillfast.runs.subject_causal import prepare_causal
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -56,7 +56,7 @@ def subject(folder):
 
     def get(model_class):
         if model_class not in made:
-            config = BenchConfig(
+            config = BenchConfig.of(
                 model=f"hf:{folder / model_class}", dataset="text", data_file=str(folder / "x.tsv"), batch_size=4,
                 metrics=(TOKEN_LOG_PROBABILITY,),
             )  # fmt: skip

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def subject_of(folder, model_class):
-    config = BenchConfig(
+    config = BenchConfig.of(
         model=f"hf:{folder / model_class}", dataset="text", data_file=str(folder / "x.tsv"), batch_size=16,
         metrics=TASKS, statistics=("pearson", "auroc"),
     )  # fmt: skip

@@ -115,16 +115,16 @@ def test_a_spread_model_is_not_trained(tmp_path, data):
 def test_what_does_not_go_together_is_refused(monkeypatch):
     text = {"model": "hf:x", "dataset": "text", "data_file": "x.tsv"}
     assert "--finetune: expected none with --device-map, got 'all'" in one_line(
-        ArgumentError, BenchConfig, **text, device_map="auto", finetune="all"
+        ArgumentError, BenchConfig.of, **text, device_map="auto", finetune="all"
     )
     assert "device: expected --device or --device-map, got both (cpu, auto)" in one_line(
-        ArgumentError, BenchConfig, **text, device_map="auto", device="cpu"
+        ArgumentError, BenchConfig.of, **text, device_map="auto", device="cpu"
     )
-    assert "bits: expected one of 4, 8, got 3" in one_line(ArgumentError, BenchConfig, **text, bits=3)
-    assert "device map: expected one of auto, balanced" in one_line(
-        ArgumentError, BenchConfig, **text, device_map="everywhere"
+    assert "bits: expected one of 4, 8, got 3" in one_line(ArgumentError, BenchConfig.of, **text, bits=3)
+    assert "device_map: expected one of auto, balanced" in one_line(
+        ArgumentError, BenchConfig.of, **text, device_map="everywhere"
     )
-    assert "--bits: expected a language model with it, got None" in one_line(ArgumentError, BenchConfig, bits=4)
+    assert "--bits: expected a language model with it, got None" in one_line(ArgumentError, BenchConfig.of, bits=4)
     monkeypatch.setattr(huggingface.importlib.util, "find_spec", lambda name: None)
     assert "pip install bitsandbytes" in one_line(ModelError, quantization, 4, torch.float16)
     assert quantization(None, torch.float16) is None

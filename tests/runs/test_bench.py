@@ -253,7 +253,7 @@ def digits_runs(tmp_path_factory, cache):
     """The default benchmark, twice: first with training, then from the cache."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     lines: list[str] = []
-    return [skillfast.bench(BenchConfig(output=str(folder)), say=lines.append) for folder in folders], lines
+    return [skillfast.bench(BenchConfig.of(output=str(folder)), say=lines.append) for folder in folders], lines
 
 
 @pytest.mark.slow
@@ -330,4 +330,4 @@ def test_the_matrix_from_skills_json_and_plain_hooks(digits_runs):
 )
 def test_settings_that_cannot_be_are_refused(arguments, words):
     with pytest.raises(ArgumentError, match=words):
-        BenchConfig(**arguments)
+        BenchConfig.of(**arguments)

@@ -152,7 +152,7 @@ def without_cost(report):
 @pytest.fixture(scope="module")
 def undisturbed(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return skillfast.bench(BenchConfig(**small, output=str(folder)))
+    return skillfast.bench(BenchConfig.of(**small, output=str(folder)))
 
 
 def test_a_finished_run_leaves_its_files_alone(undisturbed):
@@ -167,7 +167,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
     """As a checkpoint, they need no training and do the same."""
     config = {name: value for name, value in small.items() if name != "epochs"}
     checkpoint = str(undisturbed.directory / WEIGHTS)
-    again = skillfast.bench(BenchConfig(**config, checkpoint=checkpoint, output=str(tmp_path)))
+    again = skillfast.bench(BenchConfig.of(**config, checkpoint=checkpoint, output=str(tmp_path)))
     assert again.results["removal_matrix"] == undisturbed.results["removal_matrix"]
     assert again.results["model"]["trained"]["from"] == "checkpoint"
     assert not (tmp_path / WEIGHTS).exists()  # it has them
@@ -193,7 +193,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
 def test_an_interrupted_run_goes_on_after_its_last_phase(
     undisturbed, small, tmp_path, monkeypatch, module, name, finished
 ):
-    config = BenchConfig(**small, output=str(tmp_path))
+    config = BenchConfig.of(**small, output=str(tmp_path))
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -222,8 +222,8 @@ def test_another_share_trains_again(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(protocol, "_sweep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            skillfast.bench(BenchConfig(**small, output=str(tmp_path)))
+            skillfast.bench(BenchConfig.of(**small, output=str(tmp_path)))
     said = []
-    report = skillfast.bench(BenchConfig(**small, share=0.02, output=str(tmp_path)), say=said.append)
+    report = skillfast.bench(BenchConfig.of(**small, share=0.02, output=str(tmp_path)), say=said.append)
     assert report.results["cost"]["resumed"] == []
     assert any("had another share: starting anew" in line for line in said)

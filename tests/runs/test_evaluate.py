@@ -23,8 +23,9 @@ from skillfast import Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError
 from skillfast.evaluation import classification as class_scores
-from skillfast.evaluation.grid import Case, Grid, cases_of_scores, cases_of_skills, largest, layer_sites
+from skillfast.evaluation.grid import Case, cases_of_scores, cases_of_skills, largest, layer_sites
 from skillfast.models.sites import find_sites
+from skillfast.runs.config import Grid
 from skillfast.runs.results import Evaluation
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -95,8 +95,8 @@ def test_a_new_head_has_a_learning_rate_of_its_own(tmp_path):
     on_top = {name for name, rate in named.items() if rate == 1e-3}
     assert on_top == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     assert len(named) == sum(1 for _ in model.parameters())  # nothing is left out
-    assert "learning rate: expected more than 0, got -1" in one_line(
-        ArgumentError, BenchConfig, model="vit_tiny_patch16_224", lr=-1.0
+    assert "lr: expected more than 0, got -1" in one_line(
+        ArgumentError, BenchConfig.of, model="vit_tiny_patch16_224", lr=-1.0
     )
 
 
@@ -104,7 +104,7 @@ def test_masks_learn_from_texts_of_all_lengths(tmp_path):
     """The parts hold short texts first: the first few hundred of them would be the shortest."""
     folder = save_model(tmp_path / "model", num_labels=2)
     options = {"model": f"hf:{folder}", "dataset": "text", "text_column": "sentence", "batch_size": 32}
-    config = BenchConfig(**options, data_file=str(write(tmp_path / "x.tsv", 400, 0)))
+    config = BenchConfig.of(**options, data_file=str(write(tmp_path / "x.tsv", 400, 0)))
     subject = prepare(config, Clock(), quiet=True, say=lambda _: None)
     lengths = {}
     for name, loader in (("plain", subject.loader("select")), ("varied", subject.varied_loader("select"))):
@@ -181,7 +181,7 @@ def test_a_fine_tuned_model_survives_an_interruption_and_can_be_named(tmp_path, 
         "method": "attribution", "share": share, "control_draws": 1, "statistics": ("pearson",),
     }  # fmt: skip
     out = tmp_path / "out"
-    config = BenchConfig(
+    config = BenchConfig.of(
         model=f"hf:{folder}", **more, finetune="all", epochs=epochs, lr=lr, train_per_class=70, output=str(out)
     )
     with monkeypatch.context() as patch:
@@ -192,7 +192,7 @@ def test_a_fine_tuned_model_survives_an_interruption_and_can_be_named(tmp_path, 
     assert first["cost"]["resumed"] == ["train", "trace", "select: attribution", "choose"]
     assert first["model"]["trained"]["epochs"] == epochs
     again = bench(
-        BenchConfig(model=f"hf:{out / 'model'}", **more, train_per_class=70, output=str(tmp_path / "again"))
+        BenchConfig.of(model=f"hf:{out / 'model'}", **more, train_per_class=70, output=str(tmp_path / "again"))
     ).results
     assert again["model"]["trained"]["finetune"] == "none"
     assert again["removal_matrix"] == first["removal_matrix"]

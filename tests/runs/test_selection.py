@@ -50,7 +50,7 @@ def splits():
 
 
 def subject(splits, **more):
-    config = BenchConfig(sites=("mlp", "attn"), statistics=("pearson",), share=0.003, control_draws=2, **more)
+    config = BenchConfig.of(sites=("mlp", "attn"), statistics=("pearson",), share=0.003, control_draws=2, **more)
     return Subject(config, planted.model(), "planted", splits, {"from": "scratch"}, "none", torch.device("cpu"))
 
 
@@ -196,7 +196,7 @@ def test_a_method_by_name_is_one_candidate(splits):
 
 def test_what_cannot_be_is_refused(batches):
     assert "candidates: expected at least one" in one_line(ArgumentError, selection.cut, {}, ())
-    assert "contrastive: expected with a statistic" in one_line(ArgumentError, BenchConfig, contrastive=True)
-    assert "contrastive" in one_line(ArgumentError, BenchConfig, contrastive=True, method="mask")
+    assert "contrastive: expected with a statistic" in one_line(ArgumentError, BenchConfig.of, contrastive=True)
+    assert "contrastive" in one_line(ArgumentError, BenchConfig.of, contrastive=True, method="mask")
     with pytest.raises(ArgumentError, match=r"method: expected one of auto, pearson, .*, mask, got 'magic'"):
-        BenchConfig(method="magic")
+        BenchConfig.of(method="magic")
