@@ -104,11 +104,7 @@ def test_act_pool_accumulate(benchmark, how):
 
     state = zeros()
     with backends.use_backend("native"):
-        ops.act_pool_accumulate(x, y, center, state, "gelu", "none")
+        ops.act_pool_accumulate(x, y, center, state, "gelu")
         for got, want in zip(state, separate(), strict=True):
             torch.testing.assert_close(got, want.double(), rtol=1e-4, atol=1e-2)
-        benchmark(
-            separate
-            if how.startswith("torch")
-            else lambda: ops.act_pool_accumulate(x, y, center, state, "gelu", "none")
-        )
+        benchmark(separate if how.startswith("torch") else lambda: ops.act_pool_accumulate(x, y, center, state, "gelu"))

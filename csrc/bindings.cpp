@@ -1,10 +1,14 @@
-// The only file that knows Python. Addresses come in as integers; the callers (skillfast/backends/native.py) have
-// checked shapes, dtypes and strides.
+// The only file that knows Python. Addresses come in as integers: that is the cheapest call (ARCHITECTURE.md, The
+// seam). The callers (skillfast/backends/native.py) have checked shapes, dtypes and strides.
 #include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
 
 #include "kernels.h"
 
 namespace py = pybind11;
+using namespace skillfast;
 
 namespace {
 
@@ -13,32 +17,17 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-skillfast::NeuronScaleArgs neuron_scale_args(uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch,
-                                             int64_t tokens, int64_t width, uintptr_t scale, uintptr_t shift,
-                                             uintptr_t condition, uintptr_t out, int dtype) {
-  return {at<const void>(x),
-          stride_batch,
-          stride_token,
-          batch,
-          tokens,
-          width,
-          at<const void>(scale),
-          at<const void>(shift),
-          at<const int64_t>(condition),
-          at<void>(out),
-          static_cast<skillfast::DType>(dtype)};
+// A Flow as Python gives it: x, stride_batch, stride_token, batch, tokens, width, out, dtype.
+using FlowTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int>;
+
+Flow flow_of(const FlowTuple& given) {
+  const auto& [x, stride_batch, stride_token, batch, tokens, width, out, dtype] = given;
+  return {at<const void>(x),        stride_batch, stride_token, batch, tokens, width, at<void>(out),
+          static_cast<DType>(dtype)};
 }
 
-skillfast::ActPoolArgs act_pool_args(uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch,
-                                     int64_t tokens, int64_t width, int activation, int pool, uintptr_t scale,
-                                     uintptr_t shift, uintptr_t condition, uintptr_t mask, uintptr_t center,
-                                     uintptr_t out, uintptr_t pooled, int dtype) {
-  return {neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift, condition, out, dtype),
-          static_cast<skillfast::Activation>(activation),
-          static_cast<skillfast::Pool>(pool),
-          at<const uint8_t>(mask),
-          at<const void>(center),
-          at<void>(pooled)};
+NeuronScaleArgs neuron_scale_args(const FlowTuple& flow, uintptr_t scale, uintptr_t shift, uintptr_t condition) {
+  return {flow_of(flow), at<const void>(scale), at<const void>(shift), at<const int64_t>(condition)};
 }
 
 }  // namespace
@@ -48,11 +37,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 
   m.def(
       "neuron_scale",
-      [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
-         uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out, int dtype, int n_threads) {
-        skillfast::neuron_scale(
-            neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift, condition, out, dtype),
-            n_threads);
+      [](const FlowTuple& flow, uintptr_t scale, uintptr_t shift, uintptr_t condition, int n_threads) {
+        neuron_scale(neuron_scale_args(flow, scale, shift, condition), n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
@@ -60,10 +46,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "comoments_update",
       [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t columns, uintptr_t y, uintptr_t shift,
          uintptr_t sum_x, uintptr_t sum_xx, uintptr_t sum_xy, int dtype, int n_threads) {
-        skillfast::comoments_update(
-            {at<const void>(x), stride_row, n, width, columns, at<const float>(y), at<const float>(shift),
-             at<double>(sum_x), at<double>(sum_xx), at<double>(sum_xy), width, static_cast<skillfast::DType>(dtype)},
-            n_threads);
+        comoments_update({at<const void>(x), stride_row, n, width, columns, at<const float>(y), at<const float>(shift),
+                          at<double>(sum_x), at<double>(sum_xx), at<double>(sum_xy), width, static_cast<DType>(dtype)},
+                         n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
@@ -72,63 +57,60 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t bins, int64_t metrics, int64_t counts,
          int64_t weights, uintptr_t edges, uintptr_t channels, uintptr_t hats, uintptr_t table, int dtype,
          int n_threads) {
-        skillfast::bins_update({at<const void>(x), stride_row, n, width, bins, metrics, counts, weights,
-                                 at<const float>(edges), at<const int16_t>(channels), at<const int16_t>(hats),
-                                 at<int32_t>(table), static_cast<skillfast::DType>(dtype)},
-                                n_threads);
+        bins_update(
+            {at<const void>(x), stride_row, n, width, bins, metrics, counts, weights, at<const float>(edges),
+             at<const int16_t>(channels), at<const int16_t>(hats), at<int32_t>(table), static_cast<DType>(dtype)},
+            n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "act_mask_pool",
-      [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
-         int activation, int pool, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t mask,
-         uintptr_t center, uintptr_t out, uintptr_t pooled, int dtype, int n_threads) {
-        skillfast::act_mask_pool(act_pool_args(x, stride_batch, stride_token, batch, tokens, width, activation, pool,
-                                               scale, shift, condition, mask, center, out, pooled, dtype),
-                                 n_threads);
+      [](const FlowTuple& flow, int activation, int pool, uintptr_t mask, uintptr_t center, uintptr_t pooled,
+         int n_threads) {
+        act_mask_pool({flow_of(flow), static_cast<Activation>(activation), static_cast<Pool>(pool),
+                       at<const uint8_t>(mask), at<const void>(center), at<void>(pooled)},
+                      n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "act_pool_accumulate",
-      [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens, int64_t width,
-         int activation, int pool, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t mask, uintptr_t out,
-         int dtype, int64_t columns, uintptr_t y, bool y_per_token, uintptr_t center, uintptr_t sum_x, uintptr_t sum_xx,
-         uintptr_t sum_xy, int64_t bins, int64_t metrics, int64_t counts, int64_t weights, uintptr_t edges,
-         uintptr_t channels, uintptr_t hats, uintptr_t table, int n_threads) {
-        skillfast::act_pool_accumulate(
-            {act_pool_args(x, stride_batch, stride_token, batch, tokens, width, activation, pool, scale, shift,
-                           condition, mask, 0, out, 0, dtype),
-             at<const float>(y),
-             y_per_token,
-             {nullptr, 0, 0, width, columns, nullptr, at<const float>(center), at<double>(sum_x), at<double>(sum_xx),
-              at<double>(sum_xy), width, skillfast::DType::float32},
-             edges != 0,
-             {nullptr, 0, 0, width, bins, metrics, counts, weights, at<const float>(edges),
-              at<const int16_t>(channels), at<const int16_t>(hats), at<int32_t>(table), skillfast::DType::float32}},
-            n_threads);
+      [](const FlowTuple& flow, int activation, uintptr_t mask, bool y_per_token, int64_t columns, uintptr_t y,
+         uintptr_t center, uintptr_t sum_x, uintptr_t sum_xx, uintptr_t sum_xy, int n_threads) {
+        const Flow rows = flow_of(flow);
+        const CoMomentsArgs sums = {nullptr,
+                                    0,
+                                    0,
+                                    rows.width,
+                                    columns,
+                                    at<const float>(y),
+                                    at<const float>(center),
+                                    at<double>(sum_x),
+                                    at<double>(sum_xx),
+                                    at<double>(sum_xy),
+                                    rows.width,
+                                    DType::float32};
+        act_pool_accumulate({rows, static_cast<Activation>(activation), at<const uint8_t>(mask), y_per_token, sums},
+                            n_threads);
       },
       py::call_guard<py::gil_scoped_release>());
 
-  m.def("cpu_isa", &skillfast::cpu_isa);
-  m.def("set_cpu_isa", &skillfast::set_cpu_isa);
-  m.def("cpu_threads_runtime", &skillfast::cpu_threads_runtime);
+  m.def("cpu_isa", &cpu_isa);
+  m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("cpu_threads_runtime", &cpu_threads_runtime);
 
 #ifdef SKILLFAST_HAS_CUDA
   m.attr("HAS_CUDA") = true;
-  m.def("neuron_scale_cuda", [](uintptr_t x, int64_t stride_batch, int64_t stride_token, int64_t batch, int64_t tokens,
-                                int64_t width, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t out,
-                                int dtype, int device, uintptr_t stream) {
-    const char* error = nullptr;
-    {
-      py::gil_scoped_release release;
-      error = skillfast::neuron_scale_cuda(
-          neuron_scale_args(x, stride_batch, stride_token, batch, tokens, width, scale, shift, condition, out, dtype),
-          device, at<void>(stream));
-    }
-    if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
-  });
+  m.def("neuron_scale_cuda",
+        [](const FlowTuple& flow, uintptr_t scale, uintptr_t shift, uintptr_t condition, int device, uintptr_t stream) {
+          const char* error = nullptr;
+          {
+            py::gil_scoped_release release;
+            error = neuron_scale_cuda(neuron_scale_args(flow, scale, shift, condition), device, at<void>(stream));
+          }
+          if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
+        });
 #else
   m.attr("HAS_CUDA") = false;
 #endif

@@ -6,16 +6,21 @@ namespace skillfast {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-// out[b, t, d] = x[b, t, d] * scale[condition[b], d] + shift[condition[b], d]; scale 0 removes even a non-finite x.
-struct NeuronScaleArgs {
+// Where activations are read and where they are written.
+struct Flow {
   const void* x;  // [batch, tokens, width], unit stride in the last dimension
   int64_t stride_batch, stride_token;
   int64_t batch, tokens, width;
+  void* out;  // [batch, tokens, width], contiguous, of x's dtype; null where an op need not write
+  DType dtype;
+};
+
+// out[b, t, d] = x[b, t, d] * scale[condition[b], d] + shift[condition[b], d]; scale 0 removes even a non-finite x.
+struct NeuronScaleArgs {
+  Flow flow;
   const void* scale;         // [conditions, width], contiguous; float64 with a float64 x, else float32
   const void* shift;         // like scale, or null
   const int64_t* condition;  // [batch], or null: every sample uses row 0
-  void* out;                 // [batch, tokens, width], contiguous, of x's dtype
-  DType dtype;
 };
 
 enum class Activation : int { identity = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
@@ -24,15 +29,15 @@ enum class Pool : int { none = 0, mean = 1, cls = 2, max = 3, last = 4, moments 
 // Neurons of one sample that a thread captures at a time. Rows cut into strips are read at half the speed or less, so
 // this is the width of most models' rows, not that of the first cache.
 constexpr int64_t kActPanel = 4096;
-constexpr int64_t kAccumulatePanel = 1024;  // likewise, at most, where all samples pass a strip of neurons
+constexpr int64_t kAccumulatePanel = 1024;  // at most, where all samples pass a strip of neurons
 
-// What flows out of an activation, act(x) * scale[condition[b]] + shift[condition[b]], and its tokens pooled.
+// out = act(x), and its tokens pooled as they were rounded.
 struct ActPoolArgs {
-  NeuronScaleArgs flow;  // its scale and shift may be null; out is null where nothing is to be written
+  Flow flow;
   Activation activation;
   Pool pool;
   const uint8_t* mask;  // [batch, tokens], 0: left out of the pooling; or null
-  const void* center;   // [width], subtracted before `moments` are summed; or null; of scale's type
+  const void* center;   // [width], subtracted before `moments` are summed, or null; float64 with a float64 x
   void* pooled;         // [batch, width], for `moments` [2, batch, width]; float64 with a float64 x, else float32
 };
 
@@ -56,22 +61,20 @@ struct BinsArgs {
   int64_t stride_row;
   int64_t n, width;
   int64_t bins, metrics, counts, weights;  // bins in [2, 256]; weights a multiple of 8
-  const float* edges;                       // [width, bins - 1], ascending
-  const int16_t* channels;                  // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
-  const int16_t* hats;                      // [n, weights]
-  int32_t* table;                           // [width, bins * (counts + weights)]
+  const float* edges;                      // [width, bins - 1], ascending
+  const int16_t* channels;                 // [n, metrics]: which of `counts` each metric's row adds one to, -1: none
+  const int16_t* hats;                     // [n, weights]
+  int32_t* table;                          // [width, bins * (counts + weights)]
   DType dtype;
 };
 
-// ActPoolArgs whose observations (each sample pooled, or each token with Pool::none) are added to the statistics as
-// well.
+// out = act(x), and each token that the mask leaves is a row that is added to the co-moments.
 struct ActPoolAccumulateArgs {
-  ActPoolArgs capture;  // its pooled and center are not used
-  const float* y;       // [batch, columns], or [batch, tokens, columns] where y_per_token
-  bool y_per_token;     // with Pool::none only
-  CoMomentsArgs sums;   // its x, n, y and dtype are not used
-  bool has_bins;
-  BinsArgs bins;  // its x, n and dtype are not used; channels and hats have a row per observation
+  Flow flow;  // not float64
+  Activation activation;
+  const uint8_t* mask;  // [batch, tokens], 0: no observation; or null
+  bool y_per_token;     // y is [batch, tokens, columns], else [batch, columns]
+  CoMomentsArgs sums;   // its x, n and dtype are not used
 };
 
 // CPU ops: the widest instruction set that the processor has, on n_threads of the process's OpenMP threads.

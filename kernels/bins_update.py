@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
+
+from skillfast.backends.capture import unit_stride
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @triton.jit
@@ -20,38 +24,34 @@ def bins_update_kernel(
     inside = (r < n)[:, None] & (d < width)[None, :]
     neuron = d.to(tl.int64)[None, :]
     values = tl.load(x + r.to(tl.int64)[:, None] * stride_row + neuron, mask=inside, other=0.0).to(tl.float32)
-    bin_ = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)  # how many edges are at or below the value
+    index = tl.zeros((BLOCK_N, BLOCK_D), tl.int32)  # how many edges are at or below the value
     for level in tl.static_range(LEVELS):
-        reach = bin_ + (1 << (LEVELS - 1 - level))
+        reach = index + (1 << (LEVELS - 1 - level))
         there = inside & (reach < bins)
         edge = tl.load(edges + neuron * (bins - 1) + reach - 1, mask=there, other=0.0)
-        bin_ = tl.where(there & (values >= edge), reach, bin_)
+        index = tl.where(there & (values >= edge), reach, index)
     own = table + neuron * (bins * (counts + weights))
     for k in range(metrics):
         channel = tl.load(channels + r * metrics + k, mask=r < n, other=-1).to(tl.int32)[:, None]
-        tl.atomic_add(own + bin_ * counts + channel, 1, mask=inside & (channel >= 0), sem="relaxed")
+        tl.atomic_add(own + index * counts + channel, 1, mask=inside & (channel >= 0), sem="relaxed")
     sums = own + bins * counts
     for lane in range(weights):  # at most two of a metric's eight are not 0
         weight = tl.load(hats + r * weights + lane, mask=r < n, other=0).to(tl.int32)[:, None]
         added = tl.broadcast_to(weight, (BLOCK_N, BLOCK_D))
-        tl.atomic_add(sums + bin_ * weights + lane, added, mask=inside & (weight != 0), sem="relaxed")
+        tl.atomic_add(sums + index * weights + lane, added, mask=inside & (weight != 0), sem="relaxed")
 
 
-def launch(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
+def launch(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
     """Runs the kernel; the arguments are those of `skillfast.ops.bins_update`, checked."""
     n, width = x.shape
     if n == 0 or width == 0:
         return
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = unit_stride(x)
     bins, weights = edges.shape[1] + 1, hats.shape[1]
     block_n, block_d = 16, 64
     grid = (triton.cdiv(width, block_d), triton.cdiv(n, block_n))
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        bins_update_kernel[grid](
-            x, edges, channels.contiguous(), hats.contiguous(), table, n, width, bins, channels.shape[1],
-            table.shape[1] // bins - weights, weights, x.stride(0),
-            LEVELS=(bins - 1).bit_length(), BLOCK_N=block_n, BLOCK_D=block_d,
-        )  # fmt: skip
+    bins_update_kernel[grid](
+        x, edges, channels.contiguous(), hats.contiguous(), table, n, width, bins, channels.shape[1],
+        table.shape[1] // bins - weights, weights, x.stride(0),
+        LEVELS=(bins - 1).bit_length(), BLOCK_N=block_n, BLOCK_D=block_d,
+    )  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
+
+from skillfast.backends.capture import unit_stride
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @triton.jit
@@ -41,25 +45,16 @@ def comoments_update_kernel(
     tl.store(state, tl.load(state, mask=inside) + products, mask=inside)
 
 
-def launch(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
+def launch(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """Runs the kernel; the arguments are those of `skillfast.ops.comoments_update`, checked."""
     n, width = x.shape
     columns = y.shape[1]
     if n == 0 or width == 0:
         return
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = unit_stride(x)
     block_n, block_d, block_m = 32, 64, 16
     grid = (triton.cdiv(width, block_d), max(1, triton.cdiv(columns, block_m)))
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        comoments_update_kernel[grid](
-            x, y.contiguous(), shift, sum_x, sum_xx, sum_xy, n, width, columns, x.stride(0),
-            BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_M=block_m,
-        )  # fmt: skip
+    comoments_update_kernel[grid](
+        x, y.contiguous(), shift, sum_x, sum_xx, sum_xy, n, width, columns, x.stride(0),
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_M=block_m,
+    )  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from skillfast.backends.capture import as_tokens, unit_stride
 
 
 @triton.jit
@@ -31,24 +32,18 @@ def neuron_scale_kernel(
     tl.store(out + row * width + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
-) -> torch.Tensor:
+def launch(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
     """Runs the kernel over x [batch, ..., D]; the arguments are those of `skillfast.ops.neuron_scale`, checked."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)  # [batch, tokens, D]
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = unit_stride(as_tokens(x))
     width = x.shape[-1]
     block = min(1024, triton.next_power_of_2(width))
     grid = (rows.shape[0] * rows.shape[1], triton.cdiv(width, block))
-    scale = scale.contiguous()
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        neuron_scale_kernel[grid](
-            rows, scale, scale if shift is None else shift.contiguous(), scale if condition is None else condition,
-            out, rows.stride(0), rows.stride(1), rows.shape[1], width,
-            HAS_SHIFT=shift is not None, HAS_CONDITION=condition is not None, BLOCK=block,
-        )  # fmt: skip
+    given = [x if t is None else t.contiguous() for t in (scale, shift, condition)]
+    neuron_scale_kernel[grid](
+        rows, *given, out, rows.stride(0), rows.stride(1), rows.shape[1], width,
+        HAS_SHIFT=shift is not None, HAS_CONDITION=condition is not None, BLOCK=block,
+    )  # fmt: skip
     return out

@@ -1,34 +1,10 @@
 HAS_CUDA: bool
 
-def neuron_scale(
-    x: int,
-    stride_batch: int,
-    stride_token: int,
-    batch: int,
-    tokens: int,
-    width: int,
-    scale: int,
-    shift: int,
-    condition: int,
-    out: int,
-    dtype: int,
-    n_threads: int,
-) -> None: ...
-def neuron_scale_cuda(
-    x: int,
-    stride_batch: int,
-    stride_token: int,
-    batch: int,
-    tokens: int,
-    width: int,
-    scale: int,
-    shift: int,
-    condition: int,
-    out: int,
-    dtype: int,
-    device: int,
-    stream: int,
-) -> None: ...
+_Flow = tuple[int, int, int, int, int, int, int, int]
+"""x, stride_batch, stride_token, batch, tokens, width, out (0: not written), dtype; addresses are those of data."""
+
+def neuron_scale(flow: _Flow, scale: int, shift: int, condition: int, n_threads: int) -> None: ...
+def neuron_scale_cuda(flow: _Flow, scale: int, shift: int, condition: int, device: int, stream: int) -> None: ...
 def comoments_update(
     x: int,
     stride_row: int,
@@ -60,54 +36,19 @@ def bins_update(
     n_threads: int,
 ) -> None: ...
 def act_mask_pool(
-    x: int,
-    stride_batch: int,
-    stride_token: int,
-    batch: int,
-    tokens: int,
-    width: int,
-    activation: int,
-    pool: int,
-    scale: int,
-    shift: int,
-    condition: int,
-    mask: int,
-    center: int,
-    out: int,
-    pooled: int,
-    dtype: int,
-    n_threads: int,
+    flow: _Flow, activation: int, pool: int, mask: int, center: int, pooled: int, n_threads: int
 ) -> None: ...
 def act_pool_accumulate(
-    x: int,
-    stride_batch: int,
-    stride_token: int,
-    batch: int,
-    tokens: int,
-    width: int,
+    flow: _Flow,
     activation: int,
-    pool: int,
-    scale: int,
-    shift: int,
-    condition: int,
     mask: int,
-    out: int,
-    dtype: int,
+    y_per_token: bool,
     columns: int,
     y: int,
-    y_per_token: bool,
     center: int,
     sum_x: int,
     sum_xx: int,
     sum_xy: int,
-    bins: int,
-    metrics: int,
-    counts: int,
-    weights: int,
-    edges: int,
-    channels: int,
-    hats: int,
-    table: int,
     n_threads: int,
 ) -> None: ...
 def cpu_isa() -> str: ...

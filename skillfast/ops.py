@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import Tensor
 
 from skillfast import backends
 from skillfast.backends.capture import accumulation_dtype, empty_capture
@@ -24,17 +25,15 @@ _LIBRARY.define("neuron_scale(Tensor x, Tensor scale, Tensor? shift=None, Tensor
 _LIBRARY.define(
     "comoments_update(Tensor x, Tensor y, Tensor shift, Tensor(a!) sum_x, Tensor(b!) sum_xx, Tensor(c!) sum_xy) -> ()"
 )
-
+_LIBRARY.define("bins_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
 _LIBRARY.define(
-    "act_mask_pool(Tensor x, str activation, str pool, Tensor? scale=None, Tensor? shift=None, Tensor? condition=None, "
-    "Tensor? mask=None, Tensor? center=None, bool write=True) -> (Tensor, Tensor)"
+    "act_mask_pool(Tensor x, str activation, str pool, Tensor? mask=None, Tensor? center=None, bool write=True) "
+    "-> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "act_pool_accumulate(Tensor x, Tensor y, Tensor center, Tensor(a!) sum_x, Tensor(b!) sum_xx, Tensor(c!) sum_xy, "
-    "str activation, str pool, Tensor? scale=None, Tensor? shift=None, Tensor? condition=None, Tensor? mask=None, "
-    "bool write=True, Tensor? edges=None, Tensor? channels=None, Tensor? hats=None, Tensor(d!)? table=None) -> Tensor"
+    "str activation, Tensor? mask=None, bool write=True) -> Tensor"
 )
-_LIBRARY.define("bins_update(Tensor x, Tensor edges, Tensor channels, Tensor hats, Tensor(a!) table) -> ()")
 
 MAX_BINS = 256
 CAPTURE_POOLS = (*POOLS, "moments")
@@ -50,173 +49,126 @@ def _expect(what: str, expected: object, got: object) -> None:
         _refuse(what, expected, got)
 
 
-def _check_flow(
-    op: str,
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    condition: torch.Tensor | None,
-) -> None:
-    """Checks activations and what is done to them per sample."""
+def _check_activations(op: str, x: Tensor) -> None:
     if x.dim() < 2:
         _refuse(f"{op} x", "[batch, ..., D]", f"shape {list(x.shape)}")
     if x.dtype not in DTYPES:
         _refuse(f"{op} x's dtype", f"one of {', '.join(map(str, DTYPES))}", x.dtype)
-    if scale is None:
-        for name, tensor in (("shift", shift), ("condition", condition)):
-            if tensor is not None:
-                _refuse(f"{op} {name} without scale", None, f"shape {list(tensor.shape)}", "give a scale of 1")
-        return
-    if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
-        _refuse(f"{op} scale", f"[conditions, {x.shape[-1]}] to fit x {list(x.shape)}", f"shape {list(scale.shape)}")
-    _expect(f"{op} scale's dtype", accumulation_dtype(x.dtype), scale.dtype)
-    if shift is not None:
-        _expect(f"{op} shift's shape", list(scale.shape), list(shift.shape))
-        _expect(f"{op} shift's dtype", scale.dtype, shift.dtype)
-    if condition is not None:
-        _expect(f"{op} condition's shape", [x.shape[0]], list(condition.shape))
-        _expect(f"{op} condition's dtype", torch.int64, condition.dtype)
-        if condition.device.type == "cpu" and condition.numel() and not torch.compiler.is_compiling():
-            low, high = int(condition.min()), int(condition.max())
-            if low < 0 or high >= scale.shape[0]:
-                _refuse(f"{op} condition", f"indices in [0, {scale.shape[0]})", f"{low} to {high}")
-    elif scale.shape[0] < 1:
-        _refuse(f"{op} scale", "at least one row", "none")
 
 
-def _check_capture(op: str, x: torch.Tensor, activation: str, pool: str, pools: Sequence[str]) -> int:
-    """Checks what is pooled, and gives the number of tokens."""
+def _check_indices(what: str, tensor: Tensor, low: int, end: int) -> None:
+    """Checks indices on the CPU; on a GPU that would wait for it."""
+    if tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling():
+        least, most = (int(bound) for bound in tensor.aminmax())
+        if least < low or most >= end:
+            _refuse(what, f"indices in [{low}, {end})", f"{least} to {most}")
+
+
+def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
+
+
+def _check_capture(op: str, x: Tensor, activation: str, mask: Tensor | None) -> int:
+    """Checks what the capture ops share, and gives the number of tokens."""
+    _check_activations(op, x)
     if activation not in ACTIVATIONS:
         _refuse(f"{op} activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-    if pool not in pools:
-        _refuse(f"{op} pool", f"one of {', '.join(pools)}", repr(pool))
-    return math.prod(x.shape[1:-1])
-
-
-def _check_mask(op: str, x: torch.Tensor, mask: torch.Tensor | None, tokens: int) -> None:
+    tokens = math.prod(x.shape[1:-1])
     if mask is not None:
         _expect(f"{op} mask's shape", [x.shape[0], tokens], list(mask.shape))
         _expect(f"{op} mask's dtype", torch.bool, mask.dtype)
+    return tokens
+
+
+def _check_sums(op: str, width: int, columns: int, *, sums: Sequence[Tensor], **shift: Tensor) -> None:
+    """Checks the state of co-moments and what is subtracted from each neuron, by its name."""
+    shapes = {"sum_x": [width], "sum_xx": [width], "sum_xy": [columns, width]}
+    state = dict(zip(shapes, sums, strict=True))
+    for name, tensor in {**shift, **state}.items():
+        _expect(f"{op} {name}'s shape", shapes.get(name, [width]), list(tensor.shape))
+        _expect(f"{op} {name}'s dtype", torch.float64 if name in shapes else torch.float32, tensor.dtype)
+        _check_contiguous(op, name, tensor)
 
 
 def act_mask_pool(
-    x: torch.Tensor,
+    x: Tensor,
     activation: str = "identity",
     pool: str = "mean",
     *,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    center: torch.Tensor | None = None,
+    mask: Tensor | None = None,
+    center: Tensor | None = None,
     write: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply an activation and each sample's condition, and pool the tokens of what flows on: one read, one write.
+) -> tuple[Tensor, Tensor]:
+    """Apply an activation and pool the tokens of the result, in one read and one write.
 
     Args:
-        x: What goes into the activation, [batch, ..., D]: float32, bfloat16, float16 or float64.
+        x: Pre-activations [batch, ..., D]: float32, bfloat16, float16 or float64.
         activation: `"identity"`, `"gelu"` (by erf), `"gelu_tanh"`, `"relu"` or `"silu"`.
         pool: `"mean"`, `"cls"` (first token), `"max"` or `"last"`; `"moments"` for the sums of y and y^2 over the
             tokens, about `center`; `"none"` to pool nothing.
-        scale: As in `neuron_scale`, or None.
-        shift: Likewise.
-        condition: Likewise.
         mask: bool [batch, tokens], False for what is left out of the pooling (padding), or None.
-        center: [D] of the accumulation dtype, for `"moments"`; None for 0.
-        write: Whether y is wanted.
+        center: [D] of the accumulation dtype, subtracted before `"moments"` are summed; None for 0.
+        write: Whether to return the activated tensor.
 
     Returns:
-        y, of x's shape and dtype (empty without `write`), and what was pooled from it as rounded: float32 (float64 of a
-        float64 x) [batch, D], `[2, batch, D]` for `"moments"`, empty for `"none"`. A sample without tokens gives NaN,
-        and sums of 0.
+        The activated tensor y, of `x`'s shape and dtype (empty without `write`), and its pooled rows [batch, D],
+        float32 (float64 with a float64 `x`); [2, batch, D] for `"moments"`, empty for `"none"`. Rows are pooled from y
+        as it was rounded. A sample without tokens gives NaN, and sums of 0.
 
     Raises:
         ArgumentError: Shapes or dtypes that do not fit together, an unknown activation or pool.
     """
-    _check_flow("act_mask_pool", x, scale, shift, condition)
-    tokens = _check_capture("act_mask_pool", x, activation, pool, CAPTURE_POOLS)
-    _check_mask("act_mask_pool", x, mask, tokens)
+    _check_capture("act_mask_pool", x, activation, mask)
+    if pool not in CAPTURE_POOLS:
+        _refuse("act_mask_pool pool", f"one of {', '.join(CAPTURE_POOLS)}", repr(pool))
     if center is not None:
         _expect("act_mask_pool center's shape", [x.shape[-1]], list(center.shape))
         _expect("act_mask_pool center's dtype", accumulation_dtype(x.dtype), center.dtype)
-    return torch.ops.skillfast.act_mask_pool(x, activation, pool, scale, shift, condition, mask, center, write)
+    return torch.ops.skillfast.act_mask_pool(x, activation, pool, mask, center, write)
 
 
 def act_pool_accumulate(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    center: torch.Tensor,
-    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    x: Tensor,
+    y: Tensor,
+    center: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
     activation: str = "identity",
-    pool: str = "mean",
     *,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     write: bool = True,
-    bins: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """`act_mask_pool` whose observations are added to the statistics where they are, and never stored.
+) -> Tensor:
+    """Apply an activation and add every token of the result to the co-moments, where it is and never stored.
 
     Args:
-        x: As in `act_mask_pool`, not float64.
-        y: float32, metric columns already shifted: [batch, M], or [batch, tokens, M] with `pool="none"`.
-        center: float32 [D], subtracted before anything is summed.
-        sums: sum_x [D], sum_xx [D] and sum_xy [M, D], as in `comoments_update`; mutated.
-        activation: As in `act_mask_pool`.
-        pool: `"mean"`, `"cls"`, `"max"`, `"last"`; `"none"`: each token that the mask leaves is an observation.
-        scale: As in `act_mask_pool`.
-        shift: Likewise.
-        condition: Likewise.
-        mask: Likewise.
-        write: Whether what flows on is wanted.
-        bins: edges, channels, hats and table as in `bins_update`, channels and hats with a row per sample, or per
-            sample and token with `pool="none"`; the table is mutated. None for Pearson's r alone.
+        x: Pre-activations [batch, ..., D]: float32, bfloat16 or float16.
+        y: float32, metric columns already shifted: [batch, tokens, M], or [batch, M] where all of a sample's tokens
+            share them.
+        center: float32 [D], subtracted from the activations before anything is summed.
+        sums: float64 sum_x [D], sum_xx [D] and sum_xy [M, D] of `comoments_update`, contiguous; mutated.
+        activation: `"identity"`, `"gelu"` (by erf), `"gelu_tanh"`, `"relu"` or `"silu"`.
+        mask: bool [batch, tokens], False for tokens that are no observation (padding), or None.
+        write: Whether to return the activated tensor.
 
     Returns:
-        What flows on, of x's shape and dtype; empty without `write`.
+        The activated tensor, of `x`'s shape and dtype; empty without `write`.
 
     Raises:
-        ArgumentError: Shapes or dtypes that do not fit together, an unknown activation or pool.
+        ArgumentError: Shapes or dtypes that do not fit together, an unknown activation.
     """
     op = "act_pool_accumulate"
-    _check_flow(op, x, scale, shift, condition)
-    tokens = _check_capture(op, x, activation, pool, POOLS)
-    _check_mask(op, x, mask, tokens)
+    tokens = _check_capture(op, x, activation, mask)
     if x.dtype == torch.float64:
         _refuse(f"{op} x", "float32, bfloat16 or float16", "float64", "use act_mask_pool")
     batch, width = x.shape[0], x.shape[-1]
-    shapes = [[batch]] + ([[batch, tokens]] if pool == "none" else [])
-    if y.dim() < 1 or list(y.shape[:-1]) not in shapes:
-        wanted = " or ".join(f"[{', '.join(map(str, shape))}, M]" for shape in shapes)
-        _refuse(f"{op} y", wanted, f"shape {list(y.shape)}")
+    if y.dim() < 1 or list(y.shape[:-1]) not in ([batch], [batch, tokens]):
+        _refuse(f"{op} y", f"[{batch}, M] or [{batch}, {tokens}, M]", f"shape {list(y.shape)}")
     _expect(f"{op} y's dtype", torch.float32, y.dtype)
-    for name, tensor, shape, dtype in (
-        ("center", center, [width], torch.float32),
-        ("sum_x", sums[0], [width], torch.float64),
-        ("sum_xx", sums[1], [width], torch.float64),
-        ("sum_xy", sums[2], [y.shape[-1], width], torch.float64),
-    ):
-        _expect(f"{op} {name}'s shape", shape, list(tensor.shape))
-        _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
-        if not tensor.is_contiguous():
-            _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
-    edges = channels = hats = table = None
-    if bins is not None:
-        edges, channels, hats, table = bins
-        _check_bins(op, batch * tokens if pool == "none" else batch, width, edges, channels, hats, table)
-    return torch.ops.skillfast.act_pool_accumulate(
-        x, y, center, *sums, activation, pool, scale, shift, condition, mask, write, edges, channels, hats, table
-    )
+    _check_sums(op, width, y.shape[-1], center=center, sums=sums)
+    return torch.ops.skillfast.act_pool_accumulate(x, y, center, *sums, activation, mask, write)
 
 
-def neuron_scale(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-) -> torch.Tensor:
+def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
     """Scale and shift neurons, each sample by the row of its own condition.
 
     `out[b, ..., d] = x[b, ..., d] * scale[condition[b], d] + shift[condition[b], d]`. A scale of 0 removes even a
@@ -234,18 +186,25 @@ def neuron_scale(
     Raises:
         ArgumentError: Shapes or dtypes that do not fit together, or a condition out of range (checked on the CPU).
     """
-    _check_flow("neuron_scale", x, scale, shift, condition)
+    _check_activations("neuron_scale", x)
+    if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
+        expected = f"[conditions, {x.shape[-1]}] to fit x {list(x.shape)}"
+        _refuse("neuron_scale scale", expected, f"shape {list(scale.shape)}")
+    _expect("neuron_scale scale's dtype", accumulation_dtype(x.dtype), scale.dtype)
+    if shift is not None:
+        _expect("neuron_scale shift's shape", list(scale.shape), list(shift.shape))
+        _expect("neuron_scale shift's dtype", scale.dtype, shift.dtype)
+    if condition is None:
+        if scale.shape[0] < 1:
+            _refuse("neuron_scale scale", "at least one row", "none")
+    else:
+        _expect("neuron_scale condition's shape", [x.shape[0]], list(condition.shape))
+        _expect("neuron_scale condition's dtype", torch.int64, condition.dtype)
+        _check_indices("neuron_scale condition", condition, 0, scale.shape[0])
     return torch.ops.skillfast.neuron_scale(x, scale, shift, condition)
 
 
-def comoments_update(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
+def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """Add a buffer of rows to the co-moments of neurons and metric columns, in place.
 
     With `v = x - shift`: `sum_x += sum v`, `sum_xx += sum v^2`, `sum_xy += y^T v`. Rows are summed in float32 a few
@@ -267,55 +226,12 @@ def comoments_update(
     n, width = x.shape
     if y.dim() != 2 or y.shape[0] != n:
         _refuse("comoments_update y", f"[{n}, M]", f"shape {list(y.shape)}")
-    for name, tensor, shape, dtype in (
-        ("y", y, list(y.shape), torch.float32),
-        ("shift", shift, [width], torch.float32),
-        ("sum_x", sum_x, [width], torch.float64),
-        ("sum_xx", sum_xx, [width], torch.float64),
-        ("sum_xy", sum_xy, [y.shape[1], width], torch.float64),
-    ):
-        _expect(f"comoments_update {name}'s shape", shape, list(tensor.shape))
-        _expect(f"comoments_update {name}'s dtype", dtype, tensor.dtype)
-        if name != "y" and not tensor.is_contiguous():
-            _refuse(f"comoments_update {name}", "a contiguous tensor", f"strides {tensor.stride()}")
+    _expect("comoments_update y's dtype", torch.float32, y.dtype)
+    _check_sums("comoments_update", width, y.shape[1], shift=shift, sums=(sum_x, sum_xx, sum_xy))
     torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
 
 
-def _check_bins(
-    op: str,
-    n: int,
-    width: int,
-    edges: torch.Tensor,
-    channels: torch.Tensor,
-    hats: torch.Tensor,
-    table: torch.Tensor,
-) -> None:
-    """Checks a bin table of `width` neurons and what n observations add to it."""
-    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_BINS:
-        _refuse(f"{op} edges", f"[{width}, C - 1] with C from 2 to {MAX_BINS}", f"shape {list(edges.shape)}")
-    for name, tensor, dtype in (("channels", channels, torch.int16), ("hats", hats, torch.int16)):
-        _expect(f"{op} {name}'s dtype", dtype, tensor.dtype)
-        if tensor.dim() != 2 or tensor.shape[0] != n:
-            _refuse(f"{op} {name}", f"[{n}, columns]", f"shape {list(tensor.shape)}")
-    _expect(f"{op} hats' columns modulo 8", 0, hats.shape[1] % 8)
-    _expect(f"{op} edges' dtype", torch.float32, edges.dtype)
-    _expect(f"{op} table's dtype", torch.int32, table.dtype)
-    bins = edges.shape[1] + 1
-    counts = table.shape[-1] // bins - hats.shape[1] if table.dim() == 2 else -1
-    if counts < 0 or list(table.shape) != [width, bins * (counts + hats.shape[1])]:
-        _refuse(f"{op} table", f"[{width}, {bins} * (P + {hats.shape[1]})]", f"shape {list(table.shape)}")
-    for name, tensor in (("edges", edges), ("table", table)):
-        if not tensor.is_contiguous():
-            _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
-    if channels.device.type == "cpu" and channels.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in channels.aminmax())
-        if low < -1 or high >= counts:
-            _refuse(f"{op} channels", f"indices in [-1, {counts})", f"{low} to {high}")
-
-
-def bins_update(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
+def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
     """Count a buffer of rows into the bin table of every neuron, in place.
 
     A value falls into bin c = how many of its neuron's edges are at or below it; NaN falls into bin 0. A neuron's
@@ -335,12 +251,28 @@ def bins_update(
     """
     if x.dim() != 2:
         _refuse("bins_update x", "[n, D]", f"shape {list(x.shape)}")
-    _check_bins("bins_update", x.shape[0], x.shape[1], edges, channels, hats, table)
+    n, width = x.shape
+    if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_BINS:
+        _refuse("bins_update edges", f"[{width}, C - 1] with C from 2 to {MAX_BINS}", f"shape {list(edges.shape)}")
+    for name, tensor in (("channels", channels), ("hats", hats)):
+        _expect(f"bins_update {name}'s dtype", torch.int16, tensor.dtype)
+        if tensor.dim() != 2 or tensor.shape[0] != n:
+            _refuse(f"bins_update {name}", f"[{n}, columns]", f"shape {list(tensor.shape)}")
+    _expect("bins_update hats' columns modulo 8", 0, hats.shape[1] % 8)
+    _expect("bins_update edges' dtype", torch.float32, edges.dtype)
+    _expect("bins_update table's dtype", torch.int32, table.dtype)
+    bins = edges.shape[1] + 1
+    counts = table.shape[-1] // bins - hats.shape[1] if table.dim() == 2 else -1
+    if counts < 0 or list(table.shape) != [width, bins * (counts + hats.shape[1])]:
+        _refuse("bins_update table", f"[{width}, {bins} * (P + {hats.shape[1]})]", f"shape {list(table.shape)}")
+    _check_contiguous("bins_update", "edges", edges)
+    _check_contiguous("bins_update", "table", table)
+    _check_indices("bins_update channels", channels, -1, counts)
     torch.ops.skillfast.bins_update(x, edges, channels, hats, table)
 
 
-def _chosen(op: str) -> Callable[..., torch.Tensor | None]:
-    def run(x: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor | None:
+def _chosen(op: str) -> Callable[..., Tensor | None]:
+    def run(x: Tensor, *rest: Tensor | None) -> Tensor | None:
         return backends.implementation(op, x)(x, *rest)
 
     return run
@@ -352,18 +284,18 @@ for _op in ("neuron_scale", "comoments_update", "bins_update", "act_mask_pool", 
 
 
 @torch.library.register_fake("skillfast::neuron_scale")
-def _(x: torch.Tensor, *_: object) -> torch.Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake("skillfast::act_mask_pool")
-def _(x: torch.Tensor, _activation: str, pool: str, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_capture(x, pool, write=rest[5] is not False if len(rest) > 5 else True)
+def _(x: Tensor, _activation: str, pool: str, *rest: object) -> tuple[Tensor, Tensor]:
+    return empty_capture(x, pool, write=rest[2] is not False if len(rest) > 2 else True)
 
 
 @torch.library.register_fake("skillfast::act_pool_accumulate")
-def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
-    return empty_capture(x, "none", write=rest[11] is not False if len(rest) > 11 else True)[0]
+def _(x: Tensor, *rest: object) -> Tensor:
+    return empty_capture(x, "none", write=rest[7] is not False if len(rest) > 7 else True)[0]
 
 
 @torch.library.register_fake("skillfast::comoments_update")
@@ -389,7 +321,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = torch.ops.skillfast.neuron_scale(grad, scale, None, condition)
     tokens = tuple(range(1, grad.dim() - 1))
 
-    def per_condition(values: torch.Tensor) -> torch.Tensor:  # [batch, ..., D] -> [conditions, D]
+    def per_condition(values: Tensor) -> Tensor:  # [batch, ..., D] -> [conditions, D]
         per_sample = values.to(scale.dtype).sum(tokens) if tokens else values.to(scale.dtype)
         index = condition if condition is not None else torch.zeros_like(per_sample[:, 0], dtype=torch.int64)
         return torch.zeros_like(scale).index_add(0, index, per_sample)

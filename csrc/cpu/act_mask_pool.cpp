@@ -18,16 +18,7 @@ void items(const ActPoolArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void act_pool_items(const ActPoolArgs& args, int64_t begin, int64_t end) {
-  switch (args.flow.dtype) {
-    case DType::float32:
-      return items<float, float>(args, begin, end);
-    case DType::bfloat16:
-      return items<bf16, float>(args, begin, end);
-    case DType::float16:
-      return items<half, float>(args, begin, end);
-    case DType::float64:
-      return items<double, double>(args, begin, end);
-  }
+  by_type(args.flow.dtype, [&](auto x, auto s) { items<decltype(x), decltype(s)>(args, begin, end); });
 }
 
 }  // namespace skillfast::SKILLFAST_ISA

@@ -1,5 +1,5 @@
-// A row of activations: read, apply the activation, the condition's scale and shift, write, and leave what was written
-// as floats for the pooling. Each step is a loop over a short row in cache, which compilers turn into vectors.
+// A row of activations: read, apply the activation, write, and leave what was written as floats for the pooling. Each
+// step is a loop over a short row in cache, which compilers turn into vectors.
 #pragma once
 #include "cpu/isa.h"
 
@@ -132,31 +132,32 @@ static inline void store_row(float* __restrict row, bf16* __restrict out, int64_
 }
 #endif
 
+// Where `width` neurons from d0 of one token are read, and written (null where they are not).
+template <typename T>
+static inline const T* token_in(const Flow& flow, int64_t sample, int64_t token, int64_t d0) {
+  return static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token + d0;
+}
+template <typename T>
+static inline T* token_out(const Flow& flow, int64_t sample, int64_t token, int64_t d0) {
+  return flow.out == nullptr ? nullptr : static_cast<T*>(flow.out) + (sample * flow.tokens + token) * flow.width + d0;
+}
+
+static inline bool is_kept(const uint8_t* mask, const Flow& flow, int64_t sample, int64_t token) {
+  return mask == nullptr || mask[sample * flow.tokens + token] != 0;
+}
+
 // Reads `width` neurons from d0 of one token, writes what flows on, and leaves it in `row` as written (rounded).
 template <typename T, typename S>
-static inline void flow_row(const ActPoolArgs& args, int64_t sample, int64_t token, int64_t d0, int64_t width,
-                            S* __restrict row) {
-  const NeuronScaleArgs& flow = args.flow;
-  const T* __restrict x = static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token + d0;
+static inline void flow_row(const Flow& flow, Activation activation, int64_t sample, int64_t token, int64_t d0,
+                            int64_t width, S* __restrict row) {
+  const T* __restrict x = token_in<T>(flow, sample, token, d0);
+  T* __restrict out = token_out<T>(flow, sample, token, d0);
   for (int64_t d = 0; d < width; ++d) row[d] = to_float(x[d]);
-  activate<sizeof(T) != sizeof(S)>(args.activation, row, width);
-  if (flow.scale != nullptr) {
-    const int64_t at = (flow.condition == nullptr ? 0 : flow.condition[sample]) * flow.width + d0;
-    const S* __restrict scale = static_cast<const S*>(flow.scale) + at;
-    for (int64_t d = 0; d < width; ++d) row[d] = scale[d] == S(0) ? S(0) : row[d] * scale[d];
-    if (flow.shift != nullptr) {
-      const S* __restrict shift = static_cast<const S*>(flow.shift) + at;
-      for (int64_t d = 0; d < width; ++d) row[d] += shift[d];
-    }
-  }
-  const bool changed = args.activation != Activation::identity || flow.scale != nullptr;
-  if (flow.out == nullptr && (sizeof(T) == sizeof(S) || !changed)) return;
-  T* __restrict out =
-      flow.out == nullptr ? nullptr : static_cast<T*>(flow.out) + (sample * flow.tokens + token) * flow.width + d0;
-  if (out == nullptr) {
-    for (int64_t d = 0; d < width; ++d) row[d] = to_float(from_float<T>(row[d]));
-  } else {
+  activate<sizeof(T) != sizeof(S)>(activation, row, width);
+  if (out != nullptr) {
     store_row(row, out, width);
+  } else if (sizeof(T) != sizeof(S) && activation != Activation::identity) {
+    for (int64_t d = 0; d < width; ++d) row[d] = to_float(from_float<T>(row[d]));
   }
 }
 

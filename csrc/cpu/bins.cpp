@@ -34,8 +34,7 @@ void load_panel(const BinsArgs& args, int64_t row0, int rows, int64_t d0, int wi
 }
 
 // One count per row, in the channel that the row names; -1 counts nothing.
-void add_counts(const int32_t* bins, int rows, const int16_t* channels, int64_t stride, int64_t width,
-                int32_t* table) {
+void add_counts(const int32_t* bins, int rows, const int16_t* channels, int64_t stride, int64_t width, int32_t* table) {
   int32_t place[kBlock], once[kBlock];
   for (int r = 0; r < rows; ++r) {
     const int32_t channel = channels[r * stride], none = channel >> 31;
@@ -164,16 +163,7 @@ void lanes_of(const BinsArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void bins_lanes(const BinsArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::float32:
-      return lanes_of<float>(args, begin, end);
-    case DType::bfloat16:
-      return lanes_of<bf16>(args, begin, end);
-    case DType::float16:
-      return lanes_of<half>(args, begin, end);
-    case DType::float64:
-      return lanes_of<double>(args, begin, end);
-  }
+  by_type(args.dtype, [&](auto x, auto) { lanes_of<decltype(x)>(args, begin, end); });
 }
 
 }  // namespace skillfast::SKILLFAST_ISA

@@ -112,16 +112,7 @@ void lanes(const CoMomentsArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::float32:
-      return lanes<float>(args, begin, end);
-    case DType::bfloat16:
-      return lanes<bf16>(args, begin, end);
-    case DType::float16:
-      return lanes<half>(args, begin, end);
-    case DType::float64:
-      return lanes<double>(args, begin, end);
-  }
+  by_type(args.dtype, [&](auto x, auto) { lanes<decltype(x)>(args, begin, end); });
 }
 
 }  // namespace skillfast::SKILLFAST_ISA

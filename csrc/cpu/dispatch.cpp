@@ -10,7 +10,7 @@ namespace skillfast {
   namespace isa {                                                                           \
   void neuron_scale_rows(const NeuronScaleArgs&, int64_t begin, int64_t end);               \
   void comoments_lanes(const CoMomentsArgs&, int64_t begin, int64_t end);                   \
-  void bins_lanes(const BinsArgs&, int64_t begin, int64_t end);                           \
+  void bins_lanes(const BinsArgs&, int64_t begin, int64_t end);                             \
   void act_pool_items(const ActPoolArgs&, int64_t begin, int64_t end);                      \
   void act_pool_accumulate_lanes(const ActPoolAccumulateArgs&, int64_t begin, int64_t end); \
   }
@@ -66,6 +66,19 @@ const Kernels*& current() {
   return kernels;
 }
 
+constexpr int64_t kElements = 1 << 15;  // per chunk: below this a thread costs more than it saves
+
+// Runs one kernel over [0, n) on the process's threads, `grain` at a time.
+template <auto kernel, typename Args>
+void split(const Args& args, int n_threads, int64_t n, int64_t grain) {
+  parallel_for(
+      n_threads, n, grain,
+      [](const void* context, int64_t begin, int64_t end) {
+        (current()->*kernel)(*static_cast<const Args*>(context), begin, end);
+      },
+      &args);
+}
+
 }  // namespace
 
 const char* cpu_isa() { return current()->isa; }
@@ -83,59 +96,32 @@ bool set_cpu_isa(const char* name) {
 const char* cpu_threads_runtime() { return openmp_found() ? "openmp" : "std"; }
 
 void neuron_scale(const NeuronScaleArgs& args, int n_threads) {
-  constexpr int64_t kElements = 1 << 15;  // per chunk: below this a thread costs more than it saves
-  const int64_t grain = kElements / (args.width > 0 ? args.width : 1) + 1;
-  parallel_for(
-      n_threads, args.batch * args.tokens, grain,
-      [](const void* context, int64_t begin, int64_t end) {
-        current()->neuron_scale_rows(*static_cast<const NeuronScaleArgs*>(context), begin, end);
-      },
-      &args);
+  const int64_t width = args.flow.width > 0 ? args.flow.width : 1;
+  split<&Kernels::neuron_scale_rows>(args, n_threads, args.flow.batch * args.flow.tokens, kElements / width + 1);
 }
 
 void comoments_update(const CoMomentsArgs& args, int n_threads) {
-  constexpr int64_t kNeurons = 256;
-  parallel_for(
-      n_threads, args.width, kNeurons,
-      [](const void* context, int64_t begin, int64_t end) {
-        current()->comoments_lanes(*static_cast<const CoMomentsArgs*>(context), begin, end);
-      },
-      &args);
+  split<&Kernels::comoments_lanes>(args, n_threads, args.width, 256);
 }
 
 void bins_update(const BinsArgs& args, int n_threads) {
-  constexpr int64_t kNeurons = 64;  // a multiple of the panel's width
-  parallel_for(
-      n_threads, args.width, kNeurons,
-      [](const void* context, int64_t begin, int64_t end) {
-        current()->bins_lanes(*static_cast<const BinsArgs*>(context), begin, end);
-      },
-      &args);
+  split<&Kernels::bins_lanes>(args, n_threads, args.width, 64);  // a multiple of the panel's width
 }
 
 void act_mask_pool(const ActPoolArgs& args, int n_threads) {
-  constexpr int64_t kElements = 1 << 15;
   const int64_t panels = (args.flow.width + kActPanel - 1) / kActPanel;
   const int64_t width = args.flow.width < kActPanel ? args.flow.width : kActPanel;
-  parallel_for(
-      n_threads, args.flow.batch * panels, kElements / (width * args.flow.tokens + 1) + 1,
-      [](const void* context, int64_t begin, int64_t end) {
-        current()->act_pool_items(*static_cast<const ActPoolArgs*>(context), begin, end);
-      },
-      &args);
+  const int64_t grain = kElements / (width * args.flow.tokens + 1) + 1;
+  split<&Kernels::act_pool_items>(args, n_threads, args.flow.batch * panels, grain);
 }
 
 void act_pool_accumulate(const ActPoolAccumulateArgs& args, int n_threads) {
   constexpr int64_t kNeurons = 64;
-  const int64_t width = args.capture.flow.width, threads = n_threads > 1 ? n_threads : 1;
+  const int64_t width = args.flow.width, threads = n_threads > 1 ? n_threads : 1;
   const int64_t share = (width + threads - 1) / threads;  // strips as wide as leave none of the threads idle
   const int64_t strip = (share + kNeurons - 1) / kNeurons * kNeurons;
-  parallel_for(
-      n_threads, width, strip < kAccumulatePanel ? strip : kAccumulatePanel,
-      [](const void* context, int64_t begin, int64_t end) {
-        current()->act_pool_accumulate_lanes(*static_cast<const ActPoolAccumulateArgs*>(context), begin, end);
-      },
-      &args);
+  split<&Kernels::act_pool_accumulate_lanes>(args, n_threads, width,
+                                             strip < kAccumulatePanel ? strip : kAccumulatePanel);
 }
 
 }  // namespace skillfast

@@ -102,9 +102,24 @@ inline half from_float<half>(float value) {
 }
 #endif
 
+// Calls run(T(), S()) with the type of activations and the one that they are summed in.
+template <typename Run>
+static inline void by_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::float32:
+      return run(float(), float());
+    case DType::bfloat16:
+      return run(bf16(), float());
+    case DType::float16:
+      return run(half(), float());
+    case DType::float64:
+      return run(double(), double());
+  }
+}
+
 void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end);  // rows of [batch * tokens]
 void comoments_lanes(const CoMomentsArgs& args, int64_t begin, int64_t end);      // neurons
-void bins_lanes(const BinsArgs& args, int64_t begin, int64_t end);              // neurons
+void bins_lanes(const BinsArgs& args, int64_t begin, int64_t end);                // neurons
 void act_pool_items(const ActPoolArgs& args, int64_t begin, int64_t end);         // samples times panels
 void act_pool_accumulate_lanes(const ActPoolAccumulateArgs& args, int64_t begin, int64_t end);  // neurons
 

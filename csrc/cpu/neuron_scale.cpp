@@ -23,30 +23,22 @@ void scale_row(const T* __restrict x, const S* __restrict scale, const S* __rest
 
 template <typename T, typename S>
 void scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end) {
+  const Flow& flow = args.flow;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t sample = row / args.tokens, token = row % args.tokens;
+    const int64_t sample = row / flow.tokens, token = row % flow.tokens;
     const int64_t condition = args.condition == nullptr ? 0 : args.condition[sample];
     const S* shift = static_cast<const S*>(args.shift);
-    scale_row<T, S>(static_cast<const T*>(args.x) + sample * args.stride_batch + token * args.stride_token,
-                    static_cast<const S*>(args.scale) + condition * args.width,
-                    shift == nullptr ? nullptr : shift + condition * args.width,
-                    static_cast<T*>(args.out) + row * args.width, args.width);
+    scale_row<T, S>(static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token,
+                    static_cast<const S*>(args.scale) + condition * flow.width,
+                    shift == nullptr ? nullptr : shift + condition * flow.width,
+                    static_cast<T*>(flow.out) + row * flow.width, flow.width);
   }
 }
 
 }  // namespace
 
 void neuron_scale_rows(const NeuronScaleArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::float32:
-      return scale_rows<float, float>(args, begin, end);
-    case DType::bfloat16:
-      return scale_rows<bf16, float>(args, begin, end);
-    case DType::float16:
-      return scale_rows<half, float>(args, begin, end);
-    case DType::float64:
-      return scale_rows<double, double>(args, begin, end);
-  }
+  by_type(args.flow.dtype, [&](auto x, auto s) { scale_rows<decltype(x), decltype(s)>(args, begin, end); });
 }
 
 }  // namespace skillfast::SKILLFAST_ISA

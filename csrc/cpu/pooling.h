@@ -34,7 +34,7 @@ static inline void flush(S* __restrict sums, double* __restrict total, int64_t w
   }
 }
 
-// The common case in one loop: no condition, what flows on is written (or not), and added to the sums as written.
+// The common case in one loop: what flows on is written (or not), and added to the sums as written.
 template <Activation activation, Pool pool, typename T, typename S>
 static inline void stream_row(const T* __restrict x, T* __restrict out, const S* __restrict center, S* __restrict sums,
                               S* __restrict squares, int64_t width) {
@@ -54,9 +54,8 @@ static inline void stream_row(const T* __restrict x, T* __restrict out, const S*
 template <Pool pool, typename T, typename S>
 static inline void stream(const ActPoolArgs& args, int64_t sample, int64_t token, int64_t d0, const S* center, S* sums,
                           S* squares, int64_t width) {
-  const NeuronScaleArgs& flow = args.flow;
-  const T* x = static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token + d0;
-  T* out = flow.out == nullptr ? nullptr : static_cast<T*>(flow.out) + (sample * flow.tokens + token) * flow.width + d0;
+  const T* x = token_in<T>(args.flow, sample, token, d0);
+  T* out = token_out<T>(args.flow, sample, token, d0);
   switch (args.activation) {
     case Activation::identity:
       return stream_row<Activation::identity, pool, T, S>(x, out, center, sums, squares, width);
@@ -74,8 +73,8 @@ static inline void stream(const ActPoolArgs& args, int64_t sample, int64_t token
 // The mean's sums where nothing is applied or written: kRowsInFloat tokens at a time stay in registers.
 template <typename T, typename S>
 static inline void sum_tokens(const ActPoolArgs& args, int64_t sample, int64_t d0, int64_t width, double* total) {
-  const NeuronScaleArgs& flow = args.flow;
-  const T* first = static_cast<const T*>(flow.x) + sample * flow.stride_batch + d0;
+  const Flow& flow = args.flow;
+  const T* first = token_in<T>(flow, sample, 0, d0);
   for (int64_t token = 0; token < flow.tokens; token += kRowsInFloat) {
     const int64_t left = flow.tokens - token;
     const T* __restrict x = first + token * flow.stride_token;
@@ -108,22 +107,22 @@ static inline void pool_panel(const ActPoolArgs& args, int64_t sample, int64_t d
   for (int64_t d = 0; moments && d < width; ++d) squares[d] = zeros[d] = S(0), total_squares[d] = 0.0;
   const S* center = args.center == nullptr ? zeros : static_cast<const S*>(args.center) + d0;
   int64_t counted = 0, token = 0;
-  if (args.pool == Pool::mean && args.activation == Activation::identity && args.flow.scale == nullptr &&
-      args.flow.out == nullptr && args.mask == nullptr) {
+  if (args.pool == Pool::mean && args.activation == Activation::identity && args.flow.out == nullptr &&
+      args.mask == nullptr) {
     sum_tokens<T, S>(args, sample, d0, width, total);
     counted = token = args.flow.tokens;
   }
   for (; token < args.flow.tokens; ++token) {
-    const bool here = args.mask == nullptr || args.mask[sample * args.flow.tokens + token] != 0;
+    const bool here = is_kept(args.mask, args.flow, sample, token);
     if (!here && args.flow.out == nullptr) continue;
     // Rounding to half a float keeps compilers from making one loop of it all a vector's.
-    const bool streams = here && args.flow.scale == nullptr && sizeof(T) == sizeof(S);
+    const bool streams = here && sizeof(T) == sizeof(S);
     if (streams && args.pool == Pool::mean) {
       stream<Pool::mean, T, S>(args, sample, token, d0, center, sums, squares, width);
     } else if (streams && args.pool == Pool::moments) {
       stream<Pool::moments, T, S>(args, sample, token, d0, center, sums, squares, width);
     } else {
-      flow_row<T, S>(args, sample, token, d0, width, row);
+      flow_row<T, S>(args.flow, args.activation, sample, token, d0, width, row);
     }
     if (!here) continue;
     if (streams && (args.pool == Pool::mean || args.pool == Pool::moments)) {

@@ -40,14 +40,15 @@ struct alignas(sizeof(T) * n) Pack {
 // One block row per (sample, token), n neurons a thread: scale and shift are read once per row from cache.
 template <typename T, typename S, int n>
 __global__ void scale_kernel(NeuronScaleArgs args) {
+  const Flow& flow = args.flow;
   const int64_t row = blockIdx.x;
-  const int64_t sample = row / args.tokens, token = row % args.tokens;
+  const int64_t sample = row / flow.tokens, token = row % flow.tokens;
   const int64_t condition = args.condition == nullptr ? 0 : args.condition[sample];
-  const T* x = static_cast<const T*>(args.x) + sample * args.stride_batch + token * args.stride_token;
-  const S* scale = static_cast<const S*>(args.scale) + condition * args.width;
-  const S* shift = args.shift == nullptr ? nullptr : static_cast<const S*>(args.shift) + condition * args.width;
-  T* out = static_cast<T*>(args.out) + row * args.width;
-  for (int64_t d = static_cast<int64_t>(threadIdx.x) * n; d < args.width; d += kThreads * n) {
+  const T* x = static_cast<const T*>(flow.x) + sample * flow.stride_batch + token * flow.stride_token;
+  const S* scale = static_cast<const S*>(args.scale) + condition * flow.width;
+  const S* shift = args.shift == nullptr ? nullptr : static_cast<const S*>(args.shift) + condition * flow.width;
+  T* out = static_cast<T*>(flow.out) + row * flow.width;
+  for (int64_t d = static_cast<int64_t>(threadIdx.x) * n; d < flow.width; d += kThreads * n) {
     Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(x + d);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -63,10 +64,11 @@ __global__ void scale_kernel(NeuronScaleArgs args) {
 template <typename T, typename S>
 void launch(const NeuronScaleArgs& args, cudaStream_t stream) {
   constexpr int n = kBytes / sizeof(T);
-  const unsigned rows = static_cast<unsigned>(args.batch * args.tokens);
-  const bool aligned = args.width % n == 0 && args.stride_batch % n == 0 && args.stride_token % n == 0 &&
-                       reinterpret_cast<uintptr_t>(args.x) % kBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(args.out) % kBytes == 0;
+  const Flow& flow = args.flow;
+  const unsigned rows = static_cast<unsigned>(flow.batch * flow.tokens);
+  const bool aligned = flow.width % n == 0 && flow.stride_batch % n == 0 && flow.stride_token % n == 0 &&
+                       reinterpret_cast<uintptr_t>(flow.x) % kBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(flow.out) % kBytes == 0;
   if (aligned) {
     scale_kernel<T, S, n><<<rows, kThreads, 0, stream>>>(args);
   } else {
@@ -88,13 +90,13 @@ struct DeviceGuard {
 }  // namespace
 
 const char* neuron_scale_cuda(const NeuronScaleArgs& args, int device, void* stream) {
-  const int64_t rows = args.batch * args.tokens;
-  if (rows == 0 || args.width == 0) return nullptr;
+  const int64_t rows = args.flow.batch * args.flow.tokens;
+  if (rows == 0 || args.flow.width == 0) return nullptr;
   if (rows > 0x7fffffff) return "more than 2^31 - 1 rows in one call";
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
+  switch (args.flow.dtype) {
     case DType::float32:
       launch<float, float>(args, cuda_stream);
       break;

@@ -18,9 +18,9 @@ def empty_capture(x: torch.Tensor, pool: str, write: bool) -> tuple[torch.Tensor
     return y, torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def has_observations(x: torch.Tensor, pool: str) -> bool:
-    """Whether a batch adds to the statistics; a pooled sample does even without tokens, as NaN."""
-    return x.numel() > 0 or (pool != "none" and x.shape[0] > 0 and x.shape[-1] > 0)
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the kernels can read its last dimension, else a contiguous copy."""
+    return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from skillfast.backends.capture import as_tokens, empty_capture, has_observations
+from skillfast.backends.capture import as_tokens, empty_capture, unit_stride
 from skillfast.vocabulary import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -22,150 +23,90 @@ _POOLS = {"none": 0, "mean": 1, "cls": 2, "max": 3, "last": 4, "moments": 5}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
-    """`x` as (tensor, stride_batch, stride_token, batch, tokens) with unit stride in the last dimension."""
-    x = as_tokens(x)
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    return x, x.stride(0), x.stride(1), x.shape[0], x.shape[1]
+def _flow(x: Tensor, out: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int, int, int, int]]:
+    """The tensor that is read, to be held until the kernel has run, and a `Flow` of csrc/kernels.h."""
+    rows = unit_stride(as_tokens(x))
+    to = out.data_ptr() if out.numel() else 0
+    return rows, (rows.data_ptr(), *rows.stride()[:2], *rows.shape, to, _DTYPES[x.dtype])  # type: ignore[return-value]
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies where they are needed, to be held until the kernel has run."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
-) -> torch.Tensor:
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
     """See `skillfast.ops.neuron_scale`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows, stride_batch, stride_token, batch, tokens = _rows(x)
-    scale = scale.contiguous()
-    shift = None if shift is None else shift.contiguous()
-    condition = None if condition is None else condition.contiguous()
-    arguments = (
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], scale.data_ptr(), _address(shift),
-        _address(condition), out.data_ptr(), _DTYPES[x.dtype],
-    )  # fmt: skip
+    _held, flow = _flow(x, out)
+    operands = _contiguous(scale, shift, condition)
     if x.is_cuda:
         index = x.device.index
-        _core.neuron_scale_cuda(*arguments, index, torch.cuda.current_stream(index).cuda_stream)
+        _core.neuron_scale_cuda(flow, *_addresses(*operands), index, torch.cuda.current_stream(index).cuda_stream)
     else:
-        _core.neuron_scale(*arguments, torch.get_num_threads())
+        _core.neuron_scale(flow, *_addresses(*operands), torch.get_num_threads())
     return out
 
 
-def comoments_update(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
+def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """See `skillfast.ops.comoments_update`."""
-    n, width = x.shape
-    if n == 0 or width == 0:
+    if x.numel() == 0:
         return
-    if x.stride(1) != 1 and width > 1:
-        x = x.contiguous()
-    y = y.contiguous()
+    x, y = unit_stride(x), y.contiguous()
     _core.comoments_update(
-        x.data_ptr(), x.stride(0), n, width, y.shape[1], y.data_ptr(), shift.data_ptr(), sum_x.data_ptr(),
-        sum_xx.data_ptr(), sum_xy.data_ptr(), _DTYPES[x.dtype], torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), *x.shape, y.shape[1], *_addresses(y, shift, sum_x, sum_xx, sum_xy),
+        _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def bins_update(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
+def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
     """See `skillfast.ops.bins_update`."""
-    n, width = x.shape
-    if n == 0 or width == 0:
+    if x.numel() == 0:
         return
-    if x.stride(1) != 1 and width > 1:
-        x = x.contiguous()
-    channels, hats = channels.contiguous(), hats.contiguous()
-    bins = edges.shape[1] + 1
+    x, channels, hats = unit_stride(x), channels.contiguous(), hats.contiguous()
+    bins, weights = edges.shape[1] + 1, hats.shape[1]
     _core.bins_update(
-        x.data_ptr(), x.stride(0), n, width, bins, channels.shape[1], table.shape[1] // bins - hats.shape[1],
-        hats.shape[1], edges.data_ptr(), channels.data_ptr(), hats.data_ptr(), table.data_ptr(), _DTYPES[x.dtype],
-        torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), *x.shape, bins, channels.shape[1], table.shape[1] // bins - weights, weights,
+        *_addresses(edges, channels, hats, table), _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Copies where they are needed; the caller holds them until the kernel has run."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def act_mask_pool(
-    x: torch.Tensor,
-    activation: str,
-    pool: str,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    center: torch.Tensor | None = None,
-    write: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, activation: str, pool: str, mask: Tensor | None = None, center: Tensor | None = None, write: bool = True
+) -> tuple[Tensor, Tensor]:
     """See `skillfast.ops.act_mask_pool`."""
-    y, pooled = empty_capture(x, pool, write)
+    out, pooled = empty_capture(x, pool, write)
     if x.numel() == 0:
-        return y, pooled.fill_(0.0 if pool == "moments" else torch.nan)
-    rows, stride_batch, stride_token, batch, tokens = _rows(x)
-    held = _contiguous(scale, shift, condition, mask, center)
-    of_scale, of_shift, of_condition, of_mask, of_center = map(_address, held)
+        return out, pooled.fill_(0.0 if pool == "moments" else torch.nan)
+    _held, flow = _flow(x, out)
+    operands = _contiguous(mask, center)
     _core.act_mask_pool(
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
-        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, of_center,
-        y.data_ptr() if write else 0, pooled.data_ptr(), _DTYPES[x.dtype], torch.get_num_threads(),
+        flow, ACTIVATIONS.index(activation), _POOLS[pool], *_addresses(*operands), pooled.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    return y, pooled
+    return out, pooled
 
 
 def act_pool_accumulate(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    center: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-    activation: str,
-    pool: str,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    write: bool = True,
-    edges: torch.Tensor | None = None,
-    channels: torch.Tensor | None = None,
-    hats: torch.Tensor | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, y: Tensor, center: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor, activation: str,
+    mask: Tensor | None = None, write: bool = True,
+) -> Tensor:  # fmt: skip
     """See `skillfast.ops.act_pool_accumulate`."""
     out, _ = empty_capture(x, "none", write)
-    if not has_observations(x, pool):
+    if x.numel() == 0:
         return out
-    rows, stride_batch, stride_token, batch, tokens = _rows(x)
-    held = _contiguous(scale, shift, condition, mask)
-    of_scale, of_shift, of_condition, of_mask = map(_address, held)
-    held_bins = _contiguous(edges, channels, hats, table)
-    of_edges, of_channels, of_hats, of_table = map(_address, held_bins)
+    _held, flow = _flow(x, out)
     y = y.contiguous()
-    bins = metrics = counts = weights = 0
-    if edges is not None and channels is not None and hats is not None and table is not None:
-        bins, metrics, weights = edges.shape[1] + 1, channels.shape[1], hats.shape[1]
-        counts = table.shape[1] // bins - weights
+    (mask,) = _contiguous(mask)
     _core.act_pool_accumulate(
-        rows.data_ptr(), stride_batch, stride_token, batch, tokens, x.shape[-1], ACTIVATIONS.index(activation),
-        _POOLS[pool], of_scale, of_shift, of_condition, of_mask, out.data_ptr() if write else 0, _DTYPES[x.dtype],
-        y.shape[-1], y.data_ptr(), y.dim() == 3, center.data_ptr(), sum_x.data_ptr(), sum_xx.data_ptr(),
-        sum_xy.data_ptr(), bins, metrics, counts, weights, of_edges, of_channels, of_hats, of_table,
-        torch.get_num_threads(),
+        flow, ACTIVATIONS.index(activation), *_addresses(mask), y.dim() == 3, y.shape[-1],
+        *_addresses(y, center, sum_x, sum_xx, sum_xy), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

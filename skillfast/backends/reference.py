@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from skillfast.backends.capture import accumulation_dtype, as_tokens, empty_capture
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def neuron_scale(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
-) -> torch.Tensor:
+def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
     """See `skillfast.ops.neuron_scale`."""
     if condition is None:
         condition = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -27,14 +26,7 @@ def neuron_scale(
     return value.to(x.dtype)
 
 
-def comoments_update(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    shift: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-) -> None:
+def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """See `skillfast.ops.comoments_update`; everything in float64, a slice of the neurons at a time."""
     step = max(1, (1 << 22) // max(1, x.shape[0]))  # at most 32 MB of float64 at once
     for start in range(0, x.shape[1], step):
@@ -45,9 +37,7 @@ def comoments_update(
         sum_xy[:, part] += y.double().T @ shifted
 
 
-def bins_update(
-    x: torch.Tensor, edges: torch.Tensor, channels: torch.Tensor, hats: torch.Tensor, table: torch.Tensor
-) -> None:
+def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
     """See `skillfast.ops.bins_update`; one `index_add_` per metric, a slice of the neurons at a time."""
     n, bins, weights = x.shape[0], edges.shape[1] + 1, hats.shape[1]
     counts = table.shape[1] // bins - weights
@@ -55,20 +45,20 @@ def bins_update(
     for start in range(0, x.shape[1], step):
         part = slice(start, start + step)
         values = x[:, part].float().T.contiguous()  # [step, n]
-        bin_ = torch.searchsorted(edges[part], values, right=True)
-        bin_ = torch.where(values.isnan(), 0, bin_)
+        index = torch.searchsorted(edges[part], values, right=True)
+        index = torch.where(values.isnan(), 0, index)
         neuron = torch.arange(values.shape[0], device=x.device)[:, None] * (bins * (counts + weights))
         view = table[part].view(-1)
         for channel in channels.long().T:  # [n]
-            at = neuron + bin_ * counts + channel.clamp_min(0)
+            at = neuron + index * counts + channel.clamp_min(0)
             view.index_add_(0, at.flatten(), (channel >= 0).to(torch.int32).expand_as(at).flatten())
         if weights:
             lanes = torch.arange(weights, device=x.device)
-            at = (neuron + bins * counts + bin_ * weights)[:, :, None] + lanes  # [step, n, weights]
+            at = (neuron + bins * counts + index * weights)[:, :, None] + lanes  # [step, n, weights]
             view.index_add_(0, at.flatten(), hats.to(torch.int32).expand_as(at).flatten())
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -77,31 +67,16 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _flow(
-    x: torch.Tensor,
-    activation: str,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    condition: torch.Tensor | None,
-) -> torch.Tensor:
-    value = _ACTIVATIONS[activation](x.to(accumulation_dtype(x.dtype)))
-    return (value if scale is None else neuron_scale(value, scale, shift, condition)).to(x.dtype)
+def _activated(x: Tensor, activation: str) -> Tensor:
+    return _ACTIVATIONS[activation](x.to(accumulation_dtype(x.dtype))).to(x.dtype)
 
 
 def act_mask_pool(
-    x: torch.Tensor,
-    activation: str,
-    pool: str,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    center: torch.Tensor | None = None,
-    write: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, activation: str, pool: str, mask: Tensor | None = None, center: Tensor | None = None, write: bool = True
+) -> tuple[Tensor, Tensor]:
     """See `skillfast.ops.act_mask_pool`."""
     out, pooled = empty_capture(x, pool, write)
-    y = _flow(x, activation, scale, shift, condition)
+    y = _activated(x, activation)
     if write:
         out.copy_(y)
     if pool == "none":
@@ -129,40 +104,16 @@ def act_mask_pool(
 
 
 def act_pool_accumulate(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    center: torch.Tensor,
-    sum_x: torch.Tensor,
-    sum_xx: torch.Tensor,
-    sum_xy: torch.Tensor,
-    activation: str,
-    pool: str,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    condition: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    write: bool = True,
-    edges: torch.Tensor | None = None,
-    channels: torch.Tensor | None = None,
-    hats: torch.Tensor | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, y: Tensor, center: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor, activation: str,
+    mask: Tensor | None = None, write: bool = True,
+) -> Tensor:  # fmt: skip
     """See `skillfast.ops.act_pool_accumulate`."""
-    flow = _flow(x, activation, scale, shift, condition)
-    out = flow if write else flow.new_empty(0)
-    if pool == "none":
-        rows = as_tokens(flow).float()
-        y = (y if y.dim() == 3 else y[:, None].expand(-1, rows.shape[1], -1)).flatten(0, 1)
-        rows, here = rows.flatten(0, 1), None if mask is None else mask.flatten()
-    else:
-        rows, here = act_mask_pool(flow, "identity", pool, mask=mask)[1], None
-    if here is not None:
-        rows, y = rows[here], y[here]
-        channels, hats = (None if t is None else t[here] for t in (channels, hats))
+    out = _activated(x, activation)
+    rows = as_tokens(out).float()
+    y = y if y.dim() == 3 else y[:, None].expand(-1, rows.shape[1], -1)
+    rows, y = (t.flatten(0, 1) if mask is None else t[mask] for t in (rows, y))  # [observations, D], [observations, M]
     comoments_update(rows, y, center, sum_x, sum_xx, sum_xy)
-    if edges is not None and channels is not None and hats is not None and table is not None:
-        bins_update(rows, edges, channels, hats, table)
-    return out
+    return out if write else out.new_empty(0)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def _launcher(op: str) -> Callable:
-    def launch(*arguments: torch.Tensor | None) -> torch.Tensor | None:
-        return importlib.import_module(f"skillfast.kernels.{op}").launch(*arguments)
+    def launch(x: torch.Tensor, *rest: object) -> object:
+        kernel = importlib.import_module(f"skillfast.kernels.{op}")
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
+            return kernel.launch(x, *rest)
 
     return launch
 

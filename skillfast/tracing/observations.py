@@ -270,7 +270,6 @@ class TokenRows(_Rows):
             center.contiguous(),
             sums,  # type: ignore[arg-type]
             activation,
-            "none",
             mask=mask,
             write=write,
         ).to(x.dtype)

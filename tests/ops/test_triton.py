@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted on the CPU against the reference, and compiled for GPUs that are not here."""
+"""The Triton kernels against the reference: interpreted, on a GPU, and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -6,104 +6,249 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
+from capture_cases import ACTIVATION, POOLS, accumulate_case, capture_case, run_accumulate, run_capture
+from op_cases import DTYPES, bins_case, comoments_case, poison, run_bins, run_op, scale_case, wide
+
+from skillfast import ops
 
 triton = pytest.importorskip("triton")
 
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-13}
+
+
+def close(got, want, tolerance):
+    torch.testing.assert_close(got.double().cpu(), want.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def moved(values, device):
+    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in values]
+
+
+def check_neuron_scale(device):
+    shapes = [(1, 1), (3, 63), (2, 7, 33), (2, 3, 1000), (1, 197, 5)]
+    for shape, dtype, with_shift, with_condition in product(shapes, DTYPES, (False, True), (False, True)):
+        case = scale_case(shape, dtype, with_shift, with_condition)
+        got = run_op("neuron_scale", "triton", *moved(case, device))
+        assert got.isfinite().all()
+        close(got, run_op("neuron_scale", "reference", *case), TOLERANCE[dtype])
+    x = torch.randn(4, 9, 40)
+    for view in (x[:, ::2], x[:, 1:, 3:20], x.transpose(1, 2), x[:1].expand(5, -1, -1)):
+        scale = torch.rand(2, 2 * view.shape[-1])[:, ::2]
+        condition = torch.arange(2 * len(view))[::2] // 2 % 2
+        got = run_op("neuron_scale", "triton", *moved((view, scale, None, condition), device))
+        close(got, run_op("neuron_scale", "reference", view, scale, None, condition), 1e-6)
+
+
+def check_comoments_update(device):
+    for (n, width, columns), dtype in product([(1, 1, 1), (33, 65, 3), (70, 130, 17), (5, 9, 0)], DTYPES):
+        x, y, shift, state = comoments_case(n, width, columns, dtype)
+        got = [t.clone() for t in moved(state, device)]
+        run_op("comoments_update", "triton", *moved((x, y, shift), device), *got)
+        run_op("comoments_update", "reference", x, y, shift, *state)
+        for a, b in zip(got, state, strict=True):
+            close(a, b, 2e-5)
+
+
+def check_bins_update(device):
+    calls = [((1, 1, 2), {}), ((63, 7, 128), {"dtype": torch.bfloat16}), ((130, 65, 100), {"dtype": torch.float16}),
+             ((33, 197, 256), {}), ((40, 20, 16), {"metrics": 1, "counts": 2, "hats": 0}),
+             ((40, 20, 16), {"metrics": 0, "counts": 0, "hats": 8}),
+             ((40, 20, 16), {"metrics": 3, "counts": 40, "hats": 24})]  # fmt: skip
+    for sizes, more in calls:
+        case = bins_case(*sizes, **more)
+        assert torch.equal(run_bins("triton", *moved(case, device)).cpu(), run_bins("reference", *case)), (sizes, more)
+    x, *rest = bins_case(40, 20, 64)
+    strided = torch.full((80, 50), torch.nan)[::2, 5:25].copy_(x)
+    assert torch.equal(run_bins("triton", *moved((strided, *rest), device)).cpu(), run_bins("reference", x, *rest))
+
+
+def check_act_mask_pool(device):
+    """Against the reference on what the kernel wrote itself: a rounding of y must not hide in what is pooled."""
+    shapes = [(1, 1), (3, 7), (2, 1, 33), (1, 19, 130), (3, 2, 17, 5)]
+    for case, (shape, pool) in enumerate(product(shapes, POOLS)):
+        dtype, activation = DTYPES[case % 4], list(ACTIVATION)[case % 5]
+        parts = (("mask", "center"), ("mask",), ())[(case + case // 6) % 3]
+        x, more = capture_case(shape, dtype, parts, seed=case)
+        on_device = {name: t.to(device) for name, t in more.items()}
+        y, pooled = run_capture("triton", x.to(device), activation, pool, **on_device)
+        close(y, run_capture("reference", x, activation, pool)[0], TOLERANCE[dtype])
+        assert y.dtype == dtype
+        close(pooled, run_capture("reference", y.cpu(), "identity", pool, **more)[1], TOLERANCE[wide(dtype)])
+        empty, again = run_capture("triton", x.to(device), activation, pool, **on_device, write=False)
+        assert empty.numel() == 0
+        close(again, pooled.cpu(), 0)
+    x, _ = capture_case((4, 9, 40), torch.float32)
+    for view in (x[:, ::2], x[:, 1:, 3:20], x.transpose(1, 2), x[:1].expand(5, -1, -1), x[..., :1]):
+        got = run_capture("triton", view.to(device), "gelu", "mean")
+        for a, b in zip(got, run_capture("reference", view, "gelu", "mean"), strict=True):
+            close(a, b, 3e-6)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e20, -1e20, -0.0, 30.0, -30.0]).to(device)
+    special = special[None, :, None].expand(1, -1, 3)
+    for activation, function in ACTIVATION.items():
+        y, pooled = run_capture("triton", special, activation, "max")
+        close(y, function(special.double().cpu()), 1e-5)
+        assert pooled.isnan().all()
+
+
+def check_act_pool_accumulate(device):
+    shapes = [(1, 1), (19, 7), (2, 1, 33), (3, 17, 65), (1, 2, 9, 5)]
+    for case, (shape, per_token, masked) in enumerate(product(shapes, (False, True), (False, True))):
+        columns, dtype, activation = (3, 0, 17, 6, 1)[case % 5], DTYPES[case % 3], list(ACTIVATION)[case // 4]
+        x, y, center, sums, more = accumulate_case(shape, dtype, per_token, masked, columns)
+        on_device = {name: t.to(device) for name, t in more.items()}
+        state = moved((x, y, center), device)
+        out, got = run_accumulate("triton", *state, moved(sums, device), activation, **on_device)
+        close(out, run_capture("reference", x, activation, "none")[0], TOLERANCE[dtype])
+        want = run_accumulate("reference", out.cpu(), y, center, sums, "identity", **more)[1]
+        for a, b in zip(got, want, strict=True):
+            close(a, b, 3e-5)
+    x, y, center, sums, _ = accumulate_case((3, 4, 9), torch.float32, False)
+    y[1] = torch.nan  # a sample without tokens
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    state = moved((x, y, center), device)
+    _, got = run_accumulate("triton", *state, moved(sums, device), "gelu", mask=mask.to(device), write=False)
+    assert all(t.isfinite().all() for t in got)
+
+
+CHECKS = {
+    "neuron_scale": check_neuron_scale,
+    "comoments_update": check_comoments_update,
+    "bins_update": check_bins_update,
+    "act_mask_pool": check_act_mask_pool,
+    "act_pool_accumulate": check_act_pool_accumulate,
+}
+
 INTERPRETED = """
-import itertools, torch
-from skillfast import backends, ops
-
-def check(got, want, tolerance):
-    assert torch.isfinite(got.double()).all()
-    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
-
-empty = torch.empty
-def poisoned(*args, **kwargs):
-    out = empty(*args, **kwargs)
-    return out.fill_(torch.nan) if out.is_floating_point() else out
-torch.empty = poisoned
-
-torch.manual_seed(0)
-shapes = [(1, 1), (3, 63), (2, 7, 33), (2, 3, 1000), (1, 197, 5)]
-for shape, dtype, shifted, conditioned in itertools.product(
-    shapes, [torch.float32, torch.bfloat16, torch.float16, torch.float64], [False, True], [False, True]
-):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = torch.randn(shape).to(dtype)
-    scale = torch.randn(3 if conditioned else 1, shape[-1], dtype=wide)
-    scale[:, ::3] = 0
-    x[0, ..., 0] = torch.inf  # removed, so that nothing of it is left
-    shift = torch.randn_like(scale) if shifted else None
-    condition = torch.randint(0, 3, shape[:1]) if conditioned else None
-    results = {}
-    for backend in ("triton", "reference"):
-        backends.calls.clear()
-        with backends.use_backend(backend):
-            results[backend] = ops.neuron_scale(x, scale, shift, condition)
-        assert backends.calls == {("neuron_scale", backend): 1}
-    check(results["triton"], results["reference"], {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-6))
-wide = torch.randn(4, 9, 40)
-for view in (wide[:, ::2], wide[:, 1:, 3:20], wide.transpose(1, 2), wide[:1].expand(5, -1, -1)):
-    scale = torch.rand(1, view.shape[-1])
-    with backends.use_backend("triton"):
-        check(ops.neuron_scale(view, scale), view * scale[0], 1e-6)
-
-for (n, width, columns), dtype in itertools.product(
-    [(1, 1, 1), (33, 65, 3), (70, 130, 17)], [torch.float32, torch.bfloat16, torch.float16]
-):
-    x, y, shift = torch.randn(n, width).to(dtype), torch.randn(n, columns), torch.randn(width)
-    start = [torch.randn(s, dtype=torch.float64) for s in ((width,), (width,), (columns, width))]
-    results = {}
-    for backend in ("triton", "reference"):
-        state = [t.clone() for t in start]
-        with backends.use_backend(backend):
-            ops.comoments_update(x, y, shift, *state)
-        results[backend] = state
-    for got, want in zip(*results.values(), strict=True):
-        check(got, want, 2e-5)
-print("interpreted")
+import sys, traceback
+sys.path[:0] = {folders!r}
+import torch
+from test_triton import CHECKS, poison
+torch.empty = poison(torch.empty)
+for op, check in CHECKS.items():
+    try:
+        check("cpu")
+    except Exception:
+        traceback.print_exc()
+    else:
+        print(op)
 """
 
 
-def run(code, *arguments, **environment):
+@pytest.mark.timeout(1600)
+def test_interpreted_equals_reference(triton_interpreter):
+    """All ops in one process of its own: Triton reads TRITON_INTERPRET when a kernel is declared."""
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, cwd="/",
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+        [sys.executable, "-c", INTERPRETED.format(folders=folders)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1500,  # seconds where nothing else runs, minutes where the cores are shared
+        check=False,
+        cwd="/",  # from the checkout, its own skillfast would come before the installed one
+    )
+    assert done.stdout.split() == list(CHECKS), done.stderr[-4000:]
 
 
-def test_interpreted_kernels_equal_the_reference(triton_interpreter):
-    assert run(INTERPRETED, TRITON_INTERPRET="1") == "interpreted"
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", CHECKS)
+def test_on_a_gpu(op, monkeypatch):
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    CHECKS[op]("cuda")
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("op", ["neuron_scale", "comoments_update"])
-def test_kernels_compile_without_a_gpu(arch, op, monkeypatch):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
+@pytest.mark.gpu
+def test_sizes_beyond_one_block_on_a_gpu():
+    for n, width, n_bins in ((512, 1000, 128), (1000, 197, 256)):
+        case = bins_case(n, width, n_bins)
+        assert torch.equal(run_bins("triton", *moved(case, "cuda")).cpu(), run_bins("reference", *case))
+    x = torch.randn(4096, 5, device="cuda")
+    torch.testing.assert_close(run_op("act_mask_pool", "triton", x)[1], x, rtol=0, atol=0)
+    for shape in ((2, 197, 1030), (1, 1000, 130), (130, 17, 65)):
+        x, more = capture_case(shape, torch.float32, ("mask",))
+        got = run_capture("triton", x.cuda(), "gelu", "mean", mask=more["mask"].cuda())
+        for a, b in zip(got, run_capture("reference", x, "gelu", "mean", **more), strict=True):
+            close(a, b, 3e-6)
+        for per_token in (False, True):
+            x, y, center, sums, more = accumulate_case(shape, torch.float32, per_token, True, columns=17)
+            state = moved((x, y, center), "cuda")
+            _, got = run_accumulate("triton", *state, moved(sums, "cuda"), "gelu", mask=more["mask"].cuda())
+            for a, b in zip(got, run_accumulate("reference", x, y, center, sums, "gelu", **more)[1], strict=True):
+                close(a, b, 3e-5)
+
+
+def strides_and_sizes(*names):
+    return {"stride_batch": "i64", "stride_row": "i64"} | dict.fromkeys(names, "i32")
+
+
+def compiled(op, types, constants, arch):
+    """The kernel as its launcher runs it; arguments that are 1 are constants there, too."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from skillfast.kernels import comoments_update, neuron_scale
+    module = __import__(f"skillfast.kernels.{op}", fromlist=["launch"])
+    kernel = getattr(module, f"{op}_kernel")
+    constants = {**constants, **getattr(module, "TILE", {})}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=getattr(module, "OPTIONS", {}))
 
-    kernel, types, constants = {
-        "neuron_scale": (
-            neuron_scale.neuron_scale_kernel,
-            {"x": "*bf16", "scale": "*fp32", "shift": "*fp32", "condition": "*i64", "out": "*bf16",
-             **dict.fromkeys(("stride_batch", "stride_token", "tokens", "width"), "i32")},
-            {"HAS_SHIFT": True, "HAS_CONDITION": True, "BLOCK": 1024},
-        ),
-        "comoments_update": (
-            comoments_update.comoments_update_kernel,
-            {"x": "*bf16", "y": "*fp32", "shift": "*fp32", "sum_x": "*fp64", "sum_xx": "*fp64", "sum_xy": "*fp64",
-             **dict.fromkeys(("n", "width", "columns", "stride_row"), "i32")},
-            {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_M": 16},
-        ),
-    }[op]  # fmt: skip
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", arch, 32))
-    assert compiled.metadata.shared <= 48 * 1024  # what every device has without asking
-    assert not re.search(r"\b(STL|LDL)\b", compiled.asm["sass"])  # no register spills
+
+CAPTURED = [("bf16", "gelu", "mean"), ("fp32", "gelu_tanh", "max"), ("fp16", "silu", "last"), ("bf16", "relu", "cls"),
+            ("fp32", "identity", "none"), ("bf16", "gelu", "moments"), ("fp64", "gelu", "moments")]  # fmt: skip
+ACCUMULATED = [("bf16", "gelu", True), ("fp32", "identity", True), ("bf16", "gelu", False),
+               ("fp32", "gelu_tanh", False),
+               ("fp16", "silu", False), ("bf16", "relu", False)]  # fmt: skip
+
+
+def programs():
+    """Op, types and constants of every program that is compiled."""
+    sizes = strides_and_sizes("stride_token", "batch", "tokens", "width", "columns", "samples", "n", "bins", "metrics",
+                              "counts", "weights")  # fmt: skip
+    state = {"sum_x": "*fp64", "sum_xx": "*fp64", "sum_xy": "*fp64", "shift": "*fp32", "center": "*fp32", "y": "*fp32"}
+    types = {"x": "*bf16", "out": "*bf16", "scale": "*fp32", "condition": "*i64", "mask": "*i1", **state, **sizes}
+    yield "neuron_scale", types, {"HAS_SHIFT": True, "HAS_CONDITION": True, "BLOCK": 1024}
+    yield "comoments_update", types, {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_M": 16}
+    payload = {"edges": "*fp32", "channels": "*i16", "hats": "*i16", "table": "*i32"}
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield "bins_update", {**types, **payload, "x": f"*{dtype}"}, {"LEVELS": 7, "BLOCK_N": 16, "BLOCK_D": 64}
+    for dtype, activation, pool in CAPTURED:
+        pooled = "*fp64" if dtype == "fp64" else "*fp32"
+        own = {**types, "x": f"*{dtype}", "out": f"*{dtype}", "center": pooled, "pooled": pooled}
+        options = {"ACTIVATION": activation, "POOL": pool, "DOUBLE": dtype == "fp64"}
+        options |= dict.fromkeys(("HAS_MASK", "HAS_CENTER", "WRITE"), True)
+        for ones in ((), ("batch", "tokens", "width")):
+            yield "act_mask_pool", own, {**options, **dict.fromkeys(ones, 1)}
+    for dtype, activation, per_token in ACCUMULATED:
+        own = {**types, "x": f"*{dtype}", "out": f"*{dtype}"}
+        options = {"ACTIVATION": activation, "Y_PER_TOKEN": per_token, "HAS_MASK": True, "WRITE": True}
+        for ones in ((), ("batch", "tokens", "width", "columns", "samples")):
+            yield "act_pool_accumulate", own, {**options, **dict.fromkeys(ones, 1)}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("op", CHECKS)
+def test_compiles_without_a_gpu(op, arch, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else Triton 3.9 warns
+    for name, types, constants in programs():
+        if name != op:
+            continue
+        program = compiled(op, types, constants, arch)
+        assert program.metadata.shared <= 48 * 1024, constants  # what every device has without asking
+        assert not re.search(r"\b(STL|LDL)\b", program.asm["sass"]), constants  # no register spills
+        if op in ("bins_update", "act_pool_accumulate"):
+            assert "red." in program.asm["ptx"] or "atom." in program.asm["ptx"]
+
+
+def test_every_op_is_checked():
+    from skillfast.backends.triton import IMPLEMENTATIONS
+
+    assert set(CHECKS) == set(IMPLEMENTATIONS)
+    assert {op for op, *_ in programs()} == set(CHECKS)
+    assert all(hasattr(ops, op) for op in CHECKS)

@@ -1,4 +1,4 @@
-"""`bins_update` and the scores from its table: bitwise against the reference, scores against scipy."""
+"""The bin table's edges and the scores from it: against scipy, its bounds, and its merges."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
-from torch.library import opcheck
 
-from skillfast import _core, backends, ops
-from skillfast.errors import ArgumentError
+from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
 from skillfast.statistics.bins import scores as bin_scores
 from skillfast.statistics.bins import table as bins
@@ -20,125 +18,6 @@ from skillfast.statistics.bins.edges import atomic_bins, build_edges, calibratio
 BINS = 128
 N = 20_000
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    before = _core.cpu_isa()
-    if not _core.set_cpu_isa(request.param):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    _core.set_cpu_isa(before)
-
-
-def some_call(n, width, n_bins, dtype=torch.float32, metrics=2, counts=7, hats=16, seed=0):
-    """Arguments of bins_update with repeated edges, values on edges, and values that are not finite."""
-    g = torch.Generator().manual_seed(seed)
-    edges = torch.randn(width, n_bins - 1, generator=g).to(dtype).float().sort(1).values
-    edges[:, n_bins // 2 : n_bins // 2 + 2] = edges[:, n_bins // 2 - 1 : n_bins // 2]
-    edges[:, max(0, n_bins - 5) :] = torch.inf
-    x = torch.randn(n, width, generator=g).to(dtype)
-    nearest = edges[:, torch.randint(0, n_bins - 1, (n,), generator=g)].T.to(dtype)
-    x = torch.where(torch.rand(n, width, generator=g) < 0.2, nearest, x)
-    x[:, ::3] = x[:, ::3].relu()  # many rows share a bin
-    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0, -0.0)):
-        x.view(-1)[3 + i :: 17] = value
-    channels = torch.randint(-1, counts, (n, metrics), generator=g).to(torch.int16)
-    weights = torch.randint(0, 257, (n, hats), generator=g).to(torch.int16)
-    table = torch.randint(0, 1000, (width, n_bins * (counts + hats)), generator=g).to(torch.int32)
-    return x, edges.contiguous(), channels, weights, table
-
-
-def run(backend, x, edges, channels, weights, table):
-    table = table.clone()
-    before = backends.calls["bins_update", backend]
-    with backends.use_backend(backend):
-        ops.bins_update(x, edges, channels, weights, table)
-    assert backends.calls["bins_update", backend] == before + 1
-    return table
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "width"), [(1, 1), (63, 7), (512, 63), (1000, 197), (63, 1000), (2100, 33)])
-def test_native_equals_reference(isa, n, width, dtype):
-    arguments = some_call(n, width, BINS, dtype)
-    assert torch.equal(run("native", *arguments), run("reference", *arguments))
-
-
-@pytest.mark.parametrize("n_bins", [2, 3, 16, 100, 129, 256])
-@pytest.mark.parametrize(("metrics", "counts", "hats"), [(1, 2, 0), (0, 0, 8), (3, 40, 24), (1, 1, 32)])
-def test_any_number_of_bins_and_metrics(isa, n_bins, metrics, counts, hats):
-    arguments = some_call(130, 37, n_bins, metrics=metrics, counts=counts, hats=hats)
-    assert torch.equal(run("native", *arguments), run("reference", *arguments))
-
-
-@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed", "one row repeated"])
-def test_strides(layout):
-    x, *rest = some_call(100, 50, BINS)
-    wide = torch.full((200, 107), torch.nan)
-    if layout == "one row repeated":
-        strided = x[:1].expand(100, 50)
-        x = strided.contiguous()
-    else:
-        views = {
-            "row stride": wide[::2, 3:53],
-            "column stride": wide[:100, :100:2],
-            "transposed": torch.full((50, 100), torch.nan).T,
-        }
-        strided = views[layout].copy_(x)
-    assert torch.equal(run("native", strided, *rest), run("reference", x, *rest))
-
-
-def test_only_the_neurons_given_are_written():
-    x, edges, channels, weights, table = some_call(100, 40, 64)
-    poison = torch.full((3, *table.shape), 123_456_789, dtype=torch.int32)
-    poison[1] = table
-    ops.bins_update(x, edges, channels, weights, poison[1])
-    assert (poison[0] == 123_456_789).all()
-    assert (poison[2] == 123_456_789).all()
-    assert torch.equal(poison[1], run("reference", x, edges, channels, weights, table))
-
-
-def test_threads_change_nothing():
-    arguments = some_call(700, 1000, BINS)
-    threads = torch.get_num_threads()
-    tables = []
-    try:
-        for n_threads in (1, 2, 3, 8):
-            torch.set_num_threads(n_threads)
-            tables.append(run("native", *arguments))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(tables[0], table) for table in tables)
-
-
-def test_the_op_keeps_its_contract():
-    opcheck(torch.ops.skillfast.bins_update, some_call(20, 5, 16))
-
-
-def test_nothing_to_add():
-    x, edges, channels, weights, table = some_call(4, 5, 16)
-    assert torch.equal(run("native", x[:0], edges, channels[:0], weights[:0], table), table)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("x", lambda x: x[0], "x: expected"),
-        ("edges", lambda e: e.double(), "edges' dtype"),
-        ("edges", lambda e: e[:3].contiguous(), "edges: expected"),
-        ("channels", lambda c: c + 1, "channels: expected indices"),
-        ("channels", lambda c: c[1:], "channels: expected"),
-        ("hats", lambda h: h[:, :7], "modulo 8"),
-        ("table", lambda t: t[:, 1:], "table: expected"),
-        ("table", lambda t: t.T.contiguous().T, "contiguous"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(name, change, said):
-    arguments = dict(zip(("x", "edges", "channels", "hats", "table"), some_call(40, 6, 16), strict=True))
-    arguments[name] = change(arguments[name])
-    with pytest.raises(ArgumentError, match=said):
-        ops.bins_update(**arguments)
 
 
 # Edges
