@@ -14,8 +14,9 @@ import torch
 
 from skillfast import backends, ops
 from skillfast.metrics import Categorical, Continuous
-from skillfast.statistics.bins import table as bins
 from skillfast.statistics.bins.edges import build_edges, calibration_rows
+from skillfast.statistics.bins.layout import BinLayout
+from skillfast.statistics.bins.scores import finalise, fit_continuous
 
 WIDTH = 46_080  # ViT-B/16: mlp, attention and head sites
 BINS = 128
@@ -32,7 +33,7 @@ def rows(n: int, width: int, seed: int, kind: str = "normal") -> torch.Tensor:
     return KINDS[kind](torch.randn(n, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def payload_of(layout: bins.BinLayout, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def payload_of(layout: BinLayout, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     values = {
         "label": torch.randint(0, 10, (n,), generator=g),
@@ -40,7 +41,7 @@ def payload_of(layout: bins.BinLayout, n: int, seed: int = 0) -> tuple[torch.Ten
         "loss": torch.randn(n, generator=g).exp(),
     }
     references = {name: values[name].double().sort().values for name in layout.hats}
-    return bins.payload(layout, values, references)
+    return layout.payload(values, references)
 
 
 def floor(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ def floor(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def gate(kind: str) -> None:
-    layout = bins.BinLayout.of(METRICS, BINS)
+    layout = BinLayout.of(METRICS, BINS)
     x = rows(BUFFER, 300, 1, kind)
     edges = build_edges(rows(calibration_rows(BINS), 300, 2, kind), BINS)
     tables = []
@@ -64,7 +65,7 @@ def gate(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bins_update(benchmark, kind, dtype):
     gate(kind)
-    layout = bins.BinLayout.of(METRICS, BINS)
+    layout = BinLayout.of(METRICS, BINS)
     edges = build_edges(rows(calibration_rows(BINS), WIDTH, 2, kind).to(dtype), BINS)
     x = rows(BUFFER, WIDTH, 1, kind)
     y = torch.randn(BUFFER, 13).index_fill_(1, torch.tensor([12]), 1.0)
@@ -93,12 +94,12 @@ def test_edges(benchmark, kind):
 
 
 def test_finalise(benchmark):
-    layout = bins.BinLayout.of(METRICS, BINS)
+    layout = BinLayout.of(METRICS, BINS)
     width, n = 4096, 8192
     x = rows(n, width, 1)
     edges, table, payload = build_edges(x[:1024], BINS), layout.zeros(width), payload_of(layout, n)
     ops.bins_update(x, edges, *payload, table)
     g = torch.Generator().manual_seed(0)
     values = {name: torch.rand(n, generator=g) for name in layout.hats}
-    fits = bins.fit_continuous(layout, values, {name: value.double().sort().values for name, value in values.items()})
-    benchmark.pedantic(bins.finalise, (layout, table, edges, x.dtype, fits), rounds=3, warmup_rounds=1)
+    fits = fit_continuous(layout, values, {name: value.double().sort().values for name, value in values.items()})
+    benchmark.pedantic(finalise, (layout, table, edges, x.dtype, fits), rounds=3, warmup_rounds=1)

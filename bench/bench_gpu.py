@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from skillfast import Categorical, Continuous, backends, ops
-from skillfast.statistics.bins import table as bins
 from skillfast.statistics.bins.edges import build_edges, calibration_rows
+from skillfast.statistics.bins.layout import BinLayout
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -90,9 +90,9 @@ def test_bins_update(benchmark, rows):
         "confidence": torch.rand(ROWS, generator=generator),
         "loss": torch.randn(ROWS, generator=generator).exp(),
     }
-    layout = bins.BinLayout.of(METRICS, BINS)
+    layout = BinLayout.of(METRICS, BINS)
     references = {name: values[name].double().sort().values for name in layout.hats}
-    payload = [tensor.cuda() for tensor in bins.payload(layout, values, references)]
+    payload = [tensor.cuda() for tensor in layout.payload(values, references)]
     edges = build_edges(torch.randn(calibration_rows(BINS), WIDTH, device="cuda"), BINS)
     tables = {}
     for backend in ("triton", "reference"):

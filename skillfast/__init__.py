@@ -12,8 +12,8 @@ _PUBLIC = {
     "Binary": "metrics",
     "Categorical": "metrics",
     "Continuous": "metrics",
-    "NeuronScores": "statistics.neuron_scores",
-    "NeuronStatistics": "statistics.neuron_statistics",
+    "NeuronScores": "statistics.scores",
+    "NeuronStatistics": "statistics.accumulator",
     "Tracer": "tracing.tracer",
     "correlate": "tracing.trace",
     "trace": "tracing.trace",
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from skillfast.skills.skill import load_skills as load_skills
     from skillfast.skills.skill import save_skills as save_skills
     from skillfast.skills.skill import select as select
-    from skillfast.statistics.neuron_scores import NeuronScores as NeuronScores
-    from skillfast.statistics.neuron_statistics import NeuronStatistics as NeuronStatistics
+    from skillfast.statistics.accumulator import NeuronStatistics as NeuronStatistics
+    from skillfast.statistics.scores import NeuronScores as NeuronScores
     from skillfast.tracing.trace import correlate as correlate
     from skillfast.tracing.trace import trace as trace
     from skillfast.tracing.tracer import Tracer as Tracer

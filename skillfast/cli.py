@@ -130,7 +130,7 @@ def ablate(
     from skillfast.report import accuracy_table
     from skillfast.runs.subject import ablated
     from skillfast.skills.skill import load_skills
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
     config = _config(given)
     skills = load_skills(skills_from)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from skillfast.skills.skill import Skill
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 MOST_TABLE_BYTES = 1 << 28  # kept between batches; beyond, tables are made anew
 

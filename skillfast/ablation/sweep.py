@@ -24,7 +24,7 @@ from skillfast.tracing.trace import classes_of, image_batch, refuse_training
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
 HALF_TOLERANCE = 3e-2

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from skillfast.metrics import AuxiliaryMetric
     from skillfast.models.sites import Site
     from skillfast.runs.subject import Subject
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 STEADY = 1e-9  # a deviation that rounding may leave, as a share of the largest value
 RIDGE = tuple(np.logspace(-3, 3, 13))  # strengths that RidgeCV chooses from

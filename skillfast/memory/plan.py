@@ -16,8 +16,8 @@ from skillfast.memory.usage import free_bytes
 from skillfast.metrics import parse_metrics
 from skillfast.models.huggingface import Task, load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
-from skillfast.statistics.bins.table import exact_rows
-from skillfast.statistics.scoring import OF_BINS
+from skillfast.statistics.bins.edges import exact_rows
+from skillfast.statistics.state import needs_bins
 from skillfast.vocabulary import BINS, BUFFER_ROWS, DTYPES, KINDS, METRICS, STATISTICS
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _plan(name: str, model: torch.nn.Module, settings: Settings, capacity: int |
     widths = dict.fromkeys(weights, 0)
     for site in sites:
         widths[footprint.part_of(site.path, blocks) or footprint.LAST] += site.width
-    rows = exact_rows(settings.bins) if any(name in OF_BINS for name in settings.statistics) else BUFFER_ROWS
+    rows = exact_rows(settings.bins) if needs_bins(settings.statistics) else BUFFER_ROWS
 
     def state_of(neurons: int) -> int:
         if not neurons:
@@ -266,7 +266,7 @@ def _spread(load: dict[str, int], devices: int) -> list[list[str]]:
 
 def _remedies(name: str, model: torch.nn.Module, settings: Settings, capacity: int) -> list[tuple[str, int]]:
     """Settings that make it fit, each by itself; where none does, the two strongest together."""
-    bins = any(statistic in OF_BINS for statistic in settings.statistics)
+    bins = needs_bins(settings.statistics)
     fewer = [n for n in (64, 32, 16) if bins and n < settings.bins]
     changes: list[tuple[str, dict[str, Any]]] = [(f"--bins {n}", {"bins": n}) for n in fewer]
     changes += [("--statistics pearson", {"statistics": ("pearson",)})] if bins else []

@@ -6,8 +6,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from skillfast.memory.usage import free_bytes
-from skillfast.statistics.bins.table import BinLayout
-from skillfast.statistics.scoring import OF_BINS
+from skillfast.statistics.bins.layout import BinLayout
+from skillfast.statistics.state import needs_bins
 from skillfast.vocabulary import BINS, STATISTICS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def state_bytes(
     """
     columns = sum(len(metric.columns(name)) for name, metric in metrics.items())
     per_neuron = 8 * (2 + columns) + 4  # sums of x, x^2 and each x y; the shift
-    if any(name in OF_BINS for name in statistics):
+    if needs_bins(statistics):
         per_neuron += 4 * (BinLayout.of(metrics, bins).entries + bins - 1)  # the table and its edges
     if n_bootstrap is not None:
         per_neuron += 8 * n_bootstrap * (2 + columns)

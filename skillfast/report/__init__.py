@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 __all__ = [
     "accuracy_table",

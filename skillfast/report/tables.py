@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
 # the rows of a summary: key of selectivity, and how a reader calls it

@@ -33,7 +33,7 @@ from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
 from skillfast.runs.subject import Subject, prepare, trace_part
 from skillfast.skills.attribution import NeuronRanking
 from skillfast.skills.skill import Skill, overlap, save_skills
-from skillfast.statistics.neuron_scores import NeuronScores
+from skillfast.statistics.scores import NeuronScores
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:

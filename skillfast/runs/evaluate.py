@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from skillfast.evaluation.grid import Case
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.subject_causal import CausalSubject
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
     Say = Callable[[str], None]
 

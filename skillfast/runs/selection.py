@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from skillfast.skills.attribution import NeuronRanking
     from skillfast.skills.skill import Skill
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 Effects = dict[str, Any]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from skillfast.runs.checkpoints import Phases
     from skillfast.runs.config import BenchConfig
     from skillfast.skills.skill import Skill
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
     from skillfast.vocabulary import Mode
 
     Say = Callable[[str], None]

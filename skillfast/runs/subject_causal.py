@@ -20,7 +20,7 @@ from skillfast.tracing.trace import trace
 if TYPE_CHECKING:
     from skillfast.models.huggingface import LanguageModel
     from skillfast.runs.config import BenchConfig
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 
 @dataclass(frozen=True)

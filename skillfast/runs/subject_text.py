@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from skillfast.runs.checkpoints import Phases
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.cost import Clock
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 _EPOCHS, _LR = 3, 1e-4  # of all weights: a pretrained encoder needs few
 _BATCH = 32

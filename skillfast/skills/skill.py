@@ -18,7 +18,7 @@ from skillfast.vocabulary import METHODS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 SCHEMA = "skillfast.skills/1"
 FILE = "skills.json"

@@ -1,4 +1,4 @@
-"""Confidence in Pearson's r from the same pass: a Poisson bootstrap whose weights are hashed, not stored.
+"""Intervals of Pearson's r from the same pass: a Poisson bootstrap whose weights are hashed, not stored.
 
 Replicate b gives every group of observations (by default every observation) a Poisson(1) weight that depends on the
 seed, the group and b alone, so the replicates do not depend on order, batches or shards. Weighted sums are further
@@ -7,17 +7,15 @@ columns of the same co-moments (Chamandy et al., 2012, "Estimating uncertainty f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy import stats
 
 from skillfast import ops
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from skillfast.errors import ArgumentError
 
 LEVEL = 0.95
 _POISSON = stats.poisson(1).cdf(np.arange(12))  # beyond 11 the rest is 1e-9
@@ -37,9 +35,63 @@ def mix(*parts: np.ndarray | int) -> np.ndarray:
 
 
 def weights(seed: int, groups: np.ndarray, replicates: int) -> np.ndarray:
-    """Poisson(1) weights float32 [n, replicates] of these groups (integers [n])."""
+    """Poisson(1) weights float32 [n, replicates] of groups (integers [n])."""
     bits = mix(seed, groups[:, None], np.arange(replicates)[None, :])
     return np.searchsorted(_POISSON, bits.astype(np.float64) * 2.0**-64, side="right").astype(np.float32)
+
+
+@dataclass
+class Numbering:
+    """Numbers for observations without a group, so that no two, of shards and processes too, share their weights.
+
+    Attributes:
+        stream: Tells this accumulator's numbers from those of shards and other processes.
+        shards: How many shards were made of it.
+        used: How many numbers were given out.
+        merged: Streams whose numbers others have used, and whose observations are counted here.
+    """
+
+    stream: int = 0
+    shards: int = 0
+    used: int = 0
+    merged: set[int] = field(default_factory=set)
+
+    @staticmethod
+    def of_process() -> Numbering:
+        """A numbering of this process's own: stream 0 in the first process, and where there is no other."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return Numbering(_halved(mix(rank)) if rank else 0)
+
+    def take(self, n: int, seed: int, device: torch.device) -> torch.Tensor:
+        """The next n numbers, whole ones in float64 [n]."""
+        first = (int(mix(seed, self.stream)) >> 13) if self.stream else 0  # exact in float64
+        numbers = first + self.used + torch.arange(n, dtype=torch.float64, device=device)
+        self.used += n
+        return numbers
+
+    def shard(self) -> Numbering:
+        """The numbering of a new shard."""
+        self.shards += 1
+        return Numbering(_halved(mix(self.stream, self.shards)))
+
+    def merge(self, other: Numbering) -> None:
+        """Note that the other's observations are counted here, too.
+
+        Raises:
+            ArgumentError: Both count observations of one stream, which share their numbers.
+        """
+        ours, theirs = (n.merged | ({n.stream} if n.used else set()) for n in (self, other))
+        if ours & theirs:
+            raise ArgumentError(
+                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
+            )
+        self.merged |= theirs
+        if self.stream in theirs:
+            self.stream = _halved(mix(self.stream, len(self.merged), 1))
+
+
+def _halved(bits: np.ndarray) -> int:
+    return int(bits >> np.uint64(1))  # what an int64 can hold
 
 
 @dataclass
@@ -47,7 +99,7 @@ class Replicates:
     """Weighted sums of B replicates about the shift of the co-moments.
 
     Attributes:
-        seed: Of the weights.
+        seed: Seed of the weights.
         count: float64 [B], sum of the weights.
         sum_y: float64 [B, M].
         sum_yy: float64 [B, M].
@@ -68,7 +120,7 @@ class Replicates:
 
     @staticmethod
     def zeros(seed: int, replicates: int, n_neurons: int, n_columns: int, device: torch.device) -> Replicates:
-        """Nothing counted yet."""
+        """Sums of B replicates that have counted nothing."""
         shapes = (
             (replicates,), (replicates, n_columns), (replicates, n_columns), (replicates, n_neurons),
             (replicates, n_neurons), (replicates * n_columns, n_neurons),
@@ -79,18 +131,17 @@ class Replicates:
         """The sums by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the sums from `tensors`."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+    def to(self, device: torch.device) -> Replicates:
+        """The same sums on a device; tensors that lie there already are shared."""
+        return Replicates(self.seed, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the sums, in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+    def clear(self) -> None:
+        """Forget all rows."""
+        for tensor in self.tensors().values():
+            tensor.zero_()
 
     def add(self, x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, groups: torch.Tensor) -> None:
-        """Count rows x [n, D] with shifted columns y float64 [n, M] of these groups int64 [n]."""
+        """Count rows x [n, D] of groups int64 [n], with columns y float64 [n, M] that are shifted already."""
         w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(x.device)  # [n, B]
         wide = w.double()
         self.count += wide.sum(0)
@@ -104,7 +155,14 @@ class Replicates:
         ops.comoments_update(squares, w, torch.zeros_like(shift), *unused, self.sum_xx)
 
     def add_sums(self, sums: torch.Tensor, counts: torch.Tensor, y: torch.Tensor, groups: torch.Tensor) -> None:
-        """Count examples by sums of their rows [2, n, D] about the shift, and of squares; counts, groups int64 [n]."""
+        """Count examples whose rows were summed already.
+
+        Args:
+            sums: [2, n, D], sums of the rows about the shift, and of their squares.
+            counts: int64 [n], rows of each example.
+            y: float64 [n, M], columns about the shift.
+            groups: int64 [n].
+        """
         w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(sums.device).double()
         x, squares = sums.double()
         many = w * counts[:, None]  # [n, B]
@@ -115,8 +173,14 @@ class Replicates:
         self.sum_xx += w.T @ squares
         self.sum_xy += (w[:, :, None] * y[:, None, :]).flatten(1).T @ x
 
+    def merge(self, other: Replicates, dx: torch.Tensor, dy: torch.Tensor) -> None:
+        """Add another state's rows, whose shift is larger by dx [D] and dy [M]; both on one device."""
+        moved = other.reshift(dx, dy).tensors()
+        for name, tensor in self.tensors().items():
+            tensor += moved[name]
+
     def reshift(self, dx: torch.Tensor, dy: torch.Tensor) -> Replicates:
-        """The same rows about a shift that is smaller by dx [D] and dy [M]."""
+        """The same rows about a shift that is smaller by dx float64 [D] and dy float64 [M]."""
         b, m = self.sum_y.shape
         count, sum_x = self.count[:, None], self.sum_x
         xy = self.sum_xy.view(b, m, -1)

@@ -5,27 +5,20 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from skillfast.errors import ArgumentError
-from skillfast.statistics import bootstrap, comoments
-from skillfast.statistics.bins.table import Overflow
+from skillfast.statistics.bins.overflow import UNIT_BITS, Overflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from skillfast.statistics.bins.state import BinState
-    from skillfast.statistics.comoments import CoMoments
+    from skillfast.statistics.bins.table import BinTable
+    from skillfast.statistics.moments import CoMoments
+    from skillfast.statistics.state import State
 
 _SLICE = 1 << 22  # table entries summed at once in int64: 32 MB
-
-
-def stream() -> int:
-    """A number for this process's own bootstrap weights: 0 in the first process, and where there is no other."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return int(bootstrap.mix(rank) >> np.uint64(1)) if rank else 0
 
 
 def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -35,19 +28,28 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return values
 
 
-def all_true(value: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether it holds in every process."""
-    return all(gather(value, group))
-
-
-def check_same_edges(edges: torch.Tensor | None, keeping: bool, group: dist.ProcessGroup | None) -> None:
+def check_same_edges(state: State, group: dist.ProcessGroup | None) -> None:
     """Raises ArgumentError in every process where they do not count into the same bins."""
-    digest = None if edges is None else hashlib.sha256(edges.cpu().numpy().tobytes()).hexdigest()
-    if len(set(gather((digest, keeping), group))) > 1:
+    table = state.table
+    digest = None if table is None else hashlib.sha256(table.edges.cpu().numpy().tobytes()).hexdigest()
+    if len(set(gather((digest, state.keeping), group))) > 1:
         raise ArgumentError(
             "all_reduce: expected the same bin edges in every process, got different ones; calibrate() each with the "
             "same random rows before it counts"
         )
+
+
+def reduce(state: State, group: dist.ProcessGroup | None) -> None:
+    """Sum all processes' states in place; their buffers are empty and their edges the same."""
+    before = state.moments
+    state.moments = reduce_moments(before, group)
+    state.shifted |= int(state.moments.count) > 0
+    if state.replicates is not None:
+        dx = before.shift_x.double() - state.moments.shift_x.double()
+        state.replicates = state.replicates.reshift(dx, before.shift_y - state.moments.shift_y)
+        reduce_tensors(state.replicates.tensors(), group)
+    if state.table is not None:
+        reduce_table(state.table, group)
 
 
 def reduce_moments(state: CoMoments, group: dist.ProcessGroup | None) -> CoMoments:
@@ -59,9 +61,8 @@ def reduce_moments(state: CoMoments, group: dist.ProcessGroup | None) -> CoMomen
     shift_x, shift_y = state.shift_x.double() * weight, state.shift_y * weight
     dist.all_reduce(shift_x, group=group)
     dist.all_reduce(shift_y, group=group)
-    moved = comoments.reshift(state, shift_x.float(), shift_y)
-    names = ("count", "sum_x", "sum_xx", "sum_y", "sum_yy", "sum_xy")
-    reduce_tensors({name: getattr(moved, name) for name in names}, group)
+    moved = state.reshift(shift_x.float(), shift_y)
+    reduce_tensors(moved.sums(), group)
     return moved
 
 
@@ -71,24 +72,24 @@ def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup
         dist.all_reduce(tensor, group=group)
 
 
-def reduce_bins(state: BinState, group: dist.ProcessGroup | None) -> None:
-    """Sum all processes' tables in place; their edges are the same."""
-    state.spill()
-    flat = state.table.view(-1)
+def reduce_table(table: BinTable, group: dist.ProcessGroup | None) -> None:
+    """Sum all processes' tables in place, over the same edges."""
+    table.spill()
+    flat = table.table.view(-1)
     overflow = Overflow.empty(flat.device)
     for start in range(0, flat.numel(), _SLICE):
         part = flat[start : start + _SLICE]
         total = part.long()  # int32 may overflow with more than two processes
         dist.all_reduce(total, group=group)
-        units = total >> 30
-        part.copy_(total - (units << 30))
+        units = total >> UNIT_BITS
+        part.copy_(total - (units << UNIT_BITS))
         at = units.nonzero()[:, 0]
         if at.numel():
             overflow = overflow.add(at + start, units[at])
-    for theirs in gather((state.overflow.where.cpu(), state.overflow.units.cpu()), group):
+    for theirs in gather((table.overflow.where.cpu(), table.overflow.units.cpu()), group):
         overflow = overflow.add(*(tensor.to(flat.device) for tensor in theirs))
-    state.overflow = overflow
-    everybodys = gather({name: values.cpu() for name, values in state.values().items()}, group)
-    state.scalars = {name: [part[name].to(flat.device) for part in everybodys] for name in state.scalars}
-    if len(set(gather(state.dtype, group))) > 1:
-        state.dtype = torch.float32
+    table.overflow = overflow
+    everybodys = gather({name: values.cpu() for name, values in table.values().items()}, group)
+    table.scalars = {name: [part[name].to(flat.device) for part in everybodys] for name in table.scalars}
+    if len(set(gather(table.dtype, group))) > 1:
+        table.dtype = torch.float32

@@ -6,91 +6,111 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import from_json, to_json
-from skillfast.statistics.bins.state import BinState
-from skillfast.statistics.bins.table import BinLayout
+from skillfast.statistics.bins.edges import exact_rows
+from skillfast.statistics.bins.layout import BinLayout
+from skillfast.statistics.bins.table import BinTable
+from skillfast.statistics.bootstrap import Numbering
+from skillfast.statistics.state import RowBuffer, Settings, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from skillfast.statistics.neuron_statistics import NeuronStatistics
+    import torch
 
 SCHEMA = "skillfast.statistics/1"
 
 
-def state_of(statistics: NeuronStatistics) -> dict[str, Any]:
-    """Settings and copies of all tensors; see `NeuronStatistics.state_dict`."""
-    filled, replicates, table = statistics._filled, statistics._replicates, statistics._bins
+def to_dict(state: State) -> dict[str, Any]:
+    """Settings and copies of all tensors of a state, for `from_dict`."""
+    settings, numbering, replicates, table = state.settings, state.numbering, state.replicates, state.table
+    rows, values = state.buffer.contents
     return {
         "schema": SCHEMA,
-        "n_neurons": statistics.n_neurons,
-        "metrics": to_json(statistics.metrics),
-        "statistics": list(statistics.statistics),
-        "bins": statistics.n_bins,
-        "n_bootstrap": statistics.n_bootstrap,
-        "seed": statistics.seed,
-        "buffer_rows": statistics.buffer_rows,
-        "stream": [statistics._stream, statistics._shards, statistics._numbered, *sorted(statistics._merged)],
-        "shifted": statistics._shifted,
-        "wide": statistics._wide,
-        "comoments": {name: tensor.clone() for name, tensor in statistics._moments.state_dict().items()},
-        "kept": {"rows": statistics._buffer[:filled].clone(), "values": statistics._values[:filled].clone()},
+        "n_neurons": settings.n_neurons,
+        "metrics": to_json(settings.metrics),
+        "statistics": list(settings.statistics),
+        "bins": settings.bins,
+        "n_bootstrap": settings.n_bootstrap,
+        "seed": settings.seed,
+        "buffer_rows": settings.buffer_rows,
+        "stream": [numbering.stream, numbering.shards, numbering.used, *sorted(numbering.merged)],
+        "shifted": state.shifted,
+        "wide": state.wide,
+        "comoments": {name: tensor.clone() for name, tensor in state.moments.tensors().items()},
+        "kept": {"rows": rows.clone(), "values": values.clone()},
         "table": None if table is None else table.state_dict(),
         "replicates": None if replicates is None else {n: t.clone() for n, t in replicates.tensors().items()},
     }
 
 
-def settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that made the accumulator; raises ArgumentError for another schema version."""
-    if state.get("schema") != SCHEMA:
+def from_dict(stored: Mapping[str, Any], device: torch.device) -> State:
+    """A state on a device, from what `to_dict` gave.
+
+    Raises:
+        ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
+    """
+    state = State.empty(_settings(stored), device)
+    layout = BinLayout.of(state.settings.metrics, state.settings.bins)
+    _check_shapes(state, stored, layout)
+    _check_contents(stored, layout)
+    for name, tensor in state.moments.tensors().items():
+        tensor.copy_(stored["comoments"][name])
+    stream, shards, used, *merged = stored["stream"]
+    state.numbering = Numbering(stream, shards, used, set(merged))
+    state.shifted, state.wide = stored["shifted"], stored["wide"]
+    if state.replicates is not None:
+        for name, tensor in state.replicates.tensors().items():
+            tensor.copy_(stored["replicates"][name])
+    if stored["table"] is not None:
+        state.table = BinTable.from_state_dict(layout, stored["table"], device)
+    state.buffer = _buffer(state.settings, stored["kept"]["rows"], stored["kept"]["values"], device)
+    return state
+
+
+def _buffer(settings: Settings, rows: torch.Tensor, values: torch.Tensor, device: torch.device) -> RowBuffer:
+    """A buffer with these rows, already summed, and room for all that are kept before the edges are set."""
+    n = len(rows)
+    buffer = RowBuffer.empty(settings, max(n, exact_rows(settings.bins)) if n else 0, rows.dtype, device)
+    buffer.filled = buffer.summed = n
+    for kept, given in zip(buffer.contents, (rows, values), strict=True):
+        kept.copy_(given)
+    return buffer
+
+
+def _settings(stored: Mapping[str, Any]) -> Settings:
+    if stored.get("schema") != SCHEMA:
         raise ArgumentError(
-            f"state_dict: expected schema {SCHEMA!r}, got {state.get('schema')!r}; use the version that wrote it"
+            f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
         )
-    names = ("n_neurons", "statistics", "bins", "n_bootstrap", "seed", "buffer_rows")
-    return {**{name: state[name] for name in names}, "metrics": from_json(state["metrics"])}
+    names = ("n_neurons", "bins", "n_bootstrap", "seed", "buffer_rows")
+    return Settings(
+        metrics=from_json(stored["metrics"]),
+        statistics=tuple(stored["statistics"]),
+        **{name: stored[name] for name in names},
+    )
 
 
-def restore(statistics: NeuronStatistics, state: Mapping[str, Any]) -> None:
-    """Put the tensors into an empty accumulator; raises ArgumentError where one has another shape."""
-    layout = BinLayout.of(statistics.metrics, statistics.n_bins)
-    _check_shapes(statistics, state, layout)
-    _check_contents(state, layout)
-    for name, tensor in statistics._moments.state_dict().items():
-        tensor.copy_(state["comoments"][name])
-    statistics._stream, statistics._shards, statistics._numbered, *merged = state["stream"]
-    statistics._merged = set(merged)
-    statistics._shifted, statistics._wide = state["shifted"], state["wide"]
-    if statistics._replicates is not None:
-        statistics._replicates.load(state["replicates"])
-    if state["table"] is not None:
-        statistics._bins = BinState.from_state_dict(layout, state["table"], statistics.device)
-    rows, values = state["kept"]["rows"], state["kept"]["values"]
-    if len(rows):
-        statistics.reserve(len(rows), rows.dtype).copy_(rows)
-        statistics._commit(values.to(statistics.device))
-        statistics._summed = statistics._filled
-
-
-def _check_shapes(statistics: NeuronStatistics, state: Mapping[str, Any], layout: BinLayout) -> None:
-    kept, neurons = state["kept"], statistics.n_neurons
-    stored = {**state["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
-    expected = {name: list(tensor.shape) for name, tensor in statistics._moments.state_dict().items()}
-    expected["kept rows"] = [len(kept["values"]), neurons]
-    expected["kept values"] = [len(kept["rows"]), len(statistics.metrics) + 1]
-    if state["table"] is not None:
-        stored |= {name: state["table"].get(name) for name in ("edges", "table")}
-        expected |= {"edges": [neurons, statistics.n_bins - 1], "table": [neurons, layout.entries]}
-    if statistics._replicates is not None:
-        stored |= {f"replicates {name}": tensor for name, tensor in (state["replicates"] or {}).items()}
-        expected |= {f"replicates {name}": list(t.shape) for name, t in statistics._replicates.tensors().items()}
+def _check_shapes(state: State, stored: Mapping[str, Any], layout: BinLayout) -> None:
+    settings, kept = state.settings, stored["kept"]
+    given = {**stored["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
+    expected = {name: list(tensor.shape) for name, tensor in state.moments.tensors().items()}
+    expected["kept rows"] = [len(kept["values"]), settings.n_neurons]
+    expected["kept values"] = [len(kept["rows"]), len(settings.metrics) + 1]
+    if stored["table"] is not None:
+        given |= {name: stored["table"].get(name) for name in ("edges", "table")}
+        expected |= {"edges": [settings.n_neurons, settings.bins - 1], "table": [settings.n_neurons, layout.entries]}
+    if state.replicates is not None:
+        given |= {f"replicates {name}": tensor for name, tensor in (stored["replicates"] or {}).items()}
+        expected |= {f"replicates {name}": list(t.shape) for name, t in state.replicates.tensors().items()}
     for name, shape in expected.items():
-        found = None if stored.get(name) is None else list(stored[name].shape)
+        found = None if given.get(name) is None else list(given[name].shape)
         if found != shape:
             raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}; it is damaged, start again")
 
 
-def _check_contents(state: Mapping[str, Any], layout: BinLayout) -> None:
+def _check_contents(stored: Mapping[str, Any], layout: BinLayout) -> None:
     """What shapes do not tell; raises ArgumentError."""
-    count, table = int(state["comoments"]["count"]), state["table"]
+    count, table = int(stored["comoments"]["count"]), stored["table"]
     wrong = []
     if count < 0:
         wrong.append(f"count {count}")

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from skillfast.models.sites import Site
-    from skillfast.statistics.neuron_scores import NeuronScores
-    from skillfast.statistics.neuron_statistics import NeuronStatistics
-    from skillfast.statistics.token_statistics import TokenStatistics
+    from skillfast.statistics.accumulator import NeuronStatistics
+    from skillfast.statistics.scores import NeuronScores
+    from skillfast.statistics.tokens import TokenStatistics
     from skillfast.vocabulary import Activation, Pool
 
 

@@ -10,10 +10,9 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.metrics import Binary, Categorical, Continuous, classification, classification_values
 from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
 from skillfast.progress import track
-from skillfast.statistics.bins.edges import calibration_rows
-from skillfast.statistics.bins.table import exact_rows
+from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.bins.edges import calibration_rows, exact_rows
 from skillfast.statistics.inputs import as_tensor
-from skillfast.statistics.neuron_statistics import NeuronStatistics
 from skillfast.tracing import sampling
 from skillfast.tracing.tracer import Tracer
 from skillfast.vocabulary import BINS, KINDS, STATISTICS, Pool
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
     Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 

@@ -14,10 +14,10 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.state import state_bytes, warn_of_state
 from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
 from skillfast.statistics import distributed
-from skillfast.statistics.neuron_scores import OF_NEURONS
-from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
-from skillfast.statistics.token_statistics import TokenStatistics
+from skillfast.statistics.tokens import TokenStatistics
 from skillfast.tracing.capture import reading
 from skillfast.tracing.observations import Expected, PooledRows, TokenRows
 from skillfast.vocabulary import BINS, BUFFER_ROWS, KINDS, POOLS, STATISTICS, Pool
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 
 class Tracer:

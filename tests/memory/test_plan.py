@@ -91,10 +91,10 @@ def test_the_state_is_exact(tmp_path, statistics, n_bootstrap, model_type, archi
             noise = torch.rand(32, generator=g)
             tracer.step(label=(3 * noise).long(), correct=noise > 0.5, confidence=noise, loss=noise.square())
             n += 32
-    state = tracer._groups()[0].statistics
-    tensors = [*state._moments.state_dict().values()]
-    tensors += [] if state._bins is None else [state._bins.edges, state._bins.table]
-    tensors += [] if state._replicates is None else state._replicates.tensors().values()
+    state = tracer._groups()[0].statistics.state
+    tensors = [*state.moments.tensors().values()]
+    tensors += [] if state.table is None else [state.table.edges, state.table.table]
+    tensors += [] if state.replicates is None else state.replicates.tensors().values()
     assert found.state == sum(tensor.nbytes for tensor in tensors if found.neurons in tensor.shape)  # not the metrics'
 
 

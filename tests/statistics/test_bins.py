@@ -11,9 +11,11 @@ from scipy.stats import rankdata, spearmanr
 
 from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
-from skillfast.statistics.bins import scores as bin_scores
-from skillfast.statistics.bins import table as bins
+from skillfast.statistics.bins import estimates
+from skillfast.statistics.bins import overflow as spilling
 from skillfast.statistics.bins.edges import atomic_bins, build_edges, calibration_rows, next_value
+from skillfast.statistics.bins.layout import BinLayout, hat_positions, hat_weights
+from skillfast.statistics.bins.scores import exact, finalise, fit_continuous
 
 BINS = 128
 N = 20_000
@@ -150,15 +152,15 @@ def planted(seed=0):
 
 def table_scores(x, values, order, calibration, of=None, n_bins=BINS, buffer=512):
     """Streams rows in this order over edges from these calibration rows."""
-    layout = bins.BinLayout.of(of or metrics(), n_bins)
+    layout = BinLayout.of(of or metrics(), n_bins)
     edges = build_edges(x[calibration], n_bins)
     references = {name: values[name][calibration].double().sort().values for name in layout.hats}
     table = layout.zeros(x.shape[1])
     for rows in order.split(buffer):
-        payload = bins.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        payload = layout.payload({name: value[rows] for name, value in values.items()}, references)
         ops.bins_update(x[rows], edges, *payload, table)
-    fits = bins.fit_continuous(layout, values, references)
-    return bins.finalise(layout, table, edges, x.dtype, fits), table
+    fits = fit_continuous(layout, values, references)
+    return finalise(layout, table, edges, x.dtype, fits), table
 
 
 def oracle(x, values):
@@ -313,10 +315,10 @@ def test_mutual_information_is_the_plain_one_on_the_merged_table(n, classes):
     g = np.random.default_rng(0)
     joint = torch.from_numpy(g.multinomial(n, g.dirichlet(np.full(BINS * classes, 0.3)), size=6)).double()
     joint = joint.view(6, BINS, classes)
-    merged = bin_scores.merge_bins(joint)
+    merged = estimates.merge_bins(joint)
     assert torch.equal(merged.sum(1), joint.sum(1))
     assert (merged.sum(2).gt(0).sum(1) * 10 * classes <= max(n, 10 * classes)).all()
-    found = bin_scores.mutual_information(joint)
+    found = estimates.mutual_information(joint)
     assert found.isfinite().all()
     expected = [plain_mutual_information(table.numpy()) for table in merged]
     assert np.allclose(found.numpy(), expected, atol=1e-12)
@@ -331,10 +333,10 @@ def test_labels_share_the_mutual_information_of_two_levels(n):
     joint[:] = joint[:1]  # as in a table, every neuron sees the same labels
     joint[1] = joint[1][torch.randperm(BINS)]
     occupancy = joint.sum(2)
-    found = bin_scores.label_information(joint, occupancy)
+    found = estimates.label_information(joint, occupancy)
     for k in range(6):
         one = torch.stack([joint[:, :, k], occupancy - joint[:, :, k]], 2)
-        assert np.allclose(found[:, k].numpy(), bin_scores.mutual_information(one).numpy(), atol=1e-12)
+        assert np.allclose(found[:, k].numpy(), estimates.mutual_information(one).numpy(), atol=1e-12)
 
 
 def test_mutual_information_of_independent_data():
@@ -350,15 +352,15 @@ def test_mutual_information_of_independent_data():
     scores, table = table_scores(x, values, torch.arange(N), torch.arange(calibration_rows(BINS)))
     assert scores.mutual_info.isfinite().all()
     assert scores.mutual_info.mean(0).max() < 1e-3
-    counts, _ = bins.BinLayout.of(metrics(), BINS).split(table.double())
-    assert bin_scores.mutual_information(counts[:, :, :10]).mean() < 1e-3
+    counts, _ = BinLayout.of(metrics(), BINS).split(table.double())
+    assert estimates.mutual_information(counts[:, :, :10]).mean() < 1e-3
 
 
 def test_few_rows_are_exact():
     _, x, values = planted()
     x, values = x[:900], {name: value[:900] for name, value in values.items()}
     values["rare"][:3] = True
-    scores = bins.exact(bins.BinLayout.of(metrics(), 64), x, values)
+    scores = exact(BinLayout.of(metrics(), 64), x, values)
     rho, area, _ = oracle(x, values)
     varied = ~np.isnan(rho)
     assert varied.sum() > 150
@@ -384,13 +386,13 @@ def test_order_batches_and_shards_change_nothing(data):
         "correct": torch.rand(n, generator=g) < 0.5,
         "loss": torch.randn(n, generator=g),
     }
-    layout = bins.BinLayout.of({"label": Categorical(4), "correct": Binary(), "loss": Continuous()}, 32)
+    layout = BinLayout.of({"label": Categorical(4), "correct": Binary(), "loss": Continuous()}, 32)
     edges = build_edges(x, 32)
     references = {"loss": values["loss"].double().sort().values}
 
     def count(rows):
         table = layout.zeros(5)
-        payload = bins.payload(layout, {name: value[rows] for name, value in values.items()}, references)
+        payload = layout.payload({name: value[rows] for name, value in values.items()}, references)
         ops.bins_update(x[rows], edges, *payload, table)
         return table
 
@@ -400,37 +402,37 @@ def test_order_batches_and_shards_change_nothing(data):
     shards = [count(rows) for rows in order.tensor_split(cuts)]
     while len(shards) > 1:  # a merge tree of any shape
         at = data.draw(st.integers(0, len(shards) - 2))
-        bins.merge(shards[at], bins.Overflow.empty(), shards.pop(at + 1), bins.Overflow.empty())
+        spilling.merge(shards[at], spilling.Overflow.empty(), shards.pop(at + 1), spilling.Overflow.empty())
     assert torch.equal(shards[0], whole)
 
 
 def test_positions_and_weights():
     reference = torch.arange(100).double()
-    positions = bins.hat_positions(torch.tensor([-5.0, 0.0, 49.5, 99.0, 1e9]).double(), reference)
+    positions = hat_positions(torch.tensor([-5.0, 0.0, 49.5, 99.0, 1e9]).double(), reference)
     assert positions.tolist() == [0, 9, 896, 1783, 1792]
-    weights = bins.hat_weights(torch.arange(7 * 256 + 1))
+    weights = hat_weights(torch.arange(7 * 256 + 1))
     assert (weights.sum(1) == 256).all()
     assert ((weights > 0).sum(1) <= 2).all()
     assert int(weights.min()) == 0
 
 
 def test_nothing_overflows():
-    layout = bins.BinLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
+    layout = BinLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
     edges = torch.tensor([[0.0, 1.0, 2.0]])
     channels, weights = torch.zeros(1, 1, dtype=torch.int16), torch.tensor([[256] + [0] * 7], dtype=torch.int16)
-    one, overflow = layout.zeros(1), bins.Overflow.empty()
+    one, overflow = layout.zeros(1), spilling.Overflow.empty()
     ops.bins_update(torch.full((1, 1), 1.5), edges, channels, weights, one)
     table = torch.zeros_like(one)
     for _ in range(5):  # 2^22 rows at once
-        table += one * bins.SPILL_ROWS
+        table += one * spilling.SPILL_ROWS
         assert (table >= 0).all()
-        overflow = bins.spill(table, overflow)
+        overflow = spilling.spill(table, overflow)
         assert (table < 1 << 30).all()
-    other = one * bins.SPILL_ROWS
-    overflow = bins.merge(table, overflow, other, bins.spill(other, bins.Overflow.empty()))
-    total = bins.widened(table, overflow, slice(0, 1))
-    assert torch.equal(total, one.double() * 6 * bins.SPILL_ROWS)
-    assert float(bins.occupancy_of(layout, *layout.split(total)).sum()) == 6 * bins.SPILL_ROWS
+    other = one * spilling.SPILL_ROWS
+    overflow = spilling.merge(table, overflow, other, spilling.spill(other, spilling.Overflow.empty()))
+    total = spilling.widened(table, overflow, slice(0, 1))
+    assert torch.equal(total, one.double() * 6 * spilling.SPILL_ROWS)
+    assert float(layout.occupancy(*layout.split(total)).sum()) == 6 * spilling.SPILL_ROWS
 
 
 @pytest.mark.parametrize(
@@ -455,9 +457,9 @@ def test_every_layout_counts_its_rows(of):
         torch.randn(300, 3, generator=g), values, torch.arange(300), torch.arange(300), of, n_bins=32
     )
     assert scores.spearman.isfinite().any()
-    layout = bins.BinLayout.of(of, 32)
+    layout = BinLayout.of(of, 32)
     counts, hats = layout.split(table.double())
-    assert bins.occupancy_of(layout, counts, hats).sum(1).tolist() == [300] * 3
+    assert layout.occupancy(counts, hats).sum(1).tolist() == [300] * 3
     for name, metric in of.items():
         if isinstance(metric, Binary):
             assert (counts[:, :, layout.first[name]].sum(1) == float(values[name].sum())).all()

@@ -41,7 +41,7 @@ def test_replicates_equal_weighted_correlations():
     acc.compute()
     w = bootstrap.weights(7, np.arange(700), 12)
     y = np.column_stack([torch.nn.functional.one_hot(values["label"], 3), values["loss"]])
-    r = acc._replicates.pearson(slice(0, 5)).numpy()
+    r = acc.state.replicates.pearson(slice(0, 5)).numpy()
     for b in range(12):
         cov = np.cov(np.column_stack([x.double(), y]).T, fweights=w[:, b].astype(int))
         sd = np.sqrt(np.diag(cov))
@@ -103,8 +103,8 @@ def test_shards_have_weights_of_their_own():
     shards = [acc.like(), acc.like()]
     for shard in shards:
         shard.update(x, values)
-    assert not torch.equal(*(shard._values[:10, -1] for shard in shards))
-    assert not torch.equal(*(shard.compute() and shard._replicates.count for shard in shards))
+    assert not torch.equal(*(shard.state.buffer.values[:10, -1] for shard in shards))
+    assert not torch.equal(*(shard.compute() and shard.state.replicates.count for shard in shards))
 
 
 def test_shards_of_one_stream_are_refused():

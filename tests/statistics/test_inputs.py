@@ -42,7 +42,7 @@ def test_shards_without_weights_of_their_own_are_refused():
     with pytest.raises(ArgumentError, match="got two of one stream"):
         total.merge(shard())
     total.update(torch.randn(10, 2), {"y": torch.arange(10) % 2})
-    groups = total._values[:10, -1]
+    groups = total.state.buffer.values[:10, -1]
     assert float(groups.min()) > 10  # not the numbers of the shard that it took
 
 

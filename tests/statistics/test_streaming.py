@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 import skillfast
 from skillfast import Binary, Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError, DataError
-from skillfast.statistics.bins.table import exact_rows
+from skillfast.statistics.bins.edges import exact_rows
 from skillfast.tracing import sampling
 
 # Warnings of what has no score have tests of their own.

@@ -153,7 +153,7 @@ def test_ranks_come_from_sampled_tokens():
 
 
 def test_masked_tokens_are_never_sampled():
-    from skillfast.statistics.token_statistics import TokenStatistics
+    from skillfast.statistics.tokens import TokenStatistics
 
     statistics = TokenStatistics(
         3, METRICS, ("spearman",), seed=0, device=torch.device("cpu"), bins=16, buffer_rows=64, n_bootstrap=None

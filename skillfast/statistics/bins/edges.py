@@ -24,6 +24,11 @@ def calibration_rows(bins: int) -> int:
     return 8 * bins
 
 
+def exact_rows(bins: int) -> int:
+    """Up to how many rows it is better to keep them all and be exact: 16 per bin."""
+    return 16 * bins
+
+
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype whose neighbouring values tell an atomic bin: float64 activations are counted as float32."""
     return dtype if dtype in _BITS else torch.float32

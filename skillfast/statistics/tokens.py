@@ -7,19 +7,20 @@ each example, drawn at random, in an accumulator of their own.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from skillfast.errors import ArgumentError
-from skillfast.statistics import comoments
-from skillfast.statistics.neuron_statistics import NeuronStatistics
+from skillfast.statistics import distributed, inputs, scoring
+from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.state import Settings, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from skillfast.metrics import Metric
-    from skillfast.statistics.neuron_scores import NeuronScores
+    from skillfast.statistics.scores import NeuronScores
 
 SAMPLED = 4  # tokens per example and forward that the ranks are computed from
 
@@ -31,9 +32,11 @@ class TokenStatistics:
         n_neurons: Number of neurons, D.
         metrics: Name -> kind of metric.
         statistics: Which statistics to compute; all but Pearson's r from a sample of the tokens.
-        seed: Of the sample, and of the replicates.
+        bins: Bins per neuron.
+        n_bootstrap: Replicates of the bootstrap, in which the tokens of an example stay together; None for none.
+        seed: Seed of the sample, and of the replicates.
+        buffer_rows: Sampled tokens collected before one update of their accumulator.
         device: Where the state lives.
-        **settings: Further settings of `NeuronStatistics`.
     """
 
     def __init__(
@@ -42,20 +45,20 @@ class TokenStatistics:
         metrics: Mapping[str, Metric],
         statistics: Sequence[str],
         *,
+        bins: int,
+        n_bootstrap: int | None,
         seed: int,
+        buffer_rows: int,
         device: torch.device,
-        **settings: Any,
     ) -> None:
-        common = {"seed": seed, "device": device, "buffer_rows": settings["buffer_rows"], "bins": settings["bins"]}
-        self._sums = NeuronStatistics(
-            n_neurons,
-            metrics,
-            ("pearson",),
-            n_bootstrap=settings["n_bootstrap"],
-            **common,
-        )
+        settings = Settings(n_neurons, dict(metrics), ("pearson",), bins, n_bootstrap, seed, buffer_rows)
+        self._sums = State.empty(settings, device)  # no row of it ever waits in its buffer
         ranked = tuple(name for name in statistics if name != "pearson")
-        self._sampled = NeuronStatistics(n_neurons, metrics, ranked, **common) if ranked else None
+        self._sampled: NeuronStatistics | None = None
+        if ranked:
+            self._sampled = NeuronStatistics(
+                n_neurons, metrics, ranked, bins=bins, seed=seed, buffer_rows=buffer_rows, device=device
+            )
         self.has_pearson = "pearson" in statistics
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -67,42 +70,42 @@ class TokenStatistics:
     @property
     def n_neurons(self) -> int:
         """Number of neurons."""
-        return self._sums.n_neurons
+        return self._sums.settings.n_neurons
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the metric columns."""
-        return self._sums.columns
+        return self._sums.settings.columns
 
     @property
     def center(self) -> torch.Tensor:
-        """float32 [D], what every sum is about; set it before anything is counted."""
-        return self._sums._moments.shift_x
+        """Shift of the activations float32 [D], about which every sum is taken; set it before anything is counted."""
+        return self._sums.moments.shift_x
 
     @property
     def counted(self) -> bool:
-        """Whether anything was."""
+        """Whether any token was counted."""
         return self.n_observations > 0
 
     @property
     def n_observations(self) -> int:
         """Tokens counted so far."""
-        return int(self._sums._moments.count)
+        return int(self._sums.moments.count)
 
     @property
     def state_bytes(self) -> int:
         """Size of the state and the buffers, in bytes."""
-        return self._sums.state_bytes + (0 if self._sampled is None else self._sampled.state_bytes)
+        return self._sums.nbytes + (0 if self._sampled is None else self._sampled.state_bytes)
 
     def check(self, values: Mapping[str, torch.Tensor], n: int) -> torch.Tensor:
         """The metrics' values of n observations, checked: float64 [n, metrics]."""
-        return self._sums.check(values, n)
+        return inputs.check_values(self._sums.settings.metrics, values, n, self.device)
 
     def check_tokens(
         self, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Metrics of every token, checked: float64 [batch, tokens, metrics]; 0 where the mask leaves a token out."""
-        if self._sums.n_bootstrap is not None:
+        if self._sums.replicates is not None:
             raise ArgumentError(
                 "n_bootstrap: expected metrics with one value per example, got values told before the forward; leave "
                 "out n_bootstrap, or give them to step()"
@@ -117,17 +120,17 @@ class TokenStatistics:
                     f"{list(value.shape)}; give one per example, or one per token of the blocks"
                 )
             flat[name] = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens))[here]
-        checked = torch.zeros(batch, tokens, len(self._sums.metrics), dtype=torch.float64, device=self.device)
+        checked = torch.zeros(batch, tokens, len(self._sums.settings.metrics), dtype=torch.float64, device=self.device)
         checked[here] = self.check(flat, int(here.sum()))
-        if not self._sums._shifted:
-            self._sums._moments.shift_y.copy_(self._sums._expanded(checked[here]).mean(0))
-            self._sums._shifted = True
+        if not self._sums.shifted:
+            self._sums.moments.shift_y.copy_(self._sums.settings.expand(checked[here]).mean(0))
+            self._sums.shifted = True
         return checked
 
     def shifted_columns(self, checked: torch.Tensor) -> torch.Tensor:
         """Metric columns about their shift: float32 [batch, tokens, M]."""
         batch, tokens, _ = checked.shape
-        columns = self._sums._expanded(checked.flatten(0, 1)) - self._sums._moments.shift_y
+        columns = self._sums.settings.expand(checked.flatten(0, 1)) - self._sums.moments.shift_y
         return columns.float().view(batch, tokens, -1)
 
     def add_accumulated(
@@ -135,15 +138,15 @@ class TokenStatistics:
     ) -> None:
         """Count tokens whose sums with the metrics exist already, by the neurons' columns."""
         values = checked.flatten(0, 1) if mask is None else checked[mask]
-        state = self._sums._moments
-        shifted = self._sums._expanded(values) - state.shift_y
-        state.count += len(values)
-        state.sum_y += shifted.sum(0)
-        state.sum_yy += shifted.square().sum(0)
+        moments = self._sums.moments
+        shifted = self._sums.settings.expand(values) - moments.shift_y
+        moments.count += len(values)
+        moments.sum_y += shifted.sum(0)
+        moments.sum_yy += shifted.square().sum(0)
         for columns, (sum_x, sum_xx, sum_xy) in added:
-            state.sum_x[columns] += sum_x
-            state.sum_xx[columns] += sum_xx
-            state.sum_xy[:, columns] += sum_xy
+            moments.sum_x[columns] += sum_x
+            moments.sum_xx[columns] += sum_xx
+            moments.sum_xy[:, columns] += sum_xy
 
     def add_sums(
         self, sums: torch.Tensor, counts: torch.Tensor, checked: torch.Tensor, groups: torch.Tensor | None
@@ -156,16 +159,18 @@ class TokenStatistics:
             checked: float64 [n, metrics].
             groups: int64 [n], or None.
         """
-        statistics = self._sums
-        values = statistics._with_groups(checked, groups)
-        columns = statistics._expanded(values)
-        if not statistics._shifted:
-            statistics._moments.shift_y.copy_((columns * counts[:, None]).sum(0) / counts.sum())
-            statistics._shifted = True
-        shifted = columns - statistics._moments.shift_y
-        comoments.update_sums(statistics._moments, sums, counts, shifted)
-        if statistics._replicates is not None:
-            statistics._replicates.add_sums(sums, counts, shifted, values[:, -1].long())
+        state = self._sums
+        values = state.with_groups(
+            checked, None if groups is None else inputs.check_groups(groups, len(checked), self.device)
+        )
+        columns = state.settings.expand(values)
+        if not state.shifted:
+            state.moments.shift_y.copy_((columns * counts[:, None]).sum(0) / counts.sum())
+            state.shifted = True
+        shifted = columns - state.moments.shift_y
+        state.moments.update_sums(sums, counts, shifted)
+        if state.replicates is not None:
+            state.replicates.add_sums(sums, counts, shifted, values[:, -1].long())
 
     def pick(self, batch: int, tokens: int, mask: torch.Tensor | None) -> torch.Tensor | None:
         """int64 [batch, s]: which tokens of each example the ranks see, with replacement; None without ranks."""
@@ -200,22 +205,21 @@ class TokenStatistics:
         """Let the sampled tokens so far set the bins' edges, and forget all that was counted."""
         if self._sampled is not None:
             self._sampled.calibrate_on_counted()
-        state = self._sums._moments
-        for tensor in (state.count, state.sum_x, state.sum_xx, state.sum_y, state.sum_yy, state.sum_xy):
-            tensor.zero_()
-        if self._sums._replicates is not None:
-            for tensor in self._sums._replicates.tensors().values():
-                tensor.zero_()
+        self._sums.moments.clear()
+        if self._sums.replicates is not None:
+            self._sums.replicates.clear()
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""
-        self._sums.all_reduce(group)
+        distributed.reduce(self._sums, group)
         if self._sampled is not None:
             self._sampled.all_reduce(group)
 
     def scores(self) -> NeuronScores:
         """Pearson's r, mean and deviation of all tokens; ranks of those that were sampled."""
-        found = self._sums.scores()
+        if self.n_observations == 0:
+            raise ArgumentError("compute: expected at least one observation, got none; call update first")
+        found = scoring.scores(self._sums)
         if not self.has_pearson:
             found = replace(found, pearson=None)
         if self._sampled is None:

@@ -1,0 +1,153 @@
+"""Co-moments of D neurons and M metric columns, streamed and merged: what Pearson's r is made of.
+
+Both variables are shifted by the mean of the first buffer, so that float32 rows with a large offset lose nothing;
+sums live in float64; two states merge after one is re-shifted onto the other (Chan, Golub and LeVeque, 1979).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from skillfast import ops
+
+
+@dataclass
+class CoMoments:
+    """Sums over the rows seen so far, about a fixed shift.
+
+    Attributes:
+        count: int64 [], rows seen.
+        shift_x: float32 [D], subtracted from every activation.
+        shift_y: float64 [M], subtracted from every metric column.
+        sum_x: float64 [D].
+        sum_xx: float64 [D].
+        sum_y: float64 [M].
+        sum_yy: float64 [M].
+        sum_xy: float64 [M, D].
+    """
+
+    count: torch.Tensor
+    shift_x: torch.Tensor
+    shift_y: torch.Tensor
+    sum_x: torch.Tensor
+    sum_xx: torch.Tensor
+    sum_y: torch.Tensor
+    sum_yy: torch.Tensor
+    sum_xy: torch.Tensor
+
+    @staticmethod
+    def zeros(n_neurons: int, n_columns: int, device: torch.device) -> CoMoments:
+        """A state that has seen nothing and has no shift yet."""
+
+        def sums(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return CoMoments(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            shift_x=torch.zeros(n_neurons, dtype=torch.float32, device=device),
+            shift_y=sums(n_columns),
+            sum_x=sums(n_neurons),
+            sum_xx=sums(n_neurons),
+            sum_y=sums(n_columns),
+            sum_yy=sums(n_columns),
+            sum_xy=sums(n_columns, n_neurons),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """The count and the sums by name: everything but the shift, so that two states with one shift add up."""
+        return {name: tensor for name, tensor in self.tensors().items() if not name.startswith("shift")}
+
+    def to(self, device: torch.device) -> CoMoments:
+        """The same sums on a device; tensors that lie there already are shared."""
+        return CoMoments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def clear(self) -> None:
+        """Forget all rows and keep the shift."""
+        for tensor in self.sums().values():
+            tensor.zero_()
+
+    def choose_shift(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Take the means of the rows x [n, D] and y float64 [n, M] as the shift, before anything is counted."""
+        mean_x = x.double().mean(0).float()
+        # A shift that is not finite would poison rows that are.
+        self.shift_x.copy_(torch.where(torch.isfinite(mean_x), mean_x, torch.zeros_like(mean_x)))
+        self.shift_y.copy_(y.mean(0))
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Count n rows: x [n, D] in its own dtype, y float64 [n, M]."""
+        shifted = y - self.shift_y
+        self.count += x.shape[0]
+        self.sum_y += shifted.sum(0)
+        self.sum_yy += shifted.square().sum(0)
+        ops.comoments_update(x, shifted.float(), self.shift_x, self.sum_x, self.sum_xx, self.sum_xy)
+
+    def update_sums(self, sums: torch.Tensor, counts: torch.Tensor, shifted: torch.Tensor) -> None:
+        """Count examples whose rows were summed already: each has one value per column and `counts` rows.
+
+        Args:
+            sums: [2, n, D], sums of the rows about the shift, and of their squares.
+            counts: int64 [n].
+            shifted: float64 [n, M], columns about the shift.
+        """
+        x, squares = sums.double()
+        weighted = shifted * counts[:, None]
+        self.count += counts.sum()
+        self.sum_x += x.sum(0)
+        self.sum_xx += squares.sum(0)
+        self.sum_y += weighted.sum(0)
+        self.sum_yy += (weighted * shifted).sum(0)
+        self.sum_xy += shifted.T @ x
+
+    def reshift(self, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
+        """The same rows summed about another shift (float32 [D], float64 [M]), in float64."""
+        n = self.count.double()
+        dx = self.shift_x.double() - shift_x.double()  # [D]
+        dy = self.shift_y - shift_y  # [M]
+        return CoMoments(
+            count=self.count.clone(),
+            shift_x=shift_x.clone(),
+            shift_y=shift_y.clone(),
+            sum_x=self.sum_x + n * dx,
+            sum_xx=self.sum_xx + 2 * dx * self.sum_x + n * dx.square(),
+            sum_y=self.sum_y + n * dy,
+            sum_yy=self.sum_yy + 2 * dy * self.sum_y + n * dy.square(),
+            sum_xy=self.sum_xy + dy[:, None] * self.sum_x + self.sum_y[:, None] * dx + n * dy[:, None] * dx,
+        )
+
+    def merge(self, other: CoMoments) -> None:
+        """Add the rows of another state on the same device; one that has no rows takes over the other's shift."""
+        if int(self.count) == 0 and int(other.count) > 0:
+            self.shift_x.copy_(other.shift_x)
+            self.shift_y.copy_(other.shift_y)
+        moved = other.reshift(self.shift_x, self.shift_y).sums()
+        for name, tensor in self.sums().items():
+            tensor.add_(moved[name])
+
+    def mean_and_variance(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and population variance of the neurons [D], then of the columns [M], float64."""
+        n = self.count.double()
+        mean_x, mean_y = self.sum_x / n, self.sum_y / n
+        var_x = (self.sum_xx / n - mean_x.square()).clamp_min(0)
+        var_y = (self.sum_yy / n - mean_y.square()).clamp_min(0)
+        return mean_x + self.shift_x.double(), var_x, mean_y + self.shift_y, var_y
+
+    def pearson(self, constant_x: torch.Tensor, constant_y: torch.Tensor) -> torch.Tensor:
+        """Pearson's r of every neuron with every column, float64 [D, M]; NaN where either is constant.
+
+        Args:
+            constant_x: bool [D], neurons with one value.
+            constant_y: bool [M], columns with one value.
+        """
+        n = self.count.double()
+        covariance = self.sum_xy / n - (self.sum_y / n)[:, None] * (self.sum_x / n)  # [M, D]
+        _, var_x, _, var_y = self.mean_and_variance()
+        r = (covariance / (var_y.sqrt()[:, None] * var_x.sqrt())).clamp(-1, 1)
+        r[constant_y] = torch.nan
+        r[:, constant_x] = torch.nan
+        return r.T.contiguous()
