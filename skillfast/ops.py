@@ -177,7 +177,7 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
     Args:
         x: Activations [batch, ..., D]: float32, bfloat16, float16 or float64.
         scale: [conditions, D], float32 (float64 with a float64 `x`).
-        shift: Like `scale`, or None.
+        shift: [conditions, D] of `scale`'s dtype, or None.
         condition: int64 [batch], each in [0, conditions), or None: every sample takes row 0.
 
     Returns:

@@ -47,8 +47,8 @@ static inline float gelu(float x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// The same to 3e-6 of x, for results that are rounded to half a float, which is a thousand times coarser:
-// Phi(x) - 1/2 = x * P(x^2) / Q(x^2), and constant beyond 4.6.
+// x * Phi(x), off by at most 3e-6 of x, for results that are rounded to half a float, which is a thousand times
+// coarser: Phi(x) - 1/2 = x * P(x^2) / Q(x^2), and constant beyond 4.6.
 static inline float gelu_coarse(float x) {
   const float t = x * x;
   float p = 3.319611671e-05f, q = 1.163337615e-03f;

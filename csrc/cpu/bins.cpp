@@ -68,7 +68,7 @@ void add_weights(const int32_t* bins, int rows, const int16_t* weights, int64_t 
   for (int r = 0; r < rows; ++r) add_to(table + place[r], load_weights<Sums, Weights>(weights + r * width));
 }
 
-// The same where many rows share a bin (a ReLU's zeros): there each addition would wait for the one before it to
+// add_weights where many rows share a bin (a ReLU's zeros): there each addition would wait for the one before it to
 // reach memory, so those rows are summed in a register.
 template <typename Sums, typename Weights>
 void add_weights_shared(const int32_t* bins, int rows, int32_t common, const int16_t* weights, int64_t width,

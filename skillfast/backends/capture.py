@@ -1,4 +1,4 @@
-"""What the outputs of the capture ops look like, for every backend."""
+"""Views and outputs of activations that every backend makes alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_capture(x: torch.Tensor, pool: str, write: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for y and for what is pooled from it; see `skillfast.ops.act_mask_pool`."""
+    """Uninitialised outputs of `act_mask_pool`: the activated tensor (empty without `write`) and its pooled rows."""
     y = torch.empty(x.shape if write else 0, dtype=x.dtype, device=x.device)
     rows = (x.shape[0], x.shape[-1])
     shape = {"none": (0,), "moments": (2, *rows)}.get(pool, rows)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from skillfast.backends.capture import accumulation_dtype, as_tokens, empty_capture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -26,11 +26,18 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
     return value.to(x.dtype)
 
 
+_AT_ONCE = 1 << 22  # elements: at most 32 MB of float64
+
+
+def _slices(width: int, per_neuron: int) -> Iterator[slice]:
+    """Neurons, as many at a time as `_AT_ONCE` allows with `per_neuron` elements each."""
+    step = max(1, _AT_ONCE // max(1, per_neuron))
+    return (slice(start, start + step) for start in range(0, width, step))
+
+
 def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """See `skillfast.ops.comoments_update`; everything in float64, a slice of the neurons at a time."""
-    step = max(1, (1 << 22) // max(1, x.shape[0]))  # at most 32 MB of float64 at once
-    for start in range(0, x.shape[1], step):
-        part = slice(start, start + step)
+    for part in _slices(x.shape[1], x.shape[0]):
         shifted = x[:, part].double() - shift[part].double()  # [n, step]
         sum_x[part] += shifted.sum(0)
         sum_xx[part] += shifted.square().sum(0)
@@ -41,9 +48,7 @@ def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table:
     """See `skillfast.ops.bins_update`; one `index_add_` per metric, a slice of the neurons at a time."""
     n, bins, weights = x.shape[0], edges.shape[1] + 1, hats.shape[1]
     counts = table.shape[1] // bins - weights
-    step = max(1, (1 << 22) // max(1, n * max(1, weights)))  # at most 16 MB of int32 payload at once
-    for start in range(0, x.shape[1], step):
-        part = slice(start, start + step)
+    for part in _slices(x.shape[1], n * max(1, weights)):
         values = x[:, part].float().T.contiguous()  # [step, n]
         index = torch.searchsorted(edges[part], values, right=True)
         index = torch.where(values.isnan(), 0, index)

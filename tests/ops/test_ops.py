@@ -7,16 +7,19 @@ import torch
 from op_cases import (
     DTYPES,
     ISAS,
+    bins_case,
     comoments_case,
     expected_scale,
     isa,  # noqa: F401
     poisoned_empty,
+    run_bins,
     run_op,
     scale_case,
 )
 from torch.library import opcheck
 
 from skillfast import _core, backends, ops
+from skillfast.backends import reference
 from skillfast.errors import ArgumentError, BackendError
 
 SHAPES = [(1, 1), (1, 7), (3, 63), (2, 197, 64), (5, 3, 1000), (1, 1, 1), (4, 63, 17), (2, 3, 5, 33), (130, 1024)]
@@ -132,6 +135,19 @@ def test_comoments_update(isa, n, width, dtype):
             for a, b in zip(got, want, strict=True):
                 assert torch.isfinite(a).all()
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=float(tolerance * size))
+
+
+def test_the_reference_takes_any_number_of_neurons_at_a_time(monkeypatch):
+    comoments, bins = comoments_case(9, 31, 3, torch.float32), bins_case(9, 31, 16)
+    results = []
+    for at_once in (1 << 22, 40, 9 * 16 * 7, 1):
+        monkeypatch.setattr(reference, "_AT_ONCE", at_once)
+        state = [t.clone() for t in comoments[3]]
+        run_op("comoments_update", "reference", *comoments[:3], *state)
+        results.append([*state, run_bins("reference", *bins)])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
 def test_comoments_update_of_strided_rows(isa):

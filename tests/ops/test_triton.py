@@ -107,6 +107,15 @@ def check_act_pool_accumulate(device):
         want = run_accumulate("reference", out.cpu(), y, center, sums, "identity", **more)[1]
         for a, b in zip(got, want, strict=True):
             close(a, b, 3e-5)
+    from skillfast.kernels import act_pool_accumulate
+
+    programs, act_pool_accumulate.PROGRAMS = act_pool_accumulate.PROGRAMS, 2  # so that a program takes many samples
+    for per_token in (False, True):
+        *case, _ = accumulate_case((7, 5, 9), torch.float32, per_token)
+        got = run_accumulate("triton", *moved(case[:3], device), moved(case[3], device), "gelu")[1]
+        for a, b in zip(got, run_accumulate("reference", *case, "gelu")[1], strict=True):
+            close(a, b, 3e-5)
+    act_pool_accumulate.PROGRAMS = programs
     x, y, center, sums, _ = accumulate_case((3, 4, 9), torch.float32, False)
     y[1] = torch.nan  # a sample without tokens
     mask = torch.ones(3, 4, dtype=torch.bool)
