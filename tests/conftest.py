@@ -42,7 +42,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def alone(folder: Path, name: str) -> Iterator[Path]:
-    """Keep the other workers out, and give the folder of what is made; an empty one has yet to be filled."""
+    """Keep the other workers out, and give the folder for what is made."""
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = folder / name
@@ -138,3 +138,26 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     images = torch.randn(37, 3, 16, 16, generator=generator)
     labels = torch.randint(0, 5, (37,), generator=generator)
     return list(zip(images.split(10), labels.split(10), strict=True))
+
+
+@pytest.fixture(scope="session")
+def trained_digits(common: Path, cache: Path) -> torch.nn.Module:
+    """The default model, trained once for all workers and left in the cache."""
+    from skillfast.data import load_digits
+    from skillfast.models.loading import load_or_train_digits
+
+    with alone(common, "digits"):
+        return load_or_train_digits(load_digits(0), 0, quiet=True)[0].model
+
+
+@pytest.fixture(scope="session")
+def default_run(common: Path, trained_digits: torch.nn.Module) -> Path:
+    """What `skillfast bench` leaves with its defaults, once for all workers: `output` and the lines that it said."""
+    import skillfast
+
+    with alone(common, "default") as folder:
+        if not (folder / "said.txt").is_file():
+            lines: list[str] = []
+            skillfast.bench(skillfast.BenchConfig.of(output=str(folder / "output")), say=lines.append)
+            (folder / "said.txt").write_text("\n".join(lines))
+        return folder

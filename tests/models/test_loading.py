@@ -403,7 +403,7 @@ def test_digits_model_is_what_it_says():
 
 
 @pytest.mark.slow
-def test_default_model_reads_digits():
+def test_default_model_reads_digits(trained_digits: torch.nn.Module):
     splits = load_digits(0)
     loaded, trained = load_or_train_digits(splits, 0, quiet=True)
     assert float(accuracy(loaded.model, splits.test).mean()) >= 0.97

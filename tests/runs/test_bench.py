@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 from importlib import resources
@@ -19,8 +20,8 @@ from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal
 from skillfast.evaluation import shapley as contribution
 from skillfast.metrics import classification
-from skillfast.models.loading import load_or_train_digits
 from skillfast.models.sites import Site, find_sites
+from skillfast.runs import selection
 from skillfast.runs.cost import trace_over_forward
 
 
@@ -248,23 +249,15 @@ def test_cost_of_batches_that_fill_the_buffer(vit, statistics):
     assert found["samples_per_s"] > 0
 
 
-@pytest.fixture(scope="module")
-def digits_runs(tmp_path_factory, cache):
-    """The default benchmark, twice: first with training, then from the cache."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    lines: list[str] = []
-    return [skillfast.bench(BenchConfig.of(output=str(folder)), say=lines.append) for folder in folders], lines
-
-
 @pytest.mark.slow
-def test_the_default_benchmark(digits_runs):
-    (run, _), lines = digits_runs
-    assert lines[0].startswith("baseline accuracy 9")
-    results = run.results
+def test_the_default_benchmark(default_run):
+    output = default_run / "output"
+    assert (default_run / "said.txt").read_text().startswith("baseline accuracy 9")
+    results = json.loads((output / "results.json").read_text())
     assert results["baseline"]["accuracy"] >= 0.97
-    jsonschema.validate(json.loads((run.directory / "results.json").read_text()), schema("results"))
-    jsonschema.validate(json.loads((run.directory / "skills.json").read_text()), schema("skills"))
-    assert {p.name for p in run.directory.iterdir()} == {
+    jsonschema.validate(results, schema("results"))
+    jsonschema.validate(json.loads((output / "skills.json").read_text()), schema("skills"))
+    assert {p.name for p in output.iterdir()} == {
         "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html",
     }  # fmt: skip
     assert results["dataset"]["n_select"] + results["dataset"]["n_validate"] + results["dataset"]["n_test"] == 1797
@@ -272,26 +265,31 @@ def test_the_default_benchmark(digits_runs):
     # Removing skills hurts their classes, drawn neurons do not: intervals that do not touch.
     assert results["selectivity"]["ci95"]["target_drop"][0] > results["random_control"]["ci95"]["target_drop"][1]
     assert sum(results["layer_contribution"][k] for k in ("mlp", "attn", "head")) == pytest.approx(1)
-    with (run.directory / "removal_matrix.csv").open() as file:
+    with (output / "removal_matrix.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header == ["removed", *results["dataset"]["classes"]]
     np.testing.assert_array_equal(np.array(rows)[:, 1:].astype(float), results["removal_matrix"])
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_results(digits_runs):
-    (first, second), _ = digits_runs
+@pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
+def test_the_same_seed_gives_the_same_results(pictures, tmp_path, monkeypatch):
+    """Trained, traced, chosen among all candidates and measured twice; masks learn a few steps."""
+    monkeypatch.setattr(selection, "learn_masks", functools.partial(skillfast.learn_masks, steps=5))
+    tiny = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
+    config = {"dataset": "imagefolder", "data_dir": str(pictures), "model": "vit_tiny_patch16_224", "epochs": 4}
+    first, second = (
+        skillfast.bench(BenchConfig.of(**config, model_kwargs=tiny, output=str(tmp_path / name)))
+        for name in ("first", "second")
+    )
     assert {**first.results, "cost": None} == {**second.results, "cost": None}
     for name in ("skills.json", "removal_matrix.csv", "scores.safetensors"):
         assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_the_matrix_from_skills_json_and_plain_hooks(digits_runs):
+def test_the_matrix_from_skills_json_and_plain_hooks(default_run, trained_digits):
     """What the files say, recomputed with nothing of skillfast but the trained model."""
-    (run, _), _ = digits_runs
-    splits = load_digits(0)
-    model = load_or_train_digits(splits, 0, quiet=True)[0].model
+    output, model, splits = default_run / "output", trained_digits, load_digits(0)
     images = torch.stack([splits.test[i][0] for i in range(len(splits.test))])
     labels = splits.test.labels.numpy()
 
@@ -308,12 +306,13 @@ def test_the_matrix_from_skills_json_and_plain_hooks(digits_runs):
             handle.remove()
         return per_class_accuracy(predictions, labels, 10)
 
-    skills = json.loads((run.directory / "skills.json").read_text())["skills"]
+    skills = json.loads((output / "skills.json").read_text())["skills"]
+    results = json.loads((output / "results.json").read_text())
     intact = accuracy({})
-    np.testing.assert_allclose(run.results["baseline"]["per_class"], intact)
+    np.testing.assert_allclose(results["baseline"]["per_class"], intact)
     rows = [accuracy(skill["neurons"]) - intact for skill in skills]
     # one image of about 54 may sit on a tie of two classes that stacking rounds the other way
-    assert np.sum(np.abs(np.array(rows) - run.results["removal_matrix"]) > 1e-9) <= 1
+    assert np.sum(np.abs(np.array(rows) - results["removal_matrix"]) > 1e-9) <= 1
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_told_in_one_line(texts, tmp_path, change, code, wo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_on_the_digits(tmp_path):
+def test_the_command_on_the_digits(trained_digits, tmp_path):
     options = ["--shares", "0.03", "--layers", "all", "--scales", "0", "--control-draws", 2, "--quiet"]
     result = run("evaluate", *options, "--statistics", "pearson", "--output", tmp_path)
     assert result.exit_code == 0, result.output
