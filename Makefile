@@ -6,7 +6,7 @@ OUTPUT ?= skillfast-report
 ARGS ?=
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format clean
+.PHONY: bench test lint format docs clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -25,6 +25,10 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# The site of docs/ and examples/, with the docstrings and the commands' help, into site/; a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
@@ -41,5 +45,9 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check '.[lint]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

@@ -92,7 +92,7 @@ def inputs_of(module: torch.nn.Module, forward: Callable[[], Any]) -> tuple[torc
 def test_every_page_is_tested_and_listed() -> None:
     pages = sorted(page.name for page in DOCS.glob("recipe-*.md"))
     assert pages == [f"recipe-{name}.md" for name in TESTED]
-    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    index = (DOCS / "recipes.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\]\((recipe-.*?\.md)\)", index)) == pages
 
 
