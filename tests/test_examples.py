@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from top to bottom; what is committed of them was run, and their prose says its numbers.
+"""The notebooks in examples/ run from top to bottom; what is committed was run, and the prose says its numbers.
 
 Each notebook ends with assertions about what it claims, so a run that ends has kept them.
 """
