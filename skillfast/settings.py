@@ -38,14 +38,14 @@ def setting(
     """Declare a field of a `Settings` class.
 
     Args:
-        default: Its value where nothing is given.
+        default: Value where nothing is given.
         help: What it means, in a sentence or two; the option's help.
         choices: The values that it takes, or of a tuple's items; any by default.
         low: Smallest number that it takes.
         above: Number that it must be larger than.
         high: Largest number that it takes.
-        name: Its name in flat settings; the field's own by default.
-        option: Its name on the command line; by default that of flat settings with dashes.
+        name: Name in flat settings; the field's own by default.
+        option: Name on the command line; by default that of flat settings with dashes.
         metavar: What stands for the value in the command line's help.
         required: For a tuple, whether it must have an item.
     """

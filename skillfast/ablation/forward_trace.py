@@ -57,7 +57,7 @@ class ForwardTrace:
         head_is_last: Whether the classifier's output is the model's.
         sequential: Whether each block and site ran once.
         tokens: Tokens per sample.
-        dtype: Of the logits.
+        dtype: Data type of the logits.
         running_bytes: Bytes that a forward takes at its peak, per sample.
     """
 

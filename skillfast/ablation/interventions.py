@@ -131,7 +131,7 @@ class Interventions:
 
     Attributes:
         conditions: As given.
-        sites: Those that any condition changes, in the model's order.
+        sites: The sites that any condition changes, in the model's order.
     """
 
     def __init__(self, model: torch.nn.Module, conditions: Sequence[Condition], reference: NeuronScores | None) -> None:

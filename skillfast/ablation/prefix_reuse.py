@@ -281,7 +281,7 @@ class PrefixReuse:
         Args:
             cache: What the intact forward of the batch left.
             point: Where the conditions begin.
-            conditions: Their positions.
+            conditions: Positions of the conditions to run.
             changed: False: change no neuron, to see whether the route gives the intact logits.
 
         Returns:

@@ -16,7 +16,7 @@ def load_digits(seed: int = 0) -> Splits:
     """Load scikit-learn's digits, split once, stratified by class: 60 % select, 10 % validate, 30 % test.
 
     Args:
-        seed: of the split.
+        seed: seed of the split.
 
     Returns:
         Splits of images float32 `[1, 8, 8]`, normalised to mean 0 and standard deviation 1; `train` is None.

@@ -40,8 +40,8 @@ def load_imagefolder(
         transforms: from `make_transforms`.
         train_per_class: pictures of each class to use from `train`, chosen at random; a fifth of them validates. None
             for all.
-        test_per_class: likewise from `test`.
-        seed: of the choice.
+        test_per_class: number of pictures per class from `test`, None for all.
+        seed: seed of the choice of pictures.
         skip_unreadable: leave unreadable pictures out, taking others in their place; they are named in `skipped`.
         quiet: draw no progress bar.
 
@@ -95,7 +95,7 @@ def load_cifar10(
         transforms: from `make_transforms`.
         train_per_class: see `load_imagefolder`.
         test_per_class: see `load_imagefolder`.
-        seed: of the choice.
+        seed: seed of the choice of pictures.
         download: let torchvision download the files (170 MB) where they are missing.
         train_on_all: `Splits.train` holds all training pictures but those that validate, not only those selected on.
         quiet: draw no progress bar.

@@ -57,7 +57,7 @@ class FileSource:
             return Image.open(file).convert("RGB")
 
     def path(self, index: int) -> str:
-        """Its file."""
+        """The file of a picture."""
         return self.paths[index]
 
 
@@ -74,7 +74,7 @@ class ArraySource:
         return Image.fromarray(self.pixels[index])
 
     def path(self, index: int) -> str:
-        """Its place."""
+        """The place of a picture."""
         return f"{self.name}[{index}]"
 
 
@@ -87,7 +87,7 @@ class Chosen:
         test: test source.
         classes: class names.
         select: indices into `train`, sorted by class.
-        validate: likewise, disjoint from `select`.
+        validate: indices to validate on, disjoint from `select`.
         held_out: indices into `test`.
         skipped: unreadable files that were left out.
         quiet: draw no progress bar.
@@ -119,7 +119,7 @@ class ImageDataset:
     Args:
         chosen: all pictures of the run.
         source: where these are.
-        indices: their indices in it.
+        indices: indices of the pictures in the source.
         transform: PIL image to float32 `[C, H, W]`.
         parallel: decode a batch in threads; the transform must then be free of chance.
     """
@@ -209,8 +209,8 @@ def choose(
         test: the test pictures.
         classes: class names.
         train_per_class: how many of each class to use for select and validate together; None for all.
-        test_per_class: likewise for test.
-        seed: of the choice.
+        test_per_class: number of pictures per class for the test, None for all.
+        seed: seed of the choice of pictures.
         skip_unreadable: decode every picture now and take the next one in place of an unreadable one.
         quiet: draw no progress bar.
 

@@ -87,7 +87,7 @@ def loader(
         dataset: one part of a `Splits`.
         batch_size: examples per batch.
         shuffle: a new random order in every pass; of a dataset with `lengths`, random batches of like lengths.
-        seed: of that order.
+        seed: seed of the shuffled order.
         drop_last: leave out a last batch that is not full.
 
     Returns:
@@ -119,10 +119,10 @@ class _LikeLengths:
     """Random batches, each of examples of like lengths, so that padding is short: drawn from pools of 16 batches.
 
     Args:
-        lengths: of the examples.
+        lengths: lengths of the examples.
         batch_size: examples per batch.
         drop_last: leave out batches that are not full.
-        generator: of the random numbers.
+        generator: where the random numbers come from.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, drop_last: bool, generator: torch.Generator) -> None:

@@ -30,7 +30,8 @@ class TextTable:
         texts: The texts.
         pairs: Each one's second text, for inference and similarity; None where there is none.
         labels: int64 [n], indices of classes; all 0 for text without labels.
-        classes: Their names, in numerical or alphabetical order unless told otherwise; empty for text without labels.
+        classes: Names of the classes, in numerical or alphabetical order unless told otherwise; empty for text without
+            labels.
         columns: Further columns: float64 [n], or str [n].
         places: Where each example stands, for messages: "line 7".
     """

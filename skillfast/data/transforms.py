@@ -23,7 +23,8 @@ class Transforms:
 
     Attributes:
         evaluate: resize, crop and normalise, without chance: PIL image to float32 `[C, H, W]`.
-        train: the same size through a random crop and flip; None where training sees what evaluation sees.
+        train: for training, to the size of `evaluation` through a random crop and flip; None where training sees what
+            evaluation sees.
         config: what they were made from: timm's data configuration (input_size, mean, std, crop_pct, interpolation...).
     """
 

@@ -54,7 +54,7 @@ class PairedBootstrap:
         labels: int64 [n].
         n_classes: How many classes.
         replicates: Number of resamples.
-        seed: Of the draws, the same for every pair of predictions.
+        seed: Seed of the draws, the same for every pair of predictions.
     """
 
     def __init__(self, labels: np.ndarray, n_classes: int, replicates: int = 1000, seed: int = 0) -> None:
@@ -145,8 +145,8 @@ def class_outcomes(
         loader: Batches of (inputs, labels) that chose nothing.
         cases: From `grid`.
         classes: Class names; a skill named in its metric as `label:NAME` has NAME as its own class.
-        replicates: Of the bootstrap.
-        seed: Of the bootstrap.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the bootstrap.
         quiet: Show no progress bar.
 
     Returns:

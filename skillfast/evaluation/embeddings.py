@@ -61,7 +61,7 @@ class EmbeddingMetrics:
         labels: int64 [n].
         n_neighbours: Neighbours that vote.
         max_anchors: Images whose neighbours are ranked, at most; a random choice of them beyond.
-        seed: Of that choice.
+        seed: Seed of the choice of images.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class EmbeddingMetrics:
         return Comparison(**rows, cka=cka, cka_left_out=left_out, undefined=np.flatnonzero(~kept))
 
     def knn_accuracy(self) -> float | None:
-        """Of the intact model, over the images that can be judged; None where none can."""
+        """Accuracy of the intact model's nearest neighbours over the images that can be judged; None where none can."""
         kept = self.has_direction
         if not kept.any():
             return None
@@ -249,7 +249,7 @@ def standard_metrics(
     """The standard_metrics object of results.json.
 
     Args:
-        metrics: of the intact model.
+        metrics: metrics of the intact model's embeddings.
         comparisons: After the removal of each class's skill, K of them.
         drops: float64 [K], loss in accuracy of each class when its own skill is removed.
         classes: Class names.
@@ -291,7 +291,7 @@ def standard_metrics(
 
 
 def _cka_interval(comparisons: Sequence[Comparison]) -> list[float] | None:
-    """Of the mean over the removals that have a CKA."""
+    """Interval of the mean CKA over the removals that have one."""
     defined = [found for found in comparisons if np.isfinite(found.cka)]
     if not defined:
         return None

@@ -115,7 +115,7 @@ def log_probabilities(subject: CausalSubject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def perplexity(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Of all tokens, in nats the exponential of minus their mean; one per row of weights [replicates, n]."""
+    """Perplexity: exp of minus the mean log-probability of all tokens; one per row of weights [replicates, n]."""
     weights = np.ones((1, len(sums))) if weights is None else weights
     with np.errstate(over="ignore"):
         return np.exp(-(weights @ sums) / (weights @ counts))
@@ -187,9 +187,9 @@ def causal_outcomes(
     Args:
         subject: The model, and text in parts; the test part is measured on.
         cases: From `grid`.
-        settings: Of the generations.
-        replicates: Of the bootstrap.
-        seed: Of the bootstrap and of the texts that are gone on from.
+        settings: Settings of the generations.
+        replicates: Number of bootstrap replicates.
+        seed: Seed of the bootstrap and of the choice of texts to continue.
         quiet: Show no progress bar.
 
     Returns:

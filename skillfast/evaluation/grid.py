@@ -87,7 +87,7 @@ def cases_of_scores(
     Args:
         ranking: Made from the select part.
         method: What to rank by.
-        metrics: Whose columns.
+        metrics: Names of the metrics whose columns give cases.
         grid: The settings.
 
     Raises:

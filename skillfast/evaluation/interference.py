@@ -105,7 +105,7 @@ class Effects:
         beyond_oracle: float64 [K, K], accuracy under the removal minus that under the oracle's.
         p_gain: float64 [K, K], that the class is helped, and more than by the oracle: the larger p of two exact
             one-sided McNemar tests over its images, against the intact model and against the oracle.
-        p_loss: Likewise that it is hurt.
+        p_loss: p-value [K, K] of the other class being hurt.
     """
 
     change: np.ndarray
@@ -136,7 +136,7 @@ def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[dict[
     all pairs and both kinds together.
 
     Args:
-        effects: Of the removals.
+        effects: Effects of the removals.
         classes: Class names.
 
     Returns:

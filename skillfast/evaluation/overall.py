@@ -31,7 +31,7 @@ def overall_accuracy(
         intact: int64 [n], of the intact model.
         labels: int64 [n].
         skills: The K skills.
-        n_neurons: Of the model's sites.
+        n_neurons: Number of neurons in the model's sites.
         bootstrap: Resamples of the n examples.
 
     Returns:

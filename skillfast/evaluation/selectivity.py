@@ -59,7 +59,7 @@ class Bootstrap:
     Args:
         labels: int64 [n]; every class from 0 to K - 1 has at least one image.
         replicates: Number of resamples.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, labels: np.ndarray, replicates: int = 1000, seed: int = 0) -> None:

@@ -138,7 +138,7 @@ def per_block(
     """The layer_contribution.per_block list of results.json: each block's share of what the whole skill costs.
 
     Args:
-        blocks: Of `occupied_blocks`.
+        blocks: What `occupied_blocks` gives.
         drops: float64 [1 + 2 (blocks - 1), K], drop of each class's accuracy when its whole skill goes, then under each
             set of `block_conditions`.
         resampled: float64 [1 + 2 (blocks - 1), K, replicates].

@@ -62,7 +62,7 @@ def task_skills(
     """Each task's neurons, as many for all: those with the largest statistic by size, over all classes of the task.
 
     Args:
-        scores: Of one trace with every task's metric.
+        scores: Scores of one trace with every task's metric.
         tasks: Names of metrics.
         method: A statistic.
         share: Share of all neurons.
@@ -277,13 +277,13 @@ def compare_tasks(
 
     Args:
         subject: A classifier and its data.
-        scores: Of one trace of its select part with every task's metric.
+        scores: Scores of one trace of the select part with every task's metric.
         tasks: Metrics: `"label"`, one that the logits give, such as `"confidence"`, or `"column:NAME"`.
         method: A statistic.
         share: Share of all neurons for each task.
         max_site_share: Largest share of one site's neurons.
         draws: Random controls per task.
-        seed: Of the controls.
+        seed: Seed of the controls.
 
     Returns:
         The tasks object of evaluation.json.

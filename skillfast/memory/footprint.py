@@ -52,7 +52,8 @@ def weights_by_part(model: torch.nn.Module, itemsize: int, bits: int | None = No
     Args:
         model: On any device, `meta` too.
         itemsize: Bytes of a weight.
-        bits: Of the blocks' linear layers where they are quantised: 8, or 4 with a float32 scale for every 64 weights.
+        bits: Bits of the blocks' linear layers where they are quantised: 8, or 4 with a float32 scale for every 64
+            weights.
     """
     blocks = blocks_of(model)
     linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}

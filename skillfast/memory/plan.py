@@ -38,8 +38,8 @@ class Settings:
         metrics: Auxiliary metrics.
         classes: How many classes the labels have.
         n_bootstrap: Replicates of the bootstrap; None for none.
-        dtype: Of weights and activations.
-        bits: Of quantised linear layers: 4 or 8; None: they are not.
+        dtype: Data type of weights and activations.
+        bits: Bits of quantised linear layers, 4 or 8; None where nothing is quantised.
         batch_size: Examples per forward.
         tokens: Per example.
         examples: How many observations there will be.
@@ -87,9 +87,9 @@ class DevicePlan:
 
     Attributes:
         parts: Which parts of the model lie there: the first and the last of them.
-        neurons: Of the traced sites there.
-        weights: Of those parts.
-        state: Of the accumulator; exact.
+        neurons: Number of traced neurons on the device.
+        weights: Bytes of the weights on the device.
+        state: Bytes of the accumulator's state on the device; exact.
         buffer: Rows that wait for an update; while the bins' edges are not set, all rows so far.
         forward: Most that a forward takes besides, at once.
         capacity: What the device has; None where nobody said.
@@ -119,9 +119,9 @@ class Plan:
     """What tracing a model takes.
 
     Attributes:
-        model: Its name.
+        model: Name of the model.
         settings: How it shall be traced.
-        parameters: Of the model.
+        parameters: Number of the model's parameters.
         sites: The traced ones.
         devices: What each device holds.
         host: Bytes of the results, and of continuous metrics' scalars, in the host's memory at the end.
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def neurons(self) -> int:
-        """Of all traced sites."""
+        """Number of neurons in all traced sites."""
         return sum(site.width for site in self.sites)
 
     @property

@@ -29,7 +29,7 @@ class Family:
     Attributes:
         name: For people.
         attn: Regular expression of self-attention's output projection, relative to the block: `attn[.]proj`.
-        mlp: Likewise of the MLP's last projection.
+        mlp: Path of the MLP's last projection, relative to a block, as a regular expression.
         block: Regular expression that a block's path ends in.
         head: Path of the classifier or the language-model head; None where it is one of `HEADS`.
     """

@@ -30,12 +30,12 @@ class LanguageModel:
 
     Attributes:
         model: In evaluation mode.
-        tokenizer: Its tokenizer, with a token to pad with.
+        tokenizer: The model's tokenizer, with a token to pad with.
         name: As it was asked for, without the prefix.
         task: `"classification"`: a head over the classes; `"causal"`: the next token; `"own"`: what its weights are
             for.
         context: Tokens that it can read, special ones included.
-        head_replaced: Its weights came without a head for so many classes; this one is new and knows nothing yet.
+        head_replaced: Whether the classifier is new and untrained: the weights had none for so many classes.
     """
 
     model: torch.nn.Module
@@ -94,10 +94,10 @@ def load_language_model(
             tokens; `"own"` is whatever its configuration names as the architecture of its weights.
         classes: Names of the classes, for classification.
         pad_token: What to pad with, where the tokenizer has nothing.
-        dtype: Of the weights; None for the dtype of the file.
+        dtype: Data type of the weights; None for that of the file.
         device_map: As in `from_pretrained`: `"auto"` spreads the layers over the devices; needs accelerate.
         quantization_config: As in `from_pretrained`, for 4-bit and 8-bit layers.
-        seed: Of a new head's weights; the global random state is left as it was.
+        seed: Seed of a new head's weights; the global random state is left as it was.
 
     Raises:
         ModelError: No such model here or on the hub, weights or a tokenizer that cannot be read, no token to pad with.
@@ -193,7 +193,7 @@ def is_head(model: Any, key: str) -> bool:
     """Whether a tensor of a state dict sits on top of the base model; a pooler does (BERT's).
 
     Args:
-        model: Of the transformers library.
+        model: A model of the transformers library.
         key: The tensor's name.
     """
     return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key

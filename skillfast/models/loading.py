@@ -82,12 +82,12 @@ def create_model(
 
     Args:
         name: timm's name, with or without a pretrained tag.
-        num_classes: of the classifier; where the weights come with another number, the classifier is made anew.
+        num_classes: outputs of the classifier; where the weights come with another number, the classifier is made anew.
         pretrained: load the weights that timm knows for it, from the local cache or the hub.
         checkpoint: load these weights instead: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file that holds
             nothing but weights.
         model_kwargs: further arguments for the model, as `depth=6`.
-        seed: of the initial weights; the global random state is left as it was.
+        seed: seed of the initial weights; the global random state is left as it was.
         quiet: draw no progress bar for a download.
 
     Raises:
@@ -189,7 +189,7 @@ def digits_model(seed: int = 0) -> LoadedModel:
     """Make the default model, untrained: a timm `VisionTransformer` of 4 blocks for 8 x 8 digits.
 
     Args:
-        seed: of the initial weights; the global random state is left as it was.
+        seed: seed of the initial weights; the global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -211,7 +211,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
 
     Args:
         splits: from `load_digits(seed)`.
-        seed: of the split, the initial weights and the training.
+        seed: seed of the split, the initial weights and the training.
         quiet: draw no progress bar.
 
     Returns:
@@ -256,7 +256,7 @@ def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: float32 `[b, C, H, W]`, normalised digits; what comes in from outside is as dark as their background.
-        generator: of the random numbers.
+        generator: where the random numbers come from.
     """
 
     def uniform(limit: float) -> Tensor:

@@ -129,6 +129,6 @@ class TextClassifier(nn.Module):
 
 
 def accepts(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the names that a model's forward takes."""
+    """The names among those given that a model's forward takes."""
     takes = inspect.signature(model.forward).parameters
     return [name for name in names if name in takes]

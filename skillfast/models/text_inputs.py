@@ -92,7 +92,7 @@ class TokenExamples:
 
     Args:
         table: The examples.
-        language_model: Whose tokenizer and context count.
+        language_model: The model whose tokenizer and context count.
         prompt: How to ask for a class; None for a model with a classification head.
         truncate: Cut what is longer than the model's context instead of refusing it. A prompt is never cut.
 
@@ -165,7 +165,7 @@ class Collate:
     """Makes padded batches of examples.
 
     Args:
-        language_model: Whose tokenizer pads.
+        language_model: The model whose tokenizer pads.
         side: Where padding goes; None: on the left for a decoder, so that the last token is a real one, else where
             the tokenizer puts it. The head of an encoder reads the first position, so its logits are right with
             padding on the right only.
@@ -213,7 +213,7 @@ def batches(
         examples: The data.
         batch_size: Examples per batch.
         shuffle: A new random order in every pass.
-        seed: Of that order.
+        seed: Seed of the shuffled order.
         side: As for `Collate`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -263,8 +263,8 @@ def split_text(
         prompt: As for `TokenExamples`.
         truncate: As for `TokenExamples`.
         train_per_class: Examples of each class to select and validate on, chosen at random; None for all.
-        test_per_class: Likewise to test on.
-        seed: Of the choice.
+        test_per_class: Number of texts per class to test on; None for all.
+        seed: Seed of the choice of texts.
 
     Raises:
         DataError: A class with too few examples, or a text that is too long.

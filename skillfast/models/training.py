@@ -83,7 +83,7 @@ def finetune(
         epochs: passes over the training images; None for a default by mode.
         lr: highest learning rate; None for a default by mode.
         batch_size: images per step.
-        seed: of the order and the augmentation.
+        seed: seed of the order and the augmentation.
         device: where to train.
         dtype: autocast to it on a GPU; a CPU trains in float32.
         quiet: draw no progress bar.

@@ -56,7 +56,7 @@ def fit_checkpoint(model: nn.Module, name: str, state: dict[str, Tensor], what: 
 
     Args:
         model: gets the weights, in its own dtype.
-        name: of the model, for messages.
+        name: name of the model, for messages.
         state: the weights.
         what: the name of their file, for messages.
 

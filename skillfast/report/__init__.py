@@ -69,7 +69,7 @@ def read_results(directory: str | Path) -> dict[str, Any]:
     """Read the `results.json` of an output folder.
 
     Raises:
-        DataError: it is missing, is not JSON, or is not of the schema that this version reads.
+        DataError: a file that is missing, is not JSON, or is not of the schema that this version reads.
     """
     from skillfast.report import files
 
@@ -115,7 +115,7 @@ def accuracy_table(classes: Sequence[str], baseline: np.ndarray, rows: Mapping[s
     """Make the table that `skillfast ablate` prints: each class's accuracy before and after.
 
     Args:
-        classes: their names.
+        classes: names of the classes.
         baseline: float64 [n_classes], of the intact model.
         rows: name of a condition -> float64 [n_classes].
     """
@@ -128,7 +128,7 @@ def sites_table(name: str, sites: Sequence[Site], read_in: Mapping[str, str]) ->
     """Make the table that `skillfast info --model` prints.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         sites: In the table's order.
         read_in: Site -> `"activation"` (fused) or `"hook"`.
     """

@@ -50,12 +50,12 @@ class Kept(Generic[T]):
 
     @staticmethod
     def by(load: Callable[[Path], S]) -> Kept[S]:
-        """Of a class with `save(directory)` and this `load(directory)`."""
+        """A result of a class with `save(directory)`, read by this `load(directory)`."""
         return Kept(lambda value, folder: value.save(folder), load)
 
     @staticmethod
     def optional(load: Callable[[Path], S]) -> Kept[S | None]:
-        """Likewise, or None, which leaves its folder empty."""
+        """A result of a class with `save(directory)`, or None, which leaves its folder empty."""
         return Kept(
             lambda value, folder: value and value.save(folder),
             lambda folder: load(folder) if any(path.name != _COST for path in folder.iterdir()) else None,

@@ -301,7 +301,7 @@ class BenchConfig:
         return BenchConfig().replaced(**settings)
 
     def replaced(self, **settings: Any) -> BenchConfig:
-        """The same with some flat settings replaced; raises ArgumentError as `of`."""
+        """A copy with some flat settings replaced; raises ArgumentError as `of`."""
         places = {name_of(declared): (group, declared.name) for group, declared in _declared()}
         unknown = [name for name in settings if name not in places]
         if unknown:

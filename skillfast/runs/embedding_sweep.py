@@ -33,7 +33,7 @@ class EmbeddingChanges:
     """Embeddings after each removal beside the intact model's.
 
     Attributes:
-        metrics: of the intact model.
+        metrics: metrics of the intact model's embeddings.
         comparisons: One per removal.
         angles: float64 [removals, K], of `Directions.angles`.
         resampled_angles: float64 [removals, K, replicates].
@@ -91,7 +91,7 @@ def compare_embeddings(
         loader: Batches of (images, labels), the same in each pass.
         conditions: The removals, one at least.
         classes: Class names.
-        seed: Of the choice of anchors and of the resamples.
+        seed: Seed of the choice of anchors and of the resamples.
         bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
             many conditions as fit, one at least.
         quiet: Show no progress bars.

@@ -60,7 +60,7 @@ def evaluate(
     Args:
         config: Model, data and method.
         grid: Sizes, layers and factors.
-        metrics: Whose skills.
+        metrics: Names of the metrics whose skills are evaluated.
         tasks: Metrics whose neurons are compared at the grid's largest size, from the same trace; see
             `skillfast.evaluation.tasks`. None by default.
         skills: `skills.json` or a folder with one; its skills must come from other examples than the test part's.

@@ -31,9 +31,9 @@ class Measured:
 
     Attributes:
         values: Measure -> value; None where it is not defined.
-        change: Likewise, value minus the intact model's.
+        change: `value` minus the intact model's, per measure.
         ci95: 95 % bootstrap interval of each value; None where there is none.
-        change_ci95: Likewise of each change, the same resampled examples on both sides.
+        change_ci95: 95 % interval of each change, the same resampled examples on both sides.
     """
 
     values: Values
@@ -49,13 +49,13 @@ class Outcome:
     Attributes:
         skill: Name of its class or metric.
         metric: The column that chose it, or None.
-        share: Its size as a share of all neurons, as asked for.
+        share: Size of the skill as a share of all neurons, as asked for.
         layers: `"all"`, `"head"` or a block.
         scale: Factor on its activations; 0 removes.
         neurons: How many it has.
         measured: What the skill's intervention gives.
-        random: Of as many random neurons per site under the same factor: `draws`, and the mean, smallest and largest
-            value and change of each measure.
+        random: Results of as many random neurons per site under the same factor: `draws`, and the mean, smallest and
+            largest value and change of each measure.
     """
 
     skill: str
@@ -98,15 +98,15 @@ class Evaluation:
     Attributes:
         task: `"classification"` or `"causal"`.
         measures: Names of what was measured.
-        intact: Of the intact model: `values` and `ci95` per measure, and `per_class` for a classifier.
+        intact: Results of the intact model: `values` and `ci95` per measure, and `per_class` for a classifier.
         outcomes: One per skill, size, layers and factor.
         model: Name, fingerprint, neurons and sites.
         data: Name, classes, and how many examples skills were chosen and measured on.
         config: The settings.
         environment: Versions and device.
         tasks: What `skillfast.evaluation.tasks` found, where several tasks were compared.
-        skills: Those that were chosen, from all layers at the largest size, which go to `skills.json`; none where they
-            were loaded.
+        skills: The skills that were chosen, from all layers at the largest size, which go to `skills.json`; none where
+            they were loaded.
     """
 
     task: str
@@ -145,7 +145,7 @@ class Evaluation:
         """Read a folder's `evaluation.json`, without skills.
 
         Raises:
-            DataError: It is missing, broken or of another version.
+            DataError: A file that is missing, broken or of another version.
         """
         path, remedy = Path(directory) / FILE, "write it with `skillfast evaluate`"
         found = files.read_json(path, SCHEMA, remedy)

@@ -58,7 +58,7 @@ class Candidate:
         method: A statistic, `"attribution"` or `"mask"`.
         contrastive: Whether by the score minus the other classes' best.
         share: Share of all neurons.
-        keep: Of a mask, the weight of the other classes; None elsewhere.
+        keep: Weight of the other classes in a learned mask; None for other methods.
     """
 
     method: str
@@ -87,7 +87,7 @@ class Selection:
         candidates: In the order tried.
         skills: One mapping of class name -> skill per candidate.
         validation: The terms and ratios of selectivity of each on the validation part.
-        oracle: Those of the oracle there.
+        oracle: Terms of the oracle on that part.
         chosen: Index of the best by `RULE`.
     """
 
@@ -128,8 +128,8 @@ def candidates(
     Args:
         method: `"auto"`, a statistic, `"attribution"` or `"mask"`.
         share: The largest share of all neurons.
-        contrastive: Of a method that is named.
-        statistics: Those that were traced; `"auto"` takes Pearson's r, or else the first of them.
+        contrastive: Applies only to a named method.
+        statistics: The statistics that were traced; `"auto"` takes Pearson's r, or else the first of them.
     """
     if method != "auto":
         return (Candidate(method, contrastive, share, KEEP if method == "mask" else None),)
@@ -158,14 +158,14 @@ def rankings(
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels) of the select part.
-        scores: Of a trace of it.
+        scores: Scores of a trace of the select part.
         tried: The candidates.
         max_site_share: Largest share of one site's neurons.
         scale: Factor on the activations of removed neurons.
-        seed: Of the masks.
+        seed: Seed of the masks.
         classes: Class names; from the loader's dataset or the model by default.
-        mask_loader: Of the same part, in the order in which masks take their examples, the first ones of each class;
-            the loader by default.
+        mask_loader: Loader of the select part, in the order in which masks take their examples, the first ones of each
+            class; the loader by default.
         quiet: Show no progress bar.
         keep: Called with a ranking's name and what makes it; returns the ranking.
     """
@@ -221,7 +221,7 @@ def choose(tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], va
 
     Args:
         tried: The candidates.
-        skills: Theirs, from `cut`.
+        skills: Skills of each candidate, from `cut`.
         validation: `effects` on the validation part.
     """
     found = validation["candidates"]

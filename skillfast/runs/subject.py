@@ -49,7 +49,7 @@ class Subject:
     Attributes:
         config: The settings that made it.
         model: The model.
-        name: Its name.
+        name: Name of the model.
         splits: Examples to select, validate and test on.
         trained: How its weights came about.
         normalisation: What images were normalised by, in words.

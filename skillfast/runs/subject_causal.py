@@ -30,7 +30,7 @@ class CausalSubject:
     Attributes:
         config: The settings that made it.
         model: The model.
-        loaded: The same with its tokenizer.
+        loaded: The model with its tokenizer.
         select: Texts that skills are chosen on.
         validate: Texts that settings are chosen on.
         test: Texts that results are measured on.

@@ -35,7 +35,7 @@ class NeuronRanking:
         values: float64 [n_neurons, n_classes], in the order of the sites; higher is chosen first, NaN never.
         sites: The sites whose neurons these are.
         n_observations: int64 [n_classes], images of each class that entered.
-        fingerprint: Of the model's architecture.
+        fingerprint: Digest of the model's architecture.
         settings: What made the numbers, for the skills chosen by them.
     """
 

@@ -55,7 +55,7 @@ def learn_masks(
     Args:
         model: In evaluation mode, on the device where it shall run; its weights stay as they are.
         loader: Batches of (images, labels); some of each class are kept in memory, not on the device.
-        attributions: Of this model, from `attribute`; their sites and classes are those of the masks.
+        attributions: What `attribute` gives for this model; their sites and classes are those of the masks.
         share: Share of all neurons that a mask removes, in (0, 1].
         max_site_share: Largest share of one site's neurons that it removes, in (0, 1].
         scale: Factor on the activations of removed neurons.
@@ -64,7 +64,7 @@ def learn_masks(
         keep: Weight of the other images' decisions; more costs less harm and less of the target's drop.
         images_per_class: How many to keep, the first ones that the loader gives; by default 500, or fewer where there
             are many classes or large images, so that they are at most about 10,000 in all and take a GiB.
-        seed: Of the order of the images.
+        seed: Seed of the order of the images.
         quiet: Show no progress bar.
 
     Returns:

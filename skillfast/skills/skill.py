@@ -34,7 +34,7 @@ class Skill:
         metric: The column that chose them (`"label:deer"`), or None.
         method: How they were chosen, or None.
         settings: The settings of that method.
-        fingerprint: Of the architecture that they belong to, or None: any model that has them.
+        fingerprint: Digest of the architecture that the neurons belong to, or None: any model that has them.
     """
 
     name: str
@@ -121,7 +121,7 @@ def select(
     any site. Neurons without a score, and with `signed` those that go against the metric, are never chosen.
 
     Args:
-        scores: Of `trace`, `attribute` or `learn_masks`.
+        scores: What `trace`, `attribute` or `learn_masks` gives.
         method: What to rank by: of a trace a statistic, `"pearson"` (the default), `"spearman"`, `"auroc"` (from 0.5)
             or `"mutual_info"`; `"attribution"` or `"mask"` for what the other two give.
         metric: Only this metric's columns (`"label"`) or this column (`"label:deer"`); all by default.

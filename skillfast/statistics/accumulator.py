@@ -41,7 +41,7 @@ class NeuronStatistics:
         bins: Bins per neuron, C, from 2 to 256: more are more exact and take more memory.
         n_bootstrap: Replicates of a Poisson bootstrap for intervals of Pearson's r, 64 say; None for none. Each takes
             8 bytes per neuron and column.
-        seed: Of the replicates.
+        seed: Seed of the bootstrap's replicates.
         buffer_rows: Observations collected before one update of the state.
         device: Where the state lives.
 
@@ -317,7 +317,7 @@ class NeuronStatistics:
 
         Raises:
             DataError: The file is missing, broken or of another version.
-            ArgumentError: Its tensors do not fit what it says of itself.
+            ArgumentError: Tensors that do not fit the settings in the file.
         """
         path, remedy = Path(directory) / FILE, "write it with NeuronStatistics.save"
         state = files.read_nested(path, persistence.SCHEMA, remedy)

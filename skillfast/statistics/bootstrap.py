@@ -132,7 +132,7 @@ class Replicates:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def to(self, device: torch.device) -> Replicates:
-        """The same sums on a device; tensors that lie there already are shared."""
+        """The sums on a device; tensors that lie there already are shared."""
         return Replicates(self.seed, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def clear(self) -> None:
@@ -180,7 +180,7 @@ class Replicates:
             tensor += moved[name]
 
     def reshift(self, dx: torch.Tensor, dy: torch.Tensor) -> Replicates:
-        """The same rows about a shift that is smaller by dx float64 [D] and dy float64 [M]."""
+        """The sums of the rows about a shift that is smaller by dx float64 [D] and dy float64 [M]."""
         b, m = self.sum_y.shape
         count, sum_x = self.count[:, None], self.sum_x
         xy = self.sum_xy.view(b, m, -1)

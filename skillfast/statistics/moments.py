@@ -64,7 +64,7 @@ class CoMoments:
         return {name: tensor for name, tensor in self.tensors().items() if not name.startswith("shift")}
 
     def to(self, device: torch.device) -> CoMoments:
-        """The same sums on a device; tensors that lie there already are shared."""
+        """The sums on a device; tensors that lie there already are shared."""
         return CoMoments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def clear(self) -> None:
@@ -105,7 +105,7 @@ class CoMoments:
         self.sum_xy += shifted.T @ x
 
     def reshift(self, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
-        """The same rows summed about another shift (float32 [D], float64 [M]), in float64."""
+        """The rows summed about another shift (float32 [D], float64 [M]), in float64."""
         n = self.count.double()
         dx = self.shift_x.double() - shift_x.double()  # [D]
         dy = self.shift_y - shift_y  # [M]

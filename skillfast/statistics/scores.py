@@ -41,18 +41,21 @@ class NeuronScores:
         std: float64 [n_neurons], population standard deviation.
         n_observations: Rows counted.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
-        pearson_low: Likewise, lower end of the 95 % bootstrap interval; None without `n_bootstrap`.
-        pearson_high: Upper end.
-        pearson_p: p of no correlation.
+        pearson_low: float64 [n_neurons, n_columns], lower end of the 95 % bootstrap interval of r; None without
+            `n_bootstrap`.
+        pearson_high: float64 [n_neurons, n_columns], upper end of the interval of r.
+        pearson_p: float64 [n_neurons, n_columns], p of no correlation.
         pearson_q: p adjusted over all neurons and columns of the accumulator (Benjamini and Hochberg).
-        spearman: Likewise, Spearman's rho.
-        spearman_bound: How far from the true rho it can be, whatever the data: a certificate, not an interval.
-        auroc: Likewise, area under the ROC curve; NaN for continuous metrics.
-        auroc_bound: How far off it can be.
-        mutual_info: Likewise, mutual information in nats, of a class against the rest; 0 for a constant.
+        spearman: float64 [n_neurons, n_columns], Spearman's rho.
+        spearman_bound: How far `spearman` can be from the rho of sorted rows, whatever the data: a certificate, not an
+            interval.
+        auroc: float64 [n_neurons, n_columns], area under the ROC curve; NaN for continuous metrics.
+        auroc_bound: How far `auroc` can be from the one of sorted rows, whatever the data.
+        mutual_info: float64 [n_neurons, n_columns], mutual information in nats, of a class against the rest; 0 for a
+            constant neuron.
         sites: The sites whose neurons these are, in order; empty for activations without a model.
         pool: How tokens became one observation; None for activations without a model.
-        fingerprint: Of the model's architecture, or None.
+        fingerprint: Digest of the model's architecture, or None.
         reasons: What went wrong and where: `constant_neuron` and `non_finite_activation` hold indices of neurons,
             `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
             bins no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds

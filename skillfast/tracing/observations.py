@@ -61,7 +61,7 @@ class _Rows:
     """What both kinds have in common: columns of the sites, and which of them fired.
 
     Args:
-        sites: Of one device.
+        sites: Sites on one device.
         expected: Shared by all; the tracer fills it.
     """
 
@@ -123,9 +123,9 @@ class PooledRows(_Rows):
     """One row per sample in the accumulator's own buffer.
 
     Args:
-        sites: Of one device.
+        sites: Sites on one device.
         expected: Shared by all.
-        statistics: Of these sites' neurons.
+        statistics: Accumulator of these sites' neurons.
         pool: How tokens become one row.
     """
 
@@ -171,7 +171,7 @@ class PooledRows(_Rows):
         self.statistics.calibrate_on_counted()
 
     def scores(self) -> NeuronScores:
-        """Of all neurons of these sites."""
+        """Scores of all neurons of these sites."""
         return self.statistics.scores()
 
 
@@ -182,9 +182,9 @@ class TokenRows(_Rows):
     Metrics per token must be expected before it, and are accumulated while the activations are in registers.
 
     Args:
-        sites: Of one device, with the same tokens.
+        sites: Sites on one device, with the same tokens.
         expected: Shared by all.
-        statistics: Of these sites' neurons.
+        statistics: Accumulator of these sites' neurons.
     """
 
     def __init__(self, sites: Sequence[Site], expected: Expected, statistics: TokenStatistics) -> None:
@@ -331,7 +331,7 @@ class TokenRows(_Rows):
         self.statistics.calibrate_on_counted()
 
     def scores(self) -> NeuronScores:
-        """Of all neurons of these sites."""
+        """Scores of all neurons of these sites."""
         return self.statistics.scores()
 
 

@@ -54,7 +54,7 @@ def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Or
         loader: A DataLoader, a sequence of batches, or any iterable of batches.
         rows: How many rows should set the edges.
         exact_rows: Up to this many rows no edges are needed.
-        seed: Of the choice of items.
+        seed: Seed of the choice of items.
     """
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Sequence):

@@ -47,7 +47,7 @@ class Tracer:
             observations Pearson's r counts every token, the others 4 of each example, drawn at random.
         bins: Bins per neuron for all but Pearson's r; 2 to 256.
         n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
-        seed: Of the replicates.
+        seed: Seed of the bootstrap's replicates.
         buffer_rows: Observations collected before one update of the state.
 
     Raises:

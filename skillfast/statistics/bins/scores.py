@@ -91,7 +91,7 @@ def finalise(
         layout: The table's layout.
         table: int32 [D, entries].
         edges: float32 [D, C - 1], those the table was filled with.
-        dtype: Of the activations that filled it: it tells which bins are atomic.
+        dtype: Data type of the activations that filled the table: it tells which bins are atomic.
         fits: From `fit_continuous`.
         overflow: What `spill` moved out of the table.
     """

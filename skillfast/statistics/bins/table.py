@@ -86,7 +86,7 @@ class BinTable:
         """Add another table's counts.
 
         Raises:
-            ArgumentError: Its edges are others.
+            ArgumentError: A table with other edges.
         """
         if not self.has_edges_of(other):
             raise ArgumentError(
