@@ -41,7 +41,7 @@ def test_what_is_committed_was_run(name: str) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
     assert [output for output in outputs if "image/png" in output.get("data", {})]
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    numbers = re.findall(r"\*\*([\d.,]+)\*\*", prose)
+    numbers = re.findall(r"\*\*([\d.,e+-]+)\*\*", prose)
     assert numbers
     text = printed(book)
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", text)] == []
