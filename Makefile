@@ -6,7 +6,7 @@ OUTPUT ?= skillfast-report
 ARGS ?=
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format docs clean
+.PHONY: bench test lint format docs mutants clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -24,6 +24,10 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+$(VENV)/.installed-mutants: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[mutants]'
+	@touch $@
 
 # The site of docs/ and examples/, with the docstrings and the commands' help, into site/; a warning is an error.
 docs: $(VENV)/.installed-docs
@@ -48,6 +52,13 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check '.[docs]'
 	@touch $@
+
+# Mutation testing, in about half an hour; `make mutants CHANGED=origin/main` only tries changed lines, in 3 minutes.
+N ?= 300
+SEED ?= 0
+mutants: $(VENV)/.installed-mutants
+	$(BIN)/python tests/mutants/run.py --seed $(SEED) \
+		$(if $(CHANGED),-n 40 --changed $(CHANGED) --map-seconds 60 --seconds 90,-n $(N)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site
