@@ -48,8 +48,12 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
-TESTS = {part: f"tests/{part}" for part in SCOPE} | {"backends/reference.py": "tests/ops"}
-COSTLY, RUN, VARIANTS = 5.0, 60.0, 4  # seconds of one test; of all tests of a mutant; cases of one parametrized test
+TESTS = {part: [f"tests/{part}"] for part in SCOPE} | {
+    "backends/reference.py": ["tests/ops"],
+    "evaluation": ["tests/evaluation", *(f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection"))],
+}
+COSTLY, RUN = 5.0, 60.0  # seconds of CPU of one test, and of all tests of a mutant
+VARIANTS = 2  # cases of a parametrized test that are tried first; the others only on what survives these
 LARGEST = 0.05  # share that may survive
 PROGRESS = os.fdopen(os.dup(1), "w")
 SILENT = {"__repr__", "__str__", "describe", "warn", "track"}
@@ -270,9 +274,13 @@ class Runner:
             session.config._tmp_path_factory._basetemp = None
             items = {item.nodeid: item for item in session.items}
             chosen = [items[test] for test in mutant["tests"] if test in items]
+            cost = {test.split("[")[0]: self.cost[test] for test in mutant["tests"]}
+            more = [i for i in session.items if i.nodeid.split("[")[0] in cost and i.nodeid not in mutant["tests"]]
+            sums = itertools.accumulate(cost[i.nodeid.split("[")[0]] for i in more)
+            chosen += [item for item, total in zip(more, sums, strict=True) if total < RUN / 2]
             for item, following in itertools.zip_longest(chosen, chosen[1:]):
                 (folder / "test.txt").write_text(item.nodeid)
-                signal.setitimer(signal.ITIMER_PROF, 10 + 5 * self.cost[item.nodeid])
+                signal.setitimer(signal.ITIMER_PROF, 10 + 5 * cost[item.nodeid.split("[")[0]])
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if session.testsfailed:
                     break
@@ -384,7 +392,7 @@ def try_all(mutants: list[dict], start: Callable[[dict, Path], int], args: argpa
         mutant["outcome"] = outcomes.get(os.waitstatus_to_exitcode(status), "killed")
         mutant["test"] = (folder / "test.txt").read_text()
         line = f"{mutant['outcome']} {mutant['file']}:{mutant['line']} {mutant['operator']} {mutant['test']}"
-        print(line, file=PROGRESS, flush=True)
+        print(line + f"\n{mutant['change']}" * (mutant["outcome"] == "survived"), file=PROGRESS, flush=True)
 
 
 def statements(source: str) -> dict[int, range]:
@@ -459,7 +467,7 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     for name in PRELOADED:
         importlib.import_module(name)
-    known = coverage_map(args.tests or sorted(set(paths.values())), args.map_seconds)
+    known = coverage_map(args.tests or sorted({t for tests in paths.values() for t in tests}), args.map_seconds)
     args.stop = time.time() + args.seconds
     spans = {path: statements((ROOT / path).read_text()) for path in paths}
     for mutant in mutants:
