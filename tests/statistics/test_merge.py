@@ -1,0 +1,304 @@
+"""Shards that were counted apart, each about a shift of its own, add up to what float64 gives of all rows."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from skillfast import Categorical, Continuous, NeuronStatistics
+from skillfast.errors import ArgumentError
+from skillfast.statistics import bootstrap, distributed
+from skillfast.statistics.bins.overflow import SPILL_ROWS, widened
+from skillfast.statistics.bins.table import BinTable
+from skillfast.statistics.tokens import TokenStatistics
+
+METRICS = {"label": Categorical(2), "loss": Continuous()}
+REPLICATES = 8
+
+
+class Threads:
+    """What the accumulator uses of `torch.distributed`, for threads in place of processes."""
+
+    def __init__(self, size):
+        self.size, self.rank = size, threading.local()
+        self.given, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
+
+    def get_world_size(self, group):
+        return self.size
+
+    def all_gather_object(self, values, value, group):
+        self.given[self.rank.number] = value
+        self.barrier.wait()
+        values[:] = self.given
+        self.barrier.wait()
+
+    def all_reduce(self, tensor, group):
+        everybodys = [None] * self.size
+        self.all_gather_object(everybodys, tensor.clone(), group)
+        tensor.copy_(sum(everybodys))
+
+    def run(self, function, items):
+        failures = []
+
+        def one(number, item):
+            self.rank.number = number
+            try:
+                function(item)
+            except BaseException as error:
+                failures.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=one, args=pair) for pair in enumerate(items)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    threads = Threads(2)
+    monkeypatch.setattr(distributed, "dist", threads)
+    return threads
+
+
+def data(n=240, half=None):
+    """Rows whose two parts lie far apart and far from 0, in every neuron and in the loss."""
+    g = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 2, (n,), generator=g)
+    late = (torch.arange(n) >= (half or n // 2)).double()
+    loss = torch.randn(n, generator=g).double() + 50 * late + 300
+    x = torch.randn(n, 3, generator=g) + 0.5 * label[:, None] + (1000 + 30 * late)[:, None] * torch.tensor([1, -1, 0.1])
+    return x.float(), {"label": label, "loss": loss}
+
+
+def part(values, rows):
+    return {name: value[rows] for name, value in values.items()}
+
+
+def halves(x, values, statistics=("pearson",), **settings):
+    """Two accumulators that know nothing of each other, one for each half of the rows."""
+    n = len(x)
+    shards = []
+    for rows in (torch.arange(n // 2), torch.arange(n // 2, n)):
+        shard = NeuronStatistics(x.shape[1], METRICS, statistics, n_bootstrap=REPLICATES, buffer_rows=32, **settings)
+        for batch in rows.split(17):
+            shard.update(x[batch], part(values, batch), groups=batch)
+        shard.compute()  # the rows that wait are summed
+        shards.append(shard)
+    return shards
+
+
+def columns(values):
+    return np.column_stack([np.eye(2)[values["label"]], values["loss"]])
+
+
+def check(state, x, values, groups=None, rows=slice(None)):
+    """Mean, deviation, r and the r of every replicate, against numpy's of the stored rows in float64."""
+    x, y = x.double().numpy(), columns(values)
+    mean, variance, mean_y, variance_y = (tensor.numpy() for tensor in state.moments.mean_and_variance())
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(variance, x.var(0), rtol=1e-5)
+    np.testing.assert_allclose(mean_y, y.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(variance_y, y.var(0), rtol=1e-9)
+    none = torch.zeros(3, dtype=torch.bool)
+    r = state.moments.pearson(none, none).numpy()
+    np.testing.assert_allclose(r, np.corrcoef(x.T, y.T)[:3, 3:], atol=1e-6)
+    weights = bootstrap.weights(0, np.arange(len(x)) if groups is None else groups, REPLICATES).astype(int)
+    got = state.replicates.pearson(slice(0, 3)).numpy()
+    for b in range(REPLICATES):
+        cov = np.cov(np.column_stack([x, y]).T, fweights=weights[:, b])
+        sd = np.sqrt(np.diag(cov))
+        np.testing.assert_allclose(got[b], (cov / np.outer(sd, sd))[:3, 3:], atol=2e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_shards_with_shifts_of_their_own_merge(turned, stored):
+    x, values = data()
+    a, b = halves(x, values)
+    assert (a.state.moments.shift_x - b.state.moments.shift_x).abs().min() > 2
+    assert abs(float(a.state.moments.shift_y[-1] - b.state.moments.shift_y[-1])) > 40
+    if stored:
+        a, b = (NeuronStatistics.from_state_dict(shard.state_dict()) for shard in (a, b))
+    if turned:
+        a, b = b, a
+    a.merge(b)
+    check(a.state, x, values)
+
+
+def test_an_empty_accumulator_takes_over_the_shift():
+    x, values = data()
+    total = NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES)
+    for shard in halves(x, values):
+        total.merge(shard)
+    assert total.state.moments.shift_x.abs().min() > 90
+    check(total.state, x, values)
+
+
+def test_a_shard_without_rows_leaves_the_shift_alone():
+    x, values = data()
+    total = NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES, buffer_rows=32)
+    total.merge(NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES))
+    total.update(x, values, groups=torch.arange(len(x)))
+    total.compute()
+    assert total.state.moments.shift_x.abs().min() > 90
+    check(total.state, x, values)
+
+
+def test_processes_with_shifts_of_their_own_add_up(two):
+    x, values = data()
+    shards = halves(x, values)
+    two.run(lambda shard: shard.all_reduce(), shards)
+    for shard in shards:
+        check(shard.state, x, values)
+
+
+def test_a_process_without_rows_goes_on_after_the_sum(two):
+    x, values = data()
+    full, empty = halves(x, values)[0], NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES)
+    two.run(lambda shard: shard.all_reduce(), [full, empty])
+    late = torch.arange(len(x) // 2, len(x))
+    for shard in (full, empty):
+        shard.update(x[late], part(values, late), groups=late)
+        shard.compute()
+        check(shard.state, x, values)
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+@pytest.mark.parametrize("reduced", [False, True])
+def test_kept_rows_add_up_and_a_constant_of_float64_stays_one(two, reduced):
+    """Kept rows are gathered; float32 does not hold 0.1, which the sums must know where float64 rows came."""
+    n = 60
+    x = np.column_stack([np.full(n, 0.1), np.arange(n) * 0.5])
+    values = {"label": np.arange(n) % 2, "loss": np.arange(n) ** 2.0}
+    shards = [NeuronStatistics(2, METRICS, buffer_rows=8) for _ in range(2)]
+    for shard, rows in zip(shards, (slice(0, 20), slice(20, n)), strict=True):
+        shard.update(x[rows], part(values, rows))
+    if reduced:
+        two.run(lambda shard: shard.all_reduce(), shards)
+    else:
+        shards[0].merge(shards[1])
+    scores = shards[0].compute()
+    assert scores.n_observations == n
+    assert scores.reasons == {"constant_neuron": (0,)}
+    assert scores.spearman[1, 2] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_a_keeper_that_takes_a_table_remembers_whom_it_took():
+    x, values = data(400)
+    first = NeuronStatistics(3, METRICS, bins=4, n_bootstrap=REPLICATES)
+    first.calibrate(x[::4], part(values, slice(None, None, 4)))
+    shard, keeper = first.like(), NeuronStatistics(3, METRICS, bins=4, n_bootstrap=REPLICATES)
+    shard.update(x, values)
+    keeper.update(x[:20].double(), part(values, slice(0, 20)))
+    keeper.merge(shard)
+    assert keeper.n_observations == 420
+    assert keeper.state.wide
+    with pytest.raises(ArgumentError, match="got two of one stream"):
+        keeper.merge(shard)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_one_dtype_after_calibration_keep_their_atomic_bins(dtype):
+    """Only mixed dtypes make float32's neighbours tell ties: a shard's first, empty buffer is no row."""
+    x = torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = {"label": torch.arange(400) % 2, "loss": torch.arange(400.0)}
+    acc = NeuronStatistics(2, METRICS, bins=16, buffer_rows=64)
+    acc.calibrate(x[:128], part(values, slice(0, 128)))
+    shard = acc.like()
+    for each in (acc, shard):
+        each.update(x, values)
+    acc.merge(shard)
+    assert acc.state.table.dtype == dtype
+    assert np.nanmax(acc.compute().spearman_bound[:, :2]) < 1e-9  # three values, three bins: no order is hidden
+
+
+# tables of bins
+
+
+def counted(times):
+    """A table whose entries are so many times those of 50 rows, spilled on the way as `add` would."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=g)
+    values = {"label": torch.randint(0, 2, (50,), generator=g).double(), "loss": torch.randn(50, generator=g).double()}
+    table = BinTable.calibrated(METRICS, 4, x, values)
+    table.add(x, values)
+    once = table.table.clone()
+    table.table.zero_()
+    for _ in range(times):
+        table.table += once * (SPILL_ROWS // 50)
+        table.spill()
+    return table, once.double() * (SPILL_ROWS // 50)
+
+
+def total(table):
+    return widened(table.table, table.overflow, slice(0, 3))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_tables_past_int32_merge(stored):
+    (a, once), (b, _) = counted(19), counted(29)
+    assert float(once.max()) * 29 > 2**31
+    if stored:
+        a, b = (BinTable.from_state_dict(t.layout, t.state_dict(), torch.device("cpu")) for t in (a, b))
+    a.merge(b)
+    assert torch.equal(total(a), once * 48)
+    assert torch.equal(total(b), once * 29)
+    assert int(a.table.max()) < 1 << 30
+    assert len(a.values()["loss"]) == 100
+
+
+def test_tables_past_int32_add_up_over_processes(two):
+    (a, once), (b, _) = counted(19), counted(29)
+    two.run(lambda table: distributed.reduce_table(table, None), [a, b])
+    for table in (a, b):
+        assert torch.equal(total(table), once * 48)
+        assert int(table.table.max()) < 1 << 30
+
+
+# tokens
+
+
+def token_statistics(x, values, lengths, examples):
+    """Sums over the tokens of some examples, about the mean of their own first one."""
+    acc = TokenStatistics(
+        3, METRICS, ("pearson",), bins=4, n_bootstrap=REPLICATES, seed=0, buffer_rows=16, device=torch.device("cpu")
+    )
+    starts = np.cumsum([0, *lengths])
+    for few in examples.split(11):
+        rows = [x[starts[i] : starts[i + 1]] for i in few.tolist()]
+        if not acc.counted:
+            acc.center.copy_(rows[0].mean(0))
+        sums = torch.stack([torch.stack([(r - acc.center).pow(p).sum(0) for r in rows]) for p in (1, 2)])
+        checked = acc.check(part(values, few), len(few))
+        acc.add_sums(sums, torch.tensor([len(r) for r in rows]), checked, few)
+    return acc
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_tokens_of_processes_with_centers_of_their_own_add_up(two, forgotten):
+    lengths = np.random.default_rng(0).integers(1, 9, 80)
+    x, _ = data(int(lengths.sum()), int(lengths[:40].sum()))
+    _, values = data(80)
+    parts = [torch.arange(40), torch.arange(40, 80)]
+    shards = [token_statistics(x, values, lengths, few) for few in parts]
+    assert (shards[0].center - shards[1].center).abs().min() > 2
+    if forgotten:  # sums that are set to 0 again leave nothing behind
+        for shard in shards:
+            shard.calibrate_on_counted()
+            assert shard.n_observations == 0
+            assert not any(tensor.any() for tensor in shard._sums.replicates.tensors().values())
+            assert not any(tensor.any() for tensor in shard._sums.moments.sums().values())
+        return
+    two.run(lambda shard: shard.all_reduce(), shards)
+    tokens = np.repeat(np.arange(80), lengths)
+    for shard in shards:
+        assert shard.n_observations == lengths.sum()
+        check(shard._sums, x, part(values, torch.from_numpy(tokens)), groups=tokens)
