@@ -26,17 +26,19 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 def _flow(x: Tensor, out: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int, int, int, int]]:
     """The tensor that is read, to be held until the kernel has run, and a `Flow` of csrc/kernels.h."""
     rows = unit_stride(as_tokens(x))
+    stride_batch, stride_token, _ = rows.stride()
+    batch, tokens, width = rows.shape
     to = out.data_ptr() if out.numel() else 0
-    return rows, (rows.data_ptr(), *rows.stride()[:2], *rows.shape, to, _DTYPES[x.dtype])  # type: ignore[return-value]
+    return rows, (rows.data_ptr(), stride_batch, stride_token, batch, tokens, width, to, _DTYPES[x.dtype])
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies where they are needed, to be held until the kernel has run."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A copy where it is needed, to be held until the kernel has run."""
+    return None if tensor is None else tensor.contiguous()
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -45,35 +47,38 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
     if out.numel() == 0:
         return out
     _held, flow = _flow(x, out)
-    operands = _contiguous(scale, shift, condition)
+    scale, shift, condition = scale.contiguous(), _contiguous(shift), _contiguous(condition)
     if x.is_cuda:
         index = x.device.index
-        _core.neuron_scale_cuda(flow, *_addresses(*operands), index, torch.cuda.current_stream(index).cuda_stream)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        _core.neuron_scale_cuda(flow, _at(scale), _at(shift), _at(condition), index, stream)
     else:
-        _core.neuron_scale(flow, *_addresses(*operands), torch.get_num_threads())
+        _core.neuron_scale(flow, _at(scale), _at(shift), _at(condition), torch.get_num_threads())
     return out
 
 
 def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
     """See `skillfast.ops.comoments_update`."""
+    n, width = x.shape
     if x.numel() == 0:
         return
     x, y = unit_stride(x), y.contiguous()
     _core.comoments_update(
-        x.data_ptr(), x.stride(0), *x.shape, y.shape[1], *_addresses(y, shift, sum_x, sum_xx, sum_xy),
+        _at(x), x.stride(0), n, width, y.shape[1], _at(y), _at(shift), _at(sum_x), _at(sum_xx), _at(sum_xy),
         _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
     """See `skillfast.ops.bins_update`."""
+    n, width = x.shape
     if x.numel() == 0:
         return
     x, channels, hats = unit_stride(x), channels.contiguous(), hats.contiguous()
     bins, weights = edges.shape[1] + 1, hats.shape[1]
     _core.bins_update(
-        x.data_ptr(), x.stride(0), *x.shape, bins, channels.shape[1], table.shape[1] // bins - weights, weights,
-        *_addresses(edges, channels, hats, table), _DTYPES[x.dtype], torch.get_num_threads(),
+        _at(x), x.stride(0), n, width, bins, channels.shape[1], table.shape[1] // bins - weights, weights, _at(edges),
+        _at(channels), _at(hats), _at(table), _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -85,11 +90,10 @@ def act_mask_pool(
     if x.numel() == 0:
         return out, pooled.fill_(0.0 if pool == "moments" else torch.nan)
     _held, flow = _flow(x, out)
-    operands = _contiguous(mask, center)
+    mask, center = _contiguous(mask), _contiguous(center)
     _core.act_mask_pool(
-        flow, ACTIVATIONS.index(activation), _POOLS[pool], *_addresses(*operands), pooled.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        flow, ACTIVATIONS.index(activation), _POOLS[pool], _at(mask), _at(center), _at(pooled), torch.get_num_threads()
+    )
     return out, pooled
 
 
@@ -102,11 +106,10 @@ def act_pool_accumulate(
     if x.numel() == 0:
         return out
     _held, flow = _flow(x, out)
-    y = y.contiguous()
-    (mask,) = _contiguous(mask)
+    y, mask = y.contiguous(), _contiguous(mask)
     _core.act_pool_accumulate(
-        flow, ACTIVATIONS.index(activation), *_addresses(mask), y.dim() == 3, y.shape[-1],
-        *_addresses(y, center, sum_x, sum_xx, sum_xy), torch.get_num_threads(),
+        flow, ACTIVATIONS.index(activation), _at(mask), y.dim() == 3, y.shape[-1], _at(y), _at(center), _at(sum_x),
+        _at(sum_xx), _at(sum_xy), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

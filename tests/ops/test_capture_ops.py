@@ -145,7 +145,8 @@ def test_mean_and_moments_of_4096_tokens_far_from_zero(isa, dtype, backend):
     _, moments = run_capture(backend, x, "identity", "moments", center=center)
     shifted = x.double() - center.double()
     assert ((moments[0].double() - shifted.sum(1)).abs() <= 2 * rounding * shifted.abs().sum(1)).all()
-    assert ((moments[1].double() - shifted.square().sum(1)).abs() <= 2 * rounding * shifted.square().sum(1)).all()
+    times = 0.5 if backend == "reference" and dtype != torch.float64 else 2  # summed in float64, rounded once
+    assert ((moments[1].double() - shifted.square().sum(1)).abs() <= times * rounding * shifted.square().sum(1)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
