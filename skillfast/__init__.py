@@ -17,13 +17,13 @@ _PUBLIC = {
     "Tracer": "tracing.tracer",
     "correlate": "tracing.trace",
     "trace": "tracing.trace",
-    "NeuronRanking": "skills.attribution",
+    "NeuronRanking": "skills.ranking",
     "attribute": "skills.attribution",
     "learn_masks": "skills.learned_mask",
     "Skill": "skills.skill",
     "load_skills": "skills.skill",
     "save_skills": "skills.skill",
-    "select": "skills.skill",
+    "select": "skills.select",
     "Condition": "ablation.interventions",
     "SweepResult": "ablation.sweep",
     "ablate": "ablation.interventions",
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from skillfast.runs.config import Grid as Grid
     from skillfast.runs.evaluate import evaluate as evaluate
     from skillfast.runs.results import Evaluation as Evaluation
-    from skillfast.skills.attribution import NeuronRanking as NeuronRanking
     from skillfast.skills.attribution import attribute as attribute
     from skillfast.skills.learned_mask import learn_masks as learn_masks
+    from skillfast.skills.ranking import NeuronRanking as NeuronRanking
+    from skillfast.skills.select import select as select
     from skillfast.skills.skill import Skill as Skill
     from skillfast.skills.skill import load_skills as load_skills
     from skillfast.skills.skill import save_skills as save_skills
-    from skillfast.skills.skill import select as select
     from skillfast.statistics.accumulator import NeuronStatistics as NeuronStatistics
     from skillfast.statistics.scores import NeuronScores as NeuronScores
     from skillfast.tracing.trace import correlate as correlate

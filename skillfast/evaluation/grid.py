@@ -11,8 +11,9 @@ import numpy as np
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import random_skills
 from skillfast.runs.config import ALL, EACH, HEAD, LAST, Grid
-from skillfast.skills.attribution import NeuronRanking
-from skillfast.skills.skill import Skill, select
+from skillfast.skills.ranking import NeuronRanking
+from skillfast.skills.select import select
+from skillfast.skills.skill import Skill
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

@@ -20,8 +20,9 @@ from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, Continuous, check_m
 from skillfast.models.sites import find_sites, module_device
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.runs.results import Measured, finite, summary
-from skillfast.skills.attribution import NeuronRanking
-from skillfast.skills.skill import Skill, overlap, select
+from skillfast.skills.ranking import NeuronRanking
+from skillfast.skills.select import select
+from skillfast.skills.skill import Skill, overlap
 from skillfast.tracing.trace import image_batch
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from skillfast.runs.checkpoints import JSON, Kept, Phases
 from skillfast.runs.cost import Clock, trace_over_forward
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
 from skillfast.runs.subject import Subject, prepare, trace_part
-from skillfast.skills.attribution import NeuronRanking
+from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 from skillfast.vocabulary import STATISTICS

@@ -22,7 +22,7 @@ from skillfast.evaluation.selectivity import (
 )
 from skillfast.skills.attribution import attribute
 from skillfast.skills.learned_mask import KEEP, learn_masks
-from skillfast.skills.skill import select
+from skillfast.skills.select import select
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from skillfast.skills.attribution import NeuronRanking
+    from skillfast.skills.ranking import NeuronRanking
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 

@@ -3,99 +3,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
 from skillfast.models.sites import Site, choose_sites, fingerprint, unwrap_compiled
 from skillfast.progress import track
+from skillfast.skills.ranking import NeuronRanking
 from skillfast.tracing.trace import classes_of, image_batch, refuse_training
 from skillfast.vocabulary import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-SCHEMA = "skillfast.ranking/1"
-FILE = "ranking.safetensors"
-
-
-@dataclass(frozen=True)
-class NeuronRanking:
-    """A number per neuron and class by which `select` ranks; made by `attribute` and `learn_masks`.
-
-    Attributes:
-        method: What the numbers are: `"attribution"` or `"mask"`.
-        columns: One per class: `("label:airplane", ...)`.
-        values: float64 [n_neurons, n_classes], in the order of the sites; higher is chosen first, NaN never.
-        sites: The sites whose neurons these are.
-        n_observations: int64 [n_classes], images of each class that entered.
-        fingerprint: Digest of the model's architecture.
-        settings: What made the numbers, for the skills chosen by them.
-    """
-
-    method: str
-    columns: tuple[str, ...]
-    values: np.ndarray
-    sites: tuple[Site, ...]
-    n_observations: np.ndarray
-    fingerprint: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def n_neurons(self) -> int:
-        """Number of neurons."""
-        return len(self.values)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """What `select` can rank by."""
-        return (self.method,)
-
-    def statistic(self, name: str) -> np.ndarray:
-        """The values by the name of their method; raises ArgumentError for another one."""
-        if name != self.method:
-            raise ArgumentError(f"method: expected {self.method}, which this ranking holds, got {name!r}; leave it out")
-        return self.values
-
-    def site_slices(self) -> dict[str, slice]:
-        """Each site's rows."""
-        ends = np.cumsum([site.width for site in self.sites]).tolist()
-        return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
-
-    def save(self, directory: str | Path) -> Path:
-        """Write `ranking.safetensors` into the folder; returns its path."""
-        path = files.output_folder(directory) / FILE
-        header = {
-            "schema": SCHEMA,
-            "method": self.method,
-            "columns": self.columns,
-            "sites": [asdict(site) for site in self.sites],
-            "fingerprint": self.fingerprint,
-            "settings": dict(self.settings),
-        }
-        files.write_arrays(path, {"values": self.values, "n_observations": self.n_observations}, header)
-        return path
-
-    @staticmethod
-    def load(directory: str | Path) -> NeuronRanking:
-        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "write it with NeuronRanking.save"
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            return NeuronRanking(
-                method=header["method"],
-                columns=tuple(header["columns"]),
-                sites=tuple(Site(**site) for site in header["sites"]),
-                fingerprint=header["fingerprint"],
-                settings=header["settings"],
-                **arrays,
-            )
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 def attribute(

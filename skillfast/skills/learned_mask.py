@@ -13,7 +13,8 @@ from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import fingerprint, unwrap_compiled
 from skillfast.progress import track
-from skillfast.skills.attribution import NeuronRanking, class_batch
+from skillfast.skills.attribution import class_batch
+from skillfast.skills.ranking import NeuronRanking
 from skillfast.tracing.trace import refuse_training
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import choose_sites, find_sites
-from skillfast.skills.attribution import NeuronRanking, margins
+from skillfast.skills.attribution import margins
+from skillfast.skills.ranking import NeuronRanking
 
 
 def in_double(batches):
