@@ -143,10 +143,17 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The label's logit minus the best of the others [n]; below 0 where the prediction is wrong."""
-    own = _wide(logits).gather(-1, labels[:, None])
-    others = _wide(logits).scatter(-1, labels[:, None], -torch.inf)
-    return own[:, 0] - others.amax(-1)
+    """The label's logit minus the best of the others; below 0 where the prediction is wrong.
+
+    Args:
+        logits: [..., n, classes].
+        labels: int64 [n].
+
+    Returns:
+        [..., n].
+    """
+    wide, index = _wide(logits), labels.expand(logits.shape[:-1])[..., None]
+    return wide.gather(-1, index)[..., 0] - wide.scatter(-1, index, -torch.inf).max(-1).values
 
 
 def entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG001

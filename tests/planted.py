@@ -71,3 +71,30 @@ def images(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     patches[shown, :, labels[shown]] = 3
     grid = patches.view(n, 2, 2, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(n, 3, SIDE, SIDE), labels
+
+
+class Shared(torch.nn.Module):
+    """A classifier of one-hot inputs whose class 0 needs two pairs of neurons, one of which class 1 needs, too.
+
+    Neurons 0 and 1 answer to inputs 0 and 1, add 3 to class 0's logit and 4.5 to class 1's. Neurons 2 and 3 answer to
+    input 0, add 1.6 to class 0's and take 3 from class 1's. Neurons 4 and 5 answer to input 1 and add 2 to class 1's.
+    Class 2's logit is 3.5. So input 0 gives (4.6, 1.5, 3.5), input 1 gives (3, 6.5, 3.5) and input 2 (0, 0, 3.5).
+    Removing either pair takes class 0 away; the first pair, whose attribution is larger, takes class 1 with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(3, 8, bias=False), torch.nn.Linear(8, 3)
+        self.skillfast_sites = {"blocks.0.mlp": "write"}
+        with torch.no_grad():
+            self.read.weight.zero_()
+            self.read.weight[:4, 0] = 1
+            self.read.weight[[0, 1, 4, 5], 1] = 1
+            self.write.weight.zero_()
+            self.write.weight[0, :4] = torch.tensor([1.5, 1.5, 0.8, 0.8])
+            self.write.weight[1, :6] = torch.tensor([2.25, 2.25, -1.5, -1.5, 1, 1])
+            self.write.bias.copy_(torch.tensor([0, 0, 3.5]))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self.read(x).relu())

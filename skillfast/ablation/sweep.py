@@ -16,7 +16,7 @@ from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
-from skillfast.metrics import Categorical
+from skillfast.metrics import Categorical, margin
 from skillfast.models.sites import module_device, unwrap_compiled
 from skillfast.progress import track
 from skillfast.tracing.trace import classes_of, image_batch, refuse_training
@@ -144,14 +144,6 @@ def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: i
     return per_class_mean(predictions == labels, labels, n_classes)
 
 
-def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The true class's logit minus the best other one's, float32 [..., n], of logits [..., n, classes]."""
-    index = labels.expand(logits.shape[:-1])[..., None]
-    logits = logits.float()
-    others = logits.scatter(-1, index, -torch.inf).amax(-1)
-    return logits.gather(-1, index)[..., 0] - others
-
-
 def sweep(
     model: torch.nn.Module,
     loader: Iterable[Any],
@@ -240,7 +232,7 @@ def _result(
     labels = np.concatenate([part.labels for part in parts])
     predictions = np.concatenate([part.predictions for part in parts], 1)
     accuracy = per_class_accuracy(predictions, labels, len(classes))
-    margin = per_class_mean(np.concatenate([part.margins for part in parts], 1), labels, len(classes))
+    per_class_margin = per_class_mean(np.concatenate([part.margins for part in parts], 1), labels, len(classes))
     embeddings = (
         np.concatenate([part.embeddings for part in parts if part.embeddings is not None], 1)
         if keep_embeddings
@@ -252,8 +244,8 @@ def _result(
         labels=labels,
         baseline=accuracy[0],
         per_class_accuracy=accuracy[1:],
-        baseline_margin=margin[0],
-        per_class_margin=margin[1:],
+        baseline_margin=per_class_margin[0],
+        per_class_margin=per_class_margin[1:],
         top2=np.stack([predictions[0], np.concatenate([part.second for part in parts])], 1),
         predictions=predictions[1:] if keep_predictions else None,
         baseline_embeddings=None if embeddings is None else embeddings[0],
@@ -358,7 +350,7 @@ class BatchRunner:
             labels=labels.cpu().numpy(),
             second=second,
             predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
-            margins=np.broadcast_to(margins(cache.logits, labels).cpu().numpy(), shape).copy(),
+            margins=np.broadcast_to(margin(cache.logits, labels).cpu().numpy(), shape).copy(),
             embeddings=None,
         )
         if keep_embeddings:
@@ -372,7 +364,7 @@ class BatchRunner:
             for some, logits, embeddings in self._stacks(reuse, cache, point, conditions, rows // n):
                 at = [1 + i for i in some]
                 part.predictions[at] = logits.argmax(-1).cpu().numpy()
-                part.margins[at] = margins(logits, labels).cpu().numpy()
+                part.margins[at] = margin(logits, labels).cpu().numpy()
                 if part.embeddings is not None and embeddings is not None:
                     part.embeddings[at] = embeddings.float().cpu().numpy()
         return part

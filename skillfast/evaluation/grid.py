@@ -11,14 +11,14 @@ import numpy as np
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.selectivity import random_skills
 from skillfast.runs.config import ALL, EACH, HEAD, LAST, Grid
-from skillfast.skills.ranking import NeuronRanking
+from skillfast.skills.ranking import NeuronRanking, ranking_of
 from skillfast.skills.select import select
-from skillfast.skills.skill import Skill
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from skillfast.models.sites import Site
+    from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
 
@@ -69,24 +69,22 @@ def layer_sites(sites: Sequence[Site], layers: Sequence[str]) -> dict[str, froze
     return chosen
 
 
-def within(ranking: NeuronScores | NeuronRanking, method: str, sites: Collection[str]) -> NeuronScores | NeuronRanking:
-    """A ranking in which only neurons of these sites can be chosen: the others have no score."""
-    values = ranking.statistic(method).copy()
+def within(ranking: NeuronRanking, sites: Collection[str]) -> NeuronRanking:
+    """A ranking in which only neurons of these sites can be chosen: the others have no value."""
+    values = ranking.values.copy()
     for name, rows in ranking.site_slices().items():
         if name not in sites:
             values[rows] = np.nan
-    if isinstance(ranking, NeuronRanking):
-        return replace(ranking, values=values)
-    return replace(ranking, **{method: values})  # type: ignore[arg-type]  # a statistic's name
+    return replace(ranking, values=values)
 
 
 def cases_of_scores(
-    ranking: NeuronScores | NeuronRanking, method: str, metrics: Sequence[str], grid: Grid
+    scores: NeuronScores | NeuronRanking, method: str, metrics: Sequence[str], grid: Grid
 ) -> list[Case]:
     """Skills chosen anew for every size and layer.
 
     Args:
-        ranking: Made from the select part.
+        scores: Made from the select part.
         method: What to rank by.
         metrics: Names of the metrics whose columns give cases.
         grid: The settings.
@@ -94,15 +92,14 @@ def cases_of_scores(
     Raises:
         ArgumentError: A metric or layer that is not there, or no neuron that can be chosen.
     """
-    made = []
+    ranking, made = ranking_of(scores, method), []
     for layers, names in layer_sites(ranking.sites, grid.layers).items():
-        part = within(ranking, method, names)
+        part = within(ranking, names)
         for share in grid.shares:
             for metric in metrics:
                 of_classes = any(column.startswith(f"{metric}:") for column in ranking.columns)
                 skills = select(
                     part,
-                    method,
                     metric=metric,
                     share=share,
                     max_site_share=grid.max_site_share,

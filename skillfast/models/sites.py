@@ -33,6 +33,7 @@ __all__ = [
     "module_device",
     "refuse_compiled",
     "register_family",
+    "site_slices",
     "unwrap_compiled",
 ]
 
@@ -60,6 +61,15 @@ class Site:
     path: str
     width: int
     heads: int | None = None
+
+
+def site_slices(sites: Sequence[Site]) -> dict[str, slice]:
+    """Name of each site -> rows of its neurons, in an array [n_neurons, ...] of the sites' one after the other."""
+    slices, start = {}, 0
+    for site in sites:
+        slices[site.name] = slice(start, start + site.width)
+        start += site.width
+    return slices
 
 
 def unwrap_compiled(model: torch.nn.Module) -> torch.nn.Module:

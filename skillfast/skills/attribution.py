@@ -1,4 +1,4 @@
-"""Attribution: how much each neuron adds to a class's margin, from one streaming pass with gradients."""
+"""Attribution: how much each neuron adds to a class's log-odds, from one streaming pass with gradients."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def attribute(
     classes: Sequence[str] | int | None = None,
     quiet: bool = True,
 ) -> NeuronRanking:
-    """Gradient x activation of each class's margin, summed over tokens and averaged over the class's images.
+    """Gradient x activation of each class's log-odds, summed over tokens and averaged over the class's images.
 
-    It is the first-order estimate of what the margin (the class's logit minus the logsumexp of the others) loses when
+    It is the first-order estimate of what the log-odds (the class's logit minus the logsumexp of the others) lose when
     the neuron is set to 0. One pass forward and back per batch; nothing is kept per image.
 
     Args:
@@ -58,7 +58,7 @@ def attribute(
         for batch in track(loader, "attribution", quiet=quiet):
             images, labels = class_batch(batch, len(names), next(model.parameters()).device)
             with neuron_inputs(model, chosen) as inputs:
-                own = margins(model(images), labels).sum()
+                own = log_odds(model(images), labels).sum()
             gradients = torch.autograd.grad(own, [inputs[site.name] for site in chosen])
             rows = torch.cat(
                 [_over_tokens(inputs[s.name].detach(), g) for s, g in zip(chosen, gradients, strict=True)], dim=1
@@ -78,8 +78,16 @@ def attribute(
     )
 
 
-def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logit of each row's class minus the logsumexp of the others: [n, n_classes], int64 [n] -> [n], float32 or 64."""
+def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-odds of each row's class: its logit minus the logsumexp of the others.
+
+    Args:
+        logits: [n, n_classes].
+        labels: int64 [n].
+
+    Returns:
+        [n], float32, or float64 for logits of that dtype.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
     return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
+from skillfast.metrics import margin
 from skillfast.models.sites import fingerprint, unwrap_compiled
 from skillfast.progress import track
 from skillfast.skills.attribution import class_batch
@@ -239,7 +240,7 @@ def soft_top(
 
 def target_loss(logits: torch.Tensor, c: int) -> torch.Tensor:
     """Mean hinge on the class's margin over the best other class, on its own images [n, n_classes]."""
-    return functional.relu(_lead(logits, torch.full_like(logits[:, 0], c, dtype=torch.int64)) + OWN_MARGIN).mean()
+    return functional.relu(margin(logits, torch.full_like(logits[:, 0], c, dtype=torch.int64)) + OWN_MARGIN).mean()
 
 
 def kept_loss(logits: torch.Tensor, intact: torch.Tensor, c: int) -> torch.Tensor:
@@ -252,15 +253,9 @@ def kept_loss(logits: torch.Tensor, intact: torch.Tensor, c: int) -> torch.Tenso
     now, before = logits[:, others].log_softmax(1), intact[:, others].log_softmax(1)
     without = intact.masked_fill(~others, -torch.inf)
     decision = without.argmax(1)
-    wanted = _lead(without, decision).sub(SLACK).clamp(max=KEPT_MARGIN)
-    lost = functional.relu(wanted - _lead(logits, decision)).mean()
+    wanted = margin(without, decision).sub(SLACK).clamp(max=KEPT_MARGIN)
+    lost = functional.relu(wanted - margin(logits, decision)).mean()
     return functional.kl_div(now, before, log_target=True, reduction="batchmean") + lost
-
-
-def _lead(logits: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """Logit of each row's class [n] minus the best other one."""
-    own = functional.one_hot(of, logits.shape[1]).bool()
-    return logits[own] - logits.masked_fill(own, -torch.inf).max(1).values
 
 
 def _cycle(members: torch.Tensor, n: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

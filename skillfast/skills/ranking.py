@@ -10,7 +10,7 @@ import numpy as np
 
 from skillfast import files
 from skillfast.errors import ArgumentError
-from skillfast.models.sites import Site
+from skillfast.models.sites import Site, site_slices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,8 +50,7 @@ class NeuronRanking:
 
     def site_slices(self) -> dict[str, slice]:
         """Name of each site -> rows of its neurons."""
-        ends = np.cumsum([site.width for site in self.sites]).tolist()
-        return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
+        return site_slices(self.sites)
 
     def save(self, directory: str | Path) -> Path:
         """Write `ranking.safetensors` into the folder; returns its path."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from skillfast import files
 from skillfast.errors import ArgumentError
-from skillfast.models.sites import Site
+from skillfast.models.sites import Site, site_slices
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -100,9 +100,8 @@ class NeuronScores:
         return len(self.mean)
 
     def site_slices(self) -> dict[str, slice]:
-        """Each site's rows."""
-        ends = np.cumsum([site.width for site in self.sites]).tolist()
-        return {site.name: slice(end - site.width, end) for site, end in zip(self.sites, ends, strict=True)}
+        """Name of each site -> rows of its neurons."""
+        return site_slices(self.sites)
 
     def __getitem__(self, site: str) -> NeuronScores:
         """The scores of one site; raises ArgumentError for a name that was not traced."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import choose_sites, find_sites
-from skillfast.skills.attribution import margins
+from skillfast.skills.attribution import log_odds
 from skillfast.skills.ranking import NeuronRanking
 
 
@@ -86,10 +86,10 @@ def test_some_sites_and_a_class_without_images(batches):
     assert np.isfinite(found.values[:, :5]).all()
 
 
-def test_margins():
+def test_log_odds():
     logits = torch.tensor([[2.0, 0.0, 0.0], [1.0, 5.0, 1.0]])
     want = [2 - np.log(2), 5 - (1 + np.log(2))]
-    assert margins(logits, torch.tensor([0, 1])).tolist() == pytest.approx(want)
+    assert log_odds(logits, torch.tensor([0, 1])).tolist() == pytest.approx(want)
 
 
 @pytest.mark.parametrize("label", planted.PLANTED)

@@ -53,6 +53,26 @@ def test_learning_repairs_a_wrong_start(setting):
     assert want <= {(s, int(i)) for s, index in skills["0"].neurons.items() for i in index}
 
 
+def test_other_classes_are_spared_though_attributions_would_not():
+    """The neurons with the largest attribution to class 0 carry class 1, too; the mask takes the others."""
+    model, labels = planted.Shared(), torch.arange(60) % 3
+    loader = [(torch.eye(3)[labels], labels)]
+    attributions = skillfast.attribute(model, loader, sites=("mlp",), classes=3)
+    shares = {"share": 2 / 8, "max_site_share": 0.5}
+    removed = skillfast.select(attributions, metric="label:0", **shares)["0"]
+    assert removed.neurons["blocks.0.mlp"].tolist() == [0, 1]
+    result = skillfast.sweep(model, loader, [skillfast.Condition(removed)], classes=3)
+    assert result.per_class_accuracy.tolist() == [[0, 0, 1]]
+    values = attributions.values.copy()
+    values[:, 1:] = np.nan  # only the first class is learned
+    attributions = dataclasses.replace(attributions, values=values)
+    masks = skillfast.learn_masks(model, loader, attributions, steps=10, batch_size=24, **shares)
+    learned = skillfast.select(masks, metric="label:0", **shares)["0"]
+    assert learned.neurons["blocks.0.mlp"].tolist() == [2, 3]
+    result = skillfast.sweep(model, loader, [skillfast.Condition(learned)], classes=3)
+    assert result.per_class_accuracy.tolist() == [[0, 1, 1]]
+
+
 def test_the_seed_determines_it_and_the_model_is_as_before(setting):
     model = setting[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
