@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= skillfast-report
 ARGS ?=
+EXTRAS ?=
+QUIET := --quiet --disable-pip-version-check
+INSTALL := $(BIN)/pip install $(QUIET)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format docs mutants clean
+.PHONY: bench test lint format docs mutants oldest clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -25,10 +28,6 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-$(VENV)/.installed-mutants: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[mutants]'
-	@touch $@
-
 # The site of docs/ and examples/, with the docstrings and the commands' help, into site/; a warning is an error.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -37,21 +36,25 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/pip $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check .
+	$(INSTALL) .
 	@touch $@
 
-# The package is installed once; the extras only add to it.
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[test]'
-	@touch $@
+# Each is one install with all that it needs: pip builds the package anew every time.
+$(VENV)/.installed-test: $(BIN)/pip $(SOURCES)
+	$(INSTALL) '.[test$(EXTRAS)]'
+	@touch $(VENV)/.installed $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[lint]'
-	@touch $@
+$(VENV)/.installed-lint: $(BIN)/pip $(SOURCES)
+	$(INSTALL) '.[test,lint$(EXTRAS)]'
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[docs]'
-	@touch $@
+$(VENV)/.installed-docs: $(BIN)/pip $(SOURCES)
+	$(INSTALL) '.[docs]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-mutants: $(BIN)/pip $(SOURCES)
+	$(INSTALL) '.[test,mutants]'
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 # Mutation testing, in about half an hour; `make mutants CHANGED=origin/main` only tries changed lines, in 3 minutes.
 N ?= 300
@@ -60,5 +63,11 @@ mutants: $(VENV)/.installed-mutants
 	$(BIN)/python tests/mutants/run.py --seed $(SEED) \
 		$(if $(CHANGED),-n 40 --changed $(CHANGED) --map-seconds 60 --seconds 90,-n $(N)) $(ARGS)
 
+# The oldest versions that pyproject.toml declares; CI runs the core tests on them.
+oldest:
+	PYENV_VERSION=3.10 python3.10 -m venv .oldest || $(PYTHON) -m venv .oldest
+	.oldest/bin/pip install $(QUIET) -c .ci/oldest.txt pybind11 scikit-build-core cmake ninja
+	SKILLFAST_CUDA=OFF .oldest/bin/pip install $(QUIET) -c .ci/oldest.txt --no-build-isolation '.[test,llm]'
+
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) .oldest build dist site
