@@ -160,6 +160,7 @@ def test_what_is_not_finite_flows_as_in_torch(isa, dtype, backend):
         want = function(x.to(wide(dtype)) if backend == "reference" else x.double()).to(dtype)  # gelu(inf) differs
         torch.testing.assert_close(y, want, equal_nan=True, rtol=TOLERANCE[dtype], atol=1e-5)
         assert pooled.isnan().all()
+        assert run_capture(backend, x.roll(3, 1), activation, "max")[1].isnan().all()  # not the first token's
         for pool in ("mean", "cls"):
             assert run_capture(backend, x, activation, pool)[1].isnan().all()
         assert run_capture(backend, x, activation, "last")[1].isfinite().all()

@@ -93,6 +93,7 @@ def check_act_mask_pool(device):
         y, pooled = run_capture("triton", special, activation, "max")
         close(y, function(special.double().cpu()), 1e-5)
         assert pooled.isnan().all()
+        assert run_capture("triton", special.roll(3, 1), activation, "max")[1].isnan().all()
 
 
 def check_act_pool_accumulate(device):
