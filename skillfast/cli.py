@@ -173,7 +173,7 @@ def evaluate(quiet: bool, **given: Any) -> None:
     found = run(_config(given), _made(Grid, given), metrics=metrics, **settings, quiet=quiet, say=_say(quiet))
     found.save(output)
     if not quiet:
-        _show(evaluation_table(found.to_json()))
+        _show(evaluation_table(found.results))
     click.echo(f"report: {write_evaluation(output)}")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -391,3 +392,16 @@ def _kind(name: str, classes: Sequence[str] | int) -> Metric:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Mean over each class's samples: values [..., n] -> float64 [..., n_classes]; NaN for a class without samples."""
+    member = (labels[:, None] == np.arange(n_classes)).astype(np.float64)  # [n, n_classes]
+    counts = member.sum(0)
+    with np.errstate(invalid="ignore"):
+        return np.where(counts > 0, values @ member / counts, np.nan)
+
+
+def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Share of each class's samples that are predicted right: predictions [..., n] -> float64 [..., n_classes]."""
+    return per_class_mean(predictions == labels, labels, n_classes)

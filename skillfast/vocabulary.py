@@ -29,3 +29,5 @@ METRICS = ("label", "correct", "confidence", "loss")
 ALL_METRICS = (*METRICS, "margin", "entropy", "token_log_probability")
 
 SHARE, MAX_SITE_SHARE = 0.03, 0.25  # of all neurons, and of one site's, that a skill takes at most
+PERPLEXITY: Literal["perplexity"] = "perplexity"
+BLEU: Literal["bleu"] = "bleu"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from importlib import resources
 from pathlib import Path
 
 import click
@@ -19,6 +18,8 @@ from conftest import make_pictures
 
 from skillfast.cli import main
 from skillfast.options import Command, Numbers, _given_once
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
 
 SKILLFAST = Path(sys.executable).with_name("skillfast")
 TINY = [
@@ -46,8 +47,7 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     assert results["model"]["trained"]["from"] == "scratch"
     assert results["model"]["trained"]["epochs"] == 8
     assert results["baseline"]["accuracy"] > 0.9
-    schema = resources.files("skillfast.runs").joinpath("results.schema.json").read_text()
-    jsonschema.validate(results, json.loads(schema))
+    jsonschema.validate(results, records.schema(BenchResults))
     found = results["selection"]
     chosen = found["candidates"][found["chosen"]]
     assert len(found["candidates"]) == 21

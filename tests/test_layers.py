@@ -18,7 +18,7 @@ LAYERS = [
     {"tracing"},
     {"memory"},
     {"statistics"},
-    {"models"},
+    {"models", "results"},
     {"ops", "data"},
     {"metrics", "backends", "files", "progress", "options", "settings"},
     {"errors", "vocabulary", "_core", "kernels"},

@@ -16,7 +16,7 @@ from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
-from skillfast.metrics import Categorical, margin
+from skillfast.metrics import Categorical, margin, per_class_accuracy, per_class_mean
 from skillfast.models.sites import module_device, unwrap_compiled
 from skillfast.progress import track
 from skillfast.tracing.trace import classes_of, image_batch, refuse_training
@@ -129,19 +129,6 @@ class SweepResult:
         arrays, header = files.read_arrays(path, SCHEMA, remedy)
         with files.whole(path, remedy):
             return SweepResult(classes=tuple(header["classes"]), names=tuple(header["names"]), **arrays)
-
-
-def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Mean over each class's samples: values [..., n] -> float64 [..., n_classes]; NaN for a class without samples."""
-    member = (labels[:, None] == np.arange(n_classes)).astype(np.float64)  # [n, n_classes]
-    counts = member.sum(0)
-    with np.errstate(invalid="ignore"):
-        return np.where(counts > 0, values @ member / counts, np.nan)
-
-
-def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Share of each class's samples that are predicted right: predictions [..., n] -> float64 [..., n_classes]."""
-    return per_class_mean(predictions == labels, labels, n_classes)
 
 
 def sweep(
@@ -392,4 +379,4 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-__all__ = ["ConditionResult", "SweepResult", "per_class_accuracy", "sweep"]
+__all__ = ["ConditionResult", "SweepResult", "sweep"]

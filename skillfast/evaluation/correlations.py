@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from skillfast.results.bench import BestNeuron, BothParts, Correlations, MetricCorrelations
 
 if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
@@ -12,8 +14,8 @@ if TYPE_CHECKING:
 TOP = 10
 
 
-def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -> dict[str, Any]:
-    """The correlations object of results.json.
+def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -> Correlations:
+    """Mean |r| of the best neurons of every metric.
 
     Neurons are ranked on the select part, on which the model may have been trained; what they are worth is their r on
     the test part. A categorical metric with several columns counts each column's own best neurons and takes the mean.
@@ -22,10 +24,6 @@ def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -
         select: Scores with Pearson's r on the select part.
         test: Scores of the same neurons and columns on the test part.
         top: How many neurons count as the best.
-
-    Returns:
-        `top`, and per metric `select` and `test` (mean |r| over the best of all sites; None where no neuron has an r),
-        `sites` (the same for each site's own best) and `neurons` (the best over all columns, with both r).
     """
     metrics: dict[str, list[int]] = {}
     for index, column in enumerate(select.columns):
@@ -34,15 +32,15 @@ def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -
     found = {}
     for name, columns in metrics.items():
         sites = {
-            site: _best_means(r[rows][:, columns], held_out[rows][:, columns], top)
+            site: BothParts(**_best_means(r[rows][:, columns], held_out[rows][:, columns], top))
             for site, rows in select.site_slices().items()
         }
-        found[name] = {
+        found[name] = MetricCorrelations(
             **_best_means(r[:, columns], held_out[:, columns], top),
-            "sites": sites,
-            "neurons": _best_neurons(select, r, held_out, columns, top),
-        }
-    return {"statistic": "pearson", "top": top, "metrics": found}
+            sites=sites,
+            neurons=_best_neurons(select, r, held_out, columns, top),
+        )
+    return Correlations(statistic="pearson", top=top, metrics=found)
 
 
 def _best_means(r: np.ndarray, held_out: np.ndarray, top: int) -> dict[str, float | None]:
@@ -57,20 +55,20 @@ def _best_means(r: np.ndarray, held_out: np.ndarray, top: int) -> dict[str, floa
 
 def _best_neurons(
     scores: NeuronScores, r: np.ndarray, held_out: np.ndarray, columns: list[int], top: int
-) -> list[dict[str, Any]]:
+) -> list[BestNeuron]:
     """The best neurons by their largest |r| over the columns."""
     size = np.where(np.isfinite(r[:, columns]), np.abs(r[:, columns]), -1.0)
     column_of = np.array(columns)[size.argmax(1)]
     largest = np.where(size.max(1) < 0, np.nan, size.max(1))
     place = [(site.name, unit) for site in scores.sites for unit in range(site.width)]
     return [
-        {
-            "site": place[i][0],
-            "unit": place[i][1],
-            "column": scores.columns[column_of[i]],
-            "select": _number(r[i, column_of[i]]),
-            "test": _number(held_out[i, column_of[i]]),
-        }
+        BestNeuron(
+            site=place[i][0],
+            unit=place[i][1],
+            column=scores.columns[column_of[i]],
+            select=_number(r[i, column_of[i]]),
+            test=_number(held_out[i, column_of[i]]),
+        )
         for i in _order(largest)[:top]
     ]
 

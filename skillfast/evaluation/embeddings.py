@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import mode, rankdata, t
+from scipy.stats import mode, rankdata
 from sklearn import config_context
 from sklearn.neighbors import NearestNeighbors
 
-from skillfast.evaluation.selectivity import interval
+from skillfast.evaluation.resampling import interval, jackknife_interval
+from skillfast.results.bench import (
+    EmbeddingControl,
+    EmbeddingIntervals,
+    EmbeddingReasons,
+    EmbeddingRemoval,
+    StandardMetrics,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skillfast.evaluation.selectivity import Bootstrap
+    from skillfast.evaluation.resampling import Bootstrap
 
 N_NEIGHBOURS = 5
 MAX_ANCHORS = 1000
@@ -183,16 +190,6 @@ def linear_cka(before: np.ndarray, after: np.ndarray) -> float:
     return Alignment(before, np.zeros(len(before), np.int64), groups=1).compare(after)[0]
 
 
-def jackknife_interval(value: float | None, left_out: np.ndarray, low: float, high: float) -> list[float] | None:
-    """The 95 % interval, within [low, high], of a value and of it without each group [groups]; None if undefined."""
-    if value is None or not np.isfinite(left_out).all():
-        return None
-    groups = len(left_out)
-    error = np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum())
-    reach = float(t.ppf(0.975, groups - 1) * error)
-    return [max(low, value - reach), min(high, value + reach)]
-
-
 def _has_direction(embeddings: np.ndarray) -> np.ndarray:
     """Whether each embedding is finite and not zero, bool [n]."""
     return np.isfinite(embeddings).all(1) & (embeddings != 0).any(1)
@@ -245,8 +242,8 @@ def standard_metrics(
     classes: Sequence[str],
     bootstrap: Bootstrap,
     controls: Sequence[Comparison] = (),
-) -> dict[str, Any]:
-    """The standard_metrics object of results.json.
+) -> StandardMetrics:
+    """Means of the embedding metrics over the removals, and each removal's own.
 
     Args:
         metrics: metrics of the intact model's embeddings.
@@ -266,28 +263,28 @@ def standard_metrics(
     }
 
     def mean(key: str) -> float | None:
-        return _mean(np.array([row[key] for row in per_class.values()], dtype=np.float64))
+        return _mean(np.array([getattr(row, key) for row in per_class.values()], dtype=np.float64))
 
     weights = np.zeros((len(labels), bootstrap.replicates))
     for member, drawn in zip(bootstrap.members, bootstrap.weights, strict=True):
         weights[member] = drawn * len(member)
     rows = {key: np.stack([getattr(found, key) for found in comparisons]) for key in PER_IMAGE}
     own = np.where(labels == np.arange(len(classes))[:, None], rows["knn_accuracy_change"], np.nan)
-    return {
+    return StandardMetrics(
         **{key: mean(key) for key in (*PER_IMAGE, "cka", "target_knn_accuracy_change")},
-        "knn_accuracy": metrics.knn_accuracy(),
-        "target_drop": _mean(drops),
-        "n_neighbours": metrics.settings["n_neighbours"],
-        "n_ranked": min(len(labels), metrics.settings["max_anchors"]),
-        "ci95": {
+        knn_accuracy=metrics.knn_accuracy(),
+        target_drop=_mean(drops),
+        n_neighbours=metrics.settings["n_neighbours"],
+        n_ranked=min(len(labels), metrics.settings["max_anchors"]),
+        ci95=EmbeddingIntervals(
             **{key: interval(_resampled(values, weights)) for key, values in rows.items()},
-            "cka": _cka_interval(comparisons),
-            "target_knn_accuracy_change": interval(_resampled(own, weights)),
-        },
-        **({"random_control": _control(controls, labels, len(classes))} if controls else {}),
-        "per_class": per_class,
-        **_reasons(comparisons, labels, classes),
-    }
+            cka=_cka_interval(comparisons),
+            target_knn_accuracy_change=interval(_resampled(own, weights)),
+        ),
+        random_control=_control(controls, labels, len(classes)) if controls else None,
+        per_class=per_class,
+        reasons=_reasons(comparisons, labels, classes),
+    )
 
 
 def _cka_interval(comparisons: Sequence[Comparison]) -> list[float] | None:
@@ -299,22 +296,24 @@ def _cka_interval(comparisons: Sequence[Comparison]) -> list[float] | None:
     return jackknife_interval(mean, np.mean([found.cka_left_out for found in defined], axis=0), 0.0, 1.0)
 
 
-def _control(controls: Sequence[Comparison], labels: np.ndarray, n_classes: int) -> dict[str, float | None]:
+def _control(controls: Sequence[Comparison], labels: np.ndarray, n_classes: int) -> EmbeddingControl:
     """What the random control does to the same metrics: means over the removals."""
     rows = [_one_removal(found, i, labels, np.nan, n_classes) for i, found in enumerate(controls)]
     keys = (*PER_IMAGE, "cka", "target_knn_accuracy_change")
-    return {key: _mean(np.array([row[key] for row in rows], dtype=np.float64)) for key in keys}
+    return EmbeddingControl(
+        **{key: _mean(np.array([getattr(row, key) for row in rows], dtype=np.float64)) for key in keys}
+    )
 
 
-def _one_removal(found: Comparison, target: int, labels: np.ndarray, drop: float, n_classes: int) -> dict[str, Any]:
+def _one_removal(found: Comparison, target: int, labels: np.ndarray, drop: float, n_classes: int) -> EmbeddingRemoval:
     knn = [_mean(found.knn_accuracy_change[labels == j]) for j in range(n_classes)]
-    return {
+    return EmbeddingRemoval(
         **{key: _mean(getattr(found, key)) for key in PER_IMAGE},
-        "cka": None if np.isnan(found.cka) else found.cka,
-        "target_drop": None if np.isnan(drop) else float(drop),
-        "target_knn_accuracy_change": knn[target],
-        "knn_accuracy_change_per_class": knn,
-    }
+        cka=None if np.isnan(found.cka) else found.cka,
+        target_drop=None if np.isnan(drop) else float(drop),
+        target_knn_accuracy_change=knn[target],
+        knn_accuracy_change_per_class=knn,
+    )
 
 
 def _resampled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -326,11 +325,11 @@ def _resampled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return means.mean(0) if len(means) else np.full(weights.shape[1], np.nan)
 
 
-def _reasons(comparisons: Sequence[Comparison], labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+def _reasons(comparisons: Sequence[Comparison], labels: np.ndarray, classes: Sequence[str]) -> EmbeddingReasons | None:
     """Why images or values are missing, and of which classes or removals."""
     counts = np.bincount(labels, minlength=len(classes))
     pairs = list(zip(classes, comparisons, strict=True))
-    reasons = {
+    reasons: dict[str, Any] = {
         "one_image": [name for name, count in zip(classes, counts, strict=True) if count == 1],
         "no_images": [name for name, count in zip(classes, counts, strict=True) if count == 0],
         "zero_or_not_finite": {name: len(found.undefined) for name, found in pairs if len(found.undefined)},
@@ -339,4 +338,4 @@ def _reasons(comparisons: Sequence[Comparison], labels: np.ndarray, classes: Seq
         ],
     }
     named = {reason: where for reason, where in reasons.items() if where}
-    return {"reasons": named} if named else {}
+    return EmbeddingReasons(**named) if named else None

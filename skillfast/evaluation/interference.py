@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom, false_discovery_control
 
-from skillfast.evaluation.selectivity import interval
+from skillfast.evaluation.resampling import interval
+from skillfast.results.bench import (
+    AngleIntervals,
+    AngleMeans,
+    Interference,
+    InterferenceReasons,
+    Pair,
+    Strongest,
+    StrongestAngle,
+    StrongestOverlap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skillfast.evaluation.selectivity import Bootstrap
+    from skillfast.evaluation.resampling import Bootstrap
 
 LEVEL = 0.05
 """Share of false discoveries among the pairs that are called significant."""
@@ -105,7 +115,7 @@ class Effects:
         beyond_oracle: float64 [K, K], accuracy under the removal minus that under the oracle's.
         p_gain: float64 [K, K], that the class is helped, and more than by the oracle: the larger p of two exact
             one-sided McNemar tests over its images, against the intact model and against the oracle.
-        p_loss: p-value [K, K] of the other class being hurt.
+        p_loss: float64 [K, K], that the class is hurt, and more than by the oracle, by the same tests.
     """
 
     change: np.ndarray
@@ -129,7 +139,7 @@ class Effects:
         return cls(change, beyond, *map(np.maximum, p_intact, p_oracle))
 
 
-def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[Pair]]:
     """Pairs that compete (each removal helps the other class) or are linked (each hurts it), beyond the oracle.
 
     Both directions must hold, so a pair's p is the larger one (intersection-union test); Benjamini-Hochberg runs over
@@ -156,23 +166,21 @@ def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[dict[
         weakest = np.minimum(both[i, j], both[j, i])  # [pairs]
         order = np.lexsort((-weakest, q[row] > LEVEL))
         found[kind] = [
-            {
-                **_pair(int(i[c]), int(j[c]), effects, classes),
-                "p": float(p[row, c]),
-                "q": float(q[row, c]),
-                "significant": bool(q[row, c] <= LEVEL),
-            }
+            _pair(int(i[c]), int(j[c]), effects, classes, float(p[row, c]), float(q[row, c]))
             for c in order[weakest[order] > 0]
         ]
     return found
 
 
-def _pair(a: int, b: int, effects: Effects, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "classes": [classes[a], classes[b]],
-        "change": [float(effects.change[a, b]), float(effects.change[b, a])],
-        "beyond_oracle": [float(effects.beyond_oracle[a, b]), float(effects.beyond_oracle[b, a])],
-    }
+def _pair(a: int, b: int, effects: Effects, classes: Sequence[str], p: float, q: float) -> Pair:
+    return Pair(
+        classes=[classes[a], classes[b]],
+        change=[float(effects.change[a, b]), float(effects.change[b, a])],
+        beyond_oracle=[float(effects.beyond_oracle[a, b]), float(effects.beyond_oracle[b, a])],
+        p=p,
+        q=q,
+        significant=q <= LEVEL,
+    )
 
 
 def interference(
@@ -184,8 +192,8 @@ def interference(
     overlap: np.ndarray,
     classes: Sequence[str],
     control: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """The interference object of results.json.
+) -> Interference:
+    """How skills interfere: angles, pairs of classes and overlaps.
 
     Args:
         turns: Angles float64 [K, K], of `Directions.angles`, a row per removal, NaN where there is none; and resampled
@@ -205,35 +213,33 @@ def interference(
     pairs = find_pairs(Effects.of(predictions, oracle, baseline, labels), classes)
     other = ~np.eye(k, dtype=bool)
     angles = None if turns is None else turns[0]
-    return {
-        **({} if turns is None else _turned(*turns)),
-        **({} if control is None else {"random_control": _own_and_other(control)}),
-        **{kind: [pair for pair in found if pair["significant"]] for kind, found in pairs.items()},
-        "strongest": {
-            "angle": (
-                None
-                if angles is None
-                else _largest(np.where(other, angles, np.nan), classes, ("removed", "class", "angle_deg"))
-            ),
-            "overlap": _largest(np.where(other, overlap, np.nan), classes, ("one", "other", "jaccard")),
+    turned = {} if turns is None else _turned(*turns)
+    return Interference(
+        **turned,
+        random_control=None if control is None else AngleMeans(**_own_and_other(control)),
+        competition=[pair for pair in pairs["competition"] if pair.significant],
+        linkage=[pair for pair in pairs["linkage"] if pair.significant],
+        strongest=Strongest(
+            angle=None if angles is None else _strongest_angle(np.where(other, angles, np.nan), classes),
+            overlap=_strongest_overlap(np.where(other, overlap, np.nan), classes),
             **{kind: found[0] if found else None for kind, found in pairs.items()},
-        },
-        "overlap": overlap.tolist(),
-        **_reasons(angles, labels, classes),
-    }
+        ),
+        overlap=overlap.tolist(),
+        reasons=_reasons(angles, labels, classes),
+    )
 
 
 def _turned(angles: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
-    """The angles, their means over the diagonal and the rest, and intervals."""
+    """The angles, their means over the diagonal and the rest, and intervals, by field of `Interference`."""
     own = np.eye(len(angles), dtype=bool)
     return {
         "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
         **_own_and_other(angles),
-        "ci95": {
-            "angles_deg": [[interval(cell) for cell in row] for row in resampled],
-            "own_angle_deg": interval(_mean_of_defined(resampled[own])),
-            "other_angle_deg": interval(_mean_of_defined(resampled[~own])),
-        },
+        "ci95": AngleIntervals(
+            angles_deg=[[interval(cell) for cell in row] for row in resampled],
+            own_angle_deg=interval(_mean_of_defined(resampled[own])),
+            other_angle_deg=interval(_mean_of_defined(resampled[~own])),
+        ),
     }
 
 
@@ -255,15 +261,25 @@ def _mean_of_defined(values: np.ndarray) -> np.ndarray:
         return np.where(defined, values, 0).sum(0) / defined.sum(0)
 
 
-def _largest(values: np.ndarray, classes: Sequence[str], keys: tuple[str, str, str]) -> dict[str, Any] | None:
-    """The largest value of a matrix with the classes of its row and column; None where none is above 0."""
+def _strongest_angle(angles: np.ndarray, classes: Sequence[str]) -> StrongestAngle | None:
+    found = _largest(angles)
+    return None if found is None else StrongestAngle(classes[found[0]], classes[found[1]], found[2])
+
+
+def _strongest_overlap(overlap: np.ndarray, classes: Sequence[str]) -> StrongestOverlap | None:
+    found = _largest(overlap)
+    return None if found is None else StrongestOverlap(classes[found[0]], classes[found[1]], found[2])
+
+
+def _largest(values: np.ndarray) -> tuple[int, int, float] | None:
+    """Row, column and size of the largest value of a matrix; None where none is above 0."""
     if not (values > 0).any():
         return None
-    i, j = divmod(int(np.nanargmax(values)), len(classes))
-    return dict(zip(keys, (classes[i], classes[j], float(values[i, j])), strict=True))
+    i, j = divmod(int(np.nanargmax(values)), values.shape[1])
+    return i, j, float(values[i, j])
 
 
-def _reasons(angles: np.ndarray | None, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _reasons(angles: np.ndarray | None, labels: np.ndarray, classes: Sequence[str]) -> InterferenceReasons | None:
     """Why a value is missing, and of which classes."""
     counts = np.bincount(labels, minlength=len(classes))
     undirected = np.zeros(len(counts), dtype=bool) if angles is None else np.isnan(angles).any(0) & (counts > 0)
@@ -273,4 +289,4 @@ def _reasons(angles: np.ndarray | None, labels: np.ndarray, classes: Sequence[st
         "no_direction": [name for name, missing in zip(classes, undirected, strict=True) if missing],
     }
     named = {reason: names for reason, names in reasons.items() if names}
-    return {"reasons": named} if named else {}
+    return InterferenceReasons(**named) if named else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skillfast.evaluation.selectivity import Bootstrap, interval
+from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.results.bench import Overall, OverallRemoval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,8 @@ def overall_accuracy(
     skills: Sequence[Skill],
     n_neurons: int,
     bootstrap: Bootstrap,
-) -> dict[str, Any]:
-    """The overall object of results.json; changes are fractions of all examples.
+) -> Overall:
+    """Accuracy over all examples, intact and without each skill; changes are fractions of all examples.
 
     Args:
         predictions: int64 [K, n], with skill i removed.
@@ -33,33 +34,26 @@ def overall_accuracy(
         skills: The K skills.
         n_neurons: Number of neurons in the model's sites.
         bootstrap: Resamples of the n examples.
-
-    Returns:
-        `accuracy` of the intact model, `n_test`, `removals` (one per skill: its size, the accuracy without it, the
-        change with its interval, and the changes of its random controls), and `random_change`, the mean of those.
     """
     right = labels == intact
     change = (predictions == labels).astype(np.float64) - right
     drawn = ((controls == labels).astype(np.float64) - right).mean(-1)  # [draws, K]
     spread = _resampled(change, labels, bootstrap)
     removals = [
-        {
-            "skill": skill.name,
-            "neurons": len(skill),
-            "share": len(skill) / n_neurons,
-            "accuracy": float((predictions[i] == labels).mean()),
-            "change": float(change[i].mean()),
-            "ci95": interval(spread[i]),
-            "random_changes": drawn[:, i].tolist(),
-        }
+        OverallRemoval(
+            skill=skill.name,
+            neurons=len(skill),
+            share=len(skill) / n_neurons,
+            accuracy=float((predictions[i] == labels).mean()),
+            change=float(change[i].mean()),
+            ci95=interval(spread[i]),
+            random_changes=drawn[:, i].tolist(),
+        )
         for i, skill in enumerate(skills)
     ]
-    return {
-        "accuracy": float(right.mean()),
-        "n_test": len(labels),
-        "removals": removals,
-        "random_change": float(drawn.mean()),
-    }
+    return Overall(
+        accuracy=float(right.mean()), n_test=len(labels), removals=removals, random_change=float(drawn.mean())
+    )
 
 
 def _resampled(change: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:

@@ -1,20 +1,17 @@
-"""What removing each skill does: the removal matrix, selectivity, its oracle and its random control."""
+"""What removing each skill does: the removal matrix, selectivity and its oracle."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from skillfast.ablation.interventions import Condition
-from skillfast.ablation.sweep import per_class_accuracy
-from skillfast.skills.skill import Skill
+from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.metrics import per_class_accuracy
+from skillfast.results.bench import Effect, EffectIntervals, Selectivity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from skillfast.models.sites import Site
+    from collections.abc import Mapping
 
 TERMS = ("target_drop", "other_change", "other_abs_change", "other_harm")
 ROUNDING = 1e-12  # what is left of a mean whose terms cancel
@@ -53,44 +50,27 @@ def selectivity_terms(matrix: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-class Bootstrap:
-    """Resamples of the test images, those of each class drawn among themselves.
+def resampled_terms(change: np.ndarray, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """The averages over resampled removal matrices, averaged over draws.
 
     Args:
-        labels: int64 [n]; every class from 0 to K - 1 has at least one image.
-        replicates: Number of resamples.
-        seed: Seed of the draws.
+        change: float64 [draws, K, n], correct after the removal minus correct before, per image.
+        bootstrap: Resamples of the n images.
+
+    Returns:
+        Term -> float64 [replicates].
     """
-
-    def __init__(self, labels: np.ndarray, replicates: int = 1000, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.replicates = replicates
-        self.members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
-        self.weights = [  # [n_class, replicates], summing to 1 in each replicate
-            rng.multinomial(len(m), np.full(len(m), 1 / len(m)), size=replicates).T / len(m) for m in self.members
+    draws, k, _ = change.shape
+    step = max(1, (1 << 22) // (draws * k * k))  # replicates at once: 32 MB
+    parts = []
+    for start in range(0, bootstrap.replicates, step):
+        columns = [
+            change[..., m] @ w[:, start : start + step]
+            for m, w in zip(bootstrap.members, bootstrap.weights, strict=True)
         ]
-
-    def terms(self, change: np.ndarray) -> dict[str, np.ndarray]:
-        """The averages over resampled removal matrices, averaged over draws: each [replicates].
-
-        Args:
-            change: float64 [draws, K, n], correct after the removal minus correct before, per image.
-        """
-        draws, k, _ = change.shape
-        step = max(1, (1 << 22) // (draws * k * k))  # replicates at once: 32 MB
-        parts = []
-        for start in range(0, self.replicates, step):
-            columns = [
-                change[..., m] @ w[:, start : start + step] for m, w in zip(self.members, self.weights, strict=True)
-            ]
-            matrices = np.moveaxis(np.stack(columns, -1), 2, 0)  # [step, draws, K, K]
-            parts.append({name: term.mean(-1) for name, term in selectivity_terms(matrices).items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in TERMS}
-
-    def own_class(self, change: np.ndarray) -> np.ndarray:
-        """Resampled change of class i's accuracy in row i: change [..., K, n] -> [..., K, replicates]."""
-        rows = [change[..., i, m] @ w for i, (m, w) in enumerate(zip(self.members, self.weights, strict=True))]
-        return np.stack(rows, -2)
+        matrices = np.moveaxis(np.stack(columns, -1), 2, 0)  # [step, draws, K, K]
+        parts.append({name: term.mean(-1) for name, term in selectivity_terms(matrices).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in TERMS}
 
 
 def own_drops(
@@ -111,17 +91,8 @@ def own_drops(
     return drops, -bootstrap.own_class((predictions == labels).astype(np.float64) - (baseline == labels))
 
 
-def interval(values: np.ndarray) -> list[float] | None:
-    """The middle 95 % of bootstrap values; None where any end is not a number (a ratio over 0)."""
-    with np.errstate(invalid="ignore"):
-        low, high = np.quantile(values, [0.025, 0.975])
-    return [float(low), float(high)] if np.isfinite([low, high]).all() else None
-
-
-def selectivity(
-    predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap
-) -> dict[str, Any]:
-    """The selectivity object of results.json, averaged over draws.
+def selectivity(predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> Selectivity:
+    """Terms and ratios of selectivity with their 95 % intervals, averaged over draws.
 
     Args:
         predictions: int64 [draws, K, n].
@@ -131,36 +102,29 @@ def selectivity(
     """
     matrices = np.stack([removal_matrix(drawn, baseline, labels) for drawn in predictions])
     values = {name: float(term.mean()) for name, term in selectivity_terms(matrices).items()}
-    spread = bootstrap.terms((predictions == labels).astype(np.float64) - (baseline == labels))
+    spread = resampled_terms((predictions == labels).astype(np.float64) - (baseline == labels), bootstrap)
     ci95 = {name: interval(spread[name]) for name in TERMS}
-    ratios: dict[str, float | None] = {}
     for name, below in RATIOS.items():
-        denominator = abs(values[below])
-        ratios[name] = values["target_drop"] / denominator if denominator > ROUNDING else None
         with np.errstate(divide="ignore", invalid="ignore"):
             ci95[name] = interval(spread["target_drop"] / np.abs(spread[below]))
-    return {**values, **ratios, "ci95": ci95}
+    return Selectivity(**_effect_values(values), ci95=EffectIntervals(**ci95))
 
 
-def random_skills(skill: Skill, sites: Sequence[Site], draws: int, rng: np.random.Generator) -> list[Skill]:
-    """As many neurons of each site as the skill has there, drawn at random, `draws` times."""
-    widths = {site.name: site.width for site in sites}
-    return [
-        Skill(
-            name=f"random {i} for {skill.name}",
-            neurons={
-                name: torch.from_numpy(rng.choice(widths[name], size=len(index), replace=False))
-                for name, index in skill.neurons.items()
-            },
-        )
-        for i in range(draws)
-    ]
+def _effect_values(terms: Mapping[str, float]) -> dict[str, Any]:
+    """The terms, and the target's drop over each other term; None where that is 0."""
+    below = {name: abs(terms[term]) for name, term in RATIOS.items()}
+    return {**terms, **{name: terms["target_drop"] / size if size > ROUNDING else None for name, size in below.items()}}
 
 
-def control_conditions(
-    skills: Sequence[Skill], sites: Sequence[Site], draws: int, scale: float, seed: int
-) -> list[Condition]:
-    """`draws` random controls for each skill: conditions [draws, K], row by row."""
-    rng = np.random.default_rng(seed)
-    per_skill = [random_skills(skill, sites, draws, rng) for skill in skills]
-    return [Condition(drawn[i], scale=scale) for i in range(draws) for drawn in per_skill]
+def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> Effect:
+    """Terms and ratios of selectivity, without intervals; classes without images do not count.
+
+    Args:
+        predictions: int64 [K, n], with skill i removed.
+        intact: int64 [n], of the intact model.
+        labels: int64 [n].
+    """
+    shown = np.isin(np.arange(len(predictions)), labels)
+    matrix = removal_matrix(predictions, intact, labels)[np.ix_(shown, shown)]
+    values = {name: float(term) for name, term in selectivity_terms(matrix).items()}
+    return Effect(**_effect_values(values))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 from math import factorial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skillfast.ablation.interventions import Condition
-from skillfast.evaluation.selectivity import interval
+from skillfast.evaluation.resampling import interval
+from skillfast.results.bench import BlockShare, LayerContribution, ShareIntervals, Shares
 from skillfast.vocabulary import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -23,11 +22,6 @@ SUBSETS: tuple[tuple[Kind, ...], ...] = tuple(
     subset for size in range(len(KINDS), 0, -1) for subset in combinations(KINDS, size)
 )
 """All seven sets of components, the whole first."""
-
-
-def component_conditions(skills: Sequence[Skill], scale: float) -> list[Condition]:
-    """Each skill with only its neurons in each subset: conditions [len(SUBSETS), K], row by row."""
-    return [Condition(skill, components=subset, scale=scale) for subset in SUBSETS for skill in skills]
 
 
 def shapley(values: np.ndarray) -> np.ndarray:
@@ -46,8 +40,8 @@ def shapley(values: np.ndarray) -> np.ndarray:
     return np.stack(result)
 
 
-def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """The layer_contribution object of results.json.
+def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]) -> LayerContribution:
+    """Share of each kind in what a removal costs, all classes together and each; `per_block` is left out.
 
     Args:
         drops: float64 [len(SUBSETS), K], drop of each class's accuracy when its skill's neurons in a subset go.
@@ -60,14 +54,16 @@ def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequen
         spread_shares = shapley(spread) / spread[0]
         spread_rest = 1 - _alone(spread) / spread[0]
     shares = _shares(total)
-    per_class = {name: _shares(drops[:, i]) for i, name in enumerate(classes)}
+    per_class = {name: Shares(**_shares(drops[:, i])) for i, name in enumerate(classes)}
     ci95 = {kind: interval(spread_shares[i]) for i, kind in enumerate(KINDS)}
-    return {
-        **shares,
-        "non_additivity": float(1 - _alone(total) / total[0]) if total[0] > 0 else None,
-        "per_class": per_class,
-        "ci95": {**ci95, "non_additivity": interval(spread_rest)},
-    }
+    return LayerContribution(
+        mlp=shares["mlp"],
+        attn=shares["attn"],
+        head=shares["head"],
+        non_additivity=float(1 - _alone(total) / total[0]) if total[0] > 0 else None,
+        per_class=per_class,
+        ci95=ShareIntervals(**ci95, non_additivity=interval(spread_rest)),
+    )
 
 
 def _alone(values: np.ndarray) -> np.ndarray:
@@ -86,28 +82,6 @@ def occupied_blocks(skills: Sequence[Skill], sites: Sequence[Site]) -> list[int 
     """Blocks in which any skill has neurons, in the order of the forward; None, the last, is the head."""
     blocks = {site.block for site in sites if any(site.name in skill.neurons for skill in skills)}
     return sorted(blocks, key=lambda block: (block is None, block))
-
-
-def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[Condition]:
-    """Each skill with only its neurons in the first 1, 2, ... blocks, then in the last 1, 2, ... blocks.
-
-    Returns:
-        Conditions [2 (blocks - 1), K], row by row, over the `occupied_blocks`; all blocks are the whole skill, which
-        `component_conditions` has.
-    """
-    blocks = occupied_blocks(skills, sites)
-    where = {site.name: site.block for site in sites}
-
-    def within(skill: Skill, kept: Sequence[int | None]) -> Skill:
-        return replace(skill, neurons={name: index for name, index in skill.neurons.items() if where[name] in kept})
-
-    first = [("first", blocks[:size]) for size in range(1, len(blocks))]
-    last = [("last", blocks[-size:]) for size in range(1, len(blocks))]
-    return [
-        Condition(within(skill, kept), scale=scale, name=f"{skill.name} ({end} {len(kept)} blocks)")
-        for end, kept in first + last
-        for skill in skills
-    ]
 
 
 def block_values(values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,8 +108,8 @@ def block_values(values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.
 
 def per_block(
     blocks: Sequence[int | None], drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The layer_contribution.per_block list of results.json: each block's share of what the whole skill costs.
+) -> list[BlockShare]:
+    """Each block's share of what the whole skill costs.
 
     Args:
         blocks: What `occupied_blocks` gives.
@@ -157,14 +131,14 @@ def per_block(
         ends = np.mean(block_values(spread[1:], spread[0]), axis=0) / spread[0]  # [blocks, replicates]
     shares = _share(np.mean(block_values(total[1:], total[0]), axis=0), total[0])
     return [
-        {
-            "block": block,
-            "share": shares[b],
-            "ci95": interval(ends[b]),
-            "bottom_up": orders[0][b],
-            "top_down": orders[1][b],
-            "per_class": {name: row[b] for name, row in zip(classes, by_class, strict=True)},
-        }
+        BlockShare(
+            block=block,
+            share=shares[b],
+            ci95=interval(ends[b]),
+            bottom_up=orders[0][b],
+            top_down=orders[1][b],
+            per_class={name: row[b] for name, row in zip(classes, by_class, strict=True)},
+        )
         for b, block in enumerate(blocks)
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
+    from skillfast.results.bench import BenchResults
+    from skillfast.results.evaluation import EvaluationResults
+    from skillfast.results.skills import Skills
     from skillfast.statistics.scores import NeuronScores
 
 __all__ = [
@@ -30,20 +33,20 @@ __all__ = [
 ]
 
 
-def render(results: dict[str, Any], skills: dict[str, Any]) -> str:
+def render(results: BenchResults, skills: Skills) -> str:
     """Make the report's HTML.
 
     Args:
-        results: what `results.json` holds (schema `skillfast.bench/1`).
-        skills: what `skills.json` holds (schema `skillfast.skills/1`).
+        results: what `results.json` holds.
+        skills: what `skills.json` holds.
 
     Returns:
         One self-contained page: scripts and styles are inside, and it asks the network for nothing.
 
     Raises:
-        DataError: a dict of another schema, without a key that the page needs, or of another model than the other.
+        DataError: results and skills of different models.
     """
-    from skillfast.report import page
+    from skillfast.report.bench import page
 
     return page.render(results, skills)
 
@@ -58,25 +61,25 @@ def write_report(directory: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        DataError: a file that is missing, is not JSON, or is not of the schema that this version reads.
+        DataError: a file that is missing, is not JSON, or has a key or a value that its type does not know.
     """
     from skillfast.report import files
 
     return files.write_report(Path(directory))
 
 
-def read_results(directory: str | Path) -> dict[str, Any]:
+def read_results(directory: str | Path) -> BenchResults:
     """Read the `results.json` of an output folder.
 
     Raises:
-        DataError: a file that is missing, is not JSON, or is not of the schema that this version reads.
+        DataError: a file that is missing, is not JSON, or has a key or a value that its type does not know.
     """
     from skillfast.report import files
 
     return files.read_results(Path(directory))
 
 
-def summary_table(results: dict[str, Any]) -> Table:
+def summary_table(results: BenchResults) -> Table:
     """Make the table that `skillfast bench` prints at its end.
 
     Args:
@@ -90,7 +93,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     return tables.summary_table(results)
 
 
-def comparison_table(named: dict[str, dict[str, Any]]) -> Table:
+def comparison_table(named: Mapping[str, BenchResults]) -> Table:
     """Make the table that `skillfast compare` prints.
 
     Args:
@@ -161,14 +164,14 @@ def write_evaluation(directory: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: `evaluation.json` is missing, is not JSON, or is not of the schema that this version reads.
+        DataError: `evaluation.json` is missing, is not JSON, or has a key or a value that its type does not know.
     """
-    from skillfast.report import evaluation
+    from skillfast.report import files
 
-    return evaluation.write_evaluation(Path(directory))
+    return files.write_evaluation(Path(directory))
 
 
-def evaluation_table(results: dict[str, Any]) -> Table:
+def evaluation_table(results: EvaluationResults) -> Table:
     """Make the table that `skillfast evaluate` prints: skills removed from all layers, by size.
 
     Args:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from skillfast.results.bench import BenchResults, Effect, Selectivity
+
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 UNDEFINED = "not defined"
@@ -100,14 +102,14 @@ def interval(pair: Sequence[float | None] | None, write: Callable[[float | None]
     return f"({write(pair[0])} to {write(pair[1])})"
 
 
-def term_value(values: dict[str, Any], key: str, undefined: str = UNDEFINED_RATIO) -> str:
-    """One key of a `selectivity`-like dict, in its unit."""
-    return times(values.get(key), undefined) if UNITS[key] == "ratio" else points(values.get(key))
+def term_value(values: Effect, key: str, undefined: str = UNDEFINED_RATIO) -> str:
+    """One key of an effect, in its unit."""
+    return times(getattr(values, key), undefined) if UNITS[key] == "ratio" else points(getattr(values, key))
 
 
-def term_interval(values: dict[str, Any], key: str) -> str:
-    """The 95 % interval of one key of a `selectivity`-like dict, in its unit."""
-    return interval((values.get("ci95") or {}).get(key), _ratio if UNITS[key] == "ratio" else points)
+def term_interval(values: Selectivity, key: str) -> str:
+    """The 95 % interval of one key of an effect, in its unit."""
+    return interval(getattr(values.ci95, key), _ratio if UNITS[key] == "ratio" else points)
 
 
 def number_of(count: float) -> str:
@@ -115,17 +117,17 @@ def number_of(count: float) -> str:
     return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
 
 
-def model_name(results: dict[str, Any]) -> str:
+def model_name(results: BenchResults) -> str:
     """The model's name as a title has it: of a folder its last two parts."""
-    name = str(results["model"]["name"]).removeprefix("hf:")
+    name = str(results.model.name).removeprefix("hf:")
     parts = PurePath(name).parts
     return "/".join(parts[-2:]) if len(parts) > 2 else name
 
 
-def data_name(results: dict[str, Any]) -> str:
+def data_name(results: BenchResults) -> str:
     """What the results were measured on: of text the file, else the dataset's name."""
-    file = results["config"].get("test_file") or results["config"].get("data_file")
-    return str(results["dataset"]["name"]) if file is None else PurePath(file).name
+    file = results.config.get("test_file") or results.config.get("data_file")
+    return str(results.dataset.name) if file is None else PurePath(file).name
 
 
 def size(n_bytes: float | None) -> str:

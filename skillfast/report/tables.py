@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
+from skillfast.report.bench.tradeoff import method_of
 from skillfast.report.formatting import (
     UNDEFINED,
     data_name,
@@ -21,7 +22,6 @@ from skillfast.report.formatting import (
     term_interval,
     term_value,
 )
-from skillfast.report.tradeoff import method_of
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
+    from skillfast.results.bench import BenchResults, LayerContribution, Selectivity
+    from skillfast.results.evaluation import EvaluationResults
     from skillfast.statistics.scores import NeuronScores
 
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
@@ -44,80 +46,80 @@ ROWS = (
 KINDS = (("mlp", "MLP"), ("attn", "attention"), ("head", "classifier head"))
 
 
-def _cell(values: dict[str, Any], key: str) -> Text:
+def _cell(values: Selectivity, key: str) -> Text:
     # Text, not str: rich reads brackets in a str as markup
     return Text(f"{term_value(values, key, UNDEFINED)} {term_interval(values, key)}".rstrip())
 
 
-def _share(found: dict[str, Any], kind: str) -> Text:
-    return Text(f"{percent(found.get(kind))} {interval((found.get('ci95') or {}).get(kind), percent)}".rstrip())
+def _share(found: LayerContribution, kind: str) -> Text:
+    return Text(f"{percent(getattr(found, kind))} {interval(getattr(found.ci95, kind), percent)}".rstrip())
 
 
-def _kinds(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(kind, name) for kind, name in KINDS if finite(found.get(kind)) is not None]
+def _kinds(found: LayerContribution | None) -> list[tuple[str, str]]:
+    return [] if found is None else [(kind, name) for kind, name in KINDS if finite(getattr(found, kind)) is not None]
 
 
-def summary_table(results: dict[str, Any]) -> Table:
+def summary_table(results: BenchResults) -> Table:
     """Make the table that `skillfast bench` prints at its end; see `skillfast.report.summary_table`."""
-    title = Text(f"{model_name(results)} on {data_name(results)}: {percent(results['baseline']['accuracy'])} right on "
-                 f"{number_of(results['dataset']['n_test'])} test examples")  # fmt: skip
+    title = Text(f"{model_name(results)} on {data_name(results)}: {percent(results.baseline.accuracy)} right on "
+                 f"{number_of(results.dataset.n_test)} test examples")  # fmt: skip
     table = Table(title=title, title_justify="left", caption="95 % intervals in brackets", caption_justify="left")
     table.add_column("")
     for name, _ in COLUMNS:
         table.add_column(name)
     for key, name in ROWS:
-        table.add_row(name, *(_cell(results[source], key) for _, source in COLUMNS))
-    found = results.get("layer_contribution") or {}
+        table.add_row(name, *(_cell(getattr(results, source), key) for _, source in COLUMNS))
+    found = results.layer_contribution
     for i, (kind, name) in enumerate(_kinds(found)):
         if i == 0:
             table.add_section()
+        assert found is not None
         table.add_row(f"share of {name}", _share(found, kind), "", "")
     _add_evidence(table, results)
     return table
 
 
-def _add_evidence(table: Table, results: dict[str, Any]) -> None:
+def _add_evidence(table: Table, results: BenchResults) -> None:
     """The largest change over all examples, and the best neurons' correlation with the label."""
-    overall, correlated = results.get("overall"), results.get("correlations") or {}
+    overall, correlated = results.overall, results.correlations
     table.add_section()
     if overall is not None:
-        largest = min(removal["change"] for removal in overall["removals"])
-        changes = points(largest, signed=True), "", points(overall["random_change"], signed=True)
+        largest = min(removal.change for removal in overall.removals)
+        changes = points(largest, signed=True), "", points(overall.random_change, signed=True)
         table.add_row("all examples, largest change", *changes)
-    label = correlated.get("metrics", {}).get("label")
-    if label:
-        table.add_row(f"top-{correlated['top']} |r| with label", plain(finite(label["test"])), "", "")
+    if correlated is not None and (label := correlated.metrics.get("label")):
+        table.add_row(f"top-{correlated.top} |r| with label", plain(finite(label.test)), "", "")
 
 
-def _comparison_rows() -> list[tuple[str, Callable[[dict[str, Any]], str | Text]]]:
-    def term(source: str, key: str) -> Callable[[dict[str, Any]], Text]:
-        return lambda results: _cell(results[source], key)
+def _comparison_rows() -> list[tuple[str, Callable[[BenchResults], str | Text]]]:
+    def term(source: str, key: str) -> Callable[[BenchResults], Text]:
+        return lambda results: _cell(getattr(results, source), key)
 
-    def share(kind: str) -> Callable[[dict[str, Any]], str]:
-        return lambda results: percent((results.get("layer_contribution") or {}).get(kind), "")
+    def share(kind: str) -> Callable[[BenchResults], str]:
+        return lambda results: percent(getattr(results.layer_contribution, kind, None), "")
 
     return [
-        ("model", lambda results: Text(results["model"]["name"])),
-        ("dataset", lambda results: Text(results["dataset"]["name"])),
-        ("classes", lambda results: number_of(len(results["dataset"]["classes"]))),
+        ("model", lambda results: Text(results.model.name)),
+        ("dataset", lambda results: Text(results.dataset.name)),
+        ("classes", lambda results: number_of(len(results.dataset.classes))),
         ("method", lambda results: Text(method_of(results))),
-        ("baseline accuracy", lambda results: percent(results["baseline"]["accuracy"])),
+        ("baseline accuracy", lambda results: percent(results.baseline.accuracy)),
         *((name, term("selectivity", key)) for key, name in ROWS),
         ("target drop of the oracle", term("oracle", "target_drop")),
         ("harm ratio of the oracle", term("oracle", "harm_ratio")),
         ("target drop of the random control", term("random_control", "target_drop")),
         *((f"share of {name}", share(kind)) for kind, name in KINDS),
-        ("seconds in all", lambda results: f"{results['cost']['seconds']['total']:,.1f}"),
+        ("seconds in all", lambda results: f"{results.cost.seconds.total:,.1f}"),
     ]
 
 
-def comparison_table(named: dict[str, dict[str, Any]]) -> Table:
+def comparison_table(named: Mapping[str, BenchResults]) -> Table:
     """Make the table that `skillfast compare` prints; see `skillfast.report.comparison_table`."""
     table = Table(caption="95 % intervals in brackets", caption_justify="left")
     table.add_column("")
     for name in named:
         table.add_column(Text(name))
-    any_share = any(results.get("layer_contribution") for results in named.values())
+    any_share = any(results.layer_contribution for results in named.values())
     for name, write in _comparison_rows():
         if any_share or not name.startswith("share of"):
             table.add_row(name, *(write(results) for results in named.values()))
@@ -182,23 +184,23 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def evaluation_table(results: dict[str, Any]) -> Table:
+def evaluation_table(results: EvaluationResults) -> Table:
     """See `skillfast.report.evaluation_table`."""
-    from skillfast.report import evaluation
+    from skillfast.report.evaluation import page as evaluation
 
-    measures, before = evaluation.defined(results), results["intact"]["values"]
+    measures, before = evaluation.defined(results), results.intact.values
     known = [f"{evaluation.NAMES[m]} {evaluation.write_value(m)(before[m])}" for m in measures if m in before]
     caption = "after removal from all layers; in brackets the change, and that of as many random neurons"
     table = Table(title=Text(f"intact: {', '.join(known)}"), title_justify="left", caption=caption)
     for heading in ("skill", "of all neurons", *(evaluation.NAMES[m] for m in measures)):
         table.add_column(heading, justify="left" if heading == "skill" else "right")
     for outcome in evaluation.by_skill(results):
-        if outcome["layers"] != "all" or outcome["scale"] != 0:
+        if outcome.layers != "all" or outcome.scale != 0:
             continue
         cells = []
         for m in measures:
-            change, drawn = evaluation.write_change(m), outcome["random"]["change"][m]["mean"]
-            value = evaluation.write_value(m)(outcome["values"][m])
-            cells.append(Text(f"{value} ({change(outcome['change'][m])}; {change(drawn)})"))
-        table.add_row(Text(outcome["skill"]), f"{percent(outcome['share'])} ({outcome['neurons']:,})", *cells)
+            change, drawn = evaluation.write_change(m), outcome.random.change[m].mean
+            value = evaluation.write_value(m)(outcome.values[m])
+            cells.append(Text(f"{value} ({change(outcome.change[m])}; {change(drawn)})"))
+        table.add_row(Text(outcome.skill), f"{percent(outcome.share)} ({outcome.neurons:,})", *cells)
     return table

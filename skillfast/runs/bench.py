@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from skillfast import __version__, backends, files, metrics
 from skillfast.ablation.interventions import Condition
@@ -24,9 +25,12 @@ from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
 from skillfast.evaluation.overall import overall_accuracy
+from skillfast.evaluation.resampling import Bootstrap
 from skillfast.memory.budget import limited_memory
 from skillfast.models.sites import choose_sites, fingerprint
-from skillfast.runs import selection
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
+from skillfast.runs import removals, selection
 from skillfast.runs.checkpoints import JSON, Kept, Phases
 from skillfast.runs.cost import Clock, trace_over_forward
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
@@ -41,7 +45,6 @@ if TYPE_CHECKING:
 
     from skillfast.runs.config import BenchConfig
 
-SCHEMA = "skillfast.bench/1"
 RESULTS = "results.json"
 MATRIX = "removal_matrix.csv"
 
@@ -56,7 +59,7 @@ class BenchReport:
         directory: The output folder.
     """
 
-    results: dict[str, Any]
+    results: BenchResults
     skills: dict[str, Skill]
     directory: Path
 
@@ -95,9 +98,10 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         if phases.resumed:
             say(f"an unfinished run goes on after {', '.join(phases.resumed)}")
         _announce_baseline(subject, clock, quiet, say)
-        results, skills, scores = _measure(subject, phases, quiet, say)
-    results["cost"] |= {"seconds": clock.seconds, "resumed": phases.resumed, **phases.peak_memory()}
+        found, skills, scores = _measure(subject, phases, quiet, say)
     clock.seconds["total"] = clock.total() + phases.earlier
+    found["cost"] |= {"seconds": clock.seconds, "resumed": phases.resumed, **phases.peak_memory()}
+    results = records.made(BenchResults, found)
     _write(directory, results, skills, scores)
     phases.end(directory)
     return BenchReport(results, skills, directory)
@@ -219,9 +223,9 @@ def _sweep(subject: Subject, skills: Sequence[Skill], quiet: bool) -> SweepResul
     config = subject.config
     sites = choose_sites(subject.model, config.trace.sites)
     conditions: list[Condition] = [
-        *contribution.component_conditions(skills, config.ablate.scale),
-        *contribution.block_conditions(skills, sites, config.ablate.scale),
-        *removal.control_conditions(skills, sites, config.ablate.control_draws, config.ablate.scale, config.run.seed),
+        *removals.component_conditions(skills, config.ablate.scale),
+        *removals.block_conditions(skills, sites, config.ablate.scale),
+        *removals.control_conditions(skills, sites, config.ablate.control_draws, config.ablate.scale, config.run.seed),
     ]
     return sweep(
         subject.model,
@@ -242,7 +246,7 @@ def _embeddings(subject: Subject, skills: Sequence[Skill], quiet: bool) -> Embed
         subject.loader("test"),
         [
             *(Condition(skill, scale=config.ablate.scale) for skill in skills),
-            *removal.control_conditions(skills, sites, 1, config.ablate.scale, config.run.seed),
+            *removals.control_conditions(skills, sites, 1, config.ablate.scale, config.run.seed),
         ],
         classes=subject.splits.classes,
         seed=config.run.seed,
@@ -262,7 +266,7 @@ def _results(
     rows = swept.predictions.reshape(-1, k, n)
     n_parts = len(contribution.SUBSETS)
     parts, by_block, controls = np.split(rows, [n_parts, n_parts + max(0, 2 * (len(blocks) - 1))])
-    bootstrap = removal.Bootstrap(labels, seed=subject.config.run.seed)
+    bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
     oracle = removal.oracle_predictions(swept.top2, k)[None]
     drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
     block_drops = removal.own_drops(np.concatenate([parts[:1], by_block]), intact, labels, bootstrap)
@@ -274,7 +278,6 @@ def _results(
             embedded.metrics, comparisons[:k], drops[0], subject.splits.classes, bootstrap, comparisons[k:]
         )
     return {
-        "schema": SCHEMA,
         "environment": _environment(subject),
         "config": subject.config.to_json(),
         "model": _model(subject),
@@ -290,15 +293,15 @@ def _results(
         "removal_matrix": removal.removal_matrix(parts[0], intact, labels).tolist(),
         "selectivity": removal.selectivity(parts[:1], intact, labels, bootstrap),
         "oracle": {
-            **removal.selectivity(oracle, intact, labels, bootstrap),
+            **structs.asdict(removal.selectivity(oracle, intact, labels, bootstrap)),
             "removal_matrix": removal.removal_matrix(oracle[0], intact, labels).tolist(),
         },
         "random_control": {
-            **removal.selectivity(controls, intact, labels, bootstrap),
+            **structs.asdict(removal.selectivity(controls, intact, labels, bootstrap)),
             "draws": subject.config.ablate.control_draws,
         },
         "layer_contribution": {
-            **contribution.layer_contribution(drops, resampled, subject.splits.classes),
+            **structs.asdict(contribution.layer_contribution(drops, resampled, subject.splits.classes)),
             "per_block": contribution.per_block(blocks, *block_drops, subject.splits.classes),
         },
         **seen,
@@ -351,18 +354,18 @@ def _model(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _write(directory: Path, results: dict[str, Any], skills: dict[str, Skill], scores: NeuronScores) -> None:
+def _write(directory: Path, results: BenchResults, skills: dict[str, Skill], scores: NeuronScores) -> None:
     """All files; results.json after what it sums up, the page last."""
     from skillfast.report import write_report
 
     save_skills(directory, skills.values())
     scores.save(directory)
-    classes = results["dataset"]["classes"]
+    classes = results.dataset.classes
     with files.replacing(directory / MATRIX) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["removed", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, results["removal_matrix"], strict=True))
-    files.write_json(directory / RESULTS, results)
+        writer.writerows([name, *row] for name, row in zip(classes, results.removal_matrix, strict=True))
+    records.write(results, directory / RESULTS)
     write_report(directory)
 
 

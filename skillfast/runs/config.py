@@ -14,6 +14,7 @@ from skillfast.vocabulary import (
     BACKENDS,
     BINS,
     BITS,
+    BLEU,
     DATASETS,
     DEVICE_MAPS,
     DTYPES,
@@ -22,6 +23,7 @@ from skillfast.vocabulary import (
     MAX_SITE_SHARE,
     METHODS,
     METRICS,
+    PERPLEXITY,
     POOLS,
     SHARE,
     STATISTICS,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 LANGUAGE_MODEL = "hf:"  # before the name of a language model
 ALL, EACH, LAST, HEAD = "all", "each", "last", "head"  # layers of an evaluation's grid
 EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are named
-PERPLEXITY, BLEU = "perplexity", "bleu"
+
 _CHANNELS = (1, 3)  # of images
 _NOT_RESULTS = ("output", "resume")  # where a run writes and what it goes on from change no result
 

@@ -12,7 +12,7 @@ from skillfast import files
 from skillfast.ablation.sweep import sweep
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
 from skillfast.evaluation.interference import Directions
-from skillfast.evaluation.selectivity import Bootstrap
+from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.sites import find_sites
 
 if TYPE_CHECKING:

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast import backends
 from skillfast.errors import ArgumentError
-from skillfast.evaluation import classification as class_scores
-from skillfast.evaluation.generation import causal_outcomes, prefixes, require_sacrebleu
-from skillfast.evaluation.grid import cases_of_scores, cases_of_skills, largest
-from skillfast.evaluation.tasks import check_tasks, compare_tasks
+from skillfast.evaluation.classification import MEASURES
+from skillfast.evaluation.generation import require_sacrebleu
 from skillfast.memory.budget import limited_memory
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
+from skillfast.results import records
+from skillfast.results.evaluation import EvaluatedModel, EvaluatedSite, EvaluationResults
 from skillfast.runs import selection
+from skillfast.runs.class_outcomes import class_outcomes
 from skillfast.runs.config import EVALUATED, Generation, Grid
 from skillfast.runs.cost import Clock
+from skillfast.runs.generation import causal_outcomes, prefixes
+from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.runs.results import Evaluation, environment
 from skillfast.runs.subject import Subject, on_device, prepare, trace_part
 from skillfast.runs.subject_causal import predicts_tokens, prepare_causal, trace_causal
+from skillfast.runs.tasks import check_tasks, compare_tasks
 from skillfast.skills.skill import load_skills
 from skillfast.vocabulary import METRICS, STATISTICS
 
@@ -30,8 +34,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from skillfast.evaluation.grid import Case
+    from skillfast.results.evaluation import Tasks
     from skillfast.runs.config import BenchConfig
+    from skillfast.runs.grid import Case
     from skillfast.runs.subject_causal import CausalSubject
     from skillfast.statistics.scores import NeuronScores
 
@@ -97,7 +102,7 @@ def evaluate(
         else:
             cases = cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.trace.sites), grid)
         say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
-        intact, outcomes = class_scores.class_outcomes(
+        intact, outcomes = class_outcomes(
             subject.model,
             subject.loader("test"),
             cases,
@@ -107,21 +112,21 @@ def evaluate(
             quiet=quiet,
         )
         compared = None if scores is None or not tasks else _compared(subject, scores, tasks, grid)
-    return Evaluation(
-        task="classification",
-        measures=class_scores.MEASURES,
-        intact=intact,
-        outcomes=tuple(outcomes),
-        model=model_json(subject.name, subject.model, config.trace.sites),
-        data=subject.dataset_json(),
-        config=_settings(subject.config, grid, skills),
-        environment=environment(subject.device),
-        tasks=compared,
-        skills=largest(cases) if skills is None else (),
-    )
+    results = {
+        "task": "classification",
+        "measures": MEASURES,
+        "intact": intact,
+        "outcomes": outcomes,
+        "model": evaluated_model(subject.name, subject.model, config.trace.sites),
+        "data": subject.dataset_json(),
+        "config": _settings(subject.config, grid, skills),
+        "environment": environment(subject.device),
+        "tasks": compared,
+    }
+    return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 
 
-def _compared(subject: Subject, scores: NeuronScores, tasks: Sequence[str], grid: Grid) -> dict[str, Any]:
+def _compared(subject: Subject, scores: NeuronScores, tasks: Sequence[str], grid: Grid) -> Tasks:
     return compare_tasks(
         subject,
         scores,
@@ -148,13 +153,13 @@ def _evaluate_causal(
         intact, outcomes, counts = causal_outcomes(
             subject, cases, settings, replicates=grid.replicates, seed=grid.seed, quiet=quiet
         )
-    return Evaluation(
-        task="causal",
-        measures=settings.measures,
-        intact=intact,
-        outcomes=tuple(outcomes),
-        model=model_json(str(config.model.name), subject.model, config.trace.sites),
-        data={
+    results = {
+        "task": "causal",
+        "measures": settings.measures,
+        "intact": intact,
+        "outcomes": outcomes,
+        "model": evaluated_model(str(config.model.name), subject.model, config.trace.sites),
+        "data": {
             "name": "text",
             "classes": list(subject.test.classes),
             "n_select": len(subject.select),
@@ -162,10 +167,10 @@ def _evaluate_causal(
             "n_test": len(subject.test),
             **counts,
         },
-        config=_settings(subject.config, grid, skills) | {"generation": asdict(settings)},
-        environment=environment(subject.device),
-        skills=largest(cases) if skills is None else (),
-    )
+        "config": _settings(subject.config, grid, skills) | {"generation": asdict(settings)},
+        "environment": environment(subject.device),
+    }
+    return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 
 
 def _causal_cases(subject: CausalSubject, grid: Grid, skills: str | Path | None, quiet: bool) -> list[Case]:
@@ -235,12 +240,12 @@ def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Seq
     return cases_of_scores(ranked[tried.ranking], method, names, grid)
 
 
-def model_json(name: str, model: nn.Module, kinds: Sequence[str]) -> dict[str, Any]:
-    """The model object of evaluation.json."""
+def evaluated_model(name: str, model: nn.Module, kinds: Sequence[str]) -> EvaluatedModel:
+    """The model as `evaluation.json` has it."""
     sites = choose_sites(model, kinds)
-    return {
-        "name": name,
-        "fingerprint": fingerprint(model),
-        "neurons": sum(site.width for site in sites),
-        "sites": [{"name": site.name, "kind": site.kind, "block": site.block, "width": site.width} for site in sites],
-    }
+    return EvaluatedModel(
+        name=name,
+        fingerprint=fingerprint(model),
+        neurons=sum(site.width for site in sites),
+        sites=[EvaluatedSite(name=site.name, kind=site.kind, block=site.block, width=site.width) for site in sites],
+    )

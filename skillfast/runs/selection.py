@@ -6,20 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from skillfast.ablation.interventions import Condition
 from skillfast.ablation.sweep import sweep
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.selectivity import (
-    RATIOS,
-    ROUNDING,
-    Bootstrap,
-    oracle_predictions,
-    removal_matrix,
-    selectivity,
-    selectivity_terms,
-)
+from skillfast.evaluation.resampling import Bootstrap
+from skillfast.evaluation.selectivity import effect, oracle_predictions, selectivity
+from skillfast.results.records import to_json
 from skillfast.skills.attribution import attribute
 from skillfast.skills.learned_mask import KEEP, learn_masks
 from skillfast.skills.select import select
@@ -263,29 +255,12 @@ def effects(
     k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]
     parts = swept.predictions.reshape(-1, k, n)
     if intervals is None:
-        found = [effect(part, intact, swept.labels) for part in parts]
+        found = [to_json(effect(part, intact, swept.labels)) for part in parts]
     else:
         bootstrap = Bootstrap(swept.labels, seed=intervals)
-        found = [selectivity(part[None], intact, swept.labels, bootstrap) for part in parts]
-    return {"candidates": found, "oracle": effect(oracle_predictions(swept.top2, k), intact, swept.labels)}
-
-
-def effect(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """Terms and ratios of selectivity, without intervals; classes without images do not count.
-
-    Args:
-        predictions: int64 [K, n], with skill i removed.
-        intact: int64 [n], of the intact model.
-        labels: int64 [n].
-    """
-    shown = np.isin(np.arange(len(predictions)), labels)
-    matrix = removal_matrix(predictions, intact, labels)[np.ix_(shown, shown)]
-    terms = selectivity_terms(matrix)
-    values: dict[str, float | None] = {name: float(term) for name, term in terms.items()}
-    for ratio, below in RATIOS.items():
-        denominator = abs(float(terms[below]))
-        values[ratio] = float(terms["target_drop"]) / denominator if denominator > ROUNDING else None
-    return values
+        found = [to_json(selectivity(part[None], intact, swept.labels, bootstrap)) for part in parts]
+    oracle = effect(oracle_predictions(swept.top2, k), intact, swept.labels)
+    return {"candidates": found, "oracle": to_json(oracle)}
 
 
 def best(found: Sequence[Mapping[str, Any]], oracle: Mapping[str, Any]) -> int:

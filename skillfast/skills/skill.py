@@ -6,16 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 
 from skillfast import files
 from skillfast.errors import ArgumentError
+from skillfast.results import records
+from skillfast.results.skills import SkillEntry, Skills
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-SCHEMA = "skillfast.skills/1"
+    from skillfast.models.sites import Site
+
 FILE = "skills.json"
 
 
@@ -50,15 +54,15 @@ class Skill:
         """Number of neurons."""
         return sum(index.numel() for index in self.neurons.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """One entry of skills.json."""
-        return {
-            "name": self.name,
-            "metric": self.metric,
-            "method": self.method,
-            "settings": dict(self.settings),
-            "neurons": {site: index.tolist() for site, index in self.neurons.items()},
-        }
+    def entry(self) -> SkillEntry:
+        """The skill as `skills.json` has it."""
+        return SkillEntry(
+            name=self.name,
+            metric=self.metric,
+            method=self.method,
+            settings=dict(self.settings),
+            neurons={site: index.tolist() for site, index in self.neurons.items()},
+        )
 
 
 def _indices(skill: str, site: str, index: Any) -> torch.Tensor:
@@ -77,6 +81,21 @@ def overlap(skills: Sequence[Skill]) -> np.ndarray:
     return np.array([[len(a & b) / max(1, len(a | b)) for b in sets] for a in sets])
 
 
+def random_skills(skill: Skill, sites: Sequence[Site], draws: int, rng: np.random.Generator) -> list[Skill]:
+    """As many neurons of each site as the skill has there, drawn at random, `draws` times."""
+    widths = {site.name: site.width for site in sites}
+    return [
+        Skill(
+            name=f"random {i} for {skill.name}",
+            neurons={
+                name: torch.from_numpy(rng.choice(widths[name], size=len(index), replace=False))
+                for name, index in skill.neurons.items()
+            },
+        )
+        for i in range(draws)
+    ]
+
+
 def save_skills(directory: str | Path, skills: Iterable[Skill]) -> Path:
     """Write `skills.json` into the folder; returns its path."""
     path = files.output_folder(directory) / FILE
@@ -84,8 +103,7 @@ def save_skills(directory: str | Path, skills: Iterable[Skill]) -> Path:
     fingerprints = {skill.fingerprint for skill in skills}
     if len(fingerprints) > 1:
         raise ArgumentError(f"skills: expected one model's, got fingerprints {sorted(map(str, fingerprints))}")
-    entries = [skill.to_json() for skill in skills]
-    files.write_json(path, {"schema": SCHEMA, "fingerprint": next(iter(fingerprints), None), "skills": entries})
+    records.write(Skills(next(iter(fingerprints), None), [skill.entry() for skill in skills]), path)
     return path
 
 
@@ -94,7 +112,6 @@ def load_skills(directory: str | Path) -> dict[str, Skill]:
     path = Path(directory)
     path = path if path.is_file() else path / FILE
     remedy = "write it with save_skills or `skillfast bench`"
-    value = files.read_json(path, SCHEMA, remedy)
-    with files.whole(path, remedy):
-        skills = [Skill(**entry, fingerprint=value["fingerprint"]) for entry in value["skills"]]
-    return {skill.name: skill for skill in skills}
+    found = records.read(Skills, path, remedy)
+    made = [Skill(**msgspec.structs.asdict(entry), fingerprint=found.fingerprint) for entry in found.skills]
+    return {skill.name: skill for skill in made}

@@ -7,8 +7,8 @@ from conftest import make_vit
 
 import skillfast
 from skillfast import Condition, Skill, backends
-from skillfast.ablation.sweep import per_class_accuracy
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.metrics import per_class_accuracy
 from skillfast.models.sites import find_sites
 
 SKILL = Skill("mine", {"blocks.0.mlp": [0, 5, 95], "blocks.1.attn": [3, 4], "blocks.2.mlp": [7], "head": [1, 2]})

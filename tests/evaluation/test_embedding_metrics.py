@@ -15,7 +15,8 @@ from skillfast.evaluation.embeddings import (
     linear_cka,
     standard_metrics,
 )
-from skillfast.evaluation.selectivity import Bootstrap
+from skillfast.evaluation.resampling import Bootstrap
+from skillfast.results.records import to_json
 
 
 @pytest.fixture
@@ -158,9 +159,9 @@ def test_nothing_is_left():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = EmbeddingMetrics(before, labels).compare(np.zeros((20, 3)))
-        result = standard_metrics(
-            EmbeddingMetrics(before, labels), [found] * 2, np.array([0.5, 0.7]), ["a", "b"], Bootstrap(labels, 20)
-        )
+        made = EmbeddingMetrics(before, labels)
+        found = standard_metrics(made, [found] * 2, np.array([0.5, 0.7]), ["a", "b"], Bootstrap(labels, 20))
+    result = to_json(found)
     assert [result[key] for key in ("cosine", "rank_preservation", "knn_accuracy_change", "cka")] == [None] * 4
     assert result["reasons"] == {"zero_or_not_finite": {"a": 20, "b": 20}}
     assert set(result["ci95"].values()) == {None}
@@ -176,7 +177,7 @@ def test_constant_embeddings_have_no_order_and_no_cka():
     assert np.isnan(found.cka)
     assert np.isfinite(found.cosine).all()
     metrics = EmbeddingMetrics(before, labels)
-    result = standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 20))
+    result = to_json(standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 20)))
     assert result["rank_preservation"] is result["cka"] is None
     assert result["cosine"] is not None
     assert result["reasons"] == {"constant_embeddings": ["a", "b"]}
@@ -200,7 +201,7 @@ def test_a_class_of_one_image_has_no_knn_accuracy():
     found = metrics.compare(before)
     assert np.isnan(found.knn_accuracy_change).tolist() == [False] * 40 + [True]
     assert metrics.knn_accuracy() == 1
-    result = standard_metrics(metrics, [found] * 3, np.zeros(3), ["a", "b", "c"], Bootstrap(labels, 50))
+    result = to_json(standard_metrics(metrics, [found] * 3, np.zeros(3), ["a", "b", "c"], Bootstrap(labels, 50)))
     assert result["per_class"]["c"]["target_knn_accuracy_change"] is None
     assert result["per_class"]["a"]["knn_accuracy_change_per_class"] == [0, 0, None]
     assert result["reasons"] == {"one_image": ["c"]}
@@ -224,6 +225,7 @@ def test_planted_what_embedding_metrics_miss():
         metrics, [found if i == 3 else still for i in range(10)], np.eye(10)[3], list("0123456789"),
         Bootstrap(labels, 200),
     )  # fmt: skip
+    result = to_json(result)
     assert result["per_class"]["3"]["target_drop"] == 1
     assert result["per_class"]["2"]["cosine"] == pytest.approx(1)
     assert result["cosine"] == pytest.approx((9 + found.cosine.mean()) / 10)
@@ -245,7 +247,7 @@ def test_the_intervals_cover():
         )
         metrics = EmbeddingMetrics(before, labels, max_anchors=2)
         found = metrics.compare(np.einsum("nij,nj->ni", turn, before))
-        result = standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 300, trial))
+        result = to_json(standard_metrics(metrics, [found] * 2, np.zeros(2), ["a", "b"], Bootstrap(labels, 300, trial)))
         low, high = result["ci95"]["cosine"]
         held += low <= np.cos(turns).mean() <= high
     assert 133 <= held <= 149

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import resources
 
 import jsonschema
 import numpy as np
@@ -18,17 +17,14 @@ import skillfast
 from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError
-from skillfast.evaluation.generation import (
-    causal_outcomes,
-    corpus_bleu,
-    generate,
-    log_probabilities,
-    perplexity,
-    prefixes,
-)
-from skillfast.evaluation.grid import cases_of_skills
+from skillfast.evaluation.generation import corpus_bleu, perplexity
 from skillfast.metrics import TOKEN_LOG_PROBABILITY
+from skillfast.results import records
+from skillfast.results.evaluation import EvaluationResults
+from skillfast.results.records import to_json
 from skillfast.runs.config import Generation, Grid
+from skillfast.runs.generation import causal_outcomes, generate, log_probabilities, prefixes
+from skillfast.runs.grid import cases_of_skills
 from skillfast.runs.subject_causal import prepare_causal
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -111,8 +107,8 @@ def test_outcomes_are_those_of_numpy_and_sacrebleu(subject, model_class):
     cases = cases_of_skills([SKILL], found_sites(found), Grid(layers=("all", "each"), scales=(2.0,), draws=2))
     intact, outcomes, counts = causal_outcomes(found, cases, settings, replicates=200, seed=3)
     assert counts == {"tokens": sum(len(i) - 1 for i in found.test.encoded["input_ids"]), "prefixes": 6}
-    assert intact["values"]["perplexity"] == pytest.approx(numpy_perplexity(found), rel=1e-4)
-    assert intact["values"]["bleu"] == pytest.approx(100)
+    assert intact.values["perplexity"] == pytest.approx(numpy_perplexity(found), rel=1e-4)
+    assert intact.values["bleu"] == pytest.approx(100)
     assert [(o.layers, o.scale) for o in outcomes] == [
         ("all", 0.0), ("all", 2.0), ("blocks.0", 0.0), ("blocks.1", 0.0),
     ]  # fmt: skip
@@ -125,16 +121,16 @@ def test_outcomes_are_those_of_numpy_and_sacrebleu(subject, model_class):
             with skillfast.ablate(found.model, skill, scale=outcome.scale):
                 texts = [greedy(found, ids, 8) for ids in starts]
                 values.append((numpy_perplexity(found), sacrebleu.corpus_bleu(texts, [references]).score))
-        assert outcome.measured.values["perplexity"] == pytest.approx(values[0][0], rel=1e-4)
-        assert outcome.measured.values["bleu"] == pytest.approx(values[0][1])
-        assert outcome.measured.change["bleu"] == pytest.approx(values[0][1] - 100)
+        assert outcome.values["perplexity"] == pytest.approx(values[0][0], rel=1e-4)
+        assert outcome.values["bleu"] == pytest.approx(values[0][1])
+        assert outcome.change["bleu"] == pytest.approx(values[0][1] - 100)
         drawn = np.array(values[1:])
-        assert outcome.random["values"]["bleu"] == pytest.approx(
+        assert to_json(outcome.random.values["bleu"]) == pytest.approx(
             {"mean": drawn[:, 1].mean(), "low": drawn[:, 1].min(), "high": drawn[:, 1].max()}
         )
-        assert outcome.random["values"]["perplexity"]["mean"] == pytest.approx(drawn[:, 0].mean(), rel=1e-4)
-        low, high = outcome.measured.ci95["perplexity"]
-        assert low < outcome.measured.values["perplexity"] < high
+        assert outcome.random.values["perplexity"].mean == pytest.approx(drawn[:, 0].mean(), rel=1e-4)
+        low, high = outcome.ci95["perplexity"]
+        assert low < outcome.values["perplexity"] < high
         lows.append(values[0][1])
     assert min(lows) < 90
 
@@ -175,7 +171,7 @@ def test_what_cannot_be_generated(subject, monkeypatch):
         ModelError, causal_outcomes, found, cases, Generation(prefix_tokens=4, max_new_tokens=8)
     )
     _, outcomes, _ = causal_outcomes(found, cases, Generation(max_new_tokens=0), replicates=10)  # needs none
-    assert list(outcomes[0].measured.values) == ["perplexity"]
+    assert list(outcomes[0].values) == ["perplexity"]
 
 
 def lines(folder):
@@ -197,8 +193,7 @@ def test_the_command(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "BLEU against the intact model's text" in result.output
     found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
-    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
-    jsonschema.validate(found, json.loads(text))
+    jsonschema.validate(found, records.schema(EvaluationResults))
     assert found["task"] == "causal"
     assert len(found["outcomes"]) == 2 * (2 + 1)
     assert {o["skill"] for o in found["outcomes"]} == {TOKEN_LOG_PROBABILITY}
@@ -223,7 +218,7 @@ def test_the_command(folder, tmp_path):
     moved = [*options, "--skills", tmp_path / "prompted", "--layers", "all", "--scales", "0", "--quiet"]
     result = run(*moved, "--output", tmp_path / "moved")
     assert result.exit_code == 0, result.output
-    assert [o.skill for o in skillfast.Evaluation.load(tmp_path / "moved").outcomes] == ["confidence"]
+    assert [o.skill for o in skillfast.Evaluation.load(tmp_path / "moved").results.outcomes] == ["confidence"]
     for change, code, words in [
         (["--method", "mask"], 2, "which ranks neurons for classes alone"),
         (["--prefix-tokens", 14], 1, "expected a text of more than 14 tokens"),

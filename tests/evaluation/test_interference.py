@@ -8,7 +8,9 @@ from scipy.stats import binomtest, false_discovery_control
 
 import skillfast
 from skillfast.evaluation.interference import Directions, Effects, class_means, find_pairs, interference
-from skillfast.evaluation.selectivity import Bootstrap, interval, oracle_predictions, removal_matrix
+from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
+from skillfast.results.records import to_json
 from skillfast.skills.skill import overlap
 
 K = 5
@@ -144,7 +146,7 @@ def planted_pairs(n=100, moved=20):
 def test_planted_competition_and_linkage_are_found_and_nothing_besides():
     predictions, oracle, right, labels = planted_pairs()
     classes = ["a", "b", "c", "d", "e"]
-    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), classes)
+    found = to_json(interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), classes))
     assert [pair["classes"] for pair in found["competition"]] == [["a", "b"]]
     assert [pair["classes"] for pair in found["linkage"]] == [["c", "d"]]
     for key in ("beyond_oracle", "change"):
@@ -159,7 +161,7 @@ def test_planted_competition_and_linkage_are_found_and_nothing_besides():
 def test_what_the_oracle_does_too_is_no_competition():
     """Images freed by the removal go to the other class in the oracle as well."""
     predictions, _, right, labels = planted_pairs()
-    assert find_pairs(Effects.of(predictions, predictions, right, labels), "abcde") == {
+    assert to_json(find_pairs(Effects.of(predictions, predictions, right, labels), "abcde")) == {
         "competition": [], "linkage": [],
     }  # fmt: skip
 
@@ -170,12 +172,12 @@ def test_gaining_less_than_by_the_oracle_is_no_linkage():
     oracle = np.tile(labels, (K, 1))
     effects = Effects.of(np.tile(right, (K, 1)), oracle, right, labels)
     assert (effects.beyond_oracle == -0.5).all()
-    assert find_pairs(effects, "abcde") == {"competition": [], "linkage": []}
+    assert to_json(find_pairs(effects, "abcde")) == {"competition": [], "linkage": []}
 
 
 def test_too_few_images_are_named_but_not_significant():
     predictions, oracle, right, labels = planted_pairs(moved=3)
-    found = interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), "abcde")
+    found = to_json(interference(no_turn(K), predictions, oracle, right, labels, np.eye(K), "abcde"))
     assert found["competition"] == found["linkage"] == []
     strongest = found["strongest"]["competition"]
     assert strongest["classes"] == ["a", "b"]
@@ -204,7 +206,7 @@ def test_p_and_q_equal_scipys():
     p = [max(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss) for i, j in pairs]
     q = dict(zip([(kind, *pair) for kind in ("competition", "linkage") for pair in pairs],
                  false_discovery_control(p), strict=True))  # fmt: skip
-    found = find_pairs(effects, "0123")
+    found = to_json(find_pairs(effects, "0123"))
     entries = [(kind, entry) for kind, pairs in found.items() for entry in pairs]
     assert entries
     for kind, entry in entries:
@@ -220,7 +222,7 @@ def test_false_discoveries_are_rare():
         flips = rng.random((2 * K + 1, 500)) < 0.1
         predictions, oracle, baseline = np.split(np.where(flips, (labels + 1) % K, labels), [K, 2 * K])
         found = find_pairs(Effects.of(predictions, oracle, baseline[0], labels), "abcde")
-        any_found += any(pair["significant"] for pairs in found.values() for pair in pairs)
+        any_found += any(pair.significant for pairs in found.values() for pair in pairs)
     assert any_found <= 10
 
 
@@ -228,17 +230,17 @@ def test_classes_without_images_are_named():
     labels = np.array([0, 0, 1, 1, 3])
     predictions = np.array([[1, 1, 1, 1, 3], [0, 0, 0, 0, 3], [0, 0, 1, 1, 3], [0, 0, 1, 1, 0]])
     angles = np.where(np.arange(4) == 2, np.nan, np.zeros((4, 4)))
-    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
+    found = to_json(interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd"))
     assert found["reasons"] == {"no_images": ["c"], "one_image": ["d"]}
     assert [row[2] for row in found["angles_deg"]] == [None] * 4
     angles[:, 1] = np.nan
-    found = interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd")
+    found = to_json(interference(turns(angles), predictions, predictions, labels, labels, np.eye(4), "abcd"))
     assert found["reasons"]["no_direction"] == ["b"]
 
 
 def test_a_model_without_embeddings_has_pairs_but_no_angles():
     predictions, oracle, right, labels = planted_pairs()
-    found = interference(None, predictions, oracle, right, labels, np.eye(K), "abcde")
+    found = to_json(interference(None, predictions, oracle, right, labels, np.eye(K), "abcde"))
     assert {"angles_deg", "own_angle_deg", "other_angle_deg", "ci95"}.isdisjoint(found)
     assert found["strongest"]["angle"] is None
     assert len(found["competition"]) == len(found["linkage"]) == 1
@@ -273,7 +275,9 @@ def test_planted_skills_turn_their_own_class_alone():
     predictions = np.concatenate([result.predictions, result.top2[None, :, 0]])  # a removal of "none" does nothing
     angles = np.concatenate([angles, np.zeros((1, 6))])
     oracle = oracle_predictions(result.top2, planted.CLASSES)
-    found = interference(turns(angles), predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
+    found = to_json(
+        interference(turns(angles), predictions, oracle, result.top2[:, 0], result.labels, np.eye(6), "012345")
+    )
     assert found["competition"] == found["linkage"] == []
     assert found["own_angle_deg"] > 50 * found["other_angle_deg"]
 
@@ -293,7 +297,9 @@ def test_planted_inhibition_and_shared_neurons_are_competition_and_linkage():
     skills = [skillfast.Skill(str(label), sites) for label, sites in enumerate(neurons)]
     result = skillfast.sweep(model, [(images, labels)], map(skillfast.Condition, skills), keep_predictions=True)
     oracle = oracle_predictions(result.top2, planted.CLASSES)
-    found = interference(None, result.predictions, oracle, result.top2[:, 0], result.labels, overlap(skills), "012345")
+    found = to_json(
+        interference(None, result.predictions, oracle, result.top2[:, 0], result.labels, overlap(skills), "012345")
+    )
     assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["competition"]] == [(["0", "1"], [1, 1])]
     assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["linkage"]] == [(["2", "4"], [-1, -1])]
     assert found["strongest"]["overlap"] == {"one": "2", "other": "4", "jaccard": 1}

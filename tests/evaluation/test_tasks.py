@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from importlib import resources
 
 import jsonschema
 import numpy as np
@@ -20,11 +19,15 @@ from tiny_models import WORDS, save_model
 from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.selectivity import random_skills
-from skillfast.evaluation.tasks import RIDGE, check_tasks, compare_tasks, expected_shared, overlaps, task_skills
+from skillfast.evaluation.tasks import RIDGE, expected_shared, overlaps
 from skillfast.models.sites import find_sites
+from skillfast.results import records
+from skillfast.results.evaluation import EvaluationResults
+from skillfast.results.records import to_json
 from skillfast.runs.cost import Clock
 from skillfast.runs.subject import prepare, trace_part
+from skillfast.runs.tasks import check_tasks, compare_tasks, task_skills
+from skillfast.skills.skill import random_skills
 
 pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,7 +89,7 @@ def plain(subject, part, skill=None):
 def test_effects_are_those_of_a_plain_loop(folder, model_class):
     subject = subject_of(folder, model_class)
     scores = trace_part(subject, "select", True)
-    found = compare_tasks(subject, scores, TASKS, share=0.2, draws=2, seed=4)
+    found = to_json(compare_tasks(subject, scores, TASKS, share=0.2, draws=2, seed=4))
     names = ["label", "length", "confidence", "genre"]
     skills = task_skills(scores, names, "pearson", 0.2)
     assert found["names"] == names
@@ -152,7 +155,7 @@ def test_overlaps_are_those_of_sets_and_chance_is_that_of_draws(vit):
     base = Skill("a", {"blocks.0.mlp": torch.arange(30), "blocks.1.attn": torch.arange(8), "head": torch.arange(3)})
     other = Skill("b", {"blocks.0.mlp": torch.arange(20, 60), "blocks.1.attn": torch.arange(6, 10)})
     third = Skill("c", {"blocks.2.mlp": torch.arange(20, 60), "blocks.1.attn": torch.tensor([7])})
-    found = overlaps([base, other, third], sites)
+    found = to_json(overlaps([base, other, third], sites))
     assert found["neurons"] == [41, 44, 41]
     assert found["shared"] == [[41, 12, 1], [12, 44, 1], [1, 1, 41]]
     assert found["jaccard"][0][1] == pytest.approx(12 / (41 + 44 - 12))
@@ -196,8 +199,7 @@ def test_the_command(folder, tmp_path):
     result = run(*options, "--tasks", "label,column:length,confidence")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
-    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
-    jsonschema.validate(found, json.loads(text))
+    jsonschema.validate(found, records.schema(EvaluationResults))
     assert found["tasks"]["names"] == ["label", "length", "confidence"]
     for i, j in itertools.combinations(range(3), 2):
         assert found["tasks"]["shared"][i][j] == found["tasks"]["shared"][j][i] <= found["tasks"]["neurons"][i]

@@ -10,8 +10,19 @@ import report_sample as sample
 from rich.console import Console
 
 from skillfast import report
-from skillfast.report import evidence
+from skillfast.report.bench import evidence
 from skillfast.report.formatting import MINUS, data_name, model_name
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
+from skillfast.results.skills import Skills
+
+
+def typed(results):
+    return records.made(BenchResults, results)
+
+
+def rendered(results):
+    return report.render(typed(results), records.made(Skills, sample.sample_skills(results)))
 
 
 def words(page):
@@ -24,10 +35,10 @@ def test_the_page_says_what_a_removal_costs_over_all_examples():
     results["model"]["trained"] |= {"from": "pretrained", "learning_rate": 2e-4, "n_train": 4800, "epochs": 3}
     results["overall"]["removals"][1] |= {"change": -0.375, "accuracy": 0.485, "random_changes": [0.01, -0.02]}
     results["overall"]["removals"][0]["random_changes"] = [0.0]
-    text = words(report.render(results, sample.sample_skills(results)))
+    text = words(rendered(results))
     assert "came pretrained; all its weights were trained on 4,800 examples for 3 epochs at a learning rate of" in text
     assert "Without the skill automobile, which is 119 neurons or 1.00\xa0% of all, it is right on 48.5\xa0%" in (
-        " ".join(evidence.overall_say(results))
+        " ".join(evidence.overall_say(typed(results)))
     )
     assert "a change of -37.5 points, the largest of the 2 removals" in text
     assert "between -2.00 and +1.00 in 3 draws" in text
@@ -39,25 +50,29 @@ def test_the_page_says_what_a_removal_costs_over_all_examples():
 
 def test_a_run_without_these_keys_has_a_page_without_them():
     results = sample.sample_results(2, optional=False)
-    text = words(report.render(results, sample.sample_skills(results)))
+    text = words(rendered(results))
     assert "Accuracy over all examples" not in text
     assert "How closely single neurons" not in text
 
 
 def test_the_terminal_says_them_too():
     console = Console(file=io.StringIO(), width=160)
-    console.print(report.summary_table(sample.sample_results(2)))
+    console.print(report.summary_table(typed(sample.sample_results(2))))
     shown = " ".join(console.file.getvalue().replace(MINUS, "-").split())
     assert "all examples, largest change │ -30.5" in shown
     assert "top-10 |r| with label │ 0.78" in shown
 
 
+def names(results):
+    return model_name(typed(results)), data_name(typed(results))
+
+
 def test_a_folders_name_is_short():
     results = sample.sample_results(2)
-    assert (model_name(results), data_name(results)) == ("vit_digits_128x4", "digits")
+    assert names(results) == ("vit_digits_128x4", "digits")
     results["model"]["name"] = "hf:/home/somebody/models/encoder/model"
     results["config"] |= {"data_file": "/data/train.tsv", "test_file": "/data/dev.tsv"}
-    assert (model_name(results), data_name(results)) == ("encoder/model", "dev.tsv")
+    assert names(results) == ("encoder/model", "dev.tsv")
     results["model"]["name"] = "hf:prajjwal1/bert-tiny"
     results["config"]["test_file"] = None
-    assert (model_name(results), data_name(results)) == ("prajjwal1/bert-tiny", "train.tsv")
+    assert names(results) == ("prajjwal1/bert-tiny", "train.tsv")

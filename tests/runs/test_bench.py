@@ -4,29 +4,30 @@ import csv
 import functools
 import itertools
 import json
-from importlib import resources
 
 import jsonschema
 import numpy as np
 import planted
 import pytest
 import torch
+from msgspec import structs
 
 import skillfast
 from skillfast import BenchConfig
-from skillfast.ablation.sweep import per_class_accuracy
 from skillfast.data import load_digits
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal
 from skillfast.evaluation import shapley as contribution
-from skillfast.metrics import classification
+from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.metrics import classification, per_class_accuracy
 from skillfast.models.sites import Site, find_sites
-from skillfast.runs import selection
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
+from skillfast.results.records import to_json
+from skillfast.results.skills import Skills
+from skillfast.runs import removals, selection
 from skillfast.runs.cost import trace_over_forward
-
-
-def schema(name):
-    return json.loads(resources.files("skillfast.runs").joinpath(f"{name}.schema.json").read_text())
+from skillfast.skills.skill import random_skills
 
 
 def test_the_terms_of_selectivity():
@@ -56,7 +57,7 @@ def test_the_oracle_takes_the_second_best():
 def test_a_ratio_over_nothing_is_null():
     labels = np.arange(3).repeat(10)
     predictions = np.stack([np.where(labels == k, (k + 1) % 3, labels) for k in range(3)])[None]
-    found = removal.selectivity(predictions, labels, labels, removal.Bootstrap(labels, 50))
+    found = to_json(removal.selectivity(predictions, labels, labels, Bootstrap(labels, 50)))
     assert found["target_drop"] == 1
     assert found["other_harm"] == found["other_abs_change"] == 0
     assert found["ratio"] is found["strict_ratio"] is found["harm_ratio"] is None
@@ -71,8 +72,9 @@ def test_the_bootstrap_interval_covers():
     for trial in range(200):
         labels = np.arange(2).repeat(80)
         predictions = np.stack([np.where((labels == k) & (rng.random(160) < 0.3), 1 - k, labels) for k in range(2)])
-        spread = removal.Bootstrap(labels, 400, trial).terms((predictions[None] == labels).astype(float) - 1)
-        low, high = removal.interval(spread["target_drop"])
+        bootstrap = Bootstrap(labels, 400, trial)
+        spread = removal.resampled_terms((predictions[None] == labels).astype(float) - 1, bootstrap)
+        low, high = interval(spread["target_drop"])
         held += low <= 0.3 <= high
     assert 180 <= held <= 199
 
@@ -81,15 +83,15 @@ def test_bootstrap_of_one_class_equals_that_of_the_matrix():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 60)
     change = rng.integers(-1, 2, (2, 3, 60)).astype(float)
-    bootstrap = removal.Bootstrap(labels, 20)
+    bootstrap = Bootstrap(labels, 20)
     drop = -bootstrap.own_class(change).mean((0, 1))
-    np.testing.assert_allclose(drop, bootstrap.terms(change)["target_drop"])
+    np.testing.assert_allclose(drop, removal.resampled_terms(change, bootstrap)["target_drop"])
 
 
 def test_random_controls_have_as_many_neurons_per_site():
     sites = [Site("blocks.0.mlp", "mlp", 0, "a", 50), Site("head", "head", None, "b", 9)]
     skill = skillfast.Skill("s", {"blocks.0.mlp": range(20), "head": range(9)})
-    drawn = removal.random_skills(skill, sites, 3, np.random.default_rng(0))
+    drawn = random_skills(skill, sites, 3, np.random.default_rng(0))
     assert all({k: len(v) for k, v in d.neurons.items()} == {"blocks.0.mlp": 20, "head": 9} for d in drawn)
     assert not torch.equal(drawn[0].neurons["blocks.0.mlp"], drawn[1].neurons["blocks.0.mlp"])
 
@@ -109,7 +111,7 @@ def test_shapley_values_of_games_that_are_known():
 
 def test_layer_contribution():
     drops = np.stack([worth(0.3, 0.1, 0.0, 0.4), worth(0, 0, 0)], 1)  # the second class loses nothing
-    found = contribution.layer_contribution(drops, np.repeat(drops[..., None], 5, -1), ["a", "b"])
+    found = to_json(contribution.layer_contribution(drops, np.repeat(drops[..., None], 5, -1), ["a", "b"]))
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.625, 0.375, 0])
     assert found["non_additivity"] == pytest.approx(0.5)
     assert found["per_class"]["b"] == {"mlp": None, "attn": None, "head": None}
@@ -121,10 +123,10 @@ def test_shares_of_a_planted_skill():
     """Class 3 lives in one MLP neuron and two attention neurons that can each carry it: Shapley gives them halves."""
     images, labels = planted.images(120)
     skill = skillfast.Skill("3", planted.PLANTED[3])
-    conditions = contribution.component_conditions([skill], 0.0)
+    conditions = removals.component_conditions([skill], 0.0)
     result = skillfast.sweep(planted.model(), [(images, labels)], conditions)
     drops = 1 - result.per_class_accuracy[:, [3]]
-    found = contribution.layer_contribution(drops, drops[..., None], ["3"])
+    found = to_json(contribution.layer_contribution(drops, drops[..., None], ["3"]))
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.5, 0.5, 0])
     assert found["non_additivity"] == 1
 
@@ -168,7 +170,7 @@ def test_blocks_add_up_to_the_whole_in_any_game():
     for order in contribution.block_values(values[1:], values[0]):
         np.testing.assert_allclose(order.sum(0), values[0])
     drops = np.abs(values[..., 0])
-    found = contribution.per_block(BLOCKS, drops, drops[..., None], list("abcde"))
+    found = to_json(contribution.per_block(BLOCKS, drops, drops[..., None], list("abcde")))
     assert [entry["block"] for entry in found] == BLOCKS
     for key in ("share", "bottom_up", "top_down"):
         assert sum(entry[key] for entry in found) == pytest.approx(1)
@@ -178,7 +180,7 @@ def test_blocks_add_up_to_the_whole_in_any_game():
 def test_blocks_that_stand_in_for_each_other_share():
     """Either of the blocks 1 and 3 carries the skill: whichever goes last costs everything."""
     values = block_worth(lambda s: float({1, 2} <= s))[:, None]
-    found = contribution.per_block(BLOCKS, values, values[..., None], ["a"])
+    found = to_json(contribution.per_block(BLOCKS, values, values[..., None], ["a"]))
     assert [entry["share"] for entry in found] == [0, 0.5, 0.5, 0]
     assert [entry["bottom_up"] for entry in found] == [0, 0, 1, 0]
     assert [entry["top_down"] for entry in found] == [0, 1, 0, 0]
@@ -186,23 +188,23 @@ def test_blocks_that_stand_in_for_each_other_share():
 
 def test_a_class_that_loses_nothing_has_no_shares():
     drops = np.stack([block_worth(pairwise_game(1)) ** 2, np.zeros(7)], 1)
-    found = contribution.per_block(BLOCKS, drops, drops[..., None], ["a", "b"])
+    found = to_json(contribution.per_block(BLOCKS, drops, drops[..., None], ["a", "b"]))
     assert [entry["per_class"]["b"] for entry in found] == [None] * 4
-    nothing = contribution.per_block(BLOCKS, 0 * drops, 0 * drops[..., None], ["a", "b"])
+    nothing = to_json(contribution.per_block(BLOCKS, 0 * drops, 0 * drops[..., None], ["a", "b"]))
     assert [(entry["share"], entry["ci95"]) for entry in nothing] == [(None, None)] * 4
     assert contribution.per_block([], np.zeros((1, 2)), np.zeros((1, 2, 5)), ["a", "b"]) == []
 
 
 def test_one_block_carries_everything():
     drops = np.full((1, 2), 0.4)
-    (entry,) = contribution.per_block([3], drops, drops[..., None], ["a", "b"])
+    (entry,) = to_json(contribution.per_block([3], drops, drops[..., None], ["a", "b"]))
     assert entry == {
         "block": 3, "share": 1, "ci95": [1, 1], "bottom_up": 1, "top_down": 1, "per_class": {"a": 1, "b": 1},
     }  # fmt: skip
     skills = [skillfast.Skill("a", {"blocks.3.mlp": [1]})]
     sites = [Site("blocks.3.mlp", "mlp", 3, "a", 5), Site("head", "head", None, "b", 9)]
     assert contribution.occupied_blocks(skills, sites) == [3]
-    assert contribution.block_conditions(skills, sites, 0.0) == []
+    assert removals.block_conditions(skills, sites, 0.0) == []
 
 
 def test_the_interval_of_a_blocks_share_covers():
@@ -214,8 +216,8 @@ def test_the_interval_of_a_blocks_share_covers():
         lost = rng.random(200)  # below 0.2: by block 0, then up to 0.6 by block 1
         wrong = np.stack([lost < 0.6, lost < 0.2, (lost >= 0.2) & (lost < 0.6)])[:, None].repeat(2, 1)  # [3, K, n]
         drops = np.stack([[row[k, labels == k].mean() for k in range(2)] for row in wrong])
-        resampled = removal.Bootstrap(labels, 300, trial).own_class(wrong.astype(float))
-        low, high = contribution.per_block([0, 1], drops, resampled, ["a", "b"])[0]["ci95"]
+        resampled = Bootstrap(labels, 300, trial).own_class(wrong.astype(float))
+        low, high = contribution.per_block([0, 1], drops, resampled, ["a", "b"])[0].ci95
         held += low <= 1 / 3 <= high
     assert 180 <= held <= 199
 
@@ -227,7 +229,7 @@ def test_shares_by_block_of_planted_skills():
     model = planted.model()
     skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
     sites = find_sites(model)
-    conditions = contribution.block_conditions(skills, sites, 0.0)
+    conditions = removals.block_conditions(skills, sites, 0.0)
     assert len(conditions) == 2 * 2 * len(skills)
     whole = [skillfast.Condition(skill) for skill in skills]
     result = skillfast.sweep(model, [(images, labels)], [*whole, *conditions])
@@ -235,7 +237,7 @@ def test_shares_by_block_of_planted_skills():
     drops = 1 - np.stack([np.diagonal(row) for row in accuracy])
     blocks = contribution.occupied_blocks(skills, sites)
     assert blocks == [0, 1, 2]
-    found = contribution.per_block(blocks, drops, drops[..., None], list("01234"))
+    found = to_json(contribution.per_block(blocks, drops, drops[..., None], list("01234")))
     shares = [[entry["per_class"][name] for entry in found] for name in "01234"]
     assert shares == [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0.5, 0, 0.5], [0, 0, 1]]
     assert [entry["share"] for entry in found] == pytest.approx([0.3, 0.4, 0.3])
@@ -255,8 +257,8 @@ def test_the_default_benchmark(default_run):
     assert (default_run / "said.txt").read_text().startswith("baseline accuracy 9")
     results = json.loads((output / "results.json").read_text())
     assert results["baseline"]["accuracy"] >= 0.97
-    jsonschema.validate(results, schema("results"))
-    jsonschema.validate(json.loads((output / "skills.json").read_text()), schema("skills"))
+    jsonschema.validate(results, records.schema(BenchResults))
+    jsonschema.validate(json.loads((output / "skills.json").read_text()), records.schema(Skills))
     assert {p.name for p in output.iterdir()} == {
         "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html",
     }  # fmt: skip
@@ -281,7 +283,7 @@ def test_the_same_seed_gives_the_same_results(pictures, tmp_path, monkeypatch):
         skillfast.bench(BenchConfig.of(**config, model_kwargs=tiny, output=str(tmp_path / name)))
         for name in ("first", "second")
     )
-    assert {**first.results, "cost": None} == {**second.results, "cost": None}
+    assert structs.replace(first.results, cost=None) == structs.replace(second.results, cost=None)
     for name in ("skills.json", "removal_matrix.csv", "scores.safetensors"):
         assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
 

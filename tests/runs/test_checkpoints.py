@@ -10,6 +10,7 @@ from conftest import make_vit
 import skillfast
 from skillfast import BenchConfig, NeuronRanking, SweepResult
 from skillfast.data.splits import TensorImages
+from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import subject as setup
 from skillfast.runs.checkpoints import FOLDER, JSON, WEIGHTS, Kept, Phases, data_digest, weights_digest
@@ -146,7 +147,7 @@ def small(pictures):
 
 
 def without_cost(report):
-    return {key: value for key, value in report.results.items() if key != "cost"}
+    return {key: value for key, value in to_json(report.results).items() if key != "cost"}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_finished_run_leaves_its_files_alone(undisturbed):
     assert names == {
         "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html", WEIGHTS
     }  # fmt: skip
-    assert undisturbed.results["cost"]["resumed"] == []
+    assert undisturbed.results.cost.resumed == []
 
 
 def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
@@ -168,8 +169,8 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
     config = {name: value for name, value in small.items() if name != "epochs"}
     checkpoint = str(undisturbed.directory / WEIGHTS)
     again = skillfast.bench(BenchConfig.of(**config, checkpoint=checkpoint, output=str(tmp_path)))
-    assert again.results["removal_matrix"] == undisturbed.results["removal_matrix"]
-    assert again.results["model"]["trained"]["from"] == "checkpoint"
+    assert again.results.removal_matrix == undisturbed.results.removal_matrix
+    assert again.results.model.trained.source == "checkpoint"
     assert not (tmp_path / WEIGHTS).exists()  # it has them
 
 
@@ -207,10 +208,10 @@ def test_an_interrupted_run_goes_on_after_its_last_phase(
     assert any(line.endswith("the same command goes on from there") for line in said) == bool(finished)
     said.clear()
     report = skillfast.bench(config, say=said.append)
-    assert report.results["cost"]["resumed"] == finished
+    assert report.results.cost.resumed == finished
     assert any(line.startswith("an unfinished run goes on after") for line in said) == bool(finished)
     assert json.dumps(without_cost(report)) == json.dumps(without_cost(undisturbed))
-    seconds = report.results["cost"]["seconds"]
+    seconds = to_json(report.results.cost.seconds)
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total") * 0.99
     assert not (tmp_path / FOLDER).exists()
     torch.testing.assert_close(
@@ -225,5 +226,5 @@ def test_another_share_trains_again(small, tmp_path, monkeypatch):
             skillfast.bench(BenchConfig.of(**small, output=str(tmp_path)))
     said = []
     report = skillfast.bench(BenchConfig.of(**small, share=0.02, output=str(tmp_path)), say=said.append)
-    assert report.results["cost"]["resumed"] == []
+    assert report.results.cost.resumed == []
     assert any("had another share: starting anew" in line for line in said)

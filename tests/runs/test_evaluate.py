@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from importlib import resources
 
 import jsonschema
 import numpy as np
@@ -23,9 +22,13 @@ from skillfast import Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError
 from skillfast.evaluation import classification as class_scores
-from skillfast.evaluation.grid import Case, cases_of_scores, cases_of_skills, largest, layer_sites
+from skillfast.evaluation.resampling import PairedBootstrap
 from skillfast.models.sites import find_sites
+from skillfast.results import records
+from skillfast.results.evaluation import EvaluationResults
+from skillfast.runs.class_outcomes import class_outcomes
 from skillfast.runs.config import Grid
+from skillfast.runs.grid import Case, cases_of_scores, cases_of_skills, largest, layer_sites
 from skillfast.runs.results import Evaluation
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -38,9 +41,9 @@ def scores_of(vit, batches):
 
 
 def schema():
-    text = resources.files("skillfast.runs").joinpath("evaluation.schema.json").read_text()
-    jsonschema.Draft202012Validator.check_schema(json.loads(text))
-    return json.loads(text)
+    made = records.schema(EvaluationResults)
+    jsonschema.Draft202012Validator.check_schema(made)
+    return made
 
 
 def random_predictions(n=300, k=4, seed=0):
@@ -53,7 +56,7 @@ def random_predictions(n=300, k=4, seed=0):
 
 def test_values_are_scikit_learns():
     labels, before, after = random_predictions()
-    found = class_scores.PairedBootstrap(labels, 4, replicates=20).measure(before, after, own=2)
+    found = class_scores.measure(PairedBootstrap(labels, 4, replicates=20), before, after, own=2)
     assert found.values["accuracy"] == accuracy_score(labels, after)
     assert found.values["f1_macro"] == pytest.approx(f1_score(labels, after, average="macro"))
     assert found.values["class_f1"] == pytest.approx(f1_score(labels, after, average=None)[2])
@@ -61,10 +64,10 @@ def test_values_are_scikit_learns():
     assert found.change["f1_macro"] == pytest.approx(
         f1_score(labels, after, average="macro") - f1_score(labels, before, average="macro")
     )
-    more = class_scores.PairedBootstrap(labels, 5, replicates=20).measure(before, after, own=4)  # no example of it
+    more = class_scores.measure(PairedBootstrap(labels, 5, replicates=20), before, after, own=4)  # no example of it
     assert more.values["class_accuracy"] is None is more.change["class_accuracy"] is more.ci95["class_accuracy"]
     assert more.values["class_f1"] == 0
-    none = class_scores.PairedBootstrap(labels, 4, replicates=20).measure(before, after, own=None)
+    none = class_scores.measure(PairedBootstrap(labels, 4, replicates=20), before, after, own=None)
     assert none.values["class_f1"] is None is none.change["class_f1"] is none.ci95["class_f1"]
 
 
@@ -83,7 +86,7 @@ def test_scores_of_counts_are_scikit_learns_even_for_a_class_that_is_not_there()
 def test_the_bootstrap_is_that_of_resampled_examples():
     """Its intervals against those of a plain loop that draws examples and asks scikit-learn."""
     labels, before, after = random_predictions(n=240)
-    found = class_scores.PairedBootstrap(labels, 4, replicates=8000).measure(before, after, own=0)
+    found = class_scores.measure(PairedBootstrap(labels, 4, replicates=8000), before, after, own=0)
     rng, drawn = np.random.default_rng(5), []
     members = [np.flatnonzero(labels == c) for c in range(4)]
 
@@ -106,7 +109,7 @@ def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
     labels = torch.cat([y for _, y in batches]).numpy()
     grid = Grid(shares=(0.05, 0.2), layers=("all", "each"), scales=(0.5, 4.0), draws=2, replicates=50)
     cases = cases_of_scores(scores_of(vit, batches), "pearson", ("label", "confidence"), grid)
-    intact, found = class_scores.class_outcomes(vit, batches, cases, CLASSES, replicates=50)
+    intact, found = class_outcomes(vit, batches, cases, CLASSES, replicates=50)
 
     def predicted(skill=None, scale=0.0):
         with torch.no_grad():
@@ -115,7 +118,7 @@ def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
             with skillfast.ablate(vit, skill, scale=scale):
                 return torch.cat([vit(x) for x, _ in batches]).argmax(1).numpy()
 
-    assert intact["values"]["accuracy"] == accuracy_score(labels, predicted())
+    assert intact.values["accuracy"] == accuracy_score(labels, predicted())
     rows = [(case, scale) for case in cases for scale in case.scales]
     assert len(rows) == len(found) == 2 * 6 * (3 + 3)  # sizes x skills x (factors in all layers + blocks)
     rng = np.random.default_rng(0)
@@ -125,15 +128,15 @@ def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
         own = predicted(case.skill, scale)
         assert outcome.scale == scale
         assert outcome.neurons == len(case.skill)
-        assert outcome.measured.values["accuracy"] == accuracy_score(labels, own)
+        assert outcome.values["accuracy"] == accuracy_score(labels, own)
         want = f1_score(labels, own, labels=range(5), average=None, zero_division=0)
-        assert outcome.measured.values["f1_macro"] == pytest.approx(want.mean())
+        assert outcome.values["f1_macro"] == pytest.approx(want.mean())
         if case.skill.metric == "confidence":
-            assert outcome.measured.values["class_f1"] is None
+            assert outcome.values["class_f1"] is None
         else:
-            assert outcome.measured.values["class_f1"] == pytest.approx(want[CLASSES.index(case.skill.name)])
+            assert outcome.values["class_f1"] == pytest.approx(want[CLASSES.index(case.skill.name)])
         drawn = [accuracy_score(labels, predicted(skill, scale)) for skill in case.controls]
-        assert outcome.random["values"]["accuracy"] == pytest.approx(
+        assert records.to_json(outcome.random.values["accuracy"]) == pytest.approx(
             {"mean": np.mean(drawn), "low": min(drawn), "high": max(drawn)}
         )
         changed += bool((own != predicted()).any())
@@ -148,7 +151,7 @@ def test_planted_skills_fall_where_they_are_and_random_neurons_do_not():
     scores = skillfast.trace(model, [(images, labels)], classes=classes, sites=("mlp", "attn"), statistics=("pearson",))
     grid = Grid(shares=(3 / scores.n_neurons,), scales=(2.0,), replicates=200)
     cases = cases_of_scores(scores, "pearson", ("label",), grid)
-    _, found = class_scores.class_outcomes(model, [planted.images(120, seed=1)], cases, classes, replicates=200)
+    _, found = class_outcomes(model, [planted.images(120, seed=1)], cases, classes, replicates=200)
     at = {(o.skill, o.layers, o.scale): o for o in found}
     for label, sites in planted.PLANTED.items():
         if len(sites) > 1:
@@ -157,11 +160,11 @@ def test_planted_skills_fall_where_they_are_and_random_neurons_do_not():
         for layers in ("all", "blocks.0", "blocks.1", "blocks.2"):
             outcome = at[str(label), layers, 0.0]
             gone = layers in ("all", block)
-            assert outcome.measured.values["class_f1"] == (0 if gone else 1)
-            assert outcome.measured.change["accuracy"] == pytest.approx(-1 / 6 if gone else 0)
-            assert outcome.measured.change_ci95["class_f1"] == ([-1, -1] if gone else [0, 0])
-            assert outcome.random["change"]["class_f1"]["mean"] == pytest.approx(0)
-        assert at[str(label), "all", 2.0].measured.change["accuracy"] == 0
+            assert outcome.values["class_f1"] == (0 if gone else 1)
+            assert outcome.change["accuracy"] == pytest.approx(-1 / 6 if gone else 0)
+            assert outcome.change_ci95["class_f1"] == ([-1, -1] if gone else [0, 0])
+            assert outcome.random.change["class_f1"].mean == pytest.approx(0)
+        assert at[str(label), "all", 2.0].change["accuracy"] == 0
 
 
 def test_sizes_layers_and_controls_of_a_grid(vit, batches):
@@ -271,7 +274,7 @@ def test_the_command(texts, tmp_path):
         ("neg", "label:neg"), ("pos", "label:pos"), ("length", "length"),
     }  # fmt: skip
     assert any(o["change"]["accuracy"] for o in found["outcomes"])
-    assert json.loads(json.dumps(Evaluation.load(tmp_path).to_json())) == found
+    assert records.to_json(Evaluation.load(tmp_path).results) == found
     page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
     for place in ("size-class_f1", "layer-accuracy", "layer-random-accuracy", "scale-f1_macro"):
         assert f'id="{place}"' in page
@@ -288,11 +291,11 @@ def test_the_command(texts, tmp_path):
     skillfast.save_skills(tmp_path / "skills", [Skill("mine", {"blocks.0.mlp": torch.arange(4)}, metric="label:pos")])
     result = run(*options, "--skills", tmp_path / "skills", "--output", tmp_path / "again", "--quiet")
     assert result.exit_code == 0, result.output
-    loaded = Evaluation.load(tmp_path / "again")
+    loaded = Evaluation.load(tmp_path / "again").results
     assert [(o.skill, o.layers, o.scale, o.neurons) for o in loaded.outcomes] == [
         ("mine", "all", 0.0, 4), ("mine", "all", 2.0, 4),
     ]  # fmt: skip
-    assert loaded.outcomes[0].measured.values["class_f1"] is not None
+    assert loaded.outcomes[0].values["class_f1"] is not None
 
 
 @pytest.mark.parametrize("method", ["attribution", "mask"])
@@ -300,7 +303,7 @@ def test_the_command_with_other_rankings(texts, tmp_path, method):
     options = ["--shares", "0.1", "--layers", "all", "--scales", "0", "--statistics", "pearson", "--quiet"]
     result = run(*texts, *options, "--method", method, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert [o.skill for o in Evaluation.load(tmp_path).outcomes] == ["neg", "pos"]
+    assert [o.skill for o in Evaluation.load(tmp_path).results.outcomes] == ["neg", "pos"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -351,7 +354,7 @@ def hostile_page(folder, vit, batches):
     classes = (hostile, *CLASSES[1:])
     scores = skillfast.trace(vit, batches, classes=classes, statistics=("pearson",))
     cases = cases_of_scores(scores, "pearson", ("label",), Grid(shares=(0.05,), draws=1))
-    intact, outcomes = class_scores.class_outcomes(vit, batches, cases, classes, replicates=10)
+    intact, outcomes = class_outcomes(vit, batches, cases, classes, replicates=10)
     model = {
         "name": hostile,
         "fingerprint": "x",
@@ -359,11 +362,12 @@ def hostile_page(folder, vit, batches):
         "sites": [{"name": "head", "kind": "head", "block": None, "width": 10}],
     }
     data = {"name": "x", "classes": list(classes), "n_select": 1, "n_validate": 0, "n_test": 37}
-    found = Evaluation(
-        "classification", class_scores.MEASURES, intact, tuple(outcomes), model, data, {"grid": {}},
-        {"skillfast": "0", "python": "3", "torch": "2", "device": "cpu"},
-    )  # fmt: skip
-    found.save(folder)
+    results = {
+        "task": "classification", "measures": class_scores.MEASURES, "intact": intact, "outcomes": outcomes,
+        "model": model, "data": data, "config": {"grid": {}},
+        "environment": {"skillfast": "0", "python": "3", "torch": "2", "device": "cpu"},
+    }  # fmt: skip
+    Evaluation(records.made(EvaluationResults, results)).save(folder)
     jsonschema.validate(json.loads((folder / "evaluation.json").read_text()), schema())
     page = write_evaluation(folder).read_text(encoding="utf-8")
     assert "<b id=hostile>" not in page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from importlib import resources
 from pathlib import Path
 
 import jsonschema
@@ -19,11 +18,14 @@ from skillfast.cli import main
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.overall import overall_accuracy
-from skillfast.evaluation.selectivity import Bootstrap
+from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.huggingface import load_language_model
 from skillfast.models.sites import Site
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.training import _groups
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
+from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs.config import BenchConfig
 from skillfast.runs.cost import Clock
@@ -44,7 +46,7 @@ def scores(pearson):
 def test_the_best_neurons_are_ranked_on_the_select_part():
     select = scores([[0.9, -0.9, 0.1], [0.5, -0.5, np.nan], [0.1, -0.1, -0.8], [-0.7, 0.7, 0.2], [0.0, 0.0, 0.3]])
     test = scores([[0.6, -0.6, 0.0], [0.9, -0.9, 0.0], [0.2, -0.2, 0.5], [-0.4, 0.4, 0.1], [1.0, -1.0, np.nan]])
-    found = top_correlations(select, test, top=2)
+    found = to_json(top_correlations(select, test, top=2))
     label = found["metrics"]["label"]
     assert label["select"] == pytest.approx((0.9 + 0.7) / 2)
     assert label["test"] == pytest.approx((0.6 + 0.4) / 2)  # of the same two, not of the best on the test part
@@ -62,7 +64,7 @@ def test_the_best_neurons_are_ranked_on_the_select_part():
 
 def test_neurons_without_a_correlation_are_null():
     nothing = scores(np.full((5, 3), np.nan))
-    loss = top_correlations(nothing, nothing)["metrics"]["loss"]
+    loss = to_json(top_correlations(nothing, nothing))["metrics"]["loss"]
     assert loss["select"] is None
     assert loss["neurons"] == []
 
@@ -73,7 +75,7 @@ def test_overall_accuracy_counts_examples_not_classes():
     removed = np.array([[1, 1, 1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
     drawn = np.stack([np.stack([intact, intact]), np.stack([labels, intact])])
     skills = [Skill("a", {"head": [0, 1]}), Skill("b", {"head": [1]})]
-    found = overall_accuracy(removed, drawn, intact, labels, skills, 100, Bootstrap(labels))
+    found = to_json(overall_accuracy(removed, drawn, intact, labels, skills, 100, Bootstrap(labels)))
     assert found["accuracy"] == 7 / 8
     assert [removal["accuracy"] for removal in found["removals"]] == [3 / 8, 6 / 8]
     assert [removal["change"] for removal in found["removals"]] == [-4 / 8, -1 / 8]
@@ -153,8 +155,7 @@ def test_one_command_fine_tunes_finds_and_removes(tmp_path, kind):
     assert result.exit_code == 0, result.output
     assert "images" not in result.output
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    text = resources.files("skillfast.runs").joinpath("results.schema.json").read_text(encoding="utf-8")
-    jsonschema.validate(found, json.loads(text))
+    jsonschema.validate(found, records.schema(BenchResults))
     assert found["dataset"]["classes"] == ["negative", "positive"]
     trained = found["model"]["trained"]
     assert (trained["learning_rate"], trained["head_learning_rate"]) == (lr, 10 * lr)
@@ -189,14 +190,14 @@ def test_a_fine_tuned_model_survives_an_interruption_and_can_be_named(tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             bench(config)
     first = bench(config).results
-    assert first["cost"]["resumed"] == ["train", "trace", "select: attribution", "choose"]
-    assert first["model"]["trained"]["epochs"] == epochs
+    assert first.cost.resumed == ["train", "trace", "select: attribution", "choose"]
+    assert first.model.trained.epochs == epochs
     again = bench(
         BenchConfig.of(model=f"hf:{out / 'model'}", **more, train_per_class=70, output=str(tmp_path / "again"))
     ).results
-    assert again["model"]["trained"]["finetune"] == "none"
-    assert again["removal_matrix"] == first["removal_matrix"]
-    assert again["dataset"] == first["dataset"]
+    assert again.model.trained.finetune == "none"
+    assert again.removal_matrix == first.removal_matrix
+    assert again.dataset == first.dataset
 
 
 def check_page(page, lr):

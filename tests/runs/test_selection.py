@@ -17,10 +17,13 @@ from skillfast.data import Splits
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal
+from skillfast.evaluation.resampling import Bootstrap
+from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import selection
 from skillfast.runs.selection import Candidate
 from skillfast.runs.subject import Subject
+from skillfast.skills.skill import random_skills
 
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
 CLASSES = tuple("abcdef")
@@ -123,8 +126,8 @@ def test_candidates():
 def test_effect_equals_selectivity():
     rng = np.random.default_rng(0)
     labels, intact, predictions = (rng.integers(0, 3, shape) for shape in (60, 60, (3, 60)))
-    want = removal.selectivity(predictions[None], intact, labels, removal.Bootstrap(labels, 5))
-    assert selection.effect(predictions, intact, labels) == pytest.approx(
+    want = to_json(removal.selectivity(predictions[None], intact, labels, Bootstrap(labels, 5)))
+    assert to_json(removal.effect(predictions, intact, labels)) == pytest.approx(
         {k: v for k, v in want.items() if k != "ci95"}
     )
 
@@ -134,7 +137,7 @@ def test_changes_that_cancel_have_no_ratio():
     intact = np.where(np.arange(40) % 10 < 5, labels, (labels + 1) % 4)
     predictions = np.stack([intact] * 4)
     predictions[0, 10:13], predictions[1, 26:29] = 3, 2  # one class loses 0.3, another gains 0.3
-    found = selection.effect(predictions, intact, labels)
+    found = to_json(removal.effect(predictions, intact, labels))
     assert found["other_change"] == pytest.approx(0, abs=1e-15)
     assert found["ratio"] is None
     assert found["strict_ratio"] == 0
@@ -165,7 +168,7 @@ def test_the_choice_does_not_see_the_test_part(splits, chosen):
     assert again.chosen == chosen[1].chosen
     assert again.validation == chosen[1].validation
     for ours, theirs in zip(again.skills, chosen[1].skills, strict=True):
-        assert {n: s.to_json() for n, s in ours.items()} == {n: s.to_json() for n, s in theirs.items()}
+        assert {n: s.entry() for n, s in ours.items()} == {n: s.entry() for n, s in theirs.items()}
 
 
 def test_permuted_labels_select_nothing(splits):
@@ -175,13 +178,13 @@ def test_permuted_labels_select_nothing(splits):
     on_test = selection.effects(made.model, made.loader("test"), found.skills)["candidates"][found.chosen]
     rng = np.random.default_rng(0)
     drawn = [
-        removal.random_skills(s, skillfast.trace(made.model, made.loader("test"), sites=("mlp", "attn")).sites, 1, rng)
+        random_skills(s, skillfast.trace(made.model, made.loader("test"), sites=("mlp", "attn")).sites, 1, rng)
         for s in found.skills[found.chosen].values()
     ]
     swept = skillfast.sweep(
         made.model, made.loader("test"), [skillfast.Condition(s) for (s,) in drawn], keep_predictions=True
     )
-    control = selection.effect(swept.predictions, swept.top2[:, 0], swept.labels)
+    control = to_json(removal.effect(swept.predictions, swept.top2[:, 0], swept.labels))
     noise = 3 * np.sqrt(2 * 0.25 / 90)  # three standard errors of a difference, at most
     assert abs(on_test["target_drop"] - control["target_drop"]) < noise
     assert abs(on_test["target_drop"] + on_test["other_change"]) < noise  # the own class fares as the others do

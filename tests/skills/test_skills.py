@@ -125,7 +125,7 @@ def test_skills_are_saved_and_loaded(tmp_path):
         ('{"schema": "skillfast.skills/2"}', "expected schema 'skillfast.skills/1', got 'skillfast.skills/2'"),
         (
             '{"schema": "skillfast.skills/1", "skills": [{"colour": 1}]}',
-            "expected a whole file, got one with other keys",
+            "expected keys that are known at skills\\[0\\], got .colour.",
         ),
     ],
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skillfast.report.figures import KINDS, site_counts
+from skillfast.report.bench.figures import KINDS, site_counts
+from skillfast.report.bench.tradeoff import method_of
 from skillfast.report.formatting import (
     TERMS,
     UNDEFINED,
@@ -21,7 +22,11 @@ from skillfast.report.formatting import (
     term_value,
     times,
 )
-from skillfast.report.tradeoff import method_of
+from skillfast.results.records import to_json
+
+if TYPE_CHECKING:
+    from skillfast.results.bench import BenchResults, Cost, Selectivity
+    from skillfast.results.skills import Skills
 
 PHASES = {
     "data": "reading the data",
@@ -56,10 +61,10 @@ def _lost(change: float | None, verb: str = "costs") -> str:
     return f"{verb} it {points(number)} points" if number >= 0 else f"gains it {points(-number)} points"
 
 
-def summary(results: dict[str, Any]) -> list[str]:
+def summary(results: BenchResults) -> list[str]:
     """The result in two sentences."""
-    own, oracle, random = (results[key] for key in ("selectivity", "oracle", "random_control"))
-    drop, change = finite(own["target_drop"]), finite(own["other_change"])
+    own, oracle, random = results.selectivity, results.oracle, results.random_control
+    drop, change = finite(own.target_drop), finite(own.other_change)
     effect = "has no defined effect on that class" if drop is None else (
         f"{'costs' if drop >= 0 else 'gains'} that class {points(abs(drop))} percentage points of accuracy"
     )  # fmt: skip
@@ -69,16 +74,16 @@ def summary(results: dict[str, Any]) -> list[str]:
     return [
         f"Removing the neurons of one class {effect}{others}.",
         (
-            f"Removing as many neurons drawn at random {_lost(random['target_drop'])}; the oracle, which deletes the "
+            f"Removing as many neurons drawn at random {_lost(random.target_drop)}; the oracle, which deletes the "
             f"class from the model's output and is the best that any removal can look like, "
-            f"{_lost(oracle['target_drop'])}."
+            f"{_lost(oracle.target_drop)}."
         ),
     ]
 
 
-def tiles(results: dict[str, Any]) -> list[dict[str, str]]:
+def tiles(results: BenchResults) -> list[dict[str, str]]:
     """The headline numbers, each beside the oracle's and the random control's."""
-    found = [results[key] for key in ("selectivity", "oracle", "random_control")]
+    found: list[Selectivity] = [results.selectivity, results.oracle, results.random_control]
 
     def tile(name: str, key: str, unit: str) -> dict[str, str]:
         value, oracle, random = (term_value(values, key, UNDEFINED) for values in found)
@@ -90,10 +95,10 @@ def tiles(results: dict[str, Any]) -> list[dict[str, str]]:
 
     baseline = {
         "name": "Accuracy before any removal",
-        "value": percent(results["baseline"]["accuracy"]),
+        "value": percent(results.baseline.accuracy),
         "unit": "",
         "interval": "",
-        "beside": f"{len(results['dataset']['classes'])} classes, {results['dataset']['n_test']:,} test examples",
+        "beside": f"{len(results.dataset.classes)} classes, {results.dataset.n_test:,} test examples",
     }
     return [
         tile("The removed class loses", "target_drop", "points"),
@@ -103,38 +108,38 @@ def tiles(results: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def definitions(results: dict[str, Any], skills: dict[str, Any]) -> list[tuple[str, str]]:
+def definitions(results: BenchResults, skills: Skills) -> list[tuple[str, str]]:
     """The three words that the page cannot do without."""
-    model, config, dataset = (results[key] for key in ("model", "config", "dataset"))
+    model, config, dataset = results.model, results.config, results.dataset
     per_skill = [sum(row) for row in site_counts(results, skills)]
-    mean, total = sum(per_skill) / len(per_skill), model["neurons"]
+    mean, total = sum(per_skill) / len(per_skill), model.neurons
     share = f" ({percent(mean / total)})" if total else ""
     scale = finite(config.get("scale"))
     how = "set to 0" if not scale else f"multiplied by {plain(scale)}"
     neuron = (
         "One coordinate of what enters the last layer of a block's MLP or attention, or the classifier. "
-        f"This model has {number_of(total)} of them in {len(model['sites'])} places."
+        f"This model has {number_of(total)} of them in {len(model.sites)} places."
     )
     skill = (
         f"The neurons that carry one class, found by {method_of(results)} on "
-        f"{number_of(dataset['n_select'])} examples: {number_of(round(mean, 1))} neurons{share} on average."
+        f"{number_of(dataset.n_select)} examples: {number_of(round(mean, 1))} neurons{share} on average."
     )
     removal = (
         f"While the model runs, the skill's neurons are {how}. Nothing is retrained. Effects are measured on "
-        f"{number_of(dataset['n_test'])} test examples."
+        f"{number_of(dataset.n_test)} test examples."
     )
     return [("Neuron", neuron), ("Skill", skill), ("Removal", removal)]
 
 
-def _written(values: dict[str, Any], key: str) -> tuple[str, str]:
+def _written(values: Selectivity, key: str) -> tuple[str, str]:
     """Value and, on a second line, its interval or why there is none."""
     value = term_value(values, key, UNDEFINED)
     return value, DENOMINATOR if value == UNDEFINED else term_interval(values, key)
 
 
-def selectivity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def selectivity_rows(results: BenchResults) -> list[dict[str, Any]]:
     """One row per term: definition, then value and interval for skills, oracle and random control."""
-    found = [results[key] for key in ("selectivity", "oracle", "random_control")]
+    found: list[Selectivity] = [results.selectivity, results.oracle, results.random_control]
     return [
         {
             "term": term.key,
@@ -145,16 +150,17 @@ def selectivity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def contribution_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+def contribution_rows(results: BenchResults) -> list[tuple[str, str, str]]:
     """Per kind of site: its Shapley share and interval."""
-    found = results["layer_contribution"]
+    found = results.layer_contribution
+    assert found is not None
     rows = [
-        (name, percent(found.get(kind)), interval((found.get("ci95") or {}).get(kind), percent))
+        (name, percent(getattr(found, kind)), interval(getattr(found.ci95, kind), percent))
         for kind, name, _ in KINDS
-        if finite(found.get(kind)) is not None
+        if finite(getattr(found, kind)) is not None
     ]
-    rest = interval((found.get("ci95") or {}).get("non_additivity"), percent)
-    return [*rows, ("non-additivity", percent(found.get("non_additivity")), rest)]
+    rest = interval(found.ci95.non_additivity, percent)
+    return [*rows, ("non-additivity", percent(found.non_additivity), rest)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -165,34 +171,34 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds = [(PHASES.get(phase, phase), f"{plain(took)} s") for phase, took in cost["seconds"].items()]
+def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
+    seconds = [(PHASES.get(phase, phase), f"{plain(took)} s") for phase, took in to_json(cost.seconds).items()]
     return [
         *seconds,
-        ("examples traced per second", plain(cost.get("samples_per_s"))),
-        ("one forward pass over the same examples", f"{plain(cost.get('forward_s'))} s"),
-        ("tracing, in forward passes", times(cost.get("trace_over_forward"), "not measured")),
-        ("peak memory", size(cost.get("peak_rss_bytes"))),
-        ("peak memory of the accelerator", size(cost.get("peak_device_bytes"))),
-        ("statistics kept", size(cost.get("state_bytes"))),
+        ("examples traced per second", plain(cost.samples_per_s)),
+        ("one forward pass over the same examples", f"{plain(cost.forward_s)} s"),
+        ("tracing, in forward passes", times(cost.trace_over_forward, "not measured")),
+        ("peak memory", size(cost.peak_rss_bytes)),
+        ("peak memory of the accelerator", size(cost.peak_device_bytes)),
+        ("statistics kept", size(cost.state_bytes)),
     ]
 
 
-def details(results: dict[str, Any]) -> list[dict[str, Any]]:
+def details(results: BenchResults) -> list[dict[str, Any]]:
     """The folded tables at the end: title and rows of name and value."""
-    model = {key: value for key, value in results["model"].items() if key != "sites"}
-    dataset = {**results["dataset"], "classes": len(results["dataset"]["classes"])}
+    model = {key: value for key, value in to_json(results.model).items() if key != "sites"}
+    dataset = {**to_json(results.dataset), "classes": len(results.dataset.classes)}
     sites = [
-        (site["name"], f"{site['width']:,} neurons" + (f", {site['heads']} heads" if site["heads"] else ""))
-        for site in results["model"]["sites"]
+        (site.name, f"{site.width:,} neurons" + (f", {site.heads} heads" if site.heads else ""))
+        for site in results.model.sites
     ]
     return [
         {"title": "Model", "rows": _flat(model)},
         {"title": "Places of the neurons", "rows": sites},
         {"title": "Data", "rows": _flat(dataset)},
-        {"title": "Configuration", "rows": _flat(results["config"])},
-        {"title": "Environment", "rows": _flat(results["environment"])},
-        {"title": "Cost", "rows": _cost_rows(results["cost"])},
+        {"title": "Configuration", "rows": _flat(results.config)},
+        {"title": "Environment", "rows": _flat(to_json(results.environment))},
+        {"title": "Cost", "rows": _cost_rows(results.cost)},
     ]
 
 
@@ -211,8 +217,8 @@ def _flag(key: str, value: Any) -> list[str]:
     return [name, *map(str, value)] if isinstance(value, list) else [name, str(value)]
 
 
-def command(results: dict[str, Any]) -> str:
+def command(results: BenchResults) -> str:
     """The command line that repeats the run."""
-    config = results["config"]
+    config = results.config
     words = [word for key in FLAGS for word in _flag(key, config.get(key))]
     return shlex.join(["skillfast", "bench", *words])

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.selectivity import random_skills
+from skillfast.evaluation.measures import random_draws
+from skillfast.results.evaluation import Outcome
 from skillfast.runs.config import ALL, EACH, HEAD, LAST, Grid
 from skillfast.skills.ranking import NeuronRanking, ranking_of
 from skillfast.skills.select import select
+from skillfast.skills.skill import Skill, random_skills
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from skillfast.models.sites import Site
-    from skillfast.skills.skill import Skill
+    from skillfast.results.evaluation import Measured
     from skillfast.statistics.scores import NeuronScores
 
 
@@ -39,6 +41,23 @@ class Case:
     layers: str
     scales: tuple[float, ...]
     controls: tuple[Skill, ...]
+
+
+def outcome(case: Case, scale: float, own: Measured, controls: Sequence[Measured]) -> Outcome:
+    """What a case's skill does under one factor, beside its random controls."""
+    return Outcome(
+        skill=case.skill.name,
+        metric=case.skill.metric,
+        share=case.share,
+        layers=case.layers,
+        scale=scale,
+        neurons=len(case.skill),
+        values=own.values,
+        change=own.change,
+        ci95=own.ci95,
+        change_ci95=own.change_ci95,
+        random=random_draws(controls),
+    )
 
 
 def layer_sites(sites: Sequence[Site], layers: Sequence[str]) -> dict[str, frozenset[str]]:

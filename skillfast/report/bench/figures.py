@@ -26,6 +26,9 @@ from skillfast.report.parts import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from skillfast.results.bench import BenchResults, BlockShare, Selectivity, Shares, SiteSize
+    from skillfast.results.skills import Skills
+
 METHODS = (
     ("selectivity", "skills", "--skill"),
     ("oracle", "oracle", "--oracle"),
@@ -34,17 +37,17 @@ METHODS = (
 KINDS = (("attn", "attention", "--attn"), ("mlp", "MLP", "--mlp"), ("head", "classifier head", "--head"))
 
 
-def removal_matrix(results: dict[str, Any]) -> Figure:
+def removal_matrix(results: BenchResults) -> Figure:
     """Row = removed skill, column = class whose accuracy changes, in percentage points."""
-    names = labels(results["dataset"]["classes"])
-    rows = in_points(results["removal_matrix"])
+    names = labels(results.dataset.classes)
+    rows = in_points(results.removal_matrix)
     others = [[v for j, v in enumerate(row) if j != i] for i, row in enumerate(rows)]
     limit = largest(rows, 1.0)
     trace = heatmap(
         rows,
         names,
         names,
-        [[cell(v) for v in row] for row in results["removal_matrix"]],
+        [[cell(v) for v in row] for row in results.removal_matrix],
         "change in accuracy, percentage points",
         zmin=-limit,
         zmid=0,
@@ -77,21 +80,20 @@ def _bars(name: str, x: list[str], y: list[Any], hue: str, hover: str, **more: A
     }
 
 
-def _heights(rows: list[list[Any]], best: list[list[Any]] | None, i: int) -> list[list[Any]]:
-    """Bars for one removal: the removed class, the others, the oracle's where there is one."""
+def _heights(rows: list[list[Any]], best: list[list[Any]], i: int) -> list[list[Any]]:
+    """Bars for one removal: the removed class, the others, the oracle's."""
     own = [v if j == i else None for j, v in enumerate(rows[i])]
     others = [None if j == i else v for j, v in enumerate(rows[i])]
-    return [own, others] if best is None else [own, others, best[i]]
+    return [own, others, best[i]]
 
 
-def removal_steps(results: dict[str, Any]) -> Figure:
+def removal_steps(results: BenchResults) -> Figure:
     """The change in every class's accuracy for one removal, the oracle's beside it; one frame per removed skill."""
-    names = labels(results["dataset"]["classes"])
-    rows = in_points(results["removal_matrix"])
-    oracle = results["oracle"].get("removal_matrix")
-    best = None if oracle is None else in_points(oracle)
+    names = labels(results.dataset.classes)
+    rows = in_points(results.removal_matrix)
+    best = in_points(results.oracle.removal_matrix)
     # the oracle's bar stands to the right of the skill's, in the same place of the axis
-    width, left = 0.8 if best is None else 0.4, -0.4
+    width, left = 0.4, -0.4
     styles = [
         ("class of the removed skill", "--skill", left),
         ("other classes", "--other", left),
@@ -100,9 +102,9 @@ def removal_steps(results: dict[str, Any]) -> Figure:
     hover = "<b>%{x}</b>: %{y:+.1f} points"
     data = [
         _bars(name, names, heights, hue, hover, width=width, offset=offset)
-        for (name, hue, offset), heights in zip(styles, _heights(rows, best, 0), strict=False)
+        for (name, hue, offset), heights in zip(styles, _heights(rows, best, 0), strict=True)
     ]
-    every = [v for matrix in (rows, best or []) for row in matrix for v in row if v is not None]
+    every = [v for matrix in (rows, best) for row in matrix for v in row if v is not None]
     low, high = min([0.0, *every]), max([0.0, *every])
     pad = 0.04 * max(high - low, 1.0)
     layout = base(
@@ -124,12 +126,12 @@ def _note(row: str, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dot(values: dict[str, Any], key: str, unit: float, row: str, hue: str) -> dict[str, Any] | None:
+def _dot(values: Selectivity, key: str, unit: float, row: str, hue: str) -> dict[str, Any] | None:
     """One value with its 95 % interval, or None where it is not defined."""
-    value = finite(values.get(key))
+    value = finite(getattr(values, key))
     if value is None:
         return None
-    low, high = map(finite, (values.get("ci95") or {}).get(key) or (None, None))
+    low, high = map(finite, getattr(values.ci95, key) or (None, None))
     reach = {
         "array": [0.0 if high is None else unit * max(high - value, 0.0)],
         "arrayminus": [0.0 if low is None else unit * max(value - low, 0.0)],
@@ -142,9 +144,9 @@ def _dot(values: dict[str, Any], key: str, unit: float, row: str, hue: str) -> d
     }  # fmt: skip
 
 
-def _dots(results: dict[str, Any], key: str, unit: float) -> Figure:
+def _dots(results: BenchResults, key: str, unit: float) -> Figure:
     """One quantity for skills, oracle and random control: a dot each, with its 95 % interval."""
-    dots = {row: _dot(results[source], key, unit, row, hue) for source, row, hue in METHODS}
+    dots = {row: _dot(getattr(results, source), key, unit, row, hue) for source, row, hue in METHODS}
     layout = base(
         xaxis=amounts(rangemode="tozero", zeroline=True),
         yaxis=down(
@@ -182,7 +184,7 @@ def _on_log_axis(figure: Figure) -> Figure:
     return {"data": kept, "layout": layout | {"xaxis": xaxis, "annotations": layout["annotations"] + notes}}
 
 
-def selectivity(results: dict[str, Any]) -> dict[str, Figure]:
+def selectivity(results: BenchResults) -> dict[str, Figure]:
     """What the removed class loses, what the others lose, and the one per the other: a small figure each."""
     return {
         "selectivity-drop": _dots(results, "target_drop", 100),
@@ -191,14 +193,14 @@ def selectivity(results: dict[str, Any]) -> dict[str, Figure]:
     }
 
 
-def class_accuracy(results: dict[str, Any]) -> Figure:
+def class_accuracy(results: BenchResults) -> Figure:
     """Per class: accuracy before, and after its own skill is removed."""
-    names = labels(results["dataset"]["classes"])
-    before = [finite(v) for v in results["baseline"]["per_class"]]
-    change = [finite(row[i]) for i, row in enumerate(results["removal_matrix"])]
+    names = labels(results.dataset.classes)
+    before = [finite(v) for v in results.baseline.per_class]
+    change = [finite(row[i]) for i, row in enumerate(results.removal_matrix)]
     # the sum of two rounded fractions may miss 0 by an ulp
     after = [None if b is None or c is None else max(0.0, b + c) for b, c in zip(before, change, strict=True)]
-    counts = results["baseline"]["n_test_per_class"]
+    counts = results.baseline.n_test_per_class
     hover = "<b>%{x}</b>: %{y:.1%} of %{customdata} examples"
     data = [
         _bars("whole model", names, before, "--other", hover, width=0.4, offset=-0.4, customdata=counts),
@@ -214,30 +216,30 @@ def class_accuracy(results: dict[str, Any]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _place(site: dict[str, Any]) -> str:
-    return "head" if site["block"] is None else str(site["block"])
+def _place(site: SiteSize | BlockShare) -> str:
+    return "head" if site.block is None else str(site.block)
 
 
-def _counts_by_kind(results: dict[str, Any], counts: Sequence[float]) -> dict[str, dict[str, float]]:
+def _counts_by_kind(results: BenchResults, counts: Sequence[float]) -> dict[str, dict[str, float]]:
     """Neurons per kind and place, of counts in the order of the model's sites."""
     out: dict[str, dict[str, float]] = {}
-    for site, count in zip(results["model"]["sites"], counts, strict=True):
-        row = out.setdefault(site["kind"], {})
+    for site, count in zip(results.model.sites, counts, strict=True):
+        row = out.setdefault(site.kind, {})
         row[_place(site)] = row.get(_place(site), 0) + count
     return out
 
 
-def site_counts(results: dict[str, Any], skills: dict[str, Any]) -> list[list[int]]:
+def site_counts(results: BenchResults, skills: Skills) -> list[list[int]]:
     """Neurons per skill and site, in the order of `model.sites`."""
-    sites = [site["name"] for site in results["model"]["sites"]]
-    return [[len(skill["neurons"].get(site, ())) for site in sites] for skill in skills["skills"]]
+    sites = [site.name for site in results.model.sites]
+    return [[len(skill.neurons.get(site, ())) for site in sites] for skill in skills.skills]
 
 
-def location_matrix(results: dict[str, Any], skills: dict[str, Any]) -> Figure:
+def location_matrix(results: BenchResults, skills: Skills) -> Figure:
     """Row = skill, column = site; how many of the skill's neurons lie there."""
-    names = labels([skill["name"] for skill in skills["skills"]])
-    sites = labels([site["name"].removeprefix("blocks.") for site in results["model"]["sites"]])
-    widths = [site["width"] for site in results["model"]["sites"]]
+    names = labels([skill.name for skill in skills.skills])
+    sites = labels([site.name.removeprefix("blocks.") for site in results.model.sites])
+    widths = [site.width for site in results.model.sites]
     counts = site_counts(results, skills)
     trace = heatmap(
         counts,
@@ -254,13 +256,13 @@ def location_matrix(results: dict[str, Any], skills: dict[str, Any]) -> Figure:
     return {"data": [trace], "layout": layout}
 
 
-def location_steps(results: dict[str, Any], skills: dict[str, Any]) -> Figure:
+def location_steps(results: BenchResults, skills: Skills) -> Figure:
     """Neurons by block and kind: a frame for the mean skill, then one per skill."""
-    sites = results["model"]["sites"]
+    sites = results.model.sites
     counts = site_counts(results, skills)
     mean = [sum(column) / len(counts) for column in zip(*counts, strict=True)]
     places = list(dict.fromkeys(_place(site) for site in sites))
-    kinds = [kind for kind in KINDS if any(site["kind"] == kind[0] for site in sites)]
+    kinds = [kind for kind in KINDS if any(site.kind == kind[0] for site in sites)]
     # [frame][kind][place]
     heights = []
     for row in (mean, *counts):
@@ -281,16 +283,17 @@ def location_steps(results: dict[str, Any], skills: dict[str, Any]) -> Figure:
     return {"data": data, "layout": layout, "frames": frames}
 
 
-def contribution(results: dict[str, Any]) -> Figure:
+def contribution(results: BenchResults) -> Figure:
     """Shapley shares of MLP, attention and head in what a removal costs: all classes, then each."""
-    found = results["layer_contribution"]
-    per_class = found.get("per_class") or {}
+    found = results.layer_contribution
+    assert found is not None
+    per_class = found.per_class
     names = labels(["all classes", *per_class])
-    rows = [found, *per_class.values()]
+    rows: list[Shares] = [found, *per_class.values()]
     data = [
-        _bars(name, names, [finite(row.get(kind)) for row in rows], hue, "<b>%{x}</b>: %{y:.1%}")
+        _bars(name, names, [finite(getattr(row, kind)) for row in rows], hue, "<b>%{x}</b>: %{y:.1%}")
         for kind, name, hue in KINDS
-        if finite(found.get(kind)) is not None
+        if finite(getattr(found, kind)) is not None
     ]
     layout = base(
         # relative: a negative share hangs below 0 instead of shortening the stack
@@ -302,23 +305,25 @@ def contribution(results: dict[str, Any]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def contribution_by_block(results: dict[str, Any]) -> Figure:
+def contribution_by_block(results: BenchResults) -> Figure:
     """Share of each block in what a removal costs, with 95 % intervals."""
-    found = results["layer_contribution"]["per_block"]
+    assert results.layer_contribution is not None
+    found = results.layer_contribution.per_block
+    assert found is not None
     places = [_place(entry) for entry in found]
-    shown = [entry for entry in found if finite(entry["share"]) is not None]
-    ends = [entry["ci95"] or [entry["share"]] * 2 for entry in shown]
+    shown = [(entry, entry.share) for entry in found if entry.share is not None]
+    ends = [entry.ci95 or [share] * 2 for entry, share in shown]
     reach = {
-        "array": [max(high - entry["share"], 0.0) for entry, (_, high) in zip(shown, ends, strict=True)],
-        "arrayminus": [max(entry["share"] - low, 0.0) for entry, (low, _) in zip(shown, ends, strict=True)],
+        "array": [max(high - share, 0.0) for (_, share), (_, high) in zip(shown, ends, strict=True)],
+        "arrayminus": [max(share - low, 0.0) for (_, share), (low, _) in zip(shown, ends, strict=True)],
     }
     bars = {
         "type": "bar",
-        "x": [_place(entry) for entry in shown],
-        "y": [entry["share"] for entry in shown],
-        "marker": {"color": [colour("--head" if entry["block"] is None else "--skill") for entry in shown]},
+        "x": [_place(entry) for entry, _ in shown],
+        "y": [share for _, share in shown],
+        "marker": {"color": [colour("--head" if entry.block is None else "--skill") for entry, _ in shown]},
         "error_y": {"type": "data", "symmetric": False, "color": colour("--ink"), "thickness": 1.5, **reach},
-        "customdata": [[percent(entry["bottom_up"]), percent(entry["top_down"])] for entry in shown],
+        "customdata": [[percent(entry.bottom_up), percent(entry.top_down)] for entry, _ in shown],
         "hovertemplate": "block %{x}: %{y:.1%}<br>%{customdata[0]} when the blocks before it are removed, "
         "%{customdata[1]} when those after it are<extra></extra>",
     }
@@ -330,10 +335,11 @@ def contribution_by_block(results: dict[str, Any]) -> Figure:
     return {"data": [bars], "layout": layout}
 
 
-def overlap(results: dict[str, Any]) -> Figure:
+def overlap(results: BenchResults) -> Figure:
     """Jaccard overlap of every two skills' neurons; the diagonal, always 1, is left empty."""
-    names = labels(results["dataset"]["classes"])
-    found = results["interference"]["overlap"]
+    names = labels(results.dataset.classes)
+    assert results.interference is not None
+    found = results.interference.overlap
     rows = [[None if i == j else finite(v) for j, v in enumerate(row)] for i, row in enumerate(found)]
     trace = heatmap(
         rows,
@@ -350,19 +356,20 @@ def overlap(results: dict[str, Any]) -> Figure:
     return {"data": [trace], "layout": base(xaxis=across(names), yaxis=down(names))}
 
 
-def closest_pairs(results: dict[str, Any], most: int = 8) -> list[tuple[str, str, float]]:
+def closest_pairs(results: BenchResults, most: int = 8) -> list[tuple[str, str, float]]:
     """The pairs of classes whose skills share the largest part of their neurons."""
-    names, matrix = results["dataset"]["classes"], results["interference"]["overlap"]
+    assert results.interference is not None
+    names, matrix = results.dataset.classes, results.interference.overlap
     pairs = [(names[i], names[j], finite(row[j]) or 0.0) for i, row in enumerate(matrix) for j in range(i)]
     return sorted((pair for pair in pairs if pair[2] > 0), key=lambda pair: -pair[2])[:most]
 
 
-def step_texts(results: dict[str, Any]) -> list[str]:
+def step_texts(results: BenchResults) -> list[str]:
     """One sentence per removed skill: what happens to its class, and to the class that suffers most besides."""
-    classes = results["dataset"]["classes"]
+    classes = results.dataset.classes
     out = []
-    for i, row in enumerate(results["removal_matrix"]):
-        before, change = finite(results["baseline"]["per_class"][i]), finite(row[i])
+    for i, row in enumerate(results.removal_matrix):
+        before, change = finite(results.baseline.per_class[i]), finite(row[i])
         text = f"{points(change, signed=True)} points"
         if before is not None and change is not None:
             text = f"{percent(before)} → {percent(max(0.0, before + change))} right"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from skillfast.files import read_json, replacing
+from skillfast.report import pages
+from skillfast.report.evaluation import tasks
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, plain, points
-from skillfast.report.page import script_json
 from skillfast.report.parts import DIVERGING, Figure, across, amounts, base, colour, down, heatmap, labels, largest
+from skillfast.results.records import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-SCHEMA = "skillfast.evaluation/1"
-FILE, PAGE = "evaluation.json", "evaluation.html"
-REMEDY = "run `skillfast evaluate` into that folder"
+    from skillfast.results.evaluation import EvaluationResults, Intact, Outcome
+
 HUES = ("--skill", "--mlp", "--attn", "--head", "--oracle", "--other")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")  # one more for each round of the colours
 NAMES = {
@@ -28,15 +26,6 @@ NAMES = {
     "bleu": "BLEU against the intact model's text",
 }
 FRACTIONS = frozenset(NAMES) - {"perplexity", "bleu"}
-
-
-def write_evaluation(directory: Path) -> Path:
-    """Write `evaluation.html` from a folder's `evaluation.json`; see `skillfast.report.write_evaluation`."""
-    text = render(read_json(directory / FILE, SCHEMA, REMEDY))
-    path = directory / PAGE
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
 
 
 def write_value(measure: str) -> Callable[[float | None], str]:
@@ -53,9 +42,9 @@ def write_change(measure: str) -> Callable[[float | None], str]:
     return lambda value: UNDEFINED if finite(value) is None else f"{value:+,.4g}"
 
 
-def defined(results: dict[str, Any]) -> list[str]:
+def defined(results: EvaluationResults) -> list[str]:
     """The measures that some outcome has."""
-    return [m for m in results["measures"] if any(finite(o["values"].get(m)) is not None for o in results["outcomes"])]
+    return [m for m in results.measures if any(finite(o.values.get(m)) is not None for o in results.outcomes)]
 
 
 def layer_word(layers: str) -> str:
@@ -72,43 +61,45 @@ def _unit(measure: str) -> str:
     return f"{NAMES[measure]}, %" if measure in FRACTIONS else NAMES[measure]
 
 
-def _reach(measure: str, values: list[float | None], rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+def _reach(measure: str, values: list[float | None], rows: Sequence[Outcome | None]) -> dict[str, Any]:
     """Error bars from each value to the ends of its interval, where it has one."""
     above, below = [], []
     for value, row in zip(values, rows, strict=True):
-        pair = None if row is None else row["ci95"].get(measure)
+        pair = None if row is None else row.ci95.get(measure)
         low, high = (None, None) if pair is None else (_scaled(measure, end) for end in pair)
         above.append(0.0 if value is None or high is None else max(high - value, 0.0))
         below.append(0.0 if value is None or low is None else max(value - low, 0.0))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 3}
 
 
-def _intact_of(results: dict[str, Any], measure: str, metric: str | None) -> float | None:
+def _intact_of(results: EvaluationResults, measure: str, metric: str | None) -> float | None:
     """The intact model's value of a measure, for those of a class that class's."""
-    found = results["intact"]
-    if measure in found["values"]:
-        return _scaled(measure, found["values"][measure])
-    name, classes = (metric or "").removeprefix("label:"), results["data"]["classes"]
+    found = results.intact
+    if measure in found.values:
+        return _scaled(measure, found.values[measure])
+    name, classes = (metric or "").removeprefix("label:"), results.data.classes
     if name == metric or name not in classes:
         return None
-    return _scaled(measure, found["per_class"][measure.removeprefix("class_")][classes.index(name)])
+    assert found.per_class is not None
+    values = found.per_class.accuracy if measure == "class_accuracy" else found.per_class.f1
+    return _scaled(measure, values[classes.index(name)])
 
 
-def _curves(results: dict[str, Any], measure: str, x_of: str, rows: list[dict[str, Any]], title: str) -> Figure:
+def _curves(results: EvaluationResults, measure: str, x_of: str, rows: list[Outcome], title: str) -> Figure:
     """A line per skill, its random control dotted, the intact model as a grey line across or as the point at 1."""
-    across_at = _scaled(measure, results["intact"]["values"].get(measure))
-    x_all = sorted({row[x_of] for row in rows} | ({1.0} if x_of == "scale" else set()))
+    across_at = _scaled(measure, results.intact.values.get(measure))
+    x_all = sorted({getattr(row, x_of) for row in rows} | ({1.0} if x_of == "scale" else set()))
     words = [f"{100 * x:g}\N{NO-BREAK SPACE}%" if x_of == "share" else f"\N{MULTIPLICATION SIGN}{x:g}" for x in x_all]
     data: list[dict[str, Any]] = []
-    for i, name in enumerate(dict.fromkeys(row["skill"] for row in rows)):
-        at = {row[x_of]: row for row in rows if row["skill"] == name}
-        before = _intact_of(results, measure, next(iter(at.values()))["metric"])
-        own = [_scaled(measure, at[x]["values"][measure]) if x in at else before for x in x_all]
-        drawn = [_scaled(measure, at[x]["random"]["values"][measure]["mean"]) if x in at else before for x in x_all]
+    for i, name in enumerate(dict.fromkeys(row.skill for row in rows)):
+        at = {getattr(row, x_of): row for row in rows if row.skill == name}
+        before = _intact_of(results, measure, next(iter(at.values())).metric)
+        own = [_scaled(measure, at[x].values[measure]) if x in at else before for x in x_all]
+        drawn = [_scaled(measure, at[x].random.values[measure].mean) if x in at else before for x in x_all]
         if all(value is None for value in own):
             continue
         hue, shown = colour(HUES[i % len(HUES)]), labels([name])[0]
-        texts = [f"{number_of(at[x]['neurons'])} neurons" if x in at else "intact" for x in x_all]
+        texts = [f"{number_of(at[x].neurons)} neurons" if x in at else "intact" for x in x_all]
         line = {
             "type": "scatter", "mode": "lines+markers", "legendgroup": shown, "x": words, "text": texts,
             "hovertemplate": "%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
@@ -135,38 +126,38 @@ def _across_at(value: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_size(results: dict[str, Any], measure: str) -> Figure:
+def by_size(results: EvaluationResults, measure: str) -> Figure:
     """A measure against the size of the skill, removed from all layers."""
-    rows = [o for o in results["outcomes"] if o["layers"] == "all" and o["scale"] == 0]
+    rows = [o for o in results.outcomes if o.layers == "all" and o.scale == 0]
     return _curves(results, measure, "share", rows, "removed, of all neurons")
 
 
-def by_scale(results: dict[str, Any], measure: str) -> Figure:
+def by_scale(results: EvaluationResults, measure: str) -> Figure:
     """A measure against the factor on the activations of each skill at its largest size."""
     share = largest_share(results)
-    rows = [o for o in results["outcomes"] if o["layers"] == "all" and o["share"] == share[o["skill"]]]
+    rows = [o for o in results.outcomes if o.layers == "all" and o.share == share[o.skill]]
     return _curves(results, measure, "scale", rows, "activations of the skill, 1 is the intact model")
 
 
-def largest_share(results: dict[str, Any]) -> dict[str, float]:
+def largest_share(results: EvaluationResults) -> dict[str, float]:
     """Each skill's largest size."""
     found: dict[str, float] = {}
-    for outcome in results["outcomes"]:
-        found[outcome["skill"]] = max(found.get(outcome["skill"], 0.0), outcome["share"])
+    for outcome in results.outcomes:
+        found[outcome.skill] = max(found.get(outcome.skill, 0.0), outcome.share)
     return found
 
 
-def by_layer(results: dict[str, Any], measure: str, random: bool) -> Figure:
+def by_layer(results: EvaluationResults, measure: str, random: bool) -> Figure:
     """Change of a measure: row = skill at its largest size, column = where its neurons were chosen and removed."""
     share = largest_share(results)
-    rows = [o for o in results["outcomes"] if o["scale"] == 0 and o["share"] == share[o["skill"]]]
-    skills, places = (list(dict.fromkeys(o[key] for o in rows)) for key in ("skill", "layers"))
-    at = {(o["skill"], o["layers"]): o for o in rows}
+    rows = [o for o in results.outcomes if o.scale == 0 and o.share == share[o.skill]]
+    skills, places = (list(dict.fromkeys(getattr(o, key) for o in rows)) for key in ("skill", "layers"))
+    at = {(o.skill, o.layers): o for o in rows}
     changes, controls, texts = [], [], []
     for name in skills:
         found = [at.get((name, place)) for place in places]
-        own = [None if o is None else _scaled(measure, o["change"][measure]) for o in found]
-        drawn = [None if o is None else _scaled(measure, o["random"]["change"][measure]["mean"]) for o in found]
+        own = [None if o is None else _scaled(measure, o.change[measure]) for o in found]
+        drawn = [None if o is None else _scaled(measure, o.random.change[measure].mean) for o in found]
         changes.append(own)
         controls.append(drawn)
         texts.append(["" if v is None else f"{v:+.3g}" if v else "0" for v in (drawn if random else own)])
@@ -192,101 +183,82 @@ def _turned(scale: list[list[Any]]) -> list[list[Any]]:
     return [[1 - at, hue] for at, hue in reversed(scale)]
 
 
-def make_figures(results: dict[str, Any]) -> dict[str, Figure]:
+def make_figures(results: EvaluationResults) -> dict[str, Figure]:
     """Every figure of the page by the id of its place."""
-    from skillfast.report import tasks
-
     made: dict[str, Figure] = {}
     for measure in defined(results):
         made[f"size-{measure}"] = by_size(results, measure)
         made[f"scale-{measure}"] = by_scale(results, measure)
-        if len({o["layers"] for o in results["outcomes"]}) > 1:
+        if len({o.layers for o in results.outcomes}) > 1:
             made[f"layer-{measure}"] = by_layer(results, measure, random=False)
             made[f"layer-random-{measure}"] = by_layer(results, measure, random=True)
-    if results.get("tasks"):
-        made |= tasks.make_figures(results["tasks"])
+    if results.tasks:
+        made |= tasks.make_figures(results.tasks)
     return {name: figure for name, figure in made.items() if figure["data"]}
 
 
-def table_rows(results: dict[str, Any]) -> list[list[str]]:
+def table_rows(results: EvaluationResults) -> list[list[str]]:
     """Every outcome: skill, size, layers, factor, and each measure with its change and its random control's."""
     measures = defined(results)
     return [
         [
-            outcome["skill"],
-            f"{percent(outcome['share'])} ({number_of(outcome['neurons'])})",
-            layer_word(outcome["layers"]),
-            f"{outcome['scale']:g}",
+            outcome.skill,
+            f"{percent(outcome.share)} ({number_of(outcome.neurons)})",
+            layer_word(outcome.layers),
+            f"{outcome.scale:g}",
             *(_cell(outcome, measure) for measure in measures),
         ]
         for outcome in by_skill(results)
     ]
 
 
-def by_skill(results: dict[str, Any]) -> list[dict[str, Any]]:
+def by_skill(results: EvaluationResults) -> list[Outcome]:
     """The outcomes of each skill together, else in their order."""
-    names = list(dict.fromkeys(outcome["skill"] for outcome in results["outcomes"]))
-    return sorted(results["outcomes"], key=lambda outcome: names.index(outcome["skill"]))
+    names = list(dict.fromkeys(outcome.skill for outcome in results.outcomes))
+    return sorted(results.outcomes, key=lambda outcome: names.index(outcome.skill))
 
 
-def _cell(outcome: dict[str, Any], measure: str) -> str:
-    change, bounds = write_change(measure), outcome["change_ci95"].get(measure)
-    drawn = outcome["random"]["change"][measure]["mean"]
-    own = f"{write_value(measure)(outcome['values'][measure])}, {change(outcome['change'][measure])}"
+def _cell(outcome: Outcome, measure: str) -> str:
+    change, bounds = write_change(measure), outcome.change_ci95.get(measure)
+    drawn = outcome.random.change[measure].mean
+    own = f"{write_value(measure)(outcome.values[measure])}, {change(outcome.change[measure])}"
     return f"{own} {interval(bounds, change)}; random {change(drawn)}".replace("  ", " ").replace(" ;", ";")
 
 
-def summary(results: dict[str, Any]) -> list[str]:
+def summary(results: EvaluationResults) -> list[str]:
     """What was measured, in sentences."""
-    data, sizes = results["data"], sorted({o["share"] for o in results["outcomes"]})
-    skills = list(dict.fromkeys(o["skill"] for o in results["outcomes"]))
-    before = ", ".join(_with_interval(results["intact"], name) for name in results["intact"]["values"])
+    data, sizes = results.data, sorted({o.share for o in results.outcomes})
+    skills = list(dict.fromkeys(o.skill for o in results.outcomes))
+    before = ", ".join(_with_interval(results.intact, name) for name in results.intact.values)
     chosen = (
-        f"skills were loaded from {plain(results['config']['skills'])}"
-        if results["config"].get("skills")
-        else f"chosen on {number_of(data['n_select'])} other examples"
+        f"skills were loaded from {plain(results.config['skills'])}"
+        if results.config.get("skills")
+        else f"chosen on {number_of(data.n_select)} other examples"
     )
-    many, neurons = number_of(len(skills)), number_of(results["model"]["neurons"])
+    many, neurons = number_of(len(skills)), number_of(results.model.neurons)
     shares = ", ".join(percent(size) for size in sizes[:6])
     return [
-        f"The intact model on {number_of(data['n_test'])} held-out examples: {before}.",
+        f"The intact model on {number_of(data.n_test)} held-out examples: {before}.",
         f"{many} skill{'s' * (len(skills) != 1)}, {chosen}, at {shares} of {neurons} neurons.",
     ]
 
 
-def _with_interval(intact: dict[str, Any], name: str) -> str:
+def _with_interval(intact: Intact, name: str) -> str:
     write = write_value(name)
-    return f"{NAMES[name]} {write(intact['values'][name])} {interval(intact['ci95'].get(name), write)}".rstrip()
+    return f"{NAMES[name]} {write(intact.values[name])} {interval(intact.ci95.get(name), write)}".rstrip()
 
 
-def render(results: dict[str, Any]) -> str:
+def render(results: EvaluationResults) -> str:
     """Make the page; see `skillfast.report.write_evaluation`."""
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    from skillfast.report import tasks
-
     made = make_figures(results)
-    resource = resources.files("skillfast.report")
-    # our own files and encoded JSON: everything else in the page is escaped
-    inline = {
-        "style": Markup(resource.joinpath("page.css").read_text(encoding="utf-8")),
-        "script": Markup(resource.joinpath("evaluation.js").read_text(encoding="utf-8")),
-        "plotly": Markup(get_plotlyjs()),
-        "data": Markup(script_json({"figures": made})),
-    }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(resource.joinpath("evaluation.html").read_text(encoding="utf-8"))
-    return template.render(
+    return pages.render(
+        "skillfast.report.evaluation",
+        {"figures": made},
         results=results,
         summary=summary(results),
         measures=[(name, NAMES[name]) for name in defined(results)],
         figures=made.keys(),
         rows=table_rows(results),
-        tasks=tasks.context(results["tasks"]) if results.get("tasks") else None,
-        settings=[(name, plain(value)) for name, value in {**results["environment"], **results["config"]}.items()],
-        **inline,
+        tasks=None if results.tasks is None else tasks.context(results.tasks),
+        settings=[(name, plain(value)) for name, value in {**to_json(results.environment), **results.config}.items()],
     )

@@ -1,0 +1,121 @@
+"""Accuracy over all examples without each skill, and how closely the best neurons follow each metric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, plain, points
+
+if TYPE_CHECKING:
+    from skillfast.results.bench import BenchResults, BothParts, MetricCorrelations, Trained
+
+FROM = {"scratch": "was trained from nothing", "checkpoint": "was loaded", "pretrained": "came pretrained"}
+
+
+def overall_say(results: BenchResults) -> list[str]:
+    """How the model came about, and what the removals do to the accuracy over all examples, in sentences."""
+    found = results.overall
+    assert found is not None
+    largest = min(found.removals, key=lambda removal: removal.change)
+    drawn = [change for removal in found.removals for change in removal.random_changes]
+    return [
+        _trained_say(results.model.trained),
+        f"The whole model is right on {percent(found.accuracy)} of the {number_of(found.n_test)} test examples.",
+        (
+            f"Without the skill {largest.skill}, which is {number_of(largest.neurons)} neurons or "
+            f"{_share(largest.share)} of all, it is right on {percent(largest.accuracy)}: a change of "
+            f"{points(largest.change, signed=True)} points, the largest of the {len(found.removals)} removals."
+        ),
+        (
+            f"As many neurons drawn at random change it by {points(found.random_change, signed=True)} points on "
+            f"average, between {points(min(drawn), signed=True)} and {points(max(drawn), signed=True)} in "
+            f"{number_of(len(drawn))} draws."
+        ),
+    ]
+
+
+def overall_rows(results: BenchResults) -> list[list[str]]:
+    """Per skill: its size, the accuracy without it, the change with its interval, and the random control's."""
+    assert results.overall is not None
+    return [
+        [
+            removal.skill,
+            number_of(removal.neurons),
+            _share(removal.share),
+            percent(removal.accuracy),
+            points(removal.change, signed=True),
+            interval(removal.ci95, lambda end: points(end, signed=True)),
+            points(sum(removal.random_changes) / len(removal.random_changes), signed=True),
+        ]
+        for removal in results.overall.removals
+    ]
+
+
+def correlated(results: BenchResults) -> dict[str, Any]:
+    """What the page says of correlations: sentences, metrics, a row per place and a row per best neuron."""
+    found = results.correlations
+    assert found is not None
+    metrics, top = found.metrics, found.top
+    written = [
+        f"{_size(values.test)} with {name}" for name, values in metrics.items() if finite(values.test) is not None
+    ]
+    return {
+        "top": top,
+        "metrics": list(metrics),
+        "say": [
+            (
+                f"The {top} neurons that follow a metric most closely, ranked on the "
+                f"{number_of(results.dataset.n_select)} examples that skills are chosen from, have on the test "
+                f"examples a mean |r| (Pearson) of {', '.join(written) or UNDEFINED}."
+            ),
+            "A neuron that follows a metric need not cause it: only a removal tells.",
+        ],
+        "places": [
+            ["all places", *(_both(values) for values in metrics.values())],
+            *(
+                [site, *(_both(values.sites[site]) for values in metrics.values())]
+                for site in next(iter(metrics.values())).sites
+            ),
+        ],
+        "neurons": [
+            [neuron.column, neuron.site, str(neuron.unit), _signed(neuron.select), _signed(neuron.test)]
+            for values in metrics.values()
+            for neuron in values.neurons
+        ],
+    }
+
+
+def _trained_say(trained: Trained) -> str:
+    """How the model's weights came about."""
+    first = f"The model {FROM[trained.source]}"
+    if not trained.n_train:
+        return f"{first}."
+    what = {"head": "its head was", "last-block": "its last block and head were"}.get(
+        trained.finetune or "", "all its weights were"
+    )
+    rate = finite(trained.learning_rate)
+    how = "" if rate is None else f" at a learning rate of {plain(rate)}"
+    return (
+        f"{first}; {what} trained on {number_of(trained.n_train)} examples for {trained.epochs} epochs{how}, "
+        f"to {percent(trained.validation_accuracy)} on the validation examples."
+    )
+
+
+def _share(share: float) -> str:
+    """A small share of the neurons, with two decimals."""
+    return f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
+
+
+def _size(value: Any) -> str:
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:.2f}"
+
+
+def _signed(value: Any) -> str:
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _both(values: BothParts | MetricCorrelations) -> str:
+    written = _size(values.test), _size(values.select)
+    return UNDEFINED if written == (UNDEFINED, UNDEFINED) else f"{written[0]} ({written[1]})"

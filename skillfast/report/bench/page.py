@@ -1,0 +1,99 @@
+"""The page: words, tables and figures set into the template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skillfast.errors import DataError
+from skillfast.report import pages
+from skillfast.report.bench import evidence, figures, interference, tradeoff, words
+from skillfast.report.formatting import cell, data_name, model_name, percent
+from skillfast.report.parts import MAX_WRITTEN
+
+if TYPE_CHECKING:
+    from skillfast.results.bench import BenchResults
+    from skillfast.results.skills import Skills
+
+
+def make_figures(results: BenchResults, skills: Skills) -> dict[str, Any]:
+    """Every figure of the page by the id of its place."""
+    made = {
+        "removal-matrix": figures.removal_matrix(results),
+        "removal-steps": figures.removal_steps(results),
+        **figures.selectivity(results),
+        "class-accuracy": figures.class_accuracy(results),
+        "location-matrix": figures.location_matrix(results, skills),
+        "location-steps": figures.location_steps(results, skills),
+    }
+    if results.layer_contribution:
+        made["contribution"] = figures.contribution(results)
+        if results.layer_contribution.per_block:
+            made["contribution-blocks"] = figures.contribution_by_block(results)
+    if results.interference:
+        if results.interference.angles_deg is not None:
+            made["angles"] = interference.angles(results)
+        made["overlap"] = figures.overlap(results)
+    if results.selection:
+        made["trade-off"] = tradeoff.trade_off(results)
+    return made
+
+
+def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
+    classes = results.dataset.classes
+    interfering = results.interference is not None and results.interference.strongest is not None
+    matrix = [[cell(v) for v in row] for row in results.removal_matrix]
+    return {
+        "results": results,
+        "classes": classes,
+        "skill_names": [skill.name for skill in skills.skills],
+        "few": len(classes) <= MAX_WRITTEN,
+        "summary": words.summary(results),
+        "tiles": words.tiles(results),
+        "definitions": words.definitions(results, skills),
+        "matrix": matrix,
+        "selectivity": words.selectivity_rows(results),
+        "draws": results.random_control.draws,
+        "contribution": words.contribution_rows(results) if results.layer_contribution else None,
+        "by_block": results.layer_contribution is not None and bool(results.layer_contribution.per_block),
+        "closest": figures.closest_pairs(results) if results.interference else None,
+        "angles_say": interference.angles_say(results)
+        if results.interference and results.interference.angles_deg is not None
+        else None,
+        "pairs_say": interference.pairs_say(results) if interfering else [],
+        "pairs": interference.pair_rows(results) if interfering else [],
+        "embeddings": interference.embedding_rows(results) if results.standard_metrics else None,
+        "embeddings_say": interference.embeddings_say(results) if results.standard_metrics else [],
+        "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if results.selection else None,
+        "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.overall else None,
+        "correlated": evidence.correlated(results) if results.correlations else None,
+        "model_name": model_name(results),
+        "data_name": data_name(results),
+        "percent": percent,
+        "details": words.details(results),
+        "command": words.command(results),
+    }
+
+
+def render(results: BenchResults, skills: Skills) -> str:
+    """Make the page; see `skillfast.report.render`."""
+    check(results, skills)
+    context = _context(results, skills)
+    drawn = {"figures": make_figures(results, skills), "steps": figures.step_texts(results)}
+    return pages.render("skillfast.report.bench", drawn, **context)
+
+
+def check(results: BenchResults, skills: Skills) -> None:
+    """Raise DataError where two files are not of one model."""
+    ours, theirs = results.model.fingerprint, skills.fingerprint
+    if ours != theirs:
+        raise DataError(
+            f"skills.json: expected the skills of the model {ours!r} of results.json, got {theirs!r}; "
+            "take both files from one run"
+        )
+    sites = {site.name for site in results.model.sites}
+    unknown = sorted({site for skill in skills.skills for site in skill.neurons} - sites)
+    if unknown:
+        raise DataError(
+            f"skills.json: expected skills on the sites of results.json, got {', '.join(unknown)}; "
+            "take both files from one run"
+        )

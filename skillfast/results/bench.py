@@ -1,0 +1,605 @@
+"""`results.json`: what a bench run found. Accuracies and their changes are fractions, not percent."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, field
+
+from skillfast.results.records import (
+    Change,
+    Count,
+    Document,
+    Fraction,
+    Interval,
+    Name,
+    Positive,
+    Record,
+    Share,
+    check_open,
+)
+from skillfast.vocabulary import Finetune, Kind
+
+Correlation = Annotated[float, Meta(ge=-1.000001, le=1.000001)] | None
+Angle = Annotated[float, Meta(ge=0, le=180, description="degrees")] | None
+Changes = Annotated[list[Annotated[list[Change], Meta(min_length=2)]], Meta(min_length=2)]
+TwoNames = Annotated[list[str], Meta(min_length=2, max_length=2)]
+TwoChanges = Annotated[list[Change], Meta(min_length=2, max_length=2)]
+Names = Annotated[list[str], Meta(min_length=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Environment(Record, frozen=True):
+    """Versions, device and backends."""
+
+    skillfast: Name
+    python: Name
+    torch: Name
+    timm: Name
+    numpy: Name
+    platform: Name
+    device: Name
+    device_name: Name
+    threads: Positive
+    backends: dict[str, Any]
+
+
+class Config(Record, frozen=True, forbid_unknown_fields=False):
+    """The settings that every run has; others stand beside them."""
+
+    model: str | None
+    model_kwargs: dict[str, Any]
+    checkpoint: str | None
+    pretrained: bool
+    finetune: Finetune | None
+    dataset: Name
+    data_dir: str | None
+    train_per_class: Positive | None
+    test_per_class: Positive | None
+    mean: Annotated[list[float], Meta(min_length=1)] | None
+    std: Annotated[list[float], Meta(min_length=1)] | None
+    crop_pct: Annotated[float, Meta(gt=0)] | None
+    device: Name | None
+    dtype: Name
+    batch_size: Positive
+    seed: int
+    sites: Annotated[list[str], Meta(min_length=1)]
+    pool: Name
+    method: Name
+    share: Share
+    max_site_share: Share
+    scale: float
+    backend: Name
+    contrastive: bool = False
+
+
+class SiteSize(Record, frozen=True):
+    """A site: where neurons are; `block` is null for the head."""
+
+    name: Name
+    kind: Kind
+    block: Count | None
+    heads: Positive | None
+    width: Positive
+
+
+class Trained(Record, frozen=True):
+    """Where the weights came from and what was trained."""
+
+    source: Literal["scratch", "checkpoint", "pretrained"] = field(name="from")
+    finetune: Finetune | None = None
+    epochs: Count | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    n_train: Count | None = None
+    validation_accuracy: Fraction | None = None
+
+
+class Model(Record, frozen=True):
+    """The model whose skills were removed."""
+
+    name: Name
+    parameters: Positive
+    embed_dim: Positive
+    fingerprint: Name
+    neurons: Positive
+    sites: Annotated[list[SiteSize], Meta(min_length=1)]
+    trained: Trained
+
+
+class Dataset(Record, frozen=True):
+    """The data: examples that skills were chosen on, that settings were chosen on, and that were measured on."""
+
+    name: Name
+    classes: Annotated[list[str], Meta(min_length=2, extra_json_schema={"uniqueItems": True})]
+    n_select: Positive
+    n_validate: Count
+    n_test: Positive
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("expected classes with different names at dataset.classes, got one twice")
+
+
+class Baseline(Record, frozen=True):
+    """Accuracy of the intact model: the mean over classes, and each class's."""
+
+    accuracy: Fraction
+    per_class: Annotated[list[Fraction], Meta(min_length=2)]
+    n_test_per_class: Annotated[list[Count], Meta(min_length=2)]
+
+
+class OverallRemoval(Record, frozen=True):
+    """Accuracy over all test examples without one skill.
+
+    Attributes:
+        skill: Its class.
+        neurons: How many it has.
+        share: How many as a share of all neurons of the traced sites.
+        accuracy: Without it.
+        change: Against the intact model.
+        ci95: Of the change.
+        random_changes: With as many neurons of each site drawn at random: one per draw.
+    """
+
+    skill: str
+    neurons: Count
+    share: Fraction
+    accuracy: Fraction
+    change: Change
+    ci95: Interval
+    random_changes: Annotated[list[Change], Meta(min_length=1)]
+
+
+class Overall(Record, frozen=True):
+    """Accuracy over all test examples, whatever their class.
+
+    Attributes:
+        accuracy: Of the intact model.
+        n_test: How many examples.
+        removals: One per skill.
+        random_change: Mean over skills and draws of the random controls' changes.
+    """
+
+    accuracy: Fraction
+    n_test: Positive
+    removals: Annotated[list[OverallRemoval], Meta(min_length=2)]
+    random_change: Change
+
+
+class BothParts(Record, frozen=True):
+    """Mean |r| of the best neurons on either part; null where no neuron has an r."""
+
+    select: Fraction | None
+    test: Fraction | None
+
+
+class BestNeuron(Record, frozen=True):
+    """A neuron, the column that it follows best, and its r on either part."""
+
+    site: str
+    unit: Count
+    column: str
+    select: Correlation
+    test: Correlation
+
+
+class MetricCorrelations(Record, frozen=True):
+    """How closely the best neurons follow one metric.
+
+    Attributes:
+        select: Mean |r| of the best neurons of all sites on the select part.
+        test: Their mean |r| on the test part.
+        sites: Site -> the same of its own best neurons.
+        neurons: The best over all columns of the metric.
+    """
+
+    select: Fraction | None
+    test: Fraction | None
+    sites: dict[str, BothParts]
+    neurons: list[BestNeuron]
+
+
+class Correlations(Record, frozen=True):
+    """How closely the best neurons follow each metric; they are ranked on the select part.
+
+    Attributes:
+        statistic: What they are ranked by.
+        top: How many neurons count as the best.
+        metrics: By metric.
+    """
+
+    statistic: Literal["pearson"]
+    top: Positive
+    metrics: Annotated[dict[str, MetricCorrelations], Meta(min_length=1)]
+
+
+class Effect(Record, frozen=True):
+    """What the removals do to their own classes and to the others.
+
+    Attributes:
+        target_drop: What a class loses when its own skill is removed, the mean over classes.
+        other_change: Mean change of the other classes.
+        ratio: target_drop over |other_change|; null where that is 0.
+        other_abs_change: Mean |change| of the other classes.
+        strict_ratio: target_drop over other_abs_change; null where that is 0.
+        other_harm: Mean loss of the other classes, a gain counting as 0.
+        harm_ratio: target_drop over other_harm; null where that is 0.
+    """
+
+    target_drop: Change
+    other_change: Change
+    ratio: float | None
+    other_abs_change: Fraction
+    strict_ratio: float | None
+    other_harm: Fraction
+    harm_ratio: float | None
+
+
+class EffectIntervals(Record, frozen=True):
+    """95 % bootstrap intervals of an effect; null where there is none."""
+
+    target_drop: Interval
+    other_change: Interval
+    ratio: Interval
+    other_abs_change: Interval
+    strict_ratio: Interval
+    other_harm: Interval
+    harm_ratio: Interval
+
+
+class Selectivity(Effect, frozen=True):
+    """An effect with its intervals."""
+
+    ci95: EffectIntervals
+
+
+class Oracle(Selectivity, frozen=True):
+    """The effect of removing each class's logit, and its removal matrix."""
+
+    removal_matrix: Changes
+
+
+class RandomControl(Selectivity, frozen=True):
+    """The effect of removing as many random neurons of each site, averaged over draws."""
+
+    draws: Positive
+
+
+class CandidateEffect(Record, frozen=True):
+    """A way to choose skills, and its effect on the validation and the test part; `keep` is a mask's weight."""
+
+    method: Name
+    contrastive: bool
+    share: Share
+    keep: float | None
+    validation: Effect
+    test: Selectivity
+
+
+class SelectionOracle(Record, frozen=True):
+    """The oracle's effect on the validation part."""
+
+    validation: Effect
+
+
+class SelectionResult(Record, frozen=True):
+    """Which candidate was chosen, and what each does.
+
+    Attributes:
+        rule: By which one was chosen.
+        chosen: Its place among the candidates.
+        published: Place of the one with the published drop and ratio on the validation part and the least harm; null
+            where none has them.
+        candidates: All that were tried.
+        gap: The chosen one's effect on the test part minus that on the validation part.
+        oracle: What no removal can be better than.
+    """
+
+    rule: Name
+    chosen: Count
+    published: Count | None
+    candidates: Annotated[list[CandidateEffect], Meta(min_length=1)]
+    gap: dict[str, float | None]
+    oracle: SelectionOracle
+
+
+class Shares(Record, frozen=True):
+    """Shapley value of each kind as a share of what the whole skill costs; null where nothing dropped."""
+
+    mlp: float | None
+    attn: float | None
+    head: float | None
+
+
+class ShareIntervals(Record, frozen=True):
+    """95 % bootstrap intervals of the shares."""
+
+    mlp: Interval
+    attn: Interval
+    head: Interval
+    non_additivity: Interval = None
+
+
+class BlockShare(Record, frozen=True):
+    """What a block adds to the loss, as a share.
+
+    Attributes:
+        block: null for the head.
+        share: Shapley value over the order of the blocks and its reverse; the blocks' add up to 1.
+        ci95: Of the share.
+        bottom_up: What the block adds when the blocks before it are removed.
+        top_down: What it adds when the blocks after it are removed.
+        per_class: The share in each class's own drop.
+    """
+
+    block: Count | None
+    share: float | None
+    ci95: Interval
+    bottom_up: float | None
+    top_down: float | None
+    per_class: dict[str, float | None]
+
+
+class LayerContribution(Shares, frozen=True):
+    """Where the skills live.
+
+    Attributes:
+        non_additivity: 1 - (sum of what each kind costs alone) / (what the whole skill costs).
+        per_class: Class -> the shares in its own drop.
+        ci95: Of the shares.
+        per_block: In the order of the forward.
+    """
+
+    non_additivity: float | None
+    per_class: dict[str, Shares]
+    ci95: ShareIntervals
+    per_block: list[BlockShare] | None = None
+
+
+class EmbeddingIntervals(Record, frozen=True):
+    """95 % intervals of the means: of CKA by a jackknife over groups of images, else by the bootstrap."""
+
+    cosine: Interval
+    rank_preservation: Interval
+    knn_accuracy_change: Interval
+    cka: Interval
+    target_knn_accuracy_change: Interval
+
+
+class EmbeddingControl(Record, frozen=True):
+    """Means over the removals of as many neurons at random, one draw per class."""
+
+    cosine: Correlation
+    rank_preservation: Correlation
+    knn_accuracy_change: Change | None
+    cka: Correlation
+    target_knn_accuracy_change: Change | None
+
+
+class EmbeddingRemoval(EmbeddingControl, frozen=True):
+    """The metrics after one skill's removal, beside what it costs the class."""
+
+    target_drop: Change | None
+    knn_accuracy_change_per_class: list[Change | None]
+
+
+class EmbeddingReasons(Record, frozen=True):
+    """Why values are missing: the classes, or how many examples were left out per removal."""
+
+    one_image: Names | None = None
+    no_images: Names | None = None
+    zero_or_not_finite: dict[str, Positive] | None = None
+    constant_embeddings: Names | None = None
+
+
+class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
+    """Metrics of embeddings before and after: means over the removals.
+
+    Attributes:
+        knn_accuracy: Of the intact model, leaving one out; neighbours are the other test examples.
+        target_drop: What a class loses when its own skill is removed.
+        n_neighbours: How many vote.
+        n_ranked: Examples whose neighbours are ranked.
+        ci95: Of the means.
+        random_control: The same with as many neurons at random.
+        per_class: By the class whose skill is removed.
+        reasons: Why values are missing.
+    """
+
+    knn_accuracy: Fraction | None
+    target_drop: Change | None
+    n_neighbours: Positive
+    n_ranked: Positive
+    ci95: EmbeddingIntervals
+    random_control: EmbeddingControl | None = None
+    per_class: dict[str, EmbeddingRemoval]
+    reasons: EmbeddingReasons | None = None
+
+
+class Pair(Record, frozen=True):
+    """Two classes: what b gains when a is removed, then what a gains when b is removed."""
+
+    classes: TwoNames
+    change: TwoChanges
+    beyond_oracle: TwoChanges
+    p: Fraction
+    q: Fraction
+    significant: bool
+
+
+class StrongestAngle(Record, frozen=True):
+    """The class that turns most when another class's skill is removed."""
+
+    removed: str
+    turned: str = field(name="class")
+    angle_deg: Angle
+
+
+class StrongestOverlap(Record, frozen=True):
+    """The two skills that share most."""
+
+    one: str
+    other: str
+    jaccard: Fraction
+
+
+class Strongest(Record, frozen=True):
+    """The largest of each kind, significant or not; null where there is none."""
+
+    angle: StrongestAngle | None
+    overlap: StrongestOverlap | None
+    competition: Pair | None
+    linkage: Pair | None
+
+
+class AngleMeans(Record, frozen=True):
+    """Mean angle of each class without its own skill, and without another's."""
+
+    own_angle_deg: Angle
+    other_angle_deg: Angle
+
+
+class AngleIntervals(Record, frozen=True):
+    """95 % bootstrap intervals of the angles and of their means."""
+
+    angles_deg: list[list[Interval]]
+    own_angle_deg: Interval
+    other_angle_deg: Interval
+
+
+class InterferenceReasons(Record, frozen=True):
+    """Why values are missing, and of which classes."""
+
+    no_images: Names | None = None
+    one_image: Names | None = None
+    no_direction: Names | None = None
+
+
+TOGETHER = {
+    "angles_deg": ["own_angle_deg", "other_angle_deg", "ci95", "strongest"],
+    "strongest": ["competition", "linkage"],
+}
+
+
+class Interference(Record, frozen=True, kw_only=True):
+    """How skills interfere.
+
+    Attributes:
+        angles_deg: [K][K], how far class j's mean embedding turns when skill i is removed; absent without embeddings.
+        own_angle_deg: Mean of the diagonal.
+        other_angle_deg: Mean of the rest.
+        ci95: Of the angles.
+        random_control: The means with as many neurons removed at random, one draw per class.
+        competition: Pairs of which each removal helps the other class beyond the oracle, significantly.
+        linkage: Pairs of which each removal hurts the other class beyond the oracle, significantly.
+        strongest: The largest of each kind.
+        overlap: [K][K], Jaccard index of the skills' neurons.
+        reasons: Why values are missing.
+    """
+
+    json_schema: ClassVar[dict[str, Any]] = {"dependentRequired": TOGETHER}
+
+    angles_deg: Annotated[list[Annotated[list[Angle], Meta(min_length=2)]], Meta(min_length=2)] | None = None
+    own_angle_deg: Angle | UnsetType = UNSET
+    other_angle_deg: Angle | UnsetType = UNSET
+    ci95: AngleIntervals | None = None
+    random_control: AngleMeans | None = None
+    competition: list[Pair] | None = None
+    linkage: list[Pair] | None = None
+    strongest: Strongest | None = None
+    overlap: Annotated[list[Annotated[list[Fraction | None], Meta(min_length=2)]], Meta(min_length=2)]
+    reasons: InterferenceReasons | None = None
+
+    def __post_init__(self) -> None:
+        for name, needed in TOGETHER.items():
+            missing = [key for key in needed if getattr(self, key) is (UNSET if "angle" in key else None)]
+            if getattr(self, name) is not None and missing:
+                raise ValueError(f"expected the key {missing[0]} beside {name} at interference, got none")
+
+
+class PhaseSeconds(Record, frozen=True, kw_only=True):
+    """Seconds per phase, those of an interrupted run included."""
+
+    data: Seconds
+    train: Seconds
+    trace: Seconds
+    select: Seconds
+    choose: Seconds | None = None
+    trade_off: Seconds | None = None
+    trace_test: Seconds | None = None
+    sweep: Seconds
+    embeddings: Seconds | None = None
+    baseline: Seconds
+    total: Seconds
+
+
+class Cost(Record, frozen=True):
+    """What the run took.
+
+    Attributes:
+        seconds: Per phase.
+        samples_per_s: Examples traced per second.
+        forward_s: Of plain forwards over the measured batches.
+        trace_over_forward: Time of traced forwards over that of plain ones.
+        peak_rss_bytes: Of the process.
+        peak_device_bytes: Of its CUDA devices together; null without one.
+        state_bytes: Of the statistics.
+        resumed: Phases that an interrupted run had finished.
+    """
+
+    seconds: PhaseSeconds
+    samples_per_s: Seconds | None
+    forward_s: Seconds | None
+    trace_over_forward: Seconds | None
+    peak_rss_bytes: Count
+    peak_device_bytes: Count | None
+    state_bytes: Count
+    resumed: list[str] | None = None
+
+
+CONFIG_SCHEMA = msgspec.json.schema_components([Config])[1]["Config"]
+
+
+class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1", tag_field="schema"):
+    """The results of `skillfast bench`. Accuracies and their changes are fractions, not percent.
+
+    Attributes:
+        environment: Versions, device and backends.
+        config: The settings, as options; `Config` has those that are always there.
+        model: The model and its sites.
+        dataset: The data and its classes.
+        baseline: Accuracy of the intact model.
+        overall: Accuracy over all test examples.
+        removal_matrix: [K][K], change in accuracy of class j when skill i is removed.
+        selectivity: What the removals do to their own classes and to the others.
+        oracle: The best that any removal can look like.
+        random_control: What as many random neurons do.
+        layer_contribution: Where the skills live.
+        standard_metrics: Metrics of embeddings before and after; absent without embeddings.
+        interference: How the skills interfere.
+        selection: Which candidate was chosen.
+        correlations: How closely the best neurons follow each metric.
+        cost: What the run took.
+    """
+
+    environment: Environment
+    config: Annotated[dict[str, Any], Meta(extra_json_schema=CONFIG_SCHEMA)]
+    model: Model
+    dataset: Dataset
+    baseline: Baseline
+    overall: Overall | None = None
+    removal_matrix: Changes
+    selectivity: Selectivity
+    oracle: Oracle
+    random_control: RandomControl
+    layer_contribution: LayerContribution | None = None
+    standard_metrics: StandardMetrics | None = None
+    interference: Interference | None = None
+    selection: SelectionResult | None = None
+    correlations: Correlations | None = None
+    cost: Cost
+
+    def __post_init__(self) -> None:
+        check_open(self.config, Config, "config")

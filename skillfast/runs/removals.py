@@ -1,0 +1,54 @@
+"""The conditions of a bench run: parts of each skill, and random controls beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from skillfast.ablation.interventions import Condition
+from skillfast.evaluation.shapley import SUBSETS, occupied_blocks
+from skillfast.skills.skill import random_skills
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from skillfast.models.sites import Site
+    from skillfast.skills.skill import Skill
+
+
+def component_conditions(skills: Sequence[Skill], scale: float) -> list[Condition]:
+    """Each skill with only its neurons in each subset: conditions [len(SUBSETS), K], row by row."""
+    return [Condition(skill, components=subset, scale=scale) for subset in SUBSETS for skill in skills]
+
+
+def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[Condition]:
+    """Each skill with only its neurons in the first 1, 2, ... blocks, then in the last 1, 2, ... blocks.
+
+    Returns:
+        Conditions [2 (blocks - 1), K], row by row, over the `occupied_blocks`; all blocks are the whole skill, which
+        `component_conditions` has.
+    """
+    blocks = occupied_blocks(skills, sites)
+    where = {site.name: site.block for site in sites}
+
+    def within(skill: Skill, kept: Sequence[int | None]) -> Skill:
+        return replace(skill, neurons={name: index for name, index in skill.neurons.items() if where[name] in kept})
+
+    first = [("first", blocks[:size]) for size in range(1, len(blocks))]
+    last = [("last", blocks[-size:]) for size in range(1, len(blocks))]
+    return [
+        Condition(within(skill, kept), scale=scale, name=f"{skill.name} ({end} {len(kept)} blocks)")
+        for end, kept in first + last
+        for skill in skills
+    ]
+
+
+def control_conditions(
+    skills: Sequence[Skill], sites: Sequence[Site], draws: int, scale: float, seed: int
+) -> list[Condition]:
+    """`draws` random controls for each skill: conditions [draws, K], row by row."""
+    rng = np.random.default_rng(seed)
+    per_skill = [random_skills(skill, sites, draws, rng) for skill in skills]
+    return [Condition(drawn[i], scale=scale) for i in range(draws) for drawn in per_skill]
