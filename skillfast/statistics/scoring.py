@@ -1,4 +1,4 @@
-"""From the state of an accumulator to its scores."""
+"""Makes the scores of an accumulator from its state."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Expected:
 def pooled_row(
     x: torch.Tensor, activation: Activation, pool: Pool, mask: torch.Tensor | None, write: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What flows on, and one row per sample; see `ops.act_mask_pool`."""
+    """Return the activated tensor and its pooled rows [batch, D], as `ops.act_mask_pool` does."""
     if not write and activation == "identity" and mask is None and (x.dim() == 2 or pool in ("cls", "last")):
         return x, x if x.dim() == 2 else as_tokens(x)[:, 0 if pool == "cls" else -1]  # nothing to reduce
     return ops.act_mask_pool(x, activation, pool, mask=mask, write=write)
@@ -136,7 +136,7 @@ class PooledRows(_Rows):
         self._rows: torch.Tensor | None = None  # [batch, sum of widths]
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
-        """Pool a site's activations into its columns; gives what flows on."""
+        """Pool a site's activations into its columns; return the activated tensor."""
         if self._enter(site, x):
             self._rows = self.statistics.reserve(x.shape[0])
         assert self._rows is not None
@@ -202,7 +202,7 @@ class TokenRows(_Rows):
         self._sample: torch.Tensor | None = None  # [batch * s, sum of widths], a view of the sampled rows' buffer
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
-        """Sum a site's activations over the tokens; gives what flows on."""
+        """Sum a site's activations over the tokens; return the activated tensor."""
         first = self._enter(site, x)
         mask = self.expected.mask_for(site, x)
         tokens = as_tokens(x).shape[1]

@@ -43,8 +43,8 @@ def test_edges_divide_evenly():
     assert edges.shape == (50, BINS - 1)
     assert edges.isfinite().all()
     assert (edges.diff(dim=1) > 0).all()
-    bin_ = torch.searchsorted(edges, rows.T.contiguous(), right=True)
-    held = torch.zeros(50, BINS).scatter_add_(1, bin_, torch.ones(50, 1024))
+    place = torch.searchsorted(edges, rows.T.contiguous(), right=True)
+    held = torch.zeros(50, BINS).scatter_add_(1, place, torch.ones(50, 1024))
     assert held.max() <= 10
     assert not atomic_bins(edges, torch.float32).any()
 
@@ -59,13 +59,13 @@ def test_repeated_values_get_atomic_bins(dtype):
     atomic = atomic_bins(edges, dtype)
     for neuron, values in ((0, [0.0, -0.0]), (1, range(-2, 5)), (2, [3.0])):
         for value in values:
-            bin_ = torch.searchsorted(edges[neuron], torch.tensor([float(value)]), right=True)
-            assert atomic[neuron, bin_], (neuron, value)
+            place = torch.searchsorted(edges[neuron], torch.tensor([float(value)]), right=True)
+            assert atomic[neuron, place], (neuron, value)
     assert not atomic[:, 0].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_bin_is_atomic_exactly_if_one_value_of_the_dtype_fits(dtype):
+def test_a_placeis_atomic_exactly_if_one_value_of_the_dtype_fits(dtype):
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
     every = every[every.isfinite()].unique()
     g = torch.Generator().manual_seed(0)
