@@ -144,7 +144,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def trained_digits(common: Path, cache: Path) -> torch.nn.Module:
     """The default model, trained once for all workers and left in the cache."""
     from skillfast.data import load_digits
-    from skillfast.models.loading import load_or_train_digits
+    from skillfast.models.digits import load_or_train_digits
 
     with alone(common, "digits"):
         return load_or_train_digits(load_digits(0), 0, quiet=True)[0].model

@@ -152,9 +152,9 @@ def test_mistakes_are_told_in_one_line(arguments, code, words, tmp_path):
 
 
 def test_what_cannot_be_is_told_before_the_default_model_is_trained(tmp_path, monkeypatch):
-    from skillfast.models import loading
+    from skillfast.models import digits
 
-    monkeypatch.setattr(loading, "load_or_train_digits", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(digits, "load_or_train_digits", lambda *_, **__: pytest.fail("trained for nothing"))
     (tmp_path / "file").write_text("")
     for arguments, words in (
         (["--sites", "nose"], "site 'nose': expected one of mlp, attn, head"),

@@ -7,19 +7,12 @@ self-attention, and tables tell neurons apart by block, kind and index.
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
-
-from skillfast.errors import ModelError
 
 if TYPE_CHECKING:
     from skillfast.vocabulary import Kind
-
-GROUP = "skillfast.families"
-"""Entry points of other packages; each is a `Family`."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +75,5 @@ def register_family(family: Family) -> None:
 
 
 def families() -> tuple[Family, ...]:
-    """All known families: registered here, declared by other packages, skillfast's own.
-
-    Raises:
-        ModelError: A package's entry point cannot be loaded or is no `Family`.
-    """
-    return (*_registered, *_declared(), *FAMILIES)
-
-
-@functools.cache
-def _declared() -> tuple[Family, ...]:
-    found = []
-    for entry in entry_points(group=GROUP):
-        try:
-            family = entry.load()
-        except Exception as error:  # of whatever package
-            raise ModelError(
-                f"entry point {entry.name!r} of {GROUP}: expected a Family, got {type(error).__name__} on loading "
-                f"{entry.value}; mend or remove the package that declares it"
-            ) from error
-        if not isinstance(family, Family):
-            raise ModelError(
-                f"entry point {entry.name!r} of {GROUP}: expected a Family, got {type(family).__name__}; "
-                "see skillfast.models.families"
-            )
-        found.append(family)
-    return tuple(found)
+    """All known families: those registered in this process, then skillfast's own."""
+    return (*_registered, *FAMILIES)

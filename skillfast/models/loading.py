@@ -1,14 +1,12 @@
-"""Models by name, with weights from a file, from a hub, or trained here for the embedded default."""
+"""timm models by name, with weights from a file or from a hub; weights that were trained here, saved and loaded."""
 
 from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 import json
 import os
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,36 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from timm.data import resolve_data_config
-from timm.models.vision_transformer import VisionTransformer
-from torch.nn import functional
 
-from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.files import replacing
-from skillfast.models.training import finetune
 from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor, nn
-
-    from skillfast.data.splits import Splits
-
-# the embedded default; whatever is changed here or in its training makes `_RECIPE` a new number
-_RECIPE = 3
-_DIGITS: dict[str, Any] = {
-    "img_size": 8,
-    "in_chans": 1,
-    "patch_size": 2,
-    "embed_dim": 128,
-    "depth": 4,
-    "num_heads": 4,
-    "num_classes": 10,
-}
-_DIGITS_EPOCHS = 75
-_DIGITS_LR = 2e-3
-_DIGITS_BATCH = 128
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -183,91 +160,6 @@ def _data_config(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(config[key]) != channels:  # grey images, or more channels than anyone has measured
             config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config
-
-
-def digits_model(seed: int = 0) -> LoadedModel:
-    """Make the default model, untrained: a timm `VisionTransformer` of 4 blocks for 8 x 8 digits.
-
-    Args:
-        seed: seed of the initial weights; the global random state is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = VisionTransformer(**_DIGITS)
-    config = {
-        "input_size": (1, 8, 8),
-        "mean": (DIGITS_MEAN,),
-        "std": (DIGITS_STD,),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-    }
-    return LoadedModel(model.eval(), "digits", config, head_replaced=False, source="scratch")
-
-
-def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> tuple[LoadedModel, dict[str, Any]]:
-    """Load the default model from the cache, or train it on the CPU (about a minute) and cache it.
-
-    A cache file that cannot be read is made anew, and one that cannot be written is done without; a warning says so.
-
-    Args:
-        splits: from `load_digits(seed)`.
-        seed: seed of the split, the initial weights and the training.
-        quiet: draw no progress bar.
-
-    Returns:
-        The model, and how it was trained (see `finetune`); both are the same whether it was cached or not.
-    """
-    loaded = replace(digits_model(seed), source="checkpoint")
-    determined_by = [
-        _DIGITS,
-        _RECIPE,
-        seed,
-        *(version.split(".")[:2] for version in (torch.__version__, timm.__version__)),
-    ]
-    digest = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:12]
-    path = cache_dir() / f"digits-{digest}.safetensors"
-    if path.is_file():
-        try:
-            return loaded, load_trained(loaded.model, path)
-        except Exception as error:  # whatever is wrong with it, it can be made again
-            warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
-    loaded = replace(digits_model(seed), source="checkpoint")
-    trained = finetune(
-        loaded.model,
-        splits,
-        "all",
-        epochs=_DIGITS_EPOCHS,
-        lr=_DIGITS_LR,
-        batch_size=_DIGITS_BATCH,
-        seed=seed,
-        quiet=quiet,
-        augment=shift_and_turn,
-        label_smoothing=0.1,
-    )
-    try:
-        save_trained(loaded.model, trained, path)
-    except OSError as error:
-        warnings.warn(f"trained model cannot be kept in '{path.parent}' ({first_line(error)})", stacklevel=2)
-    return loaded, trained
-
-
-def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, turn, scale and shear each image of a batch a little, at random.
-
-    Args:
-        images: float32 `[b, C, H, W]`, normalised digits; what comes in from outside is as dark as their background.
-        generator: where the random numbers come from.
-    """
-
-    def uniform(limit: float) -> Tensor:
-        return (2 * torch.rand(len(images), generator=generator) - 1) * limit
-
-    angle, scale, shear = uniform(0.15), uniform(0.1).exp(), uniform(0.1)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [torch.stack([cos, shear - sin, uniform(0.15)], dim=1), torch.stack([sin, cos, uniform(0.15)], dim=1)]
-    grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    background = -DIGITS_MEAN / DIGITS_STD
-    return functional.grid_sample(images - background, grid, align_corners=False) + background
 
 
 def save_trained(model: nn.Module, trained: dict[str, Any], path: Path) -> None:

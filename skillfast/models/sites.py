@@ -125,7 +125,7 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
             f"{type(model).__name__}: expected blocks named as in a known family "
             f"({', '.join(family.name for family in known)}), got none; declare its sites: "
             'sites={"blocks.0.mlp": "<path of the projection>", ..., "head": "<path>"}, or for a whole family '
-            "skillfast.models.sites.register_family or an entry point of skillfast.families"
+            "skillfast.models.sites.register_family"
         )
     head = _classifier(model, known)
     if head is not None:

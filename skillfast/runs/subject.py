@@ -14,7 +14,7 @@ from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import limited_memory
 from skillfast.metrics import check_metric_names
-from skillfast.models import loading, training
+from skillfast.models import digits, loading, training
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.runs.checkpoints import run_training
@@ -189,9 +189,9 @@ def prepare(config: BenchConfig, clock: Clock, *, quiet: bool, say: Say, phases:
 def _digits(config: BenchConfig, device: torch.device, clock: Clock, *, quiet: bool) -> Subject:
     with clock.phase("data"):
         splits = data.load_digits(config.run.seed)
-        choose_sites(loading.digits_model().model, config.trace.sites)  # before anything is trained for nothing
+        choose_sites(digits.digits_model().model, config.trace.sites)  # before anything is trained for nothing
     with clock.phase("train"):
-        loaded, trained = loading.load_or_train_digits(splits, config.run.seed, quiet=quiet)
+        loaded, trained = digits.load_or_train_digits(splits, config.run.seed, quiet=quiet)
     trained = {"from": "scratch", **trained}
     model = loaded.model.to(device).eval()
     return Subject(config, model, loaded.name, splits, trained, "the digits' own mean and deviation", device)

@@ -10,8 +10,7 @@ import torch
 from skillfast.data.text import TextTable, read_text
 from skillfast.errors import ArgumentError
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, parse_metrics
-from skillfast.models.causal import CausalModel
-from skillfast.models.causal_inputs import CausalForward
+from skillfast.models.causal import CausalForward, CausalModel
 from skillfast.models.huggingface import load_config, load_language_model
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_inputs import TokenExamples, batches, split_text

@@ -72,7 +72,7 @@ def stored(model, examples):
 
 
 def traced(model, examples, metrics, pool, side, batch_size=7, **more):
-    from skillfast.models.causal_inputs import CausalForward
+    from skillfast.models.causal import CausalForward
     from skillfast.models.text_inputs import batches
 
     chosen = parse_metrics(metrics, examples.classes, examples.metrics)

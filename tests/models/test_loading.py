@@ -18,8 +18,9 @@ from torch import nn
 
 from skillfast.data import Splits, TensorImages, load_digits, load_imagefolder, make_transforms
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models import loading, training, weights
-from skillfast.models.loading import cache_dir, create_model, digits_model, load_or_train_digits, parse_model_kwargs
+from skillfast.models import digits, loading, training, weights
+from skillfast.models.digits import digits_model, load_or_train_digits
+from skillfast.models.loading import cache_dir, create_model, parse_model_kwargs
 from skillfast.models.training import accuracy, finetune, resolve_finetune
 
 TINY = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -351,7 +352,7 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch):
 
 def test_digits_augmentation_is_small_and_seeded():
     images = load_digits().select.images[:64]
-    moved = [loading.shift_and_turn(images, torch.Generator().manual_seed(0)) for _ in range(2)]
+    moved = [digits.shift_and_turn(images, torch.Generator().manual_seed(0)) for _ in range(2)]
     assert torch.equal(*moved)
     assert moved[0].shape == images.shape
     assert 0.1 < (moved[0] - images).std() < 0.8 * images.std()
@@ -360,14 +361,14 @@ def test_digits_augmentation_is_small_and_seeded():
 
 def test_digits_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SKILLFAST_CACHE", str(tmp_path / "new" / "folder"))
-    monkeypatch.setattr(loading, "_DIGITS_EPOCHS", 1)
+    monkeypatch.setattr(digits, "_DIGITS_EPOCHS", 1)
     whole = load_digits(1)
     few = TensorImages(whole.select.images[:64], whole.select.labels[:64], whole.classes)
     splits = replace(whole, select=few)
     first, trained = load_or_train_digits(splits, 1, quiet=True)
     (path,) = (tmp_path / "new" / "folder").iterdir()
     assert path.suffix == ".safetensors"
-    monkeypatch.setattr(loading, "finetune", None)  # a second time it is not trained
+    monkeypatch.setattr(digits, "finetune", None)  # a second time it is not trained
     second, again = load_or_train_digits(splits, 1, quiet=True)
     assert trained == again
     assert (first.source, second.source) == ("checkpoint", "checkpoint")
@@ -378,7 +379,7 @@ def test_digits_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
 
     monkeypatch.setenv("SKILLFAST_CACHE", str(path.parent))
-    monkeypatch.setattr(loading, "_DIGITS_EPOCHS", 1)
+    monkeypatch.setattr(digits, "_DIGITS_EPOCHS", 1)
     for damage in (path.read_bytes()[:-100], b""):
         path.write_bytes(damage)
         with pytest.warns(UserWarning, match=r"cached model '.*' cannot be read \(.*\); training again"):
