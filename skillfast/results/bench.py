@@ -134,12 +134,12 @@ class OverallRemoval(Record, frozen=True):
     """Accuracy over all test examples without one skill.
 
     Attributes:
-        skill: Its class.
+        skill: Class of the removed skill.
         neurons: How many it has.
         share: How many as a share of all neurons of the traced sites.
         accuracy: Without it.
         change: Against the intact model.
-        ci95: Of the change.
+        ci95: Interval of the change.
         random_changes: With as many neurons of each site drawn at random: one per draw.
     """
 
@@ -156,7 +156,7 @@ class Overall(Record, frozen=True):
     """Accuracy over all test examples, whatever their class.
 
     Attributes:
-        accuracy: Of the intact model.
+        accuracy: Accuracy of the intact model.
         n_test: How many examples.
         removals: One per skill.
         random_change: Mean over skills and draws of the random controls' changes.
@@ -190,7 +190,7 @@ class MetricCorrelations(Record, frozen=True):
 
     Attributes:
         select: Mean |r| of the best neurons of all sites on the select part.
-        test: Their mean |r| on the test part.
+        test: Mean |r| of the same neurons on the test part.
         sites: Site -> the same of its own best neurons.
         neurons: The best over all columns of the metric.
     """
@@ -289,7 +289,7 @@ class SelectionResult(Record, frozen=True):
 
     Attributes:
         rule: By which one was chosen.
-        chosen: Its place among the candidates.
+        chosen: Place of the chosen one among the candidates.
         published: Place of the one with the published drop and ratio on the validation part and the least harm; null
             where none has them.
         candidates: All that were tried.
@@ -328,7 +328,7 @@ class BlockShare(Record, frozen=True):
     Attributes:
         block: null for the head.
         share: Shapley value over the order of the blocks and its reverse; the blocks' add up to 1.
-        ci95: Of the share.
+        ci95: Interval of the share.
         bottom_up: What the block adds when the blocks before it are removed.
         top_down: What it adds when the blocks after it are removed.
         per_class: The share in each class's own drop.
@@ -348,7 +348,7 @@ class LayerContribution(Shares, frozen=True):
     Attributes:
         non_additivity: 1 - (sum of what each kind costs alone) / (what the whole skill costs).
         per_class: Class -> the shares in its own drop.
-        ci95: Of the shares.
+        ci95: Intervals of the shares.
         per_block: In the order of the forward.
     """
 
@@ -398,12 +398,12 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     """Metrics of embeddings before and after: means over the removals.
 
     Attributes:
-        knn_accuracy: Of the intact model, leaving one out; neighbours are the other test examples.
+        knn_accuracy: kNN accuracy of the intact model, leaving one out; neighbours are the other test examples.
         target_drop: What a class loses when its own skill is removed.
         n_neighbours: How many vote.
         n_ranked: Examples whose neighbours are ranked.
-        ci95: Of the means.
-        random_control: The same with as many neurons at random.
+        ci95: Intervals of the means.
+        random_control: Means with as many neurons removed at random.
         per_class: By the class whose skill is removed.
         reasons: Why values are missing.
     """
@@ -490,7 +490,7 @@ class Interference(Record, frozen=True, kw_only=True):
         angles_deg: [K][K], how far class j's mean embedding turns when skill i is removed; absent without embeddings.
         own_angle_deg: Mean of the diagonal.
         other_angle_deg: Mean of the rest.
-        ci95: Of the angles.
+        ci95: Intervals of the angles.
         random_control: The means with as many neurons removed at random, one draw per class.
         competition: Pairs of which each removal helps the other class beyond the oracle, significantly.
         linkage: Pairs of which each removal hurts the other class beyond the oracle, significantly.
@@ -541,11 +541,11 @@ class Cost(Record, frozen=True):
     Attributes:
         seconds: Per phase.
         samples_per_s: Examples traced per second.
-        forward_s: Of plain forwards over the measured batches.
+        forward_s: Seconds of plain forwards over the measured batches.
         trace_over_forward: Time of traced forwards over that of plain ones.
-        peak_rss_bytes: Of the process.
-        peak_device_bytes: Of its CUDA devices together; null without one.
-        state_bytes: Of the statistics.
+        peak_rss_bytes: Peak memory of the process.
+        peak_device_bytes: Peak memory of the CUDA devices together; null without one.
+        state_bytes: Memory of the statistics.
         resumed: Phases that an interrupted run had finished.
     """
 

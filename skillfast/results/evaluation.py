@@ -59,7 +59,7 @@ class Outcome(Record, frozen=True):
     Attributes:
         skill: Name of its class or metric.
         metric: The column that chose it, or null.
-        share: Its size as a share of all neurons, as asked for.
+        share: Size of the skill as a share of all neurons, as asked for.
         layers: `all`, `head` or a block.
         scale: Factor on its activations; 0 removes.
         neurons: How many it has.

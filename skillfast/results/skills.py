@@ -38,7 +38,7 @@ class Skills(Document, frozen=True, tag="skillfast.skills/1", tag_field="schema"
     """The skills of a run.
 
     Attributes:
-        fingerprint: Of the architecture that they belong to; null: any model that has the sites.
+        fingerprint: Digest of the architecture that the neurons belong to; null: any model that has the sites.
         skills: In the order of the classes.
     """
 
