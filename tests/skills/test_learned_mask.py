@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
+from skillfast.skills import learned_mask
 from skillfast.skills.learned_mask import kept_loss, soft_top, target_loss
 
 
@@ -109,6 +110,81 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     attributions = skillfast.attribute(model, batches, classes=5)
     masks = learned(model, batches, attributions, steps=1, images_per_class=3)
     assert masks.n_observations.tolist() == [3] * 5
+
+
+def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch):
+    model, loader, attributions = setting
+    values = attributions.values.copy()
+    values[:, 1:] = np.nan  # one class
+    temperatures, rates, sizes, step = [], [], [], torch.optim.Adam.step
+
+    def recorded_set(strength, site_of, most, count, temperature):
+        temperatures.append(temperature)
+        return soft_top(strength, site_of, most, count, temperature)
+
+    def recorded_step(adam, *args, **kwargs):
+        rates.append(adam.param_groups[0]["lr"])
+        return step(adam, *args, **kwargs)
+
+    def recorded_loss(logits, intact, c):
+        sizes.append(len(logits))
+        return kept_loss(logits, intact, c)
+
+    monkeypatch.setattr(learned_mask, "soft_top", recorded_set)
+    monkeypatch.setattr(learned_mask, "kept_loss", recorded_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
+    learned(model, loader, dataclasses.replace(attributions, values=values), steps=5)
+    np.testing.assert_allclose(temperatures[1:], np.geomspace(1, 0.05, 5))  # the first tells the start
+    np.testing.assert_allclose(rates, np.linspace(0.4, 0.12, 5))
+    assert sizes == [36] * 5  # three quarters of 48 show other classes
+
+
+def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
+    model, loader, attributions = setting
+    learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
+    values = torch.linspace(-1, 0.5, attributions.n_neurons)
+    weakest = values[-round(0.01 * len(values))]
+    torch.testing.assert_close(learner._initial(values), (values / weakest).clamp(-1, 2))
+    strong = values.clone()
+    strong[-1] = 100
+    assert float(learner._initial(strong)[-1]) == 2
+    torch.testing.assert_close(learner._initial(-1 - values.abs()), (-1 - values.abs()) / 2)  # nothing to remove
+    assert not learner._initial(torch.zeros_like(values)).any()
+
+
+def test_batches_show_a_member_once_before_any_again():
+    members = torch.arange(20) % 2 == 0
+    batches = learned_mask._cycle(members, 4, torch.Generator().manual_seed(0))
+    cycles = [torch.cat([next(batches), next(batches)]).tolist() for _ in range(20)]
+    assert all(len(set(cycle)) == 8 and all(i % 2 == 0 for i in cycle) for cycle in cycles)
+    assert {i for cycle in cycles for i in cycle} == set(range(0, 20, 2))
+    assert cycles[0] != cycles[1]
+    whole = learned_mask._cycle(members, 99, torch.Generator().manual_seed(0))
+    assert sorted(next(whole).tolist()) == sorted(next(whole).tolist()) == list(range(0, 20, 2))
+    even = learned_mask._cycle(members, 5, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat([next(even), next(even)]).tolist()) == list(range(0, 20, 2))
+
+
+def test_the_first_images_of_each_class_are_kept(monkeypatch):
+    images, labels = torch.arange(120.0)[:, None].expand(-1, 3).contiguous(), torch.arange(120) % 2
+    loader = list(zip(images.split(50), labels.split(50), strict=True))
+
+    def kept(per_class=None):
+        found, of = learned_mask._first_images(loader, 2, per_class)
+        assert torch.equal(found[:, 0].long() % 2, of)
+        return sorted(found[:, 0].long().tolist())
+
+    assert kept(7) == list(range(14))
+    assert kept(30) == list(range(60))  # over two batches
+    assert kept() == list(range(120))
+    monkeypatch.setattr(learned_mask, "IMAGES", 40)
+    assert kept() == list(range(40))
+    monkeypatch.setattr(learned_mask, "IMAGES_PER_CLASS", 15)
+    assert kept() == list(range(30))
+    monkeypatch.setattr(learned_mask, "IMAGE_BYTES", 12 * 24)  # an image takes 12 bytes
+    assert kept() == list(range(24))
+    monkeypatch.setattr(learned_mask, "IMAGE_BYTES", 12)
+    assert kept() == list(range(16))  # never fewer than 8 of a class
 
 
 SITE_OF = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
