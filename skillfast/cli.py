@@ -89,7 +89,7 @@ def bench(quiet: bool, **given: Any) -> None:
 @_quiet
 def trace(quiet: bool, top: int, **given: Any) -> None:
     """Correlate every neuron with label, correctness, confidence and loss, or others; write scores.safetensors."""
-    from skillfast.runs.subject import traced
+    from skillfast.runs.trace import traced
 
     config = _config(given)
     scores = traced(config, quiet=quiet, say=_say(quiet))
@@ -128,7 +128,7 @@ def ablate(
 ) -> None:
     """Remove or amplify skills and show each class's accuracy before and after."""
     from skillfast.report import accuracy_table
-    from skillfast.runs.subject import ablated
+    from skillfast.runs.ablate import ablated
     from skillfast.skills.skill import load_skills
     from skillfast.statistics.scores import NeuronScores
 

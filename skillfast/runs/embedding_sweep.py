@@ -10,6 +10,7 @@ import numpy as np
 
 from skillfast import files
 from skillfast.ablation.sweep import sweep
+from skillfast.errors import ArgumentError
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
 from skillfast.evaluation.interference import Directions
 from skillfast.evaluation.resampling import Bootstrap
@@ -33,16 +34,39 @@ class EmbeddingChanges:
     """Embeddings after each removal beside the intact model's.
 
     Attributes:
-        metrics: metrics of the intact model's embeddings.
+        names: The removals' names, in the order of the rows.
+        metrics: Metrics of the intact model.
         comparisons: One per removal.
         angles: float64 [removals, K], of `Directions.angles`.
         resampled_angles: float64 [removals, K, replicates].
     """
 
+    names: tuple[str, ...]
     metrics: EmbeddingMetrics
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
     resampled_angles: np.ndarray
+
+    def of(self, names: Iterable[str]) -> EmbeddingChanges:
+        """The changes under the removals of these names alone, in their order.
+
+        Raises:
+            ArgumentError: A name that no removal has.
+        """
+        wanted = list(names)
+        unknown = [name for name in wanted if name not in self.names]
+        if unknown:
+            raise ArgumentError(
+                f"removal: expected one of {', '.join(map(repr, self.names[:5]))}, got {unknown[0]!r}; see .names"
+            )
+        rows = [self.names.index(name) for name in wanted]
+        return EmbeddingChanges(
+            tuple(wanted),
+            self.metrics,
+            tuple(self.comparisons[row] for row in rows),
+            self.angles[rows],
+            self.resampled_angles[rows],
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Write `embeddings.safetensors` into the folder; returns its path."""
@@ -56,7 +80,11 @@ class EmbeddingChanges:
             "resampled_angles": self.resampled_angles,
         }
         undefined = [found.undefined.tolist() for found in self.comparisons]
-        files.write_arrays(path, arrays, {"schema": SCHEMA, "settings": self.metrics.settings, "undefined": undefined})
+        files.write_arrays(
+            path,
+            arrays,
+            {"schema": SCHEMA, "settings": self.metrics.settings, "names": self.names, "undefined": undefined},
+        )
         return path
 
     @staticmethod
@@ -71,7 +99,9 @@ class EmbeddingChanges:
                 for cosine, rho, knn, cka, left_out, undefined in rows
             )
             metrics = EmbeddingMetrics(arrays["embeddings"], arrays["labels"], **header["settings"])
-            return EmbeddingChanges(metrics, comparisons, arrays["angles"], arrays["resampled_angles"])
+            return EmbeddingChanges(
+                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["resampled_angles"]
+            )
 
 
 def compare_embeddings(
@@ -117,4 +147,5 @@ def compare_embeddings(
             comparisons.append(metrics.compare(after))
             angles.append(directions.angles(after))
             resampled.append(directions.resampled_angles(before, after, bootstrap))
-    return EmbeddingChanges(metrics, tuple(comparisons), np.stack(angles), np.stack(resampled))
+    names = tuple(condition.name for condition in conditions)
+    return EmbeddingChanges(names, metrics, tuple(comparisons), np.stack(angles), np.stack(resampled))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from skillfast import backends
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.classification import MEASURES
 from skillfast.evaluation.generation import require_sacrebleu
-from skillfast.memory.budget import limited_memory
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
@@ -18,13 +15,12 @@ from skillfast.results.evaluation import EvaluatedModel, EvaluatedSite, Evaluati
 from skillfast.runs import selection
 from skillfast.runs.class_outcomes import class_outcomes
 from skillfast.runs.config import EVALUATED, Generation, Grid
-from skillfast.runs.cost import Clock
 from skillfast.runs.generation import causal_outcomes, prefixes
 from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.runs.results import Evaluation, environment
-from skillfast.runs.subject import Subject, on_device, prepare, trace_part
-from skillfast.runs.subject_causal import predicts_tokens, prepare_causal, trace_causal
+from skillfast.runs.session import open_session
 from skillfast.runs.tasks import check_tasks, compare_tasks
+from skillfast.runs.text import CausalSubject, predicts_tokens
 from skillfast.skills.skill import load_skills
 from skillfast.vocabulary import METRICS, STATISTICS
 
@@ -34,10 +30,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from skillfast.results.evaluation import Tasks
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.grid import Case
-    from skillfast.runs.subject_causal import CausalSubject
+    from skillfast.runs.session import Session
     from skillfast.statistics.scores import NeuronScores
 
     Say = Callable[[str], None]
@@ -80,44 +75,62 @@ def evaluate(
     config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks))))
     if tasks:
         check_tasks(tasks)
-    if predicts_tokens(config):
-        if tasks:
-            raise ArgumentError(
-                "tasks: expected a classifier's --metrics, got those of a causal language model; leave --tasks out, or "
-                "give --prompt and --label-words"
-            )
-        return _evaluate_causal(config, grid, skills, generation or Generation(), quiet, say)
-    with ExitStack() as stack:
-        stack.enter_context(backends.use_backend(config.run.backend))
-        stack.enter_context(limited_memory(config.run.memory_bytes))
-        subject = prepare(config, Clock(), quiet=quiet, say=say)
-        stack.enter_context(subject.precision())
-        scores = None
-        if skills is None or tasks:
-            _check_method(_method(config), config, [*metrics, *tasks])
-            scores = trace_part(subject, "select", quiet)
-        if skills is None:
-            assert scores is not None
-            cases = class_cases(subject, scores, grid, metrics, quiet)
-        else:
-            cases = cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.trace.sites), grid)
-        say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
-        intact, outcomes = class_outcomes(
+    if predicts_tokens(config) and tasks:
+        raise ArgumentError(
+            "tasks: expected a classifier's --metrics, got those of a causal language model; leave --tasks out, or "
+            "give --prompt and --label-words"
+        )
+    if skills is None or tasks:
+        _check_method(_method(config), config, [*metrics, *tasks])
+    generation = generation or Generation()
+    if predicts_tokens(config) and generation.max_new_tokens:
+        require_sacrebleu()  # a library that is missing is told before the expensive step
+    with open_session(config, quiet=quiet, say=say) as session:
+        if isinstance(session.subject, CausalSubject):
+            return _evaluate_causal(session, session.subject, grid, metrics, skills, generation)
+        return _evaluate_classifier(session, grid, metrics, tasks, skills)
+
+
+def _evaluate_classifier(
+    session: Session, grid: Grid, metrics: Sequence[str], tasks: Sequence[str], skills: str | Path | None
+) -> Evaluation:
+    subject = session.subject
+    scores = _scores(session) if skills is None or tasks else None
+    cases = _cases(session, scores, grid, metrics, skills)
+    session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
+    intact, outcomes = session.stage(
+        "sweep",
+        lambda: class_outcomes(
             subject.model,
             subject.loader("test"),
             cases,
             subject.splits.classes,
             replicates=grid.replicates,
             seed=grid.seed,
-            quiet=quiet,
+            quiet=session.quiet,
+        ),
+    )
+    compared = None
+    if scores is not None and tasks:
+        compared = session.stage(
+            "tasks",
+            lambda: compare_tasks(
+                subject,
+                scores,
+                tasks,
+                method=_method(subject.config),
+                share=max(grid.shares),
+                max_site_share=grid.max_site_share,
+                draws=grid.draws,
+                seed=grid.seed,
+            ),
         )
-        compared = None if scores is None or not tasks else _compared(subject, scores, tasks, grid)
     results = {
         "task": "classification",
         "measures": MEASURES,
         "intact": intact,
         "outcomes": outcomes,
-        "model": evaluated_model(subject.name, subject.model, config.trace.sites),
+        "model": evaluated_model(subject.name, subject.model, subject.config.trace.sites),
         "data": subject.dataset_json(),
         "config": _settings(subject.config, grid, skills),
         "environment": environment(subject.device),
@@ -126,61 +139,57 @@ def evaluate(
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 
 
-def _compared(subject: Subject, scores: NeuronScores, tasks: Sequence[str], grid: Grid) -> Tasks:
-    return compare_tasks(
-        subject,
-        scores,
-        tasks,
-        method=_method(subject.config),
-        share=max(grid.shares),
-        max_site_share=grid.max_site_share,
-        draws=grid.draws,
-        seed=grid.seed,
-    )
-
-
 def _evaluate_causal(
-    config: BenchConfig, grid: Grid, skills: str | Path | None, settings: Generation, quiet: bool, say: Say
+    session: Session,
+    subject: CausalSubject,
+    grid: Grid,
+    metrics: Sequence[str],
+    skills: str | Path | None,
+    settings: Generation,
 ) -> Evaluation:
     if settings.max_new_tokens:
-        require_sacrebleu()  # before anything is traced for nothing
-    with backends.use_backend(config.run.backend):
-        subject = prepare_causal(*on_device(config))
-        if settings.max_new_tokens:
-            prefixes(subject.test, settings, grid.seed)  # likewise
-        cases = _causal_cases(subject, grid, skills, quiet)
-        say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.test)} texts")
-        intact, outcomes, counts = causal_outcomes(
-            subject, cases, settings, replicates=grid.replicates, seed=grid.seed, quiet=quiet
-        )
+        prefixes(subject.splits.test, settings, grid.seed)  # texts that are too short are told before the trace
+    scores = _scores(session) if skills is None else None
+    cases = _cases(session, scores, grid, metrics, skills)
+    session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} texts")
+    intact, outcomes, counts = session.stage(
+        "sweep",
+        lambda: causal_outcomes(
+            subject, cases, settings, replicates=grid.replicates, seed=grid.seed, quiet=session.quiet
+        ),
+    )
     results = {
         "task": "causal",
         "measures": settings.measures,
         "intact": intact,
         "outcomes": outcomes,
-        "model": evaluated_model(str(config.model.name), subject.model, config.trace.sites),
-        "data": {
-            "name": "text",
-            "classes": list(subject.test.classes),
-            "n_select": len(subject.select),
-            "n_validate": len(subject.validate),
-            "n_test": len(subject.test),
-            **counts,
-        },
+        "model": evaluated_model(subject.name, subject.model, subject.config.trace.sites),
+        "data": subject.dataset_json() | counts,
         "config": _settings(subject.config, grid, skills) | {"generation": asdict(settings)},
         "environment": environment(subject.device),
     }
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 
 
-def _causal_cases(subject: CausalSubject, grid: Grid, skills: str | Path | None, quiet: bool) -> list[Case]:
-    """Skills from a file, or chosen on the select part."""
-    config = subject.config
+def _scores(session: Session) -> NeuronScores:
+    """A trace of the select part."""
+    return session.stage("trace", lambda: session.subject.trace("select", quiet=session.quiet))
+
+
+def _cases(
+    session: Session, scores: NeuronScores | None, grid: Grid, metrics: Sequence[str], skills: str | Path | None
+) -> list[Case]:
+    """Skills from a file, or chosen on the select part, which the scores are of."""
+    subject = session.subject
     if skills is not None:
-        return cases_of_skills(load_skills(skills).values(), choose_sites(subject.model, config.trace.sites), grid)
-    _check_method(_method(config), config, config.trace.metrics)
-    scores = trace_causal(subject, quiet)
-    return cases_of_scores(scores, _method(config), [name.removeprefix(COLUMN) for name in config.trace.metrics], grid)
+        sites = choose_sites(subject.model, subject.config.trace.sites)
+        return cases_of_skills(load_skills(skills).values(), sites, grid)
+    assert scores is not None
+    method = _method(subject.config)
+    keep = selection.KEEP if method == "mask" else None
+    tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
+    ranked = selection.rank(session, scores, [tried], max_site_share=grid.max_site_share)
+    return cases_of_scores(ranked[tried.ranking], method, [name.removeprefix(COLUMN) for name in metrics], grid)
 
 
 def _method(config: BenchConfig) -> str:
@@ -218,26 +227,6 @@ def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
             f"metrics: expected some of {', '.join(METRICS)} for images, got {unknown[0]!r}; leave it out"
         )
     return config
-
-
-def class_cases(subject: Subject, scores: NeuronScores, grid: Grid, metrics: Sequence[str], quiet: bool) -> list[Case]:
-    """Skills chosen on the select part, which `scores` are of."""
-    config, method = subject.config, _method(subject.config)
-    names = [name.removeprefix(COLUMN) for name in metrics]
-    keep = selection.KEEP if method == "mask" else None
-    tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
-    ranked = selection.rankings(
-        subject.model,
-        subject.loader("select"),
-        scores,
-        [tried],
-        mask_loader=subject.varied_loader("select"),
-        max_site_share=grid.max_site_share,
-        seed=config.run.seed,
-        classes=subject.splits.classes,
-        quiet=quiet,
-    )
-    return cases_of_scores(ranked[tried.ranking], method, names, grid)
 
 
 def evaluated_model(name: str, model: nn.Module, kinds: Sequence[str]) -> EvaluatedModel:

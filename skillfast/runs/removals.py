@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skillfast.ablation.interventions import Condition
 from skillfast.evaluation.shapley import SUBSETS, occupied_blocks
+from skillfast.models.sites import choose_sites
 from skillfast.skills.skill import random_skills
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from skillfast.models.sites import Site
+    from skillfast.runs.subject import Subject
     from skillfast.skills.skill import Skill
 
 
@@ -52,3 +54,38 @@ def control_conditions(
     rng = np.random.default_rng(seed)
     per_skill = [random_skills(skill, sites, draws, rng) for skill in skills]
     return [Condition(drawn[i], scale=scale) for i in range(draws) for drawn in per_skill]
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What a bench run removes; a sweep is asked for the conditions and answers by their names.
+
+    Attributes:
+        skills: One skill per class.
+        whole: Each skill, all of it.
+        components: Each skill with only its neurons in each subset of the kinds, the whole first.
+        blocks: Each skill with only its neurons in some blocks.
+        controls: Random controls, as many per skill as the settings say.
+        one_control: One random control per skill, drawn by itself.
+    """
+
+    skills: Sequence[Skill]
+    whole: Sequence[Condition]
+    components: Sequence[Condition]
+    blocks: Sequence[Condition]
+    controls: Sequence[Condition]
+    one_control: Sequence[Condition]
+
+    @staticmethod
+    def of(subject: Subject, skills: Sequence[Skill]) -> Removals:
+        """The conditions for these skills of a subject's classes, in its settings' manner."""
+        settings, seed = subject.config.ablate, subject.config.run.seed
+        sites = choose_sites(subject.model, subject.config.trace.sites)
+        return Removals(
+            skills,
+            whole=[Condition(skill, scale=settings.scale) for skill in skills],
+            components=component_conditions(skills, settings.scale),
+            blocks=block_conditions(skills, sites, settings.scale),
+            controls=control_conditions(skills, sites, settings.control_draws, settings.scale, seed),
+            one_control=control_conditions(skills, sites, 1, settings.scale, seed),
+        )

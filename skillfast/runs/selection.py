@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from skillfast.ablation.interventions import Condition
@@ -12,17 +13,19 @@ from skillfast.errors import ArgumentError
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.evaluation.selectivity import effect, oracle_predictions, selectivity
 from skillfast.results.records import to_json
+from skillfast.runs.kept import Kept
 from skillfast.skills.attribution import attribute
 from skillfast.skills.learned_mask import KEEP, learn_masks
+from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
-    from skillfast.skills.ranking import NeuronRanking
+    from skillfast.runs.session import Session
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
@@ -131,56 +134,47 @@ def candidates(
     return tuple(Candidate(name, minus, size * share, keep) for name, minus, keep in ways + masks for size in SIZES)
 
 
-def rankings(
-    model: torch.nn.Module,
-    loader: Iterable[Any],
-    scores: NeuronScores,
-    tried: Sequence[Candidate],
-    *,
-    max_site_share: float,
-    scale: float = 0.0,
-    seed: int = 0,
-    classes: Sequence[str] | None = None,
-    mask_loader: Iterable[Any] | None = None,
-    quiet: bool = True,
-    keep: Callable[[str, Callable[[], NeuronRanking]], NeuronRanking] = lambda _, make: make(),
+def rank(
+    session: Session, scores: NeuronScores, tried: Sequence[Candidate], *, max_site_share: float, scale: float = 0.0
 ) -> dict[str, NeuronScores | NeuronRanking]:
     """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
 
+    Attributions and each learned mask are stages of their own, since masks take the longest of all.
+
     Args:
-        model: In evaluation mode.
-        loader: Batches of (images, labels) of the select part.
+        session: The run.
         scores: Scores of a trace of the select part.
         tried: The candidates.
         max_site_share: Largest share of one site's neurons.
         scale: Factor on the activations of removed neurons.
-        seed: Seed of the masks.
-        classes: Class names; from the loader's dataset or the model by default.
-        mask_loader: Loader of the select part, in the order in which masks take their examples, the first ones of each
-            class; the loader by default.
-        quiet: Show no progress bar.
-        keep: Called with a ranking's name and what makes it; returns the ranking.
     """
+    subject, quiet = session.subject, session.quiet
+    model, loader, kept = subject.model, subject.loader("select"), Kept.by(NeuronRanking.load)
     found: dict[str, NeuronScores | NeuronRanking] = {c.method: scores for c in tried if c.method in STATISTICS}
-    if not all(candidate.method in found for candidate in tried):
-        sites = [site.name for site in scores.sites]
-        found["attribution"] = attributions = keep(
-            "attribution", lambda: attribute(model, loader, sites=sites, classes=classes, quiet=quiet)
-        )
+    if all(candidate.method in found for candidate in tried):
+        return found
+    sites = [site.name for site in scores.sites]
+    attributions = session.stage(
+        "select",
+        lambda: attribute(model, loader, sites=sites, classes=subject.splits.classes, quiet=quiet),
+        kept,
+        part="attribution",
+    )
+    found["attribution"] = attributions
     for name, weight in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
         learn = partial(
             learn_masks,
             model,
-            loader if mask_loader is None else mask_loader,
+            subject.varied_loader("select"),
             attributions,
             share=max(candidate.share for candidate in tried if candidate.ranking == name),
             max_site_share=max_site_share,
             scale=scale,
             keep=weight,
-            seed=seed,
+            seed=session.config.run.seed,
             quiet=quiet,
         )
-        found[name] = keep(name, learn)
+        found[name] = session.stage("select", learn, kept, part=name)
     return found
 
 
@@ -246,14 +240,12 @@ def effects(
         As JSON: under `candidates` the terms and ratios of selectivity of each, under `oracle` those of the oracle.
     """
     conditions = [
-        Condition(skill, scale=scale, name=f"{i}: {skill.name}")
+        [Condition(skill, scale=scale, name=f"{i}: {skill.name}") for skill in made.values()]
         for i, made in enumerate(skills)
-        for skill in made.values()
     ]
-    swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
-    assert swept.predictions is not None
-    k, n, intact = len(swept.classes), len(swept.labels), swept.top2[:, 0]
-    parts = swept.predictions.reshape(-1, k, n)
+    swept = sweep(model, loader, [*chain(*conditions)], classes=classes, keep_predictions=True, quiet=quiet)
+    k, intact = len(swept.classes), swept.top2[:, 0]
+    parts = [swept.predictions_of(condition.name for condition in row) for row in conditions]  # each [K, n]
     if intervals is None:
         found = [to_json(effect(part, intact, swept.labels)) for part in parts]
     else:

@@ -22,8 +22,9 @@ from skillfast import BenchConfig, progress
 from skillfast.data import load_cifar10, load_digits, load_imagefolder, loader, make_transforms
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError, DataError, ModelError
-from skillfast.runs import subject as setup
-from skillfast.runs.cost import Clock
+from skillfast.runs import images as setup
+from skillfast.runs.session import open_session
+from skillfast.runs.subject import Subject  # noqa: TC001
 
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
 
@@ -284,9 +285,10 @@ def test_the_published_protocol_is_the_default(cifar: Path, monkeypatch: pytest.
     options = {"model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "dataset": "cifar10", "epochs": 1}
     said: list[str] = []
 
-    def prepared(**more: str | int) -> setup.Subject:
+    def prepared(**more: str | int) -> Subject:
         config = BenchConfig.of(**options, data_dir=str(cifar), **more)  # type: ignore[arg-type]
-        return setup.prepare(config, Clock(), quiet=True, say=said.append)
+        with open_session(config, say=said.append) as session:
+            return session.subject
 
     scratch = prepared()
     assert scratch.trained["n_train"] == 90

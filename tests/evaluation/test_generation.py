@@ -25,7 +25,7 @@ from skillfast.results.records import to_json
 from skillfast.runs.config import Generation, Grid
 from skillfast.runs.generation import causal_outcomes, generate, log_probabilities, prefixes
 from skillfast.runs.grid import cases_of_skills
-from skillfast.runs.subject_causal import prepare_causal
+from skillfast.runs.text import causal_subject
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 sacrebleu = pytest.importorskip("sacrebleu", reason="needs sacrebleu")
@@ -56,7 +56,7 @@ def subject(folder):
                 model=f"hf:{folder / model_class}", dataset="text", data_file=str(folder / "x.tsv"), batch_size=4,
                 metrics=(TOKEN_LOG_PROBABILITY,),
             )  # fmt: skip
-            made[model_class] = prepare_causal(config, torch.device("cpu"))
+            made[model_class] = causal_subject(config, torch.device("cpu"))
         return made[model_class]
 
     return get
@@ -77,7 +77,7 @@ def greedy(subject, ids, steps):
 def numpy_perplexity(subject):
     total, count = 0.0, 0
     model = subject.loaded.model.double()
-    for ids in subject.test.encoded["input_ids"]:
+    for ids in subject.splits.test.encoded["input_ids"]:
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0].numpy()
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -90,7 +90,7 @@ def numpy_perplexity(subject):
 @pytest.mark.parametrize("model_class", MODELS)
 def test_generations_are_those_of_a_plain_loop(subject, model_class):
     found = subject(model_class)
-    starts = [list(ids[: 2 + i % 4]) for i, ids in enumerate(found.test.encoded["input_ids"])]
+    starts = [list(ids[: 2 + i % 4]) for i, ids in enumerate(found.splits.test.encoded["input_ids"])]
     want = [greedy(found, ids, 9) for ids in starts]
     assert generate(found, starts, 9, batch_size=4) == want
     assert len(set(want)) > 3
@@ -106,13 +106,13 @@ def test_outcomes_are_those_of_numpy_and_sacrebleu(subject, model_class):
     settings = Generation(prefix_tokens=4, max_new_tokens=8, texts=6)
     cases = cases_of_skills([SKILL], found_sites(found), Grid(layers=("all", "each"), scales=(2.0,), draws=2))
     intact, outcomes, counts = causal_outcomes(found, cases, settings, replicates=200, seed=3)
-    assert counts == {"tokens": sum(len(i) - 1 for i in found.test.encoded["input_ids"]), "prefixes": 6}
+    assert counts == {"tokens": sum(len(i) - 1 for i in found.splits.test.encoded["input_ids"]), "prefixes": 6}
     assert intact.values["perplexity"] == pytest.approx(numpy_perplexity(found), rel=1e-4)
     assert intact.values["bleu"] == pytest.approx(100)
     assert [(o.layers, o.scale) for o in outcomes] == [
         ("all", 0.0), ("all", 2.0), ("blocks.0", 0.0), ("blocks.1", 0.0),
     ]  # fmt: skip
-    starts = prefixes(found.test, settings, seed=3)
+    starts = prefixes(found.splits.test, settings, seed=3)
     references = [greedy(found, ids, 8) for ids in starts]
     lows = []
     for case, outcome in zip([cases[0], *cases], outcomes, strict=True):
@@ -154,10 +154,10 @@ def test_perplexity_resamples_whole_texts(subject):
 
 def test_what_cannot_be_generated(subject, monkeypatch):
     found = subject("GPT2LMHeadModel")
-    message = one_line(DataError, prefixes, found.test, Generation(prefix_tokens=10, max_new_tokens=8), 0)
+    message = one_line(DataError, prefixes, found.splits.test, Generation(prefix_tokens=10, max_new_tokens=8), 0)
     assert "expected a text of more than 10 tokens, the prefix to go on from, got " in message
     assert "line " in message
-    message = one_line(ArgumentError, prefixes, found.test, Generation(prefix_tokens=8, max_new_tokens=30), 0)
+    message = one_line(ArgumentError, prefixes, found.splits.test, Generation(prefix_tokens=8, max_new_tokens=30), 0)
     assert "expected at most 32 tokens with the prefix, the model's context, got 8 + 30" in message
     assert "prefix_tokens: expected at least 1, got 0" in one_line(ArgumentError, Generation, prefix_tokens=0)
     cases = cases_of_skills([SKILL], found_sites(found), Grid(layers=("all",), scales=(0.0,), draws=1, replicates=10))

@@ -24,8 +24,7 @@ from skillfast.models.sites import find_sites
 from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
 from skillfast.results.records import to_json
-from skillfast.runs.cost import Clock
-from skillfast.runs.subject import prepare, trace_part
+from skillfast.runs.session import open_session
 from skillfast.runs.tasks import check_tasks, compare_tasks, task_skills
 from skillfast.skills.skill import random_skills
 
@@ -55,7 +54,8 @@ def subject_of(folder, model_class):
         model=f"hf:{folder / model_class}", dataset="text", data_file=str(folder / "x.tsv"), batch_size=16,
         metrics=TASKS, statistics=("pearson", "auroc"),
     )  # fmt: skip
-    return prepare(config, Clock(), quiet=True, say=lambda _: None)
+    with open_session(config) as session:
+        return session.subject
 
 
 def plain(subject, part, skill=None):
@@ -88,7 +88,7 @@ def plain(subject, part, skill=None):
 @pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
 def test_effects_are_those_of_a_plain_loop(folder, model_class):
     subject = subject_of(folder, model_class)
-    scores = trace_part(subject, "select", True)
+    scores = subject.trace("select")
     found = to_json(compare_tasks(subject, scores, TASKS, share=0.2, draws=2, seed=4))
     names = ["label", "length", "confidence", "genre"]
     skills = task_skills(scores, names, "pearson", 0.2)
@@ -136,7 +136,7 @@ def test_effects_are_those_of_a_plain_loop(folder, model_class):
 
 def test_a_tasks_neurons_have_the_largest_statistic_of_any_of_its_classes(folder):
     subject = subject_of(folder, "BertForSequenceClassification")
-    scores = trace_part(subject, "select", True)
+    scores = subject.trace("select")
     for method in ("pearson", "auroc"):
         skill = task_skills(scores, ["genre"], method, 0.1, max_site_share=1.0)[0]
         columns = [i for i, c in enumerate(scores.columns) if c.startswith("genre:")]

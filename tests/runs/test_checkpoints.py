@@ -12,15 +12,20 @@ from skillfast import BenchConfig, NeuronRanking, SweepResult
 from skillfast.data.splits import TensorImages
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
-from skillfast.runs import subject as setup
-from skillfast.runs.checkpoints import FOLDER, JSON, WEIGHTS, Kept, Phases, data_digest, weights_digest
+from skillfast.runs import images, subject
+from skillfast.runs.checkpoints import FOLDER, Checkpoints
 from skillfast.runs.cost import Clock
+from skillfast.runs.digests import data_digest, weights_digest
+from skillfast.runs.kept import JSON, WEIGHTS, Kept
+from skillfast.runs.session import Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
 
 
-def opened(folder, said=None, clock=None, **settings):
-    return Phases(folder, settings, clock or Clock(), say=(lambda _: None) if said is None else said.append)
+def opened(folder, said=None, clock=None, *, resume=True, **identity):
+    say = (lambda _: None) if said is None else said.append
+    kept = Checkpoints(folder, identity, resume=resume, say=say)
+    return Session(None, clock or Clock(), True, say, kept)
 
 
 def never():
@@ -29,14 +34,16 @@ def never():
 
 def test_a_finished_phase_is_not_run_again(tmp_path):
     value = {"a": [1, 2.5, None], "b": "ü"}
-    assert opened(tmp_path).run("choose", lambda: value, JSON) == value
+    assert opened(tmp_path).stage("choose", lambda: value, JSON) == value
     clock = Clock()
     again = opened(tmp_path, clock=clock)
-    assert again.run("choose", never, JSON) == value
+    assert again.stage("choose", never, JSON) == value
     assert again.resumed == ["choose"]
-    assert clock.seconds["choose"] == again.earlier > 0
-    assert again.run("choose", lambda: 3, JSON, part="other") == 3  # another part is another result
-    assert clock.seconds["choose"] > again.earlier
+    earlier = clock.seconds["choose"]
+    assert earlier > 0
+    assert again.stage("choose", lambda: 3, JSON, part="other") == 3  # another part is another result
+    assert clock.seconds["choose"] > earlier
+    assert again.cost()["seconds"]["total"] >= earlier
 
 
 def test_a_phase_that_breaks_off_leaves_nothing(tmp_path):
@@ -44,46 +51,40 @@ def test_a_phase_that_breaks_off_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        opened(tmp_path).run("choose", interrupted, JSON)
-    assert opened(tmp_path).run("choose", lambda: 1, JSON) == 1
+        opened(tmp_path).stage("choose", interrupted, JSON)
+    assert opened(tmp_path).stage("choose", lambda: 1, JSON) == 1
 
 
 @pytest.mark.parametrize(("settings", "name"), [({"share": 0.1}, "share"), ({"share": 0.03, "new": 1}, "new")])
 def test_other_settings_start_anew(tmp_path, settings, name):
-    opened(tmp_path, share=0.03).run("choose", lambda: 1, JSON)
+    opened(tmp_path, share=0.03).stage("choose", lambda: 1, JSON)
     said = []
-    assert opened(tmp_path, said, **settings).run("choose", lambda: 2, JSON) == 2
+    assert opened(tmp_path, said, **settings).stage("choose", lambda: 2, JSON) == 2
     assert said == [f"the unfinished run in {tmp_path} had another {name}: starting anew"]
 
 
 def test_other_data_start_anew(tmp_path):
-    phases = opened(tmp_path)
-    phases.check("data", "x")
-    phases.run("choose", lambda: 1, JSON)
+    opened(tmp_path, data="x").stage("choose", lambda: 1, JSON)
     said = []
-    same = opened(tmp_path, said)
-    same.check("data", "x")
-    assert same.run("choose", never, JSON) == 1
-    other = opened(tmp_path, said)
-    other.check("data", "y")
-    assert other.run("choose", lambda: 2, JSON) == 2
-    assert said == [f"the unfinished run in {tmp_path} had other data: starting anew"]
+    assert opened(tmp_path, said, data="x").stage("choose", never, JSON) == 1
+    assert opened(tmp_path, said, data="y").stage("choose", lambda: 2, JSON) == 2
+    assert said == [f"the unfinished run in {tmp_path} had another data: starting anew"]
 
 
 def test_no_resume_starts_anew(tmp_path):
-    opened(tmp_path).run("choose", lambda: 1, JSON)
-    assert Phases(tmp_path, {}, Clock(), resume=False).run("choose", lambda: 2, JSON) == 2
+    opened(tmp_path).stage("choose", lambda: 1, JSON)
+    assert opened(tmp_path, resume=False).stage("choose", lambda: 2, JSON) == 2
 
 
 @pytest.mark.parametrize("broken", ["{", '{"schema": "else"}', ""])
 def test_a_broken_phase_is_made_anew(tmp_path, broken):
-    opened(tmp_path).run("choose", lambda: 1, JSON)
-    (tmp_path / FOLDER / "choose" / "value.json").write_text(broken)
+    opened(tmp_path).stage("choose", lambda: 1, JSON)
+    (tmp_path / FOLDER / "choose" / "result" / "value.json").write_text(broken)
     said = []
-    assert opened(tmp_path, said).run("choose", lambda: 2, JSON) == 2
+    assert opened(tmp_path, said).stage("choose", lambda: 2, JSON) == 2
     assert len(said) == 1
     assert "phase choose is made anew" in said[0]
-    assert opened(tmp_path).run("choose", never, JSON) == 2
+    assert opened(tmp_path).stage("choose", never, JSON) == 2
 
 
 def test_a_full_disk_costs_the_way_back_and_not_the_run(tmp_path):
@@ -93,7 +94,7 @@ def test_a_full_disk_costs_the_way_back_and_not_the_run(tmp_path):
 
     said = []
     phases = opened(tmp_path, said)
-    assert phases.run("choose", lambda: 1, Kept(full, never)) == 1
+    assert phases.stage("choose", lambda: 1, Kept(full, never)) == 1
     assert said == ["warning: phase choose cannot be kept (No space left on device): an interrupted run will repeat it"]
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["run.json"]
 
@@ -177,8 +178,8 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
 @pytest.mark.parametrize(
     ("module", "name", "finished"),
     [
-        (setup.training, "finetune", []),
-        (protocol, "trace_part", ["train"]),
+        (images.training, "finetune", []),
+        (subject.Subject, "trace", ["train"]),
         (protocol.selection, "attribute", ["train", "trace"]),
         (protocol.selection, "effects", ["train", "trace", "select: attribution"]),
         (protocol, "_sweep", ["train", "trace", "select: attribution", "choose"]),

@@ -28,8 +28,7 @@ from skillfast.results.bench import BenchResults
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs.config import BenchConfig
-from skillfast.runs.cost import Clock
-from skillfast.runs.subject import prepare
+from skillfast.runs.session import open_session
 
 SITES = (
     Site("blocks.0.mlp", "mlp", 0, "a", 3),
@@ -107,7 +106,8 @@ def test_masks_learn_from_texts_of_all_lengths(tmp_path):
     folder = save_model(tmp_path / "model", num_labels=2)
     options = {"model": f"hf:{folder}", "dataset": "text", "text_column": "sentence", "batch_size": 32}
     config = BenchConfig.of(**options, data_file=str(write(tmp_path / "x.tsv", 400, 0)))
-    subject = prepare(config, Clock(), quiet=True, say=lambda _: None)
+    with open_session(config) as session:
+        subject = session.subject
     lengths = {}
     for name, loader in (("plain", subject.loader("select")), ("varied", subject.varied_loader("select"))):
         masks = [mask for packed, _ in loader for mask in TextClassifier.token_mask(packed)]

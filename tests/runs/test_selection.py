@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import planted
@@ -21,8 +19,10 @@ from skillfast.evaluation.resampling import Bootstrap
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import selection
+from skillfast.runs.cost import Clock
 from skillfast.runs.selection import Candidate
-from skillfast.runs.subject import Subject
+from skillfast.runs.session import Session
+from skillfast.runs.subject import Subject, Training
 from skillfast.skills.skill import random_skills
 
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
@@ -54,15 +54,14 @@ def splits():
 
 def subject(splits, **more):
     config = BenchConfig.of(sites=("mlp", "attn"), statistics=("pearson",), share=0.003, control_draws=2, **more)
-    return Subject(config, planted.model(), "planted", splits, {"from": "scratch"}, "none", torch.device("cpu"))
+    device, training = torch.device("cpu"), Training(dict)
+    return Subject(config, planted.model(), "planted", splits, device, "scratch", "none", training)
 
 
 def chosen_on(splits, **more):
     made = subject(splits, **more)
     scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
-    with tempfile.TemporaryDirectory() as folder:
-        phases = protocol.Phases(Path(folder), {}, protocol.Clock())
-        return made, protocol._choose(made, scores, phases, True, lambda _: None)
+    return made, protocol._choose(Session(made, Clock(), True, lambda _: None), scores)
 
 
 @pytest.fixture(scope="module")
