@@ -48,10 +48,9 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
-TESTS = {part: [f"tests/{part}"] for part in SCOPE} | {
-    "backends/reference.py": ["tests/ops"],
-    "evaluation": ["tests/evaluation", *(f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection"))],
-}
+RUNS = [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")]
+TESTS = {part: [f"tests/{part}"] for part in SCOPE}
+TESTS |= {"backends/reference.py": ["tests/ops"], "evaluation": ["tests/evaluation", *RUNS]}
 COSTLY, RUN = 5.0, 60.0  # seconds of CPU of one test, and of all tests of a mutant
 VARIANTS = 2  # cases of a parametrized test that are tried first; the others only on what survives these
 LARGEST = 0.05  # share that may survive
