@@ -520,18 +520,18 @@ class Interference(Record, frozen=True, kw_only=True):
 
 
 class PhaseSeconds(Record, frozen=True, kw_only=True):
-    """Seconds per phase, those of an interrupted run included."""
+    """Seconds per phase, in the order of the run; those of an interrupted run included."""
 
     data: Seconds
     train: Seconds
+    baseline: Seconds
     trace: Seconds
     select: Seconds
     choose: Seconds | None = None
-    trade_off: Seconds | None = None
-    trace_test: Seconds | None = None
     sweep: Seconds
     embeddings: Seconds | None = None
-    baseline: Seconds
+    trade_off: Seconds | None = None
+    trace_test: Seconds | None = None
     total: Seconds
 
 
