@@ -27,8 +27,11 @@ def test_the_marker_is_installed() -> None:
 def untyped(function: Any, name: str) -> Iterator[str]:
     """What of the function's signature is not annotated, or is nothing but Any."""
     signature = inspect.signature(function)
-    for parameter in list(signature.parameters.values()):
-        if parameter.name not in ("self", "cls") and parameter.annotation in (inspect.Parameter.empty, "Any"):
+    for parameter in signature.parameters.values():
+        untold = parameter.annotation is inspect.Parameter.empty
+        # settings by name (`**settings: Any`) are checked when they are given
+        anything = parameter.annotation == "Any" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if parameter.name not in ("self", "cls") and (untold or anything):
             yield f"{name}({parameter.name})"
     if signature.return_annotation in (inspect.Signature.empty, "Any"):
         yield f"{name} -> "
