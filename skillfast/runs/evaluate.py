@@ -148,7 +148,7 @@ def _evaluate_causal(
     settings: Generation,
 ) -> Evaluation:
     if settings.max_new_tokens:
-        prefixes(subject.splits.test, settings, grid.seed)  # texts that are too short are told before the trace
+        prefixes(subject.texts("test"), settings, grid.seed)  # texts that are too short are told before the trace
     scores = _scores(session) if skills is None else None
     cases = _cases(session, scores, grid, metrics, skills)
     session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} texts")

@@ -93,8 +93,8 @@ def generate(
 def log_probabilities(subject: CausalSubject) -> tuple[np.ndarray, np.ndarray]:
     """Per held-out text: sum of its tokens' log-probabilities in nats, float64 [n], and how many tokens, int64 [n]."""
     sums, counts = [], []
-    for batch in batches(subject.splits.test, subject.config.run.batch_size):
-        logits = subject.model.logits(batch)
+    for batch in batches(subject.texts("test"), subject.config.run.batch_size):
+        logits = subject.model.logits(batch)  # type: ignore[operator]  # a CausalModel
         ids, mask = (batch[name].to(logits.device) for name in ("input_ids", "attention_mask"))
         values, valid = token_log_probabilities(logits, ids, mask)
         sums.append(values.double().sum(1).cpu().numpy())
@@ -111,7 +111,7 @@ class _Bench:
     def __init__(self, subject: CausalSubject, settings: Generation, replicates: int, seed: int) -> None:
         self.subject = subject
         self.settings = settings
-        self.starts = prefixes(subject.splits.test, settings, seed) if settings.max_new_tokens else []
+        self.starts = prefixes(subject.texts("test"), settings, seed) if settings.max_new_tokens else []
         self.sums, self.counts = log_probabilities(subject)
         if not self.counts.sum():
             raise DataError("perplexity: expected held-out texts of two tokens or more, got none; add longer ones")

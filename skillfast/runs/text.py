@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from skillfast.models.huggingface import LanguageModel
+    from skillfast.models.text_inputs import TokenExamples
     from skillfast.runs.config import BenchConfig
     from skillfast.statistics.scores import NeuronScores
 
@@ -75,6 +76,10 @@ class CausalSubject(Subject):
     """
 
     loaded: LanguageModel
+
+    def texts(self, part: str) -> TokenExamples:
+        """The texts of `"select"`, `"validate"` or `"test"`."""
+        return getattr(self.splits, part)
 
     def precision(self) -> AbstractContextManager[Any]:
         """No context: the model was loaded in the dtype that was asked for."""
