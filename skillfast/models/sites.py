@@ -112,12 +112,12 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     sites = []
     for path, module in model.named_modules():
         width = input_width(module)
-        if width is None or isinstance(owner := _owner(model, path), torch.nn.MultiheadAttention):
+        if width is None or isinstance(parent := _parent(model, path), torch.nn.MultiheadAttention):
             continue  # that one never calls its projection
         for kind, pattern in patterns:
             if (found := pattern.fullmatch(path)) is not None:
                 index = blocks.setdefault(found["block"], len(blocks))
-                heads = _heads(model, path, owner, width) if kind == "attn" else None
+                heads = _heads(model, path, parent, width) if kind == "attn" else None
                 sites.append(Site(f"blocks.{index}.{kind}", kind, index, path, width, heads))
                 break
     if not sites:
@@ -199,21 +199,21 @@ def _declared_sites(model: torch.nn.Module, paths: Mapping[str, str]) -> tuple[S
                 "model.named_modules() lists them"
             )
         kind: Kind = next((kind for kind in KINDS if kind == found[2]), "head")
-        heads = _heads(model, path, _owner(model, path), width) if kind == "attn" else None
+        heads = _heads(model, path, _parent(model, path), width) if kind == "attn" else None
         sites.append(Site(name, kind, None if kind == "head" else int(found[1]), path, width, heads))
     if not sites:
         raise ArgumentError("sites: expected at least one name and path, got none; see skillfast.models.sites")
     return tuple(sorted(sites, key=lambda site: (site.block is None, site.block or 0)))
 
 
-def _owner(model: torch.nn.Module, path: str) -> torch.nn.Module:
+def _parent(model: torch.nn.Module, path: str) -> torch.nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
 
-def _heads(model: torch.nn.Module, path: str, owner: torch.nn.Module, width: int) -> int | None:
-    """Query heads of an attention projection: told by its owner, or by the owner's neighbours (BERT)."""
-    parent = model.get_submodule(".".join(path.split(".")[:-2]))
-    for module in (owner, *parent.children()):
+def _heads(model: torch.nn.Module, path: str, parent: torch.nn.Module, width: int) -> int | None:
+    """Query heads of an attention projection: told by the module around it, or by that module's neighbours (BERT)."""
+    around = model.get_submodule(".".join(path.split(".")[:-2]))
+    for module in (parent, *around.children()):
         counts = [getattr(module, name, None) for name in HEAD_COUNTS]
         widths: list[Any] = [getattr(module, name, None) for name in HEAD_WIDTHS]
         counts += [width // each for each in widths if _divides(each, width)]

@@ -72,6 +72,10 @@ def test_other_classes_are_spared_though_attributions_would_not():
     assert learned.neurons["blocks.0.mlp"].tolist() == [2, 3]
     result = skillfast.sweep(model, loader, [skillfast.Condition(learned)], classes=3)
     assert result.per_class_accuracy.tolist() == [[0, 1, 1]]
+    for more in ({"keep": 0.0}, {"scale": 1.0}):  # nothing speaks for the others; nothing changes what the model says
+        masks = skillfast.learn_masks(model, loader, attributions, steps=10, batch_size=24, **shares, **more)
+        learned = skillfast.select(masks, metric="label:0", **shares)["0"]
+        assert learned.neurons["blocks.0.mlp"].tolist() == [0, 1]
 
 
 def test_the_seed_determines_it_and_the_model_is_as_before(setting):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -66,6 +67,21 @@ def test_undefined_scores_are_never_chosen():
     values = np.full((12, 1), np.nan)
     values[3] = 0.1
     assert neurons(skillfast.select(scores(values), share=1, max_site_share=1)["a"]) == {"blocks.0.mlp": [3]}
+
+
+def test_an_area_under_the_curve_of_a_half_says_nothing():
+    auroc = np.full((12, 1), 0.5)
+    auroc[[3, 7], 0] = [0.6, 0.1]
+    made = dataclasses.replace(scores(np.zeros((12, 1))), auroc=auroc)
+    assert neurons(skillfast.select(made, "auroc", share=1, max_site_share=1)["a"]) == {"blocks.0.mlp": [3]}
+    both = skillfast.select(made, "auroc", signed=False, share=1, max_site_share=1)["a"]
+    assert neurons(both) == {"blocks.0.mlp": [3, 7]}
+
+
+def test_columns_that_would_share_a_name_keep_it_whole():
+    made = dataclasses.replace(scores(np.ones((12, 2))), columns=("label:a", "shape:a"))
+    assert list(skillfast.select(made)) == ["label:a", "shape:a"]
+    assert list(skillfast.select(made, metric="shape")) == ["a"]
 
 
 def test_contrastive_selection_prefers_neurons_of_one_class():
