@@ -33,10 +33,13 @@ _subject = options(options_of(ModelConfig), options_of(DataConfig))
 
 def _config(given: dict[str, Any]) -> BenchConfig:
     """The run's settings from a command's options, as far as it has them."""
+    known = {name: value for name, value in given.items() if name in BenchConfig.names()}
+    config = BenchConfig.of(**{**known, "model_kwargs": {}})
+    if not given["model_kwargs"]:
+        return config
     from skillfast.models.loading import parse_model_kwargs
 
-    known = {name: value for name, value in given.items() if name in BenchConfig.names()}
-    return BenchConfig.of(**{**known, "model_kwargs": parse_model_kwargs(given["model_kwargs"])})
+    return config.replaced(model_kwargs=parse_model_kwargs(given["model_kwargs"]))
 
 
 def _made(group: type, given: dict[str, Any]) -> Any:
@@ -71,9 +74,10 @@ def bench(quiet: bool, **given: Any) -> None:
     With no option: the digits images that scikit-learn carries, and a small vision transformer that is trained on
     first use and cached.
     """
+    config = _config(given)  # refused before anything heavy is imported
     from skillfast.runs.bench import bench as run
 
-    report = run(_config(given), quiet=quiet, say=_say(quiet))
+    report = run(config, quiet=quiet, say=_say(quiet))
     if not quiet:
         from skillfast.report import summary_table
 
