@@ -247,6 +247,7 @@ def test_what_cannot_be_is_refused(batches):
     def told(error, model, loader=batches, **more):
         return one_line(error, skillfast.learn_masks, model, loader, attributions, **more)
 
+    learned_mask._check(model, attributions, share=1.0, max_site_share=1.0, steps=1, batch_size=1)  # the ends are taken
     assert "share: expected a share in (0, 1], got 0" in told(ArgumentError, model, share=0)
     assert "steps: expected at least 1, got 0" in told(ArgumentError, model, steps=0)
     assert "expected at least one image" in told(ArgumentError, model, loader=[])
