@@ -450,6 +450,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only files whose path matches this expression")
     parser.add_argument("--tests", nargs="*", help="folders or files of tests to choose from")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first ones of the draw")
+    parser.add_argument("--again", action="store_true", help="only those that were not noticed the last time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--map-seconds", type=float, default=3600, help="when to stop looking for tests")
     parser.add_argument("--seconds", type=float, default=36000, help="when to stop trying mutants")
@@ -460,6 +461,10 @@ def main() -> int:
     paths = {str(file.relative_to(ROOT)): TESTS[part] for part, files in parts.items() for file in files}
     paths = {p: tests for p, tests in paths.items() if re.search(args.only, p) and (changed is None or p in changed)}
     mutants = list(itertools.islice(drawn(list(paths), changed, args.seed), args.skip, args.skip + args.n))
+    if args.again:
+        last = json.loads((WORK / "results.json").read_text())
+        alive = {(m["file"], m["change"]) for m in last if m["outcome"] not in ("killed", "timeout")}
+        mutants = [m for m in mutants if (m["file"], m["change"]) in alive]
     if not mutants:
         print("no line to change")
         return 0
