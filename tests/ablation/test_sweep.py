@@ -13,7 +13,7 @@ from conftest import make_vit, one_line
 
 import skillfast
 from skillfast import Condition, Skill
-from skillfast.ablation import prefix_reuse, sweep
+from skillfast.ablation import forward_trace, prefix_reuse, sweep
 from skillfast.ablation.interventions import Interventions, partners
 from skillfast.ablation.sweep import BatchRunner
 from skillfast.errors import ArgumentError, ModelError
@@ -371,3 +371,16 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
         assert ready._agrees(cache, point, 0, runner._plain(images, 0), tolerance)
         assert ready._agrees(cache, point, 0, vit(images), tolerance, changed=False)
         assert not ready._agrees(cache, point, 0, vit(images), tolerance)
+
+
+def test_what_a_forward_trace_counts(vit, batches):
+    trace = forward_trace.trace_forward(vit, batches[0][0][:2])
+    assert trace.tokens == 17  # 16 patches and the class token
+    assert trace.sequential
+    a, b = torch.zeros(2), torch.ones(2)
+    for output in ((a, b), [a, b]):
+        assert forward_trace.first_tensor(output) is a
+        changed = forward_trace.with_first_tensor(output, b)
+        assert type(changed) is type(output)
+        assert changed[0] is b
+    assert forward_trace.first_tensor(a) is a

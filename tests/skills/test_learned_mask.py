@@ -114,6 +114,9 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     attributions = skillfast.attribute(model, batches, classes=5)
     masks = learned(model, batches, attributions, steps=1, images_per_class=3)
     assert masks.n_observations.tolist() == [3] * 5
+    assert masks.settings == {
+        "learned_share": 0.003, "learned_scale": 0.0, "steps": 1, "batch_size": 48, "keep": 10.0, "seed": 0,
+    }  # fmt: skip
 
 
 def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch):

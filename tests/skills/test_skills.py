@@ -92,6 +92,13 @@ def test_contrastive_selection_prefers_neurons_of_one_class():
     assert neurons(skillfast.select(scores(values), share=1 / 12, contrastive=True)["a"]) == {"blocks.0.mlp": [1]}
 
 
+def test_what_speaks_against_another_class_counts():
+    values = np.zeros((12, 2))
+    values[1] = [0.5, -0.2]
+    values[2] = [0.6, 0.0]
+    assert neurons(skillfast.select(scores(values), share=1 / 12, contrastive=True)["a"]) == {"blocks.0.mlp": [1]}
+
+
 def test_a_colon_belongs_to_the_name_of_a_class():
     values = np.zeros((12, 2))
     values[0] = [0.9, 0.89]

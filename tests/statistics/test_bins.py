@@ -13,7 +13,7 @@ from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
 from skillfast.statistics.bins import estimates
 from skillfast.statistics.bins import overflow as spilling
-from skillfast.statistics.bins.edges import atomic_bins, build_edges, calibration_rows, next_value
+from skillfast.statistics.bins.edges import _with_tails, atomic_bins, build_edges, calibration_rows, next_value
 from skillfast.statistics.bins.layout import BinLayout, hat_positions, hat_weights
 from skillfast.statistics.bins.scores import exact, finalise, fit_continuous
 
@@ -463,3 +463,10 @@ def test_every_layout_counts_its_rows(of):
     for name, metric in of.items():
         if isinstance(metric, Binary):
             assert (counts[:, :, layout.first[name]].sum(1) == float(values[name].sum())).all()
+
+
+def test_tails_lie_beyond_either_end_each_four_times_as_far():
+    values = torch.arange(11.0)[None]
+    inside = torch.tensor([[3.0, 7.0]])
+    found = _with_tails(inside, values, torch.tensor([11]), 3)
+    assert found.tolist() == [[-10, -2.5, -0.625, 3, 7, 10.625, 12.5, 20]]

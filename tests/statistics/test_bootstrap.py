@@ -136,3 +136,41 @@ def test_too_few_replicates_or_wrong_groups_are_refused():
     x, values = sample(4)
     with pytest.raises(ArgumentError, match="groups: expected 4 whole numbers"):
         NeuronStatistics(5, METRICS).update(x, values, groups=[0.5, 1, 2, 3])
+
+
+def test_the_hash_is_splitmix64s():
+    assert int(bootstrap.mix(0)) == 0xE220A8397B1DCDAF  # its first number after the seed 0
+
+
+def test_observations_without_a_group_are_numbered_on():
+    x, values = sample(100)
+    whole, parts = (NeuronStatistics(5, METRICS, ("pearson",), n_bootstrap=16) for _ in range(2))
+    whole.update(x, values)
+    for index in torch.arange(100).split(40):
+        parts.update(x[index], {k: v[index] for k, v in values.items()})
+    np.testing.assert_allclose(parts.compute().pearson_low, whole.compute().pearson_low, atol=1e-5)
+
+
+def test_every_process_numbers_for_itself(monkeypatch):
+    assert bootstrap.Numbering.of_process().stream == 0
+    monkeypatch.setattr(bootstrap.dist, "is_initialized", lambda: True)
+    streams = []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(bootstrap.dist, "get_rank", lambda rank=rank: rank)
+        streams.append(bootstrap.Numbering.of_process().stream)
+    assert streams[0] == 0
+    assert len(set(streams)) == 3
+
+
+def test_replicates_that_miss_a_rare_label_are_left_out():
+    x, _ = sample(60)
+    rare = torch.arange(60) >= 58
+    acc = NeuronStatistics(5, {"rare": Binary()}, ("pearson",), n_bootstrap=64, buffer_rows=20)
+    for index in torch.arange(60).split(20):
+        acc.update(x[index], {"rare": rare[index]})
+    scores = acc.compute()
+    z = np.arctanh(acc.state.replicates.pearson(slice(0, 5))[:, :, 0].numpy())
+    assert 2 < np.isnan(z[:, 0]).sum() < 32
+    reach = stats.t.ppf(0.975, 63) * np.nanstd(z, axis=0, ddof=1)
+    np.testing.assert_allclose(scores.pearson_low[:, 0], np.tanh(np.arctanh(scores.pearson[:, 0]) - reach), atol=1e-6)
+    np.testing.assert_allclose(scores.pearson_high[:, 0], np.tanh(np.arctanh(scores.pearson[:, 0]) + reach), atol=1e-6)

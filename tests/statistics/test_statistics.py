@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from skillfast import Binary, Categorical, Continuous, NeuronStatistics, backends
+from skillfast import Binary, Categorical, Continuous, NeuronScores, NeuronStatistics, backends
 from skillfast.errors import ArgumentError
+from skillfast.models.sites import Site
+from skillfast.statistics.state import MOST_COLUMNS
 
 # Warnings of what has no score have tests of their own.
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
@@ -183,6 +185,30 @@ def test_what_has_no_score_is_named():
     assert undefined[2].all()
     assert undefined[:, 3].all()
     assert not undefined[[0, 3]][:, [0, 1, 2, 4]].any()
+
+
+def test_a_merge_of_nothing_keeps_the_shift():
+    x, values = sample(300, 4)
+    x, first, second = x + 1000, slice(0, 200), slice(200, 300)
+    acc = NeuronStatistics(4, METRICS, ("pearson",))
+    acc.update(x[first], {name: v[first] for name, v in values.items()})
+    acc.merge(acc.like())
+    acc.update(x[second], {name: v[second] for name, v in values.items()})
+    np.testing.assert_allclose(acc.compute().pearson, oracle(x, values), atol=1e-5)
+
+
+def test_as_many_columns_as_a_channel_can_tell():
+    NeuronStatistics(1, {"label": Categorical(MOST_COLUMNS)}, bins=2)
+    with pytest.raises(ArgumentError, match=f"expected at most {MOST_COLUMNS} columns"):
+        NeuronStatistics(1, {"label": Categorical(MOST_COLUMNS + 1)}, bins=2)
+
+
+def test_reasons_of_a_site_count_from_its_first_neuron():
+    sites = (Site("blocks.0.mlp", "mlp", 0, "a", 8), Site("blocks.1.attn", "attn", 1, "b", 4, 2))
+    reasons = {"constant_neuron": (1, 9, 11), "stale_edges": (3,), "constant_metric": ("y",)}
+    scores = NeuronScores(("y",), np.zeros(12), np.ones(12), 5, pearson=np.zeros((12, 1)), sites=sites, reasons=reasons)
+    assert scores["blocks.1.attn"].reasons == {"constant_neuron": (1, 3), "constant_metric": ("y",)}
+    assert scores["blocks.0.mlp"].reasons == {"constant_neuron": (1,), "stale_edges": (3,), "constant_metric": ("y",)}
 
 
 def test_a_constant_stays_one_through_a_merge():
