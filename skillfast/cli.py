@@ -93,9 +93,11 @@ def bench(quiet: bool, **given: Any) -> None:
 @_quiet
 def trace(quiet: bool, top: int, **given: Any) -> None:
     """Correlate every neuron with label, correctness, confidence and loss, or others; write scores.safetensors."""
+    from skillfast.files import output_folder
     from skillfast.runs.trace import traced
 
     config = _config(given)
+    output_folder(config.run.output)  # one that cannot be written is told before the expensive step
     scores = traced(config, quiet=quiet, say=_say(quiet))
     path = scores.save(config.run.output)
     if not quiet:
@@ -169,12 +171,15 @@ def evaluate(quiet: bool, **given: Any) -> None:
     A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
     of what it writes against what it writes intact.
     """
+    from skillfast.files import output_folder
     from skillfast.report import evaluation_table, write_evaluation
     from skillfast.runs.evaluate import evaluate as run
 
     metrics, output = given.pop("metrics"), given["output"]
     settings = {"tasks": given["tasks"], "skills": given["skills_from"], "generation": _made(Generation, given)}
-    found = run(_config(given), _made(Grid, given), metrics=metrics, **settings, quiet=quiet, say=_say(quiet))
+    config, grid = _config(given), _made(Grid, given)
+    output_folder(output)  # one that cannot be written is told before the expensive step
+    found = run(config, grid, metrics=metrics, **settings, quiet=quiet, say=_say(quiet))
     found.save(output)
     if not quiet:
         _show(evaluation_table(found.results))

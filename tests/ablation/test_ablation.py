@@ -104,6 +104,7 @@ def test_a_sweep_equals_the_naive_loop(vit, batches):
         for skill in [*skills.values(), SKILL, Skill("empty", {})]
         for components, scale, mode in (
             (("mlp", "attn", "head"), 0.0, "zero"), (("mlp",), 2.0, "zero"), (("head",), 0.0, "mean"),
+            (("mlp", "attn"), 0.0, "mean"),
         )
     ]  # fmt: skip
     result = skillfast.sweep(vit, batches, conditions, reference=scores, keep_predictions=True)
