@@ -178,7 +178,9 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
     bare = skillfast.sweep(vit, batches, conditions[:1])
     assert bare["deer"].predictions is None
     assert "pass keep_predictions=True" in one_line(ArgumentError, bare.predictions_of, ["deer"])
-    text = one_line(ArgumentError, skillfast.sweep, vit, batches, [Condition(deer), Condition(deer, KINDS)])
+    text = one_line(
+        ArgumentError, skillfast.sweep, vit, batches, [Condition(frog), Condition(deer), Condition(deer, KINDS)]
+    )
     assert text == "conditions: expected a different name for each, got 'deer' 2 times; pass Condition(skill, name=...)"
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from skillfast import Skill
 from skillfast.evaluation.interference import Effects, find_pairs
 from skillfast.evaluation.resampling import Bootstrap
-from skillfast.evaluation.selectivity import own_drops
+from skillfast.evaluation.selectivity import own_drops, selectivity
 from skillfast.evaluation.shapley import occupied_blocks
 from skillfast.models.sites import Site
 
@@ -34,3 +34,10 @@ def test_fewer_than_two_classes_have_no_pairs():
     labels, one = np.zeros(4, dtype=int), np.zeros((2, 4), dtype=int)
     effects = Effects.of(one, one, one[0], labels)
     assert find_pairs(effects, ["a", "b"]) == {"competition": [], "linkage": []}
+
+
+def test_removals_that_change_nothing_have_no_ratio():
+    labels = np.arange(3).repeat(10)
+    found = selectivity(np.tile(labels, (1, 3, 1)), labels, labels, Bootstrap(labels, 20))
+    assert found.target_drop == 0
+    assert found.ratio is found.strict_ratio is found.harm_ratio is found.ci95.ratio is None
