@@ -4,7 +4,8 @@ mutmut's operators and a few of our own make the changes; one of every (line, op
 changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
 `device=`. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
 function is put in its place there (what runs at import is imported anew). Tests that take longer than `COSTLY` are not
-run; lines that only such tests execute are reported as not covered, and count as survivors.
+run; lines that only such tests execute are reported as not covered, and count as survivors (not where the search for
+tests was cut short).
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Mapper:
     """Which test executes which lines, and what it costs with the fixtures that it needs, in seconds of CPU."""
 
     def __init__(self, kept: Path, seconds: float) -> None:
-        self.kept, self.stop, self.inner = kept, time.time() + seconds, 0.0
+        self.kept, self.stop, self.inner, self.cut = kept, time.time() + seconds, 0.0, ""
         self.cov = coverage.Coverage(data_file=None, config_file=False, source=[str(PACKAGE)], messages=False)
         self.fixtures, self.cost, self.names, self.bad = Counter(), {}, {}, set()
 
@@ -209,7 +210,7 @@ class Mapper:
         self.names[item.nodeid] = list(item.fixturenames)
         self.cost[item.nodeid] = sum(os.times()[:4]) - start - self.inner
         if time.time() > self.stop:
-            item.session.shouldstop = "time is up"
+            item.session.shouldstop = self.cut = "time is up"
         return result
 
     def pytest_runtest_logreport(self, report):
@@ -227,7 +228,7 @@ class Mapper:
             path = str(Path("skillfast") / Path(file).relative_to(PACKAGE))
             by_line = data.contexts_by_lineno(file)
             lines[path] = {n: sorted({t for c in by_line[n] for t in users[c]}) for n in by_line}
-        return {"cost": cost, "lines": lines}
+        return {"cost": cost, "lines": lines, "cut": self.cut}
 
 
 class Runner:
@@ -423,7 +424,7 @@ def tests_for(mutant: dict, known: dict, spans: dict[int, range]) -> list[str]:
 def coverage_map(tests: list[str], seconds: float) -> dict:
     """What `Mapper` finds; kept until a source or a test changes."""
     files = sorted(p for top in (PACKAGE, ROOT / "tests") for p in top.rglob("*.py"))
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr(tests).encode()).hexdigest()
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr((tests, seconds)).encode()).hexdigest()
     kept = WORK / "map" / f"{digest[:16]}.json"
     if not kept.exists():
         os.waitpid(fork(Mapper(kept, seconds), tests, kept.parent), 0)
@@ -476,7 +477,7 @@ def main() -> int:
     spans = {path: statements((ROOT / path).read_text()) for path in paths}
     for mutant in mutants:
         mutant["tests"] = tests_for(mutant, known, spans[mutant["file"]])
-        mutant["outcome"] = "no time" if mutant["tests"] else "not covered"
+        mutant["outcome"] = "no time" if mutant["tests"] or known["cut"] else "not covered"
         if args.intact:
             mutant["code"] = (ROOT / mutant["file"]).read_text()
     covered = [m for m in mutants if m["tests"]]
