@@ -16,6 +16,7 @@ from scipy import stats
 
 from skillfast import ops
 from skillfast.errors import ArgumentError
+from skillfast.statistics.moments import ROUNDING
 
 LEVEL = 0.95
 _POISSON = stats.poisson(1).cdf(np.arange(12))  # beyond 11 the rest is 1e-9
@@ -196,12 +197,17 @@ class Replicates:
         )
 
     def pearson(self, part: slice) -> torch.Tensor:
-        """Pearson's r in every replicate for a slice of the neurons: float64 [B, d, M]."""
+        """Pearson's r in every replicate for a slice of the neurons: float64 [B, d, M]; NaN where one is constant."""
         b, m = self.sum_y.shape
         n = self.count[:, None]
         mean_x, mean_y = self.sum_x[:, part] / n, self.sum_y / n
-        var_x = (self.sum_xx[:, part] / n - mean_x.square()).clamp_min(0)  # [B, d]
-        var_y = (self.sum_yy / n - mean_y.square()).clamp_min(0)  # [B, M]
+
+        def variance(square: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+            found = square - mean.square()
+            return found.masked_fill(found <= ROUNDING * square, torch.nan)
+
+        var_x = variance(self.sum_xx[:, part] / n, mean_x)  # [B, d]
+        var_y = variance(self.sum_yy / n, mean_y)  # [B, M]
         xy = self.sum_xy.view(b, m, -1)[:, :, part] / n[:, :, None]  # [B, M, d]
         covariance = xy - mean_y[:, :, None] * mean_x[:, None]
         r = covariance / (var_y.sqrt()[:, :, None] * var_x.sqrt()[:, None])

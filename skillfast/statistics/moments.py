@@ -12,6 +12,8 @@ import torch
 
 from skillfast import ops
 
+ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
+
 
 @dataclass
 class CoMoments:

@@ -10,6 +10,7 @@ import torch
 from skillfast.statistics import bootstrap
 from skillfast.statistics.bins.layout import BinLayout
 from skillfast.statistics.bins.scores import exact
+from skillfast.statistics.moments import ROUNDING
 from skillfast.statistics.scores import NeuronScores
 from skillfast.statistics.state import OF_BINS
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from skillfast.statistics.bins.scores import BinScores
     from skillfast.statistics.state import State
 
-ROUNDING = 1e-12  # a variance below this share of the mean square is what float64 sums leave of a constant
 LEAST_SQUARE = 1e-30  # mean squares of a neuron below this underflow in float32
 LEAST_VARIANCE, MOST_VARIANCE = 1e-60, 1e50  # variances of a metric beyond these leave float32's range
 

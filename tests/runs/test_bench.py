@@ -256,7 +256,7 @@ def test_the_default_benchmark(default_run):
     output = default_run / "output"
     assert (default_run / "said.txt").read_text().startswith("baseline accuracy 9")
     results = json.loads((output / "results.json").read_text())
-    assert results["baseline"]["accuracy"] >= 0.97
+    assert results["baseline"]["accuracy"] >= 0.95  # 0.965 to 0.976 seen, by processor and threads
     jsonschema.validate(results, records.schema(BenchResults))
     jsonschema.validate(json.loads((output / "skills.json").read_text()), records.schema(Skills))
     assert {p.name for p in output.iterdir()} == {

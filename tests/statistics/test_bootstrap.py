@@ -162,9 +162,11 @@ def test_every_process_numbers_for_itself(monkeypatch):
     assert len(set(streams)) == 3
 
 
-def test_replicates_that_miss_a_rare_label_are_left_out():
+@pytest.mark.parametrize("first", [False, True])
+def test_replicates_that_miss_a_rare_label_are_left_out(first):
+    """Also where the first buffer holds the label, whose mean then shifts what is summed."""
     x, _ = sample(60)
-    rare = torch.arange(60) >= 58
+    rare = torch.arange(60) < 2 if first else torch.arange(60) >= 58
     acc = NeuronStatistics(5, {"rare": Binary()}, ("pearson",), n_bootstrap=64, buffer_rows=20)
     for index in torch.arange(60).split(20):
         acc.update(x[index], {"rare": rare[index]})
