@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,8 +45,6 @@ def _config(given: dict[str, Any]) -> BenchConfig:
 
 def _made(group: type, given: dict[str, Any]) -> Any:
     """Settings of a class from a command's options, as far as it has them."""
-    from dataclasses import fields
-
     return group(**{f.name: given[name_of(f)] for f in fields(group) if name_of(f) in given})
 
 
@@ -175,7 +174,7 @@ def evaluate(quiet: bool, **given: Any) -> None:
     from skillfast.report import evaluation_table, write_evaluation
     from skillfast.runs.evaluate import evaluate as run
 
-    metrics, output = given.pop("metrics"), given["output"]
+    metrics, output = given.pop("metrics"), given["output"]  # metrics: some of what a BenchConfig traces of images
     settings = {"tasks": given["tasks"], "skills": given["skills_from"], "generation": _made(Generation, given)}
     config, grid = _config(given), _made(Grid, given)
     output_folder(output)  # one that cannot be written is told before the expensive step
@@ -246,7 +245,7 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
 @click.option("--classes", type=int, default=2, show_default=True, help="Of the labels.")
 @click.option("--n-bootstrap", type=int, help="Replicates of the bootstrap.")
 @click.option("--dtype", type=click.Choice(words.DTYPES), default="bfloat16", show_default=True)
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Of quantised linear layers.")
+@click.option("--bits", type=click.Choice([str(bits) for bits in words.BITS]), help="Of quantised linear layers.")
 @click.option("--batch-size", type=int, default=8, show_default=True)
 @click.option("--tokens", type=int, default=512, show_default=True, help="Per example.")
 @click.option("--examples", type=int, default=100_000, show_default=True)

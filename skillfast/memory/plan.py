@@ -18,7 +18,7 @@ from skillfast.models.huggingface import Task, load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.state import needs_bins
-from skillfast.vocabulary import BINS, BUFFER_ROWS, DTYPES, KINDS, METRICS, STATISTICS
+from skillfast.vocabulary import BINS, BITS, BUFFER_ROWS, DTYPES, KINDS, METRICS, STATISTICS
 
 if TYPE_CHECKING:
     from skillfast.metrics import Metric
@@ -64,7 +64,7 @@ class Settings:
         for name in ("batch_size", "tokens", "examples", "devices"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}; give a positive number")
-        if self.bits not in (None, 4, 8):
+        if self.bits not in (None, *BITS):
             raise ArgumentError(f"bits: expected 4 or 8, got {self.bits}; leave it out for weights of --dtype")
         if self.dtype not in DTYPES:
             raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}; choose one of them")

@@ -21,6 +21,7 @@ from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
 from skillfast.skills.skill import Skill, random_skills
 from skillfast.tracing.trace import image_batch
+from skillfast.vocabulary import MAX_SITE_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def task_skills(
-    scores: NeuronScores, tasks: Sequence[str], method: str, share: float, max_site_share: float = 0.25
+    scores: NeuronScores, tasks: Sequence[str], method: str, share: float, max_site_share: float = MAX_SITE_SHARE
 ) -> list[Skill]:
     """Each task's neurons, as many for all: those with the largest statistic by size, over all classes of the task.
 
@@ -127,7 +128,7 @@ def compare_tasks(
     *,
     method: str = "pearson",
     share: float = 0.01,
-    max_site_share: float = 0.25,
+    max_site_share: float = MAX_SITE_SHARE,
     draws: int = 3,
     seed: int = 0,
 ) -> Tasks:

@@ -17,6 +17,7 @@ from skillfast.progress import track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.tracing.trace import refuse_training
+from skillfast.vocabulary import MAX_SITE_SHARE, SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,8 +38,8 @@ def learn_masks(
     loader: Iterable[Any],
     attributions: NeuronRanking,
     *,
-    share: float = 0.03,
-    max_site_share: float = 0.25,
+    share: float = SHARE,
+    max_site_share: float = MAX_SITE_SHARE,
     scale: float = 0.0,
     steps: int = 60,
     batch_size: int = 64,

@@ -11,7 +11,7 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.skills.ranking import ranking_of
 from skillfast.skills.skill import Skill
-from skillfast.vocabulary import METHODS
+from skillfast.vocabulary import MAX_SITE_SHARE, METHODS, SHARE
 
 if TYPE_CHECKING:
     from skillfast.skills.ranking import NeuronRanking
@@ -23,8 +23,8 @@ def select(
     method: str | None = None,
     *,
     metric: str | None = None,
-    share: float = 0.03,
-    max_site_share: float = 0.25,
+    share: float = SHARE,
+    max_site_share: float = MAX_SITE_SHARE,
     signed: bool = True,
     contrastive: bool = False,
 ) -> dict[str, Skill]:
