@@ -16,9 +16,7 @@ from msgspec import structs
 
 from skillfast import __version__, backends, files, metrics
 from skillfast.ablation.sweep import SweepResult, sweep
-from skillfast.errors import ArgumentError
-from skillfast.evaluation import selectivity as removal
-from skillfast.evaluation import shapley as contribution
+from skillfast.evaluation import selectivity, shapley
 from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
@@ -35,7 +33,6 @@ from skillfast.runs.removals import Removals
 from skillfast.runs.session import open_session
 from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
-from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -82,11 +79,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
-    if config.select.method in STATISTICS and config.select.method not in config.trace.statistics:
-        raise ArgumentError(
-            f"method: expected one of the statistics that are traced, {', '.join(config.trace.statistics)}, got "
-            f"{config.select.method!r}; add it to --statistics"
-        )
+    selection.check_traced(config.select.method, config.trace.statistics)
     with open_session(config, quiet=quiet, say=say, resumable=True) as session:
         if session.resumed:
             say(f"an unfinished run goes on after {', '.join(session.resumed)}")
@@ -222,17 +215,17 @@ def _results(
     skills, classes = removals.skills, subject.splits.classes
     k, labels, intact = len(skills), swept.labels, swept.top2[:, 0]
     sites = choose_sites(subject.model, subject.config.trace.sites)
-    blocks = contribution.occupied_blocks(skills, sites)
+    blocks = shapley.occupied_blocks(skills, sites)
 
     def predicted(conditions: Sequence[Condition]) -> np.ndarray:  # [rows, K, n]
         return swept.predictions_of(condition.name for condition in conditions).reshape(-1, k, len(labels))
 
     whole, parts, controls = map(predicted, (removals.whole, removals.components, removals.controls))
     bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
-    oracle = removal.oracle_predictions(swept.top2, k)[None]
-    drops, resampled = removal.own_drops(parts, intact, labels, bootstrap)
+    oracle = selectivity.oracle_predictions(swept.top2, k)[None]
+    drops, resampled = selectivity.own_drops(parts, intact, labels, bootstrap)
     by_block = np.concatenate([whole, predicted(removals.blocks)])
-    block_drops = removal.own_drops(by_block, intact, labels, bootstrap)
+    block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
     turns, control, seen = None, None, {}
     if embedded is not None:
         removed = embedded.of(condition.name for condition in removals.whole)
@@ -254,19 +247,19 @@ def _results(
         "overall": overall_accuracy(
             whole[0], controls, intact, labels, skills, sum(site.width for site in sites), bootstrap
         ),
-        "removal_matrix": removal.removal_matrix(whole[0], intact, labels).tolist(),
-        "selectivity": removal.selectivity(whole, intact, labels, bootstrap),
+        "removal_matrix": selectivity.removal_matrix(whole[0], intact, labels).tolist(),
+        "selectivity": selectivity.selectivity(whole, intact, labels, bootstrap),
         "oracle": {
-            **structs.asdict(removal.selectivity(oracle, intact, labels, bootstrap)),
-            "removal_matrix": removal.removal_matrix(oracle[0], intact, labels).tolist(),
+            **structs.asdict(selectivity.selectivity(oracle, intact, labels, bootstrap)),
+            "removal_matrix": selectivity.removal_matrix(oracle[0], intact, labels).tolist(),
         },
         "random_control": {
-            **structs.asdict(removal.selectivity(controls, intact, labels, bootstrap)),
+            **structs.asdict(selectivity.selectivity(controls, intact, labels, bootstrap)),
             "draws": subject.config.ablate.control_draws,
         },
         "layer_contribution": {
-            **structs.asdict(contribution.layer_contribution(drops, resampled, classes)),
-            "per_block": contribution.per_block(blocks, *block_drops, subject.splits.classes),
+            **structs.asdict(shapley.layer_contribution(drops, resampled, classes)),
+            "per_block": shapley.per_block(blocks, *block_drops, subject.splits.classes),
         },
         **seen,
         "interference": interference(

@@ -34,7 +34,7 @@ def class_outcomes(
     Args:
         model: In evaluation mode.
         loader: Batches of (inputs, labels) that chose nothing.
-        cases: From `grid`.
+        cases: From `cases_of_scores` or `cases_of_skills`.
         classes: Class names; a skill named in its metric as `label:NAME` has NAME as its own class.
         replicates: Number of bootstrap replicates.
         seed: Seed of the bootstrap.

@@ -193,6 +193,7 @@ def _cases(
 
 
 def _method(config: BenchConfig) -> str:
+    """What neurons are ranked by; nothing is tried here, so `"auto"` is Pearson's r."""
     return "pearson" if config.select.method == "auto" else config.select.method
 
 
@@ -205,11 +206,7 @@ def _check_method(method: str, config: BenchConfig, metrics: Sequence[str]) -> N
             f"method: expected one of {', '.join(STATISTICS)} for the metrics {', '.join(metrics)}, got "
             f"{method!r}, which ranks neurons for classes alone; name another --method"
         )
-    if method not in config.trace.statistics:
-        raise ArgumentError(
-            f"method: expected one of the statistics that are traced, {', '.join(config.trace.statistics)}, got "
-            f"{method!r}; add it to --statistics"
-        )
+    selection.check_traced(method, config.trace.statistics)
 
 
 def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dict[str, Any]:
@@ -217,7 +214,7 @@ def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dic
 
 
 def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
-    """With the metrics of text that are wanted; those of images are fixed."""
+    """The settings with these metrics for text; images are always traced with all of theirs."""
     check_metric_names(metrics)
     if config.data.dataset == "text":
         return config.replaced(metrics=tuple(metrics))

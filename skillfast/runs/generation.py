@@ -102,7 +102,7 @@ def log_probabilities(subject: CausalSubject) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(sums), np.concatenate(counts)
 
 
-class _Bench:
+class _CausalMeasures:
     """Measures the model as it is at the moment, against the intact one.
 
     Made under no ablation. Resamples are of held-out texts, the same ones for every intervention.
@@ -153,7 +153,7 @@ def causal_outcomes(
 
     Args:
         subject: The model, and text in parts; the test part is measured on.
-        cases: From `grid`.
+        cases: From `cases_of_scores` or `cases_of_skills`.
         settings: Settings of the generations.
         replicates: Number of bootstrap replicates.
         seed: Seed of the bootstrap and of the choice of texts to continue.
@@ -170,11 +170,11 @@ def causal_outcomes(
         require_sacrebleu()  # before anything is computed for nothing
     rows = [(case, scale) for case in cases for scale in case.scales]
     with torch.inference_mode():
-        bench = _Bench(subject, settings, replicates, seed)
-        intact = bench.measure()
+        measures = _CausalMeasures(subject, settings, replicates, seed)
+        intact = measures.measure()
         found = []
         for case, scale in track(rows, "evaluation", quiet=quiet):
-            own, *drawn = (bench.measure(skill, scale) for skill in (case.skill, *case.controls))
+            own, *drawn = (measures.measure(skill, scale) for skill in (case.skill, *case.controls))
             found.append(outcome(case, scale, own, drawn))
-    counts = {"tokens": int(bench.counts.sum()), "prefixes": len(bench.starts)}
+    counts = {"tokens": int(measures.counts.sum()), "prefixes": len(measures.starts)}
     return Intact(values=intact.values, ci95=intact.ci95), found, counts

@@ -18,7 +18,7 @@ from skillfast.skills.attribution import attribute
 from skillfast.skills.learned_mask import KEEP, learn_masks
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
-from skillfast.vocabulary import STATISTICS
+from skillfast.vocabulary import MAX_SITE_SHARE, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -115,6 +115,15 @@ class Selection:
         }
 
 
+def check_traced(method: str, statistics: Sequence[str]) -> None:
+    """Raises ArgumentError for a statistic that is not among the traced ones; other methods need none."""
+    if method in STATISTICS and method not in statistics:
+        raise ArgumentError(
+            f"method: expected one of the statistics that are traced, {', '.join(statistics)}, got {method!r}; add it "
+            "to --statistics"
+        )
+
+
 def candidates(
     method: str, share: float, *, contrastive: bool = False, statistics: Sequence[str] = STATISTICS
 ) -> tuple[Candidate, ...]:
@@ -179,12 +188,15 @@ def rank(
 
 
 def cut(
-    ranked: Mapping[str, NeuronScores | NeuronRanking], tried: Sequence[Candidate], *, max_site_share: float = 0.25
+    ranked: Mapping[str, NeuronScores | NeuronRanking],
+    tried: Sequence[Candidate],
+    *,
+    max_site_share: float = MAX_SITE_SHARE,
 ) -> tuple[dict[str, Skill], ...]:
     """Every candidate's skills, class name -> skill.
 
     Args:
-        ranked: What the candidates rank by, from `rankings`.
+        ranked: What the candidates rank by, from `rank`.
         tried: The candidates.
         max_site_share: Largest share of one site's neurons.
 
@@ -224,7 +236,7 @@ def effects(
     intervals: int | None = None,
     quiet: bool = True,
 ) -> Effects:
-    """What every candidate's skills do to a part when they are removed; to the test part for the trade-off curve alone.
+    """What every candidate's skills do to a part when they are removed; what they do to the test part chooses nothing.
 
     Args:
         model: In evaluation mode.

@@ -54,7 +54,7 @@ def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Te
 
 
 def image_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch as images and labels; raises ArgumentError where it is something else."""
+    """A batch as inputs, images or token ids, and labels; raises ArgumentError where it is something else."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
         kind = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise ArgumentError(f"batch: expected (images, labels), got {kind}; pass forward= for anything else")
@@ -120,23 +120,23 @@ def trace(
         metrics = classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
-    counted = _Counted(tracer, model, run, mask)
+    counter = _BatchCounter(tracer, model, run, mask)
     order = sampling.plan(loader, calibration_rows(bins), exact_rows(bins))
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:
             for batch in order.calibration:
-                counted.batch(batch)
+                counter.count(batch)
             if tracer.n_observations:
                 tracer.calibrate()
         for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
-            counted.batch(batch, valid)
+            counter.count(batch, valid)
     if order.distributed:
         tracer.all_reduce()
     return tracer.compute()
 
 
-class _Counted:
+class _BatchCounter:
     """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Counted:
         self.run = run
         self.mask = mask
 
-    def batch(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
+    def count(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
         """Run and count one batch, of it the rows that are this process's own."""
         mask = None if self.mask is None else self.mask(batch)
         self.tracer.expect(mask)
@@ -159,13 +159,13 @@ class _Counted:
         n = len(next(iter(values.values())))
         rows = None if valid is None else valid.next(n)
         if any(value.dim() > 1 for value in map(as_tensor, values.values())):
-            self._again(batch, mask, values, None if rows is None else rows.own)
+            self._count_per_token(batch, mask, values, None if rows is None else rows.own)
         elif rows is None:
             self.tracer.step(**values)
         else:
             self.tracer.step(valid=rows.own, groups=rows.place, **values)
 
-    def _again(
+    def _count_per_token(
         self, batch: Any, mask: torch.Tensor | None, values: Mapping[str, torch.Tensor], own: torch.Tensor | None
     ) -> None:
         self.tracer.discard()
