@@ -26,7 +26,6 @@ BITS = (4, 8)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as in transformers
 BACKENDS = ("auto", "native", "triton", "reference")
 METRICS = ("label", "correct", "confidence", "loss")
-ALL_METRICS = (*METRICS, "margin", "entropy", "token_log_probability")
 
 SHARE, MAX_SITE_SHARE = 0.03, 0.25  # of all neurons, and of one site's, that a skill takes at most
 PERPLEXITY: Literal["perplexity"] = "perplexity"

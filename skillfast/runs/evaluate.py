@@ -186,8 +186,7 @@ def _cases(
         return cases_of_skills(load_skills(skills).values(), sites, grid)
     assert scores is not None
     method = _method(subject.config)
-    keep = selection.KEEP if method == "mask" else None
-    tried = selection.Candidate(method, grid.contrastive, max(grid.shares), keep)
+    (tried,) = selection.candidates(method, max(grid.shares), contrastive=grid.contrastive)  # one, as method is named
     ranked = selection.rank(session, scores, [tried], max_site_share=grid.max_site_share)
     return cases_of_scores(ranked[tried.ranking], method, [name.removeprefix(COLUMN) for name in metrics], grid)
 

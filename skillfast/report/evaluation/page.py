@@ -179,7 +179,7 @@ def by_layer(results: EvaluationResults, measure: str, random: bool) -> Figure:
 
 
 def _turned(scale: list[list[Any]]) -> list[list[Any]]:
-    """More is worse."""
+    """A colour scale turned round, for a measure of which more is worse."""
     return [[1 - at, hue] for at, hue in reversed(scale)]
 
 
