@@ -67,7 +67,7 @@ mutants: $(VENV)/.installed-mutants
 oldest:
 	PYENV_VERSION=3.10 python3.10 -m venv .oldest || $(PYTHON) -m venv .oldest
 	.oldest/bin/pip install $(QUIET) -c .ci/oldest.txt pybind11 scikit-build-core cmake ninja
-	SKILLFAST_CUDA=OFF .oldest/bin/pip install $(QUIET) -c .ci/oldest.txt --no-build-isolation '.[test,llm]'
+	SKILLFAST_CUDA=OFF .oldest/bin/pip install $(QUIET) -c .ci/oldest.txt --no-build-isolation '.[test]'
 
 clean:
 	rm -rf $(VENV) .oldest build dist site

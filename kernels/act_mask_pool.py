@@ -51,10 +51,10 @@ def act_mask_pool_kernel(
             order = counted + tl.cumsum(here.to(tl.int32), axis=0)
             total += tl.sum(tl.where(kept & (order == 1)[:, None], y, 0.0), axis=0)
         elif POOL == "last":
-            order = tl.cumsum(here.to(tl.int32), axis=0)
-            some = tl.sum(here.to(tl.int32), axis=0)
-            latest = tl.sum(tl.where(kept & (order == some)[:, None], y, 0.0), axis=0)
-            total = tl.where(some > 0, latest, total)
+            index = tl.arange(0, BLOCK_T)
+            at = tl.max(tl.where(here, index, -1), axis=0)
+            latest = tl.sum(tl.where(kept & (index == at)[:, None], y, 0.0), axis=0)
+            total = tl.where(at >= 0, latest, total)
         counted += tl.sum(here.to(tl.int32), axis=0)
     row = pooled + sample * width + d
     if POOL == "moments":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).parents[1]
 CORE = ("ablation", "models", "ops", "statistics", "tracing")
@@ -98,6 +98,17 @@ def triton_interpreter() -> None:
 
     if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
+
+
+def changed(options: Sequence[object], change: Sequence[object]) -> list[object]:
+    """A command's options, of which a change gives some anew: each stands once."""
+    kept: list[object] = []
+    for option in options:
+        if str(option).startswith("--"):
+            replaced = option in change
+        if not replaced:
+            kept.append(option)
+    return [*kept, *change]
 
 
 def one_line(error: type[Exception], call: Callable[..., object], *args: object, **kwargs: object) -> str:

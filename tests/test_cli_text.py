@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import changed
 from tiny_models import WORDS, save_model
 
 import skillfast
@@ -102,7 +103,8 @@ def test_classes_that_the_model_names_are_in_its_order(data, tmp_path):
 )
 def test_what_does_not_fit_is_told_in_one_line(data, tmp_path, change, code, words):
     folder = save_model(tmp_path / "model")
-    result = run("trace", *text_options(data, folder, tmp_path / "out"), "--pool", "cls", *change)
+    options = changed([*text_options(data, folder, tmp_path / "out"), "--pool", "cls"], change)
+    result = run("trace", *options)
     assert result.exit_code == code, result.output
     assert words in result.output
     assert len(result.output.strip().splitlines()) == 1

@@ -18,7 +18,6 @@ def test_lower_bounds_are_the_oldest_versions_of_ci():
     declared = [
         *project["project"]["dependencies"],
         *project["build-system"]["requires"],
-        *extras["llm"],
         *extras["test"],
     ]
     for requirement in map(Requirement, declared):

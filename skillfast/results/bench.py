@@ -526,7 +526,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     train: Seconds
     baseline: Seconds
     trace: Seconds
-    select: Seconds
+    select: Seconds | None = None
     choose: Seconds | None = None
     sweep: Seconds
     embeddings: Seconds | None = None

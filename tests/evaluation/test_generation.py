@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import one_line
+from conftest import changed, one_line
 from tiny_models import WORDS, make_tokenizer, save_model
 
 import skillfast
@@ -224,7 +224,8 @@ def test_the_command(folder, tmp_path):
         (["--prefix-tokens", 14], 1, "expected a text of more than 14 tokens"),
         (["--max-new-tokens", 40], 2, "expected at most 32 tokens with the prefix"),
     ]:
-        result = run(*options, "--pool", "mean", "--output", tmp_path / "bad", "--quiet", *change)
+        command, *given = [*options, "--pool", "mean", "--output", tmp_path / "bad"]
+        result = run(command, *changed(given, change), "--quiet")
         assert result.exit_code == code, result.output
         assert words in result.output
         assert len(result.output.strip().splitlines()) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import one_line
+from conftest import changed, one_line
 from tiny_models import WORDS, make_tokenizer, save_model
 
 import skillfast
@@ -226,7 +226,8 @@ def test_the_command(folder, tmp_path, pool, observations):
 )
 def test_what_does_not_fit_is_told_in_one_line(folder, tmp_path, model_class, change, code, words):
     model = save_model(tmp_path / "model", model_class, make_tokenizer(special=False))
-    result = run(*options(folder, model, tmp_path / "out"), "--pool", "none", *change)
+    command, *given = options(folder, model, tmp_path / "out")
+    result = run(command, *changed([*given, "--pool", "none"], change))
     assert result.exit_code == code, result.output
     assert words in result.output
     assert len(result.output.strip().splitlines()) == 1

@@ -217,9 +217,9 @@ def test_skills_of_one_name_go_by_their_columns(vit, batches):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shares": (0.0,)}, "shares: expected shares in (0, 1], got 0.0"),
+        ({"shares": (0.0,)}, "shares: expected a number in (0, 1], got 0.0"),
         ({"shares": ()}, "shares: expected at least one, got none"),
-        ({"scales": (float("nan"),)}, "scales: expected finite numbers, got nan"),
+        ({"scales": (float("nan"),)}, "scales: expected a finite number, got nan"),
         ({"draws": 0}, "draws: expected at least 1, got 0"),
     ],
 )
@@ -314,7 +314,7 @@ def test_the_command_with_other_rankings(texts, tmp_path, method):
         (["--layers", "blocks.77"], 2, "layers: expected all, each, last or some of blocks.0, blocks.1, head"),
         (["--method", "mask", "--metrics", "label,loss"], 2, "which ranks neurons for classes alone"),
         (["--method", "auroc", "--statistics", "pearson"], 2, "got 'auroc'"),
-        (["--shares", "2"], 2, "shares: expected shares in (0, 1], got 2.0"),
+        (["--shares", "2"], 2, "shares: expected a number in (0, 1], got 2.0"),
         (["--skills", "/nowhere"], 1, "expected a file, got none"),
     ],
 )

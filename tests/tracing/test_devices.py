@@ -31,6 +31,7 @@ def test_weights_that_are_only_there_during_a_forward(vit, batches):
     np.testing.assert_array_equal(again.predictions, swept.predictions)
 
 
+@pytest.mark.filterwarnings("ignore:some scores are not defined")  # 8 bits can leave a neuron constant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pool", ["mean", "none"])
 def test_half_precision(batches, dtype, pool):
