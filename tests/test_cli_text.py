@@ -93,7 +93,7 @@ def test_classes_that_the_model_names_are_in_its_order(data, tmp_path):
     ("change", "code", "words"),
     [
         (["--prompt", "{text} is"], 2, "prompt: expected --prompt and --label-words together, got one"),
-        (["--dataset", "digits"], 2, "dataset: expected --dataset text with hf:"),
+        (["--dataset", "digits"], 2, "dataset: expected text with hf:"),
         (["--model", "vit_tiny_patch16_224"], 2, "model: expected hf:NAME with --dataset text"),
         (["--metrics", "column:size"], 1, "expected a column 'size', got sentence, class, words"),
         (["--metrics", "nothing"], 2, "metric 'nothing': expected one of label"),
