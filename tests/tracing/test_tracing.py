@@ -61,7 +61,7 @@ def test_a_trace_equals_stored_activations_and_numpy(vit, batches, pool):
     ])  # fmt: skip
     want = np.corrcoef(x.T, y.T)[: x.shape[1], x.shape[1] :]
     assert scores.columns[-3:] == ("correct", "confidence", "loss")
-    np.testing.assert_allclose(scores.pearson, want, atol=3e-6)  # float32 means: 2.2e-6 with torch 2.11
+    np.testing.assert_allclose(scores.pearson, want, atol=5e-6)  # a float32 forward: 2.2e-6 with torch 2.11
     np.testing.assert_allclose(scores.mean, x.mean(0), atol=1e-5)
     assert scores.fingerprint is not None
     assert not any(module._forward_pre_hooks for module in vit.modules())
@@ -92,7 +92,7 @@ def test_a_tracer_in_a_loop_of_ones_own(vit, batches):
     np.testing.assert_allclose(
         scores.pearson[:, scores.columns.index("brightness")],
         [np.corrcoef(column, brightness)[0, 1] for column in x.T],
-        atol=3e-6,  # float32 means: 2.0e-6 with torch 2.11
+        atol=5e-6,  # a float32 forward of other batches: 3.1e-6 with torch 2.11
     )
     assert scores.reasons == {"constant_metric": ("label:4",)}
 
