@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.core)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "trained_digits" in getattr(item, "fixturenames", ()):  # whoever comes first trains the model, others wait
+        waits = "trained_digits" in getattr(item, "fixturenames", ())  # whoever comes first trains the model
+        if (waits or item.get_closest_marker("slow")) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
 
 
