@@ -1,4 +1,4 @@
-"""Every lower bound that pyproject.toml declares is a version that CI runs the core tests on."""
+"""The lower bounds of the package, its build and the `test` extra are versions that CI runs the core tests on."""
 
 from __future__ import annotations
 
