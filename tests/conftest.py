@@ -24,16 +24,22 @@ CORE = ("ablation", "models", "ops", "statistics", "tracing")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest work begins first, on one worker, so that the others never wait for it at the end.
+    items.sort(key=lambda item: ("default_run" not in getattr(item, "fixturenames", ()), not _is_slow(item)))
     gpu = torch.cuda.is_available()
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
-        if folder in CORE and not item.get_closest_marker("slow"):
+        if folder in CORE and not _is_slow(item):
             item.add_marker(pytest.mark.core)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         waits = "trained_digits" in getattr(item, "fixturenames", ())  # whoever comes first trains the model
-        if (waits or item.get_closest_marker("slow")) and not item.get_closest_marker("timeout"):
+        if (waits or _is_slow(item)) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session")
