@@ -31,7 +31,7 @@ _PUBLIC = {
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
     "Grid": "runs.config",
-    "Evaluation": "runs.results",
+    "Evaluation": "runs.evaluate",
     "evaluate": "runs.evaluate",
     "SkillfastError": "errors",
     "use_backend": "backends",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid
     from skillfast.runs.evaluate import evaluate as evaluate
-    from skillfast.runs.results import Evaluation as Evaluation
+    from skillfast.runs.evaluate import Evaluation as Evaluation
     from skillfast.skills.attribution import attribute as attribute
     from skillfast.skills.learned_mask import learn_masks as learn_masks
     from skillfast.skills.ranking import NeuronRanking as NeuronRanking

@@ -10,6 +10,7 @@ import click
 from skillfast import __version__
 from skillfast import vocabulary as words
 from skillfast.errors import ArgumentError
+from skillfast.memory.config import PlanConfig
 from skillfast.options import Command, Names, options, options_of
 from skillfast.runs.config import (
     EVALUATED,
@@ -201,11 +202,12 @@ def report(directory: str) -> None:
     from pathlib import Path
 
     from skillfast.report import write_evaluation, write_report
+    from skillfast.results import bench, evaluation
 
-    evaluated = (Path(directory) / "evaluation.json").is_file()
+    evaluated = (Path(directory) / evaluation.FILE).is_file()
     if evaluated:
         click.echo(f"report: {write_evaluation(directory)}")
-    if not evaluated or (Path(directory) / "results.json").is_file():
+    if not evaluated or (Path(directory) / bench.FILE).is_file():
         click.echo(f"report: {write_report(directory)}")
 
 
@@ -237,22 +239,10 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
 
 @main.command(cls=Command)
 @click.option("--model", required=True, help="hf: and a name on the hub, a folder or a config.json.")
-@click.option("--task", type=click.Choice(["own", "classification", "causal"]), default="own", show_default=True)
-@click.option("--sites", type=Names(), default=",".join(words.KINDS), show_default=True, help="Kinds or names.")
-@click.option("--statistics", type=Names(), default=",".join(words.STATISTICS), show_default=True)
-@click.option("--bins", type=int, default=words.BINS, show_default=True)
-@click.option("--metrics", type=Names(), default=",".join(words.METRICS), show_default=True)
-@click.option("--classes", type=int, default=2, show_default=True, help="Of the labels.")
-@click.option("--n-bootstrap", type=int, help="Replicates of the bootstrap.")
-@click.option("--dtype", type=click.Choice(words.DTYPES), default="bfloat16", show_default=True)
-@click.option("--bits", type=click.Choice([str(bits) for bits in words.BITS]), help="Of quantised linear layers.")
-@click.option("--batch-size", type=int, default=8, show_default=True)
-@click.option("--tokens", type=int, default=512, show_default=True, help="Per example.")
-@click.option("--examples", type=int, default=100_000, show_default=True)
-@click.option("--devices", type=int, default=1, show_default=True, help="Over which the blocks are spread.")
+@options_of(PlanConfig)
 @click.option("--device-memory", help="Of one device, such as 80GiB; by default what is free here.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def plan(model: str, bits: str | None, device_memory: str | None, as_json: bool, **given: Any) -> None:
+def plan(model: str, device_memory: str | None, as_json: bool, **given: Any) -> None:
     """Say what tracing a language model will take, before its weights are loaded.
 
     From its configuration alone: sites, neurons, the exact size of the state, and the peak of each device. Exits with
@@ -260,11 +250,10 @@ def plan(model: str, bits: str | None, device_memory: str | None, as_json: bool,
     """
     import json
 
-    from skillfast.memory.plan import Settings, parse_bytes
+    from skillfast.memory.plan import parse_bytes
     from skillfast.memory.plan import plan as run
 
-    settings = Settings(bits=None if bits is None else int(bits), **given)
-    found = run(model, settings, device_memory=None if device_memory is None else parse_bytes(device_memory))
+    found = run(model, PlanConfig(**given), device_memory=None if device_memory is None else parse_bytes(device_memory))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:

@@ -12,7 +12,7 @@ import os
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from skillfast.errors import ArgumentError
 
@@ -69,6 +69,8 @@ def type_of(owner: type, declared: Field[Any]) -> tuple[type, type | None, bool]
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (part for part in get_args(hint) if part is not NoneType)
         optional = True
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0]), None, optional
     if get_origin(hint) is tuple:
         return tuple, get_args(hint)[0], optional
     return get_origin(hint) or hint, None, optional

@@ -9,6 +9,7 @@ Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
+Task = Literal["own", "classification", "causal"]
 
 BINS = 128  # per neuron, for all statistics but Pearson's r
 BUFFER_ROWS = 512  # observations collected before one update of an accumulator
@@ -21,6 +22,7 @@ STATISTICS = ("pearson", "spearman", "auroc", "mutual_info")
 METHODS = (*STATISTICS, "attribution", "mask")
 DATASETS = ("digits", "cifar10", "imagefolder", "text")
 FINETUNE: tuple[Finetune, ...] = get_args(Finetune)
+TASKS: tuple[Task, ...] = get_args(Task)
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (4, 8)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as in transformers

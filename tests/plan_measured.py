@@ -17,10 +17,10 @@ def main(config: str, settings: dict) -> None:
     import torch
 
     import skillfast
-    from skillfast.memory.plan import Settings
+    from skillfast.memory.config import PlanConfig
     from skillfast.models.huggingface import load_config, skeleton
 
-    chosen = Settings(**settings)
+    chosen = PlanConfig(**settings)
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # large blocks go back to the system as soon as they are free
     made = skeleton(load_config(config), chosen.task)

@@ -65,16 +65,16 @@ def _config() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     return {
-        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6",
+        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6", "scikit-learn": "1.9.0",
         "platform": "Linux x86_64", "device": "cpu", "device_name": "a processor", "threads": 2,
         "backends": {"native": "avx512", "triton": "no CUDA device"},
     }  # fmt: skip
 
 
 def _cost() -> dict[str, Any]:
-    phases = {"data": 0.41, "train": 61.2, "trace": 0.83, "select": 0.02, "sweep": 7.94, "baseline": 0.66}
+    stages = {"data": 0.41, "train": 61.2, "trace": 0.83, "select": 0.02, "sweep": 7.94, "baseline": 0.66}
     return {
-        "seconds": {**phases, "total": sum(phases.values())}, "samples_per_s": 1240.5, "forward_s": 0.71,
+        "seconds": {**stages, "total": sum(stages.values())}, "samples_per_s": 1240.5, "forward_s": 0.71,
         "trace_over_forward": 1.17, "peak_rss_bytes": 912_345_678, "peak_device_bytes": None, "state_bytes": 412_672,
     }  # fmt: skip
 

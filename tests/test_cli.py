@@ -116,8 +116,13 @@ def test_info():
         (["--statistics", "pearson", "--method", "auroc"], 2, "expected one of the statistics that are traced"),
         (["--batch-size", "0"], 2, "batch_size: expected at least 1, got 0"),
         (["--mean", "a"], 2, "expected numbers such as"),
-        (["--mean", "0.5", "0.5"], 2, "mean: expected 1 number, or 3 for RGB images, got 2"),
+        (
+            ["--model", "vit_tiny_patch16_224", "--dataset", "cifar10", "--mean", "0.5", "0.5"],
+            2,
+            "mean: expected 1 number, or 3 for RGB images, got 2",
+        ),
         (["--mean", "0.5", "--mean", "0.4"], 2, "--mean: expected once, got twice; give all its numbers at once"),
+        (["--mean", "0.5"], 2, "mean: expected with --dataset cifar10 or imagefolder, got it with digits"),
         (["--sites", "mlp", "--sites", "attn"], 2, "--sites: expected once, got twice; give all its names at once"),
         (["--seed=1", "--seed", "1"], 2, "--seed: expected once, got twice; leave one of them out"),
         (["--resume", "--no-resume"], 2, "--no-resume: expected once, got twice"),
@@ -134,7 +139,7 @@ def test_info():
         (["--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         (["--device", "cuda:99"], 2, "device 'cuda:99': expected one that is there"),
         (["--device", "abacus"], 2, "device: expected cpu, cuda or cuda:<number>, got 'abacus'"),
-        (["--model", "vit_tiny_patch16_223"], 1, "vit_tiny_patch16_224"),
+        (["--model", "vit_tiny_patch16_223"], 2, "vit_tiny_patch16_224"),
         (["--model", "resnet18", "--epochs", "1"], 1, "ResNet: expected blocks named as in a known family"),
         (["--model", "vit_tiny_patch16_224"], 2, "expected one for the digits' [1, 8, 8] images, got one for [3, 224"),
         (["--model", "vit_tiny_patch16_224", "--checkpoint", "nowhere.safetensors"], 2, "nowhere.safetensors"),
@@ -245,7 +250,7 @@ def test_an_interrupted_run_leaves_no_result(pictures, tmp_path):
     assert process.returncode == 1
     assert "Aborted!" in errors
     assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] in ([], [".unfinished"])  # no phase of it was finished
+    assert [path.name for path in tmp_path.iterdir()] in ([], [".unfinished"])  # no stage of it was finished
     assert not list(tmp_path.glob(".unfinished/*/"))
 
 

@@ -11,8 +11,7 @@ import torch
 
 from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled
-from skillfast.tracing.trace import refuse_training
+from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoin
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical, margin, per_class_accuracy, per_class_mean
-from skillfast.models.sites import module_device, unwrap_compiled
+from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.sites import module_device, refuse_training, unwrap_compiled
 from skillfast.progress import track
-from skillfast.tracing.trace import classes_of, image_batch, refuse_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -184,7 +184,7 @@ def sweep(
     parts = []
     with torch.inference_mode():
         for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
-            images, labels = image_batch(batch)
+            images, labels = labelled_batch(batch)
             if not len(labels):
                 continue
             if not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):

@@ -11,74 +11,20 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.memory import footprint
+from skillfast.memory.config import PlanConfig
 from skillfast.memory.state import state_bytes
 from skillfast.memory.usage import free_bytes
 from skillfast.metrics import parse_metrics
-from skillfast.models.huggingface import Task, load_config, skeleton
+from skillfast.models.huggingface import load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.state import needs_bins
-from skillfast.vocabulary import BINS, BITS, BUFFER_ROWS, DTYPES, KINDS, METRICS, STATISTICS
+from skillfast.vocabulary import BUFFER_ROWS
 
 if TYPE_CHECKING:
     from skillfast.metrics import Metric
 
 _SCORES = 6 * 8  # bytes per neuron and column of all statistics and their bounds, float64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model shall be traced.
-
-    Attributes:
-        task: As in `load_language_model`.
-        sites: Kinds or names of sites.
-        statistics: What the trace computes.
-        bins: Bins per neuron for all but Pearson's r.
-        metrics: Auxiliary metrics.
-        classes: How many classes the labels have.
-        n_bootstrap: Replicates of the bootstrap; None for none.
-        dtype: Data type of weights and activations.
-        bits: Bits of quantised linear layers, 4 or 8; None where nothing is quantised.
-        batch_size: Examples per forward.
-        tokens: Per example.
-        examples: How many observations there will be.
-        devices: Over how many the blocks are spread.
-    """
-
-    task: Task = "own"
-    sites: tuple[str, ...] = KINDS
-    statistics: tuple[str, ...] = STATISTICS
-    bins: int = BINS
-    metrics: tuple[str, ...] = METRICS
-    classes: int = 2
-    n_bootstrap: int | None = None
-    dtype: str = "bfloat16"
-    bits: int | None = None
-    batch_size: int = 8
-    tokens: int = 512
-    examples: int = 100_000
-    devices: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "tokens", "examples", "devices"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}; give a positive number")
-        if self.bits not in (None, *BITS):
-            raise ArgumentError(f"bits: expected 4 or 8, got {self.bits}; leave it out for weights of --dtype")
-        if self.dtype not in DTYPES:
-            raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}; choose one of them")
-        unknown = [name for name in self.statistics if name not in STATISTICS]
-        if unknown or not self.statistics:
-            raise ArgumentError(
-                f"statistics: expected some of {', '.join(STATISTICS)}, got {', '.join(unknown) or 'none'}; "
-                "choose among them"
-            )
-
-    def kinds(self) -> dict[str, Metric]:
-        """The metrics and what they are."""
-        classes = [str(index) for index in range(self.classes)]
-        return {name: metric.kind for name, metric in parse_metrics(self.metrics, classes).items()}
 
 
 @dataclass(frozen=True)
@@ -129,7 +75,7 @@ class Plan:
     """
 
     model: str
-    settings: Settings
+    settings: PlanConfig
     parameters: int
     sites: tuple[Site, ...]
     devices: tuple[DevicePlan, ...]
@@ -178,7 +124,7 @@ class Plan:
         }
 
 
-def plan(model: str, settings: Settings | None = None, *, device_memory: int | None = None) -> Plan:
+def plan(model: str, settings: PlanConfig | None = None, *, device_memory: int | None = None) -> Plan:
     """Say what tracing a model will take, before its weights are loaded.
 
     The blocks are spread over the devices in order, so that each holds about as much; the state of a site lies where
@@ -193,7 +139,7 @@ def plan(model: str, settings: Settings | None = None, *, device_memory: int | N
         ModelError: A configuration that cannot be had, or a model of no known family.
         ArgumentError: Settings that cannot be used.
     """
-    settings = settings or Settings()
+    settings = settings or PlanConfig()
     made = skeleton(load_config(model), settings.task).to(getattr(torch, settings.dtype))
     capacity = device_memory if device_memory is not None else _free()
     found = _plan(model, made, settings, capacity)
@@ -202,9 +148,15 @@ def plan(model: str, settings: Settings | None = None, *, device_memory: int | N
     return replace(found, remedies=tuple(_remedies(model, made, settings, capacity)))
 
 
-def _plan(name: str, model: torch.nn.Module, settings: Settings, capacity: int | None) -> Plan:
+def kinds_of(settings: PlanConfig) -> dict[str, Metric]:
+    """The metrics and what they are."""
+    classes = [str(index) for index in range(settings.classes)]
+    return {name: metric.kind for name, metric in parse_metrics(settings.metrics, classes).items()}
+
+
+def _plan(name: str, model: torch.nn.Module, settings: PlanConfig, capacity: int | None) -> Plan:
     sites = choose_sites(model, settings.sites)
-    metrics = settings.kinds()
+    metrics = kinds_of(settings)
     itemsize = getattr(torch, settings.dtype).itemsize
     weights = footprint.weights_by_part(model, itemsize, settings.bits)
     peaks = _forward_peaks(model, settings.batch_size, settings.tokens)
@@ -265,7 +217,7 @@ def _spread(load: dict[str, int], devices: int) -> list[list[str]]:
     return list(runs.values())
 
 
-def _remedies(name: str, model: torch.nn.Module, settings: Settings, capacity: int) -> list[tuple[str, int]]:
+def _remedies(name: str, model: torch.nn.Module, settings: PlanConfig, capacity: int) -> list[tuple[str, int]]:
     """Settings that make it fit, each by itself; where none does, the two strongest together."""
     bins = needs_bins(settings.statistics)
     fewer = [n for n in (64, 32, 16) if bins and n < settings.bins]

@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +18,9 @@ from skillfast.models.weights import first_line, probe
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from skillfast.vocabulary import Task
+
 PREFIX = "hf:"
-Task = Literal["classification", "causal", "own"]
 _AUTO = {"classification": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM", "own": "AutoModel"}
 _NO_LIMIT = 10**6  # tokenizers without one say 10^30
 

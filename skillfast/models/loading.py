@@ -68,7 +68,8 @@ def create_model(
         quiet: draw no progress bar for a download.
 
     Raises:
-        ModelError: the name is not known, the arguments do not fit it, or the weights cannot be had, read or fitted.
+        ArgumentError: the name is not known.
+        ModelError: the arguments do not fit it, or the weights cannot be had, read or fitted.
     """
     cfg = _find(name)
     kwargs = dict(model_kwargs or {})
@@ -127,20 +128,20 @@ def _find(name: str) -> dict[str, Any]:
     """Look a name up in timm's registry: its pretrained configuration."""
     if name.startswith(("hf:", "hf-hub:", "hf_hub:", "local-dir:")) or Path(name).is_dir():
         got = "a Hugging Face model" if name.startswith("hf") else "a folder"
-        raise ModelError(
+        raise ArgumentError(
             f"model '{name}': expected a timm model name for images, got {got}; language models are hf:NAME with "
             "--dataset text, and weights of timm's models are --checkpoint FILE"
         )
     arch, _, tag = name.partition(".")
     if any(mark in name for mark in "/\\:") or not timm.is_model(arch):
         close = difflib.get_close_matches(arch.lower(), timm.list_models(), n=3)
-        raise ModelError(
+        raise ArgumentError(
             f"model '{name}': expected a timm model name, got an unknown one; "
             + (f"closest: {', '.join(close)}" if close else "timm.list_models() lists them")
         )
     known = [full.partition(".")[2] for full in timm.list_models(f"{arch}.*", pretrained=True)]
     if tag and tag not in known:
-        raise ModelError(
+        raise ArgumentError(
             f"model '{name}': expected a pretrained tag of {arch}, got '{tag}'; "
             + (f"it has {', '.join(known)}" if known else "it has none")
         )

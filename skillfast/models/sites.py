@@ -32,6 +32,7 @@ __all__ = [
     "input_width",
     "module_device",
     "refuse_compiled",
+    "refuse_training",
     "register_family",
     "site_slices",
     "unwrap_compiled",
@@ -90,6 +91,12 @@ def refuse_compiled(model: torch.nn.Module) -> None:
             "model: expected a module that runs its hooks, got one wrapped by torch.compile, which skips hooks added "
             "after compiling; pass the module that was compiled (model._orig_mod) and call that"
         )
+
+
+def refuse_training(model: torch.nn.Module, what: str) -> None:
+    """Raises ModelError for a model in training mode, whose dropout would be traced or ablated too."""
+    if model.training:
+        raise ModelError(f"{what}: expected a model in evaluation mode, got one in training mode; call model.eval()")
 
 
 def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from skillfast.files import replacing
-from skillfast.results import records
-from skillfast.results.bench import BenchResults
-from skillfast.results.evaluation import EvaluationResults
-from skillfast.results.skills import Skills
+from skillfast.results import bench, evaluation, records, skills
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,17 +13,17 @@ if TYPE_CHECKING:
 REMEDY = "run `skillfast bench` into that folder"
 
 
-def read_results(directory: Path) -> BenchResults:
+def read_results(directory: Path) -> bench.BenchResults:
     """Read a folder's `results.json`; see `skillfast.report.read_results`."""
-    return records.read(BenchResults, directory / "results.json", REMEDY)
+    return records.read(bench.BenchResults, directory / bench.FILE, REMEDY)
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html`; see `skillfast.report.write_report`."""
     from skillfast.report.bench import page
 
-    skills = records.read(Skills, directory / "skills.json", REMEDY)
-    return _write(directory / "report.html", page.render(read_results(directory), skills))
+    found = records.read(skills.Skills, directory / skills.FILE, REMEDY)
+    return _write(directory / "report.html", page.render(read_results(directory), found))
 
 
 def write_evaluation(directory: Path) -> Path:
@@ -34,7 +31,7 @@ def write_evaluation(directory: Path) -> Path:
     from skillfast.report.evaluation import page
 
     remedy = "run `skillfast evaluate` into that folder"
-    results = records.read(EvaluationResults, directory / "evaluation.json", remedy)
+    results = records.read(evaluation.EvaluationResults, directory / evaluation.FILE, remedy)
     return _write(directory / "evaluation.html", page.render(results))
 
 

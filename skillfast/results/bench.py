@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
 
+from skillfast.results.environment import Environment
 from skillfast.results.records import (
     Change,
     Count,
@@ -27,22 +28,8 @@ Changes = Annotated[list[Annotated[list[Change], Meta(min_length=2)]], Meta(min_
 TwoNames = Annotated[list[str], Meta(min_length=2, max_length=2)]
 TwoChanges = Annotated[list[Change], Meta(min_length=2, max_length=2)]
 Names = Annotated[list[str], Meta(min_length=1)]
+FILE = "results.json"
 Seconds = Annotated[float, Meta(ge=0)]
-
-
-class Environment(Record, frozen=True):
-    """Versions, device and backends."""
-
-    skillfast: Name
-    python: Name
-    torch: Name
-    timm: Name
-    numpy: Name
-    platform: Name
-    device: Name
-    device_name: Name
-    threads: Positive
-    backends: dict[str, Any]
 
 
 class Config(Record, frozen=True, forbid_unknown_fields=False):
@@ -520,7 +507,7 @@ class Interference(Record, frozen=True, kw_only=True):
 
 
 class PhaseSeconds(Record, frozen=True, kw_only=True):
-    """Seconds per phase, in the order of the run; those of an interrupted run included."""
+    """Seconds per stage, in the order of the run; those of an interrupted run included."""
 
     data: Seconds
     train: Seconds
@@ -539,7 +526,7 @@ class Cost(Record, frozen=True):
     """What the run took.
 
     Attributes:
-        seconds: Per phase.
+        seconds: Per stage.
         samples_per_s: Examples traced per second.
         forward_s: Seconds of plain forwards over the measured batches.
         trace_over_forward: Time of traced forwards over that of plain ones.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, field
+from msgspec import Meta
 
+from skillfast.results.environment import Environment
 from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share
 from skillfast.vocabulary import Kind
 
+FILE = "evaluation.json"
 Measure = Literal["accuracy", "f1_macro", "class_accuracy", "class_f1", "perplexity", "bleu"]
 Values = dict[str, float | None]
 Intervals = dict[str, Interval]
@@ -129,18 +131,6 @@ class EvaluatedData(Record, frozen=True):
     prefixes: Count | None = None
 
 
-class EvaluationEnvironment(Record, frozen=True):
-    """Versions and device."""
-
-    skillfast: Name
-    python: Name
-    torch: Name
-    device: Name
-    numpy: Name | None = None
-    scikit_learn: Name | None = field(name="scikit-learn", default=None)
-    platform: Name | None = None
-
-
 class SharedNeuron(Record, frozen=True):
     """A neuron that several tasks use."""
 
@@ -222,7 +212,7 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
     model: EvaluatedModel
     data: EvaluatedData
     config: Annotated[dict[str, Any], Meta(extra_json_schema={"required": ["grid"]})]
-    environment: EvaluationEnvironment
+    environment: Environment
     tasks: Tasks | None = None
 
     def __post_init__(self) -> None:

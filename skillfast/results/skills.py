@@ -11,6 +11,9 @@ from skillfast.results.records import Count, Document, Name, Record
 Indices = Annotated[list[Count], Meta(extra_json_schema={"uniqueItems": True})]
 
 
+FILE = "skills.json"
+
+
 class SkillEntry(Record, frozen=True):
     """A skill.
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from msgspec import structs
 
-from skillfast import __version__, backends, files, metrics
+from skillfast import files, metrics
 from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.evaluation import selectivity, shapley
 from skillfast.evaluation.correlations import top_correlations
@@ -24,10 +21,11 @@ from skillfast.evaluation.overall import overall_accuracy
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
-from skillfast.results.bench import BenchResults
+from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.cost import trace_over_forward
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
+from skillfast.runs.environment import environment
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
 from skillfast.runs.session import open_session
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from skillfast.runs.session import Session
     from skillfast.runs.subject import Subject
 
-RESULTS = "results.json"
 MATRIX = "removal_matrix.csv"
 
 
@@ -235,7 +232,7 @@ def _results(
             embedded.metrics, removed.comparisons, drops[0], classes, bootstrap, random.comparisons
         )
     return {
-        "environment": _environment(subject),
+        "environment": environment(subject.device),
         "config": subject.config.to_json(),
         "model": _model(subject),
         "dataset": subject.dataset_json(),
@@ -268,34 +265,6 @@ def _results(
     }
 
 
-def _environment(subject: Subject) -> dict[str, Any]:
-    import timm
-
-    device = subject.device
-    return {
-        "skillfast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "backends": backends.status(),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
-
-
 def _model(subject: Subject) -> dict[str, Any]:
     sites = choose_sites(subject.model, subject.config.trace.sites)
     return {
@@ -322,7 +291,7 @@ def _write(directory: Path, results: BenchResults, skills: dict[str, Skill], sco
         writer = csv.writer(file)
         writer.writerow(["removed", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, results.removal_matrix, strict=True))
-    records.write(results, directory / RESULTS)
+    records.write(results, directory / FILE)
     write_report(directory)
 
 

@@ -87,7 +87,7 @@ class Checkpoints:
             value = kept.load(folder / _RESULT)
             cost = files.read_json(folder / _COST, SCHEMA, REMEDY)
         except DataError as error:
-            self.say(f"phase {name} is made anew: {error}")
+            self.say(f"stage {name} is made anew: {error}")
             shutil.rmtree(folder)
             return None
         return Found(value, cost["seconds"], cost["peaks"])
@@ -104,7 +104,7 @@ class Checkpoints:
         except OSError as error:  # a full disk costs the way back, not the run
             shutil.rmtree(temporary, ignore_errors=True)
             self.say(
-                f"warning: phase {name} cannot be kept ({error.strerror or error}): an interrupted run will repeat it"
+                f"warning: stage {name} cannot be kept ({error.strerror or error}): an interrupted run will repeat it"
             )
             return False
         return True

@@ -37,6 +37,7 @@ LANGUAGE_MODEL = "hf:"  # before the name of a language model
 ALL, EACH, LAST, HEAD = "all", "each", "last", "head"  # layers of an evaluation's grid
 EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are named
 
+_OF_IMAGE_FILES = ("mean", "std", "crop_pct", "train_per_class", "test_per_class")
 _CHANNELS = (1, 3)  # of images
 _NOT_RESULTS = ("output", "resume")  # where a run writes and what it goes on from change no result
 
@@ -150,6 +151,12 @@ class DataConfig(Settings):
         if self.dataset == "text" and self.data_file is None:
             raise ArgumentError(
                 "data file: expected --data-file with --dataset text, got none; for example --data-file train.tsv"
+            )
+        given = [name for name in _OF_IMAGE_FILES if getattr(self, name) is not None]
+        if self.dataset == "digits" and given:
+            raise ArgumentError(
+                f"{given[0]}: expected with --dataset cifar10 or imagefolder, got it with digits, whose images and "
+                "split are fixed; leave it out"
             )
         for name in ("mean", "std"):
             values = getattr(self, name)

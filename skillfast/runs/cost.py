@@ -1,4 +1,4 @@
-"""What a run costs: seconds per phase, trace over forward."""
+"""What a run costs: seconds per stage, trace over forward."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ MEASURED_BATCHES = 8
 
 
 class Clock:
-    """Seconds per named phase."""
+    """Seconds per named stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's time to a phase."""
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's time to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -38,7 +38,7 @@ class Clock:
             self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add seconds to a phase."""
+        """Add seconds to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def total(self) -> float:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.classification import MEASURES
 from skillfast.evaluation.generation import require_sacrebleu
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
-from skillfast.results.evaluation import EvaluatedModel, EvaluatedSite, EvaluationResults
+from skillfast.results.evaluation import FILE, EvaluatedModel, EvaluatedSite, EvaluationResults
 from skillfast.runs import selection
 from skillfast.runs.class_outcomes import class_outcomes
 from skillfast.runs.config import EVALUATED, Generation, Grid
+from skillfast.runs.environment import environment
 from skillfast.runs.generation import causal_outcomes, prefixes
 from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
-from skillfast.runs.results import Evaluation, environment
 from skillfast.runs.session import open_session
 from skillfast.runs.tasks import check_tasks, compare_tasks
 from skillfast.runs.text import CausalSubject, predicts_tokens
-from skillfast.skills.skill import load_skills
+from skillfast.skills.skill import Skill, load_skills, save_skills
 from skillfast.vocabulary import METRICS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import nn
 
@@ -36,6 +37,37 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
 
     Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation.
+
+    Attributes:
+        results: The content of `evaluation.json`.
+        skills: The skills that were chosen, from all layers at the largest size, which go to `skills.json`; none where
+            they were loaded.
+    """
+
+    results: EvaluationResults
+    skills: tuple[Skill, ...] = ()
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `evaluation.json` into the folder, and `skills.json` where skills were chosen; returns the first."""
+        path = files.output_folder(directory) / FILE
+        if self.skills:
+            save_skills(directory, self.skills)
+        records.write(self.results, path)
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> Evaluation:
+        """Read a folder's `evaluation.json`, without skills.
+
+        Raises:
+            DataError: A file that is missing, broken or of another version.
+        """
+        return Evaluation(records.read(EvaluationResults, Path(directory) / FILE, "write it with `skillfast evaluate`"))
 
 
 def evaluate(
@@ -81,7 +113,7 @@ def evaluate(
             "give --prompt and --label-words"
         )
     if skills is None or tasks:
-        _check_method(_method(config), config, [*metrics, *tasks])
+        _check_method(_method(config), config, grid, [*metrics, *tasks])
     generation = generation or Generation()
     if predicts_tokens(config) and generation.max_new_tokens:
         require_sacrebleu()  # a library that is missing is told before the expensive step
@@ -196,8 +228,13 @@ def _method(config: BenchConfig) -> str:
     return "pearson" if config.select.method == "auto" else config.select.method
 
 
-def _check_method(method: str, config: BenchConfig, metrics: Sequence[str]) -> None:
+def _check_method(method: str, config: BenchConfig, grid: Grid, metrics: Sequence[str]) -> None:
     """Attribution and masks rank neurons for the classes alone, a statistic for whatever was traced with it."""
+    if method == "mask" and grid.contrastive:
+        raise ArgumentError(
+            "contrastive: expected with a statistic or attribution, got method 'mask', which is learned against the "
+            "other classes; leave it out"
+        )
     if method not in STATISTICS:
         if list(metrics) == ["label"]:
             return

@@ -77,7 +77,7 @@ class Session:
                 self._peaks[kind] = max(peak, self._peaks.get(kind, 0))
             return found.value
         before = self.clock.seconds.get(name, 0.0)
-        with self.clock.phase(name):
+        with self.clock.stage(name):
             value = make()
         if self.checkpoints is None or kept is None:
             return value
@@ -127,7 +127,7 @@ def open_session(
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.run.backend))
         stack.enter_context(limited_memory(config.run.memory_bytes))
-        with clock.phase("data"):
+        with clock.stage("data"):
             subject = load_subject(config, device, quiet=quiet, say=say)
         session = Session(subject, clock, quiet, say)
         if resumable:
@@ -138,7 +138,7 @@ def open_session(
             yield session
         except BaseException:
             if session._last:
-                say(f"stopped after phase {session._last}: the same command goes on from there")
+                say(f"stopped after stage {session._last}: the same command goes on from there")
             raise
 
 

@@ -14,13 +14,13 @@ from skillfast.errors import ArgumentError
 from skillfast.evaluation.measures import finite, random_draws
 from skillfast.evaluation.tasks import Outputs, TaskMeasures, overlaps
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, check_metric_names, parse_metrics
+from skillfast.models.batches import labelled_batch
 from skillfast.models.sites import find_sites, module_device
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.results.evaluation import Measured, TaskRemoval, Tasks
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
 from skillfast.skills.skill import Skill, random_skills
-from skillfast.tracing.trace import image_batch
 from skillfast.vocabulary import MAX_SITE_SHARE
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def outputs(subject: Subject, part: str, skill: Skill | None = None, scale: floa
         hook = subject.model.get_submodule(head.path).register_forward_pre_hook(keep)  # after what changes neurons
         try:
             for batch in subject.loader(part):
-                inputs, target = image_batch(batch)
+                inputs, target = labelled_batch(batch)
                 logits.append(subject.model(inputs.to(device)).float().cpu())
                 labels.append(target)
                 embeddings[-1] = _one_row(embeddings[-1], subject.model, inputs).cpu()

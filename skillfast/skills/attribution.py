@@ -9,10 +9,10 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
-from skillfast.models.sites import Site, choose_sites, fingerprint, unwrap_compiled
+from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.skills.ranking import NeuronRanking
-from skillfast.tracing.trace import classes_of, image_batch, refuse_training
 from skillfast.vocabulary import KINDS
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def class_batch(batch: Any, n_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch's images and labels on the device; raises ArgumentError for labels that are no class indices."""
-    images, labels = image_batch(batch)
+    images, labels = labelled_batch(batch)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ArgumentError(
             f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "

@@ -12,11 +12,10 @@ from torch.nn import functional
 from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
-from skillfast.models.sites import fingerprint, unwrap_compiled
+from skillfast.models.sites import fingerprint, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.ranking import NeuronRanking
-from skillfast.tracing.trace import refuse_training
 from skillfast.vocabulary import MAX_SITE_SHARE, SHARE
 
 if TYPE_CHECKING:

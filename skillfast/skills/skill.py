@@ -13,14 +13,12 @@ import torch
 from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.results import records
-from skillfast.results.skills import SkillEntry, Skills
+from skillfast.results.skills import FILE, SkillEntry, Skills
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from skillfast.models.sites import Site
-
-FILE = "skills.json"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from skillfast.errors import ArgumentError
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.table import BinTable
-from skillfast.statistics.state import RowBuffer, Settings, State
+from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State
 from skillfast.vocabulary import BINS, BUFFER_ROWS, STATISTICS
 
 if TYPE_CHECKING:
@@ -61,11 +61,13 @@ class NeuronStatistics:
         buffer_rows: int = BUFFER_ROWS,
         device: torch.device | str = "cpu",
     ) -> None:
-        settings = Settings(n_neurons, dict(metrics), tuple(statistics), bins, n_bootstrap, seed, buffer_rows)
+        settings = AccumulatorSettings(
+            n_neurons, dict(metrics), tuple(statistics), bins, n_bootstrap, seed, buffer_rows
+        )
         self.state = State.empty(settings, torch.device(device))
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AccumulatorSettings:
         """What is correlated, and how."""
         return self.state.settings
 
@@ -348,7 +350,7 @@ class NeuronStatistics:
         self._sum_buffered()
 
 
-def _told(settings: Settings) -> str:
+def _told(settings: AccumulatorSettings) -> str:
     return (
         f"{settings.n_neurons} neurons, {settings.bins} bins, {settings.n_bootstrap} replicates, seed {settings.seed}, "
         f"metrics {list(settings.metrics)} and statistics {list(settings.statistics)}"

@@ -10,7 +10,7 @@ from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.layout import BinLayout
 from skillfast.statistics.bins.table import BinTable
 from skillfast.statistics.bootstrap import Numbering
-from skillfast.statistics.state import RowBuffer, Settings, State
+from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ def from_dict(stored: Mapping[str, Any], device: torch.device) -> State:
     return state
 
 
-def _buffer(settings: Settings, rows: torch.Tensor, values: torch.Tensor, device: torch.device) -> RowBuffer:
+def _buffer(settings: AccumulatorSettings, rows: torch.Tensor, values: torch.Tensor, device: torch.device) -> RowBuffer:
     """A buffer with these rows, already summed, and room for all that are kept before the edges are set."""
     n = len(rows)
     buffer = RowBuffer.empty(settings, max(n, exact_rows(settings.bins)) if n else 0, rows.dtype, device)
@@ -77,13 +77,13 @@ def _buffer(settings: Settings, rows: torch.Tensor, values: torch.Tensor, device
     return buffer
 
 
-def _settings(stored: Mapping[str, Any]) -> Settings:
+def _settings(stored: Mapping[str, Any]) -> AccumulatorSettings:
     if stored.get("schema") != SCHEMA:
         raise ArgumentError(
             f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
         )
     names = ("n_neurons", "bins", "n_bootstrap", "seed", "buffer_rows")
-    return Settings(
+    return AccumulatorSettings(
         metrics=from_json(stored["metrics"]),
         statistics=tuple(stored["statistics"]),
         **{name: stored[name] for name in names},

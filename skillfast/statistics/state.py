@@ -31,7 +31,7 @@ def needs_bins(statistics: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AccumulatorSettings:
     """What an accumulator correlates, and how.
 
     Attributes:
@@ -109,7 +109,7 @@ class RowBuffer:
     summed: int = 0
 
     @staticmethod
-    def empty(settings: Settings, capacity: int, dtype: torch.dtype, device: torch.device) -> RowBuffer:
+    def empty(settings: AccumulatorSettings, capacity: int, dtype: torch.dtype, device: torch.device) -> RowBuffer:
         """A buffer for `capacity` rows, with none in it."""
         return RowBuffer(
             torch.empty(capacity, settings.n_neurons, dtype=dtype, device=device),
@@ -138,7 +138,7 @@ class State:
         wide: Whether float64 rows came, which the float32 shift does not meet exactly.
     """
 
-    settings: Settings
+    settings: AccumulatorSettings
     device: torch.device
     moments: CoMoments
     replicates: Replicates | None
@@ -149,7 +149,7 @@ class State:
     wide: bool = False
 
     @staticmethod
-    def empty(settings: Settings, device: torch.device) -> State:
+    def empty(settings: AccumulatorSettings, device: torch.device) -> State:
         """A state that has counted nothing."""
         n, m = settings.n_neurons, len(settings.columns)
         # Made outside inference mode, so that updates inside and outside of it may mutate it.

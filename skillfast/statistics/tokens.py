@@ -14,7 +14,7 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.statistics import distributed, inputs, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
-from skillfast.statistics.state import Settings, State
+from skillfast.statistics.state import AccumulatorSettings, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class TokenStatistics:
         buffer_rows: int,
         device: torch.device,
     ) -> None:
-        settings = Settings(n_neurons, dict(metrics), ("pearson",), bins, n_bootstrap, seed, buffer_rows)
+        settings = AccumulatorSettings(n_neurons, dict(metrics), ("pearson",), bins, n_bootstrap, seed, buffer_rows)
         self._sums = State.empty(settings, device)  # no row of it ever waits in its buffer
         ranked = tuple(name for name in statistics if name != "pearson")
         self._sampled: NeuronStatistics | None = None

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError
 from skillfast.metrics import Binary, Categorical, Continuous, classification, classification_values
-from skillfast.models.sites import choose_sites, module_device, unwrap_compiled
+from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.sites import choose_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import calibration_rows, exact_rows
@@ -30,41 +31,13 @@ if TYPE_CHECKING:
 MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the caller says so
 
 
-def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
-    """Class names from the loader's dataset, or as many numbers as the model has outputs."""
-    names = getattr(getattr(loader, "dataset", None), "classes", None)
-    if names is not None:
-        return [str(name) for name in names]
-    count = getattr(model, "num_classes", None)
-    if not isinstance(count, int) or count < 2:
-        raise ArgumentError(
-            f"classes: expected loader.dataset.classes or model.num_classes, got neither from "
-            f"{type(loader).__name__} and {type(model).__name__}; pass classes="
-        )
-    return [str(i) for i in range(count)]
-
-
 def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The default `forward`: a batch is (images, labels); gives the logits and label, correct, confidence, loss."""
     device = module_device(model)
-    images, label = image_batch(batch)
+    images, label = labelled_batch(batch)
     label = label.to(device)
     logits = model(images.to(device))
     return logits, classification_values(logits, label)
-
-
-def image_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch as inputs, images or token ids, and labels; raises ArgumentError where it is something else."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
-        kind = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ArgumentError(f"batch: expected (images, labels), got {kind}; pass forward= for anything else")
-    return batch[0], torch.as_tensor(batch[1])
-
-
-def refuse_training(model: torch.nn.Module, what: str) -> None:
-    """Raises ModelError for a model in training mode, whose dropout would be traced or ablated too."""
-    if model.training:
-        raise ModelError(f"{what}: expected a model in evaluation mode, got one in training mode; call model.eval()")
 
 
 def trace(

@@ -17,7 +17,8 @@ import skillfast
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory import footprint
-from skillfast.memory.plan import Settings, parse_bytes, plan
+from skillfast.memory.config import PlanConfig
+from skillfast.memory.plan import kinds_of, parse_bytes, plan
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -35,7 +36,7 @@ def config_file(folder, model_type="llama", architecture="LlamaForCausalLM", **s
 @pytest.mark.parametrize("name", LARGE)
 def test_published_models_are_planned_without_memory(name):
     parameters, layers, mlp, hidden = LARGE[name]
-    found = plan(str(DATA / f"{name}.json"), Settings(devices=8, tokens=64), device_memory=parse_bytes("80GiB"))
+    found = plan(str(DATA / f"{name}.json"), PlanConfig(devices=8, tokens=64), device_memory=parse_bytes("80GiB"))
     assert found.parameters == parameters
     assert len(found.sites) == 2 * layers + 1
     assert found.neurons == layers * (mlp + hidden) + hidden
@@ -50,7 +51,7 @@ def test_published_models_are_planned_without_memory(name):
 
 
 def test_remedies_are_settings_that_fit():
-    settings = Settings(devices=8, tokens=64)
+    settings = PlanConfig(devices=8, tokens=64)
     name, memory = str(DATA / "llama-3.1-405b.json"), parse_bytes("80GiB")
     found = plan(name, settings, device_memory=memory)
     said = dict(found.remedies)
@@ -74,13 +75,19 @@ def test_remedies_are_settings_that_fit():
 )
 def test_the_state_is_exact(tmp_path, statistics, n_bootstrap, model_type, architecture, sites):
     name = config_file(tmp_path, model_type, architecture)
-    settings = Settings(
+    settings = PlanConfig(
         statistics=statistics, n_bootstrap=n_bootstrap, bins=8, sites=sites, classes=3, dtype="float32", tokens=4
     )
     found = plan(name, settings, device_memory=1 << 40)
     model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(**json.loads(Path(name).read_text())))
     tracer = skillfast.Tracer(
-        model.eval(), settings.kinds(), sites=sites, statistics=statistics, bins=8, n_bootstrap=n_bootstrap, pool="last"
+        model.eval(),
+        kinds_of(settings),
+        sites=sites,
+        statistics=statistics,
+        bins=8,
+        n_bootstrap=n_bootstrap,
+        pool="last",
     )
     g = torch.Generator().manual_seed(0)
     n = 0
@@ -130,7 +137,7 @@ def test_the_predicted_peak_is_within_a_fifth_of_the_measured(tmp_path, settings
     }  # fmt: skip
     name = config_file(tmp_path, **wide)
     settings = {**settings, "dtype": "float32"}
-    found = plan(name, Settings(**settings), device_memory=1 << 40)
+    found = plan(name, PlanConfig(**settings), device_memory=1 << 40)
     command = [sys.executable, str(Path(__file__).parents[1] / "plan_measured.py"), name, json.dumps(settings)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
@@ -169,13 +176,13 @@ def test_sizes_of_memory(text, size):
     ("change", "words"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1"),
-        ({"bits": 3}, "bits: expected 4 or 8, got 3"),
+        ({"bits": 3}, "bits: expected one of 4, 8, got 3"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
-        ({"statistics": ("mean",)}, "statistics: expected some of pearson"),
+        ({"statistics": ("mean",)}, "statistics: expected one of pearson"),
     ],
 )
 def test_settings_that_cannot_be_used(change, words):
-    assert words in one_line(ArgumentError, Settings, **change)
+    assert words in one_line(ArgumentError, PlanConfig, **change)
 
 
 def test_a_model_of_no_family_cannot_be_planned(tmp_path):

@@ -32,7 +32,7 @@ def never():
     raise AssertionError("made again")
 
 
-def test_a_finished_phase_is_not_run_again(tmp_path):
+def test_a_finished_stage_is_not_run_again(tmp_path):
     value = {"a": [1, 2.5, None], "b": "ü"}
     assert opened(tmp_path).stage("choose", lambda: value, JSON) == value
     clock = Clock()
@@ -46,7 +46,7 @@ def test_a_finished_phase_is_not_run_again(tmp_path):
     assert again.cost()["seconds"]["total"] >= earlier
 
 
-def test_a_phase_that_breaks_off_leaves_nothing(tmp_path):
+def test_a_stage_that_breaks_off_leaves_nothing(tmp_path):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -77,13 +77,13 @@ def test_no_resume_starts_anew(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["{", '{"schema": "else"}', ""])
-def test_a_broken_phase_is_made_anew(tmp_path, broken):
+def test_a_broken_stage_is_made_anew(tmp_path, broken):
     opened(tmp_path).stage("choose", lambda: 1, JSON)
     (tmp_path / FOLDER / "choose" / "result" / "value.json").write_text(broken)
     said = []
     assert opened(tmp_path, said).stage("choose", lambda: 2, JSON) == 2
     assert len(said) == 1
-    assert "phase choose is made anew" in said[0]
+    assert "stage choose is made anew" in said[0]
     assert opened(tmp_path).stage("choose", never, JSON) == 2
 
 
@@ -93,9 +93,9 @@ def test_a_full_disk_costs_the_way_back_and_not_the_run(tmp_path):
         raise OSError(28, "No space left on device")
 
     said = []
-    phases = opened(tmp_path, said)
-    assert phases.stage("choose", lambda: 1, Kept(full, never)) == 1
-    assert said == ["warning: phase choose cannot be kept (No space left on device): an interrupted run will repeat it"]
+    session = opened(tmp_path, said)
+    assert session.stage("choose", lambda: 1, Kept(full, never)) == 1
+    assert said == ["warning: stage choose cannot be kept (No space left on device): an interrupted run will repeat it"]
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["run.json"]
 
 
@@ -134,7 +134,7 @@ def test_results_come_back_as_they_were(tmp_path, vit, batches):
 
 @pytest.fixture(scope="module")
 def small(pictures):
-    """Settings of a run of seconds that goes through every phase."""
+    """Settings of a run of seconds that goes through every stage."""
     return {
         "dataset": "imagefolder",
         "data_dir": str(pictures),
@@ -192,7 +192,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_interrupted_run_goes_on_after_its_last_phase(
+def test_an_interrupted_run_goes_on_after_its_last_stage(
     undisturbed, small, tmp_path, monkeypatch, module, name, finished
 ):
     config = BenchConfig.of(**small, output=str(tmp_path))
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_after_its_last_phase(
     assert any(line.startswith("an unfinished run goes on after") for line in said) == bool(finished)
     assert json.dumps(without_cost(report)) == json.dumps(without_cost(undisturbed))
     seconds = to_json(report.results.cost.seconds)
-    assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total") * 0.99
+    assert seconds["total"] >= sum(value for stage, value in seconds.items() if stage != "total") * 0.99
     assert not (tmp_path / FOLDER).exists()
     torch.testing.assert_close(
         skillfast.load_skills(tmp_path)["red"].neurons, skillfast.load_skills(undisturbed.directory)["red"].neurons

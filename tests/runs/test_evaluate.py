@@ -28,8 +28,9 @@ from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
 from skillfast.runs.class_outcomes import class_outcomes
 from skillfast.runs.config import Grid
+from skillfast.runs.environment import environment
+from skillfast.runs.evaluate import Evaluation
 from skillfast.runs.grid import Case, cases_of_scores, cases_of_skills, largest, layer_sites
-from skillfast.runs.results import Evaluation
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -313,6 +314,7 @@ def test_the_command_with_other_rankings(texts, tmp_path, method):
         (["--metrics", "nothing"], 2, "metric 'nothing': expected one of"),
         (["--layers", "blocks.77"], 2, "layers: expected all, each, last or some of blocks.0, blocks.1, head"),
         (["--method", "mask", "--metrics", "label,loss"], 2, "which ranks neurons for classes alone"),
+        (["--method", "mask", "--contrastive"], 2, "contrastive: expected with a statistic or attribution"),
         (["--method", "auroc", "--statistics", "pearson"], 2, "got 'auroc'"),
         (["--shares", "2"], 2, "shares: expected a number in (0, 1], got 2.0"),
         (["--skills", "/nowhere"], 1, "expected a file, got none"),
@@ -365,7 +367,7 @@ def hostile_page(folder, vit, batches):
     results = {
         "task": "classification", "measures": class_scores.MEASURES, "intact": intact, "outcomes": outcomes,
         "model": model, "data": data, "config": {"grid": {}},
-        "environment": {"skillfast": "0", "python": "3", "torch": "2", "device": "cpu"},
+        "environment": environment(torch.device("cpu")),
     }  # fmt: skip
     Evaluation(records.made(EvaluationResults, results)).save(folder)
     jsonschema.validate(json.loads((folder / "evaluation.json").read_text()), schema())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults, Cost, Selectivity
     from skillfast.results.skills import Skills
 
-PHASES = {
+STAGES = {
     "data": "reading the data",
     "train": "training the model",
     "trace": "tracing the neurons",
@@ -172,7 +172,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
-    seconds = [(PHASES.get(phase, phase), f"{plain(took)} s") for phase, took in to_json(cost.seconds).items()]
+    seconds = [(STAGES.get(stage, stage), f"{plain(took)} s") for stage, took in to_json(cost.seconds).items()]
     return [
         *seconds,
         ("examples traced per second", plain(cost.samples_per_s)),
