@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid
-    from skillfast.runs.evaluate import evaluate as evaluate
     from skillfast.runs.evaluate import Evaluation as Evaluation
+    from skillfast.runs.evaluate import evaluate as evaluate
     from skillfast.skills.attribution import attribute as attribute
     from skillfast.skills.learned_mask import learn_masks as learn_masks
     from skillfast.skills.ranking import NeuronRanking as NeuronRanking

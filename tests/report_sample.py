@@ -65,8 +65,8 @@ def _config() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     return {
-        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6", "scikit-learn": "1.9.0",
-        "platform": "Linux x86_64", "device": "cpu", "device_name": "a processor", "threads": 2,
+        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6",
+        "scikit-learn": "1.9.0", "platform": "Linux x86_64", "device": "cpu", "device_name": "CPU", "threads": 2,
         "backends": {"native": "avx512", "triton": "no CUDA device"},
     }  # fmt: skip
 
