@@ -148,7 +148,8 @@ def rank(
 ) -> dict[str, NeuronScores | NeuronRanking]:
     """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
 
-    Attributions and each learned mask are stages of their own, since masks take the longest of all.
+    Attributions and each learned mask are stages of their own, since masks take the longest of all. Masks of the
+    middle weight start from the attributions, those of other weights from these masks.
 
     Args:
         session: The run.
@@ -170,7 +171,10 @@ def rank(
         part="attribution",
     )
     found["attribution"] = attributions
-    for name, weight in {c.ranking: c.keep for c in tried if c.keep is not None}.items():
+    weights = sorted({(c.keep, c.ranking) for c in tried if c.keep is not None})
+    middle = len(weights) // 2
+    masks: NeuronRanking | None = None  # of the middle weight, which comes first
+    for weight, name in (*weights[middle : middle + 1], *weights[:middle], *weights[middle + 1 :]):
         learn = partial(
             learn_masks,
             model,
@@ -180,10 +184,12 @@ def rank(
             max_site_share=max_site_share,
             scale=scale,
             keep=weight,
+            start=masks,
             seed=session.config.run.seed,
             quiet=quiet,
         )
-        found[name] = session.stage("select", learn, kept, part=name)
+        found[name] = made = session.stage("select", learn, kept, part=name)
+        masks = masks or made
     return found
 
 

@@ -160,6 +160,13 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     assert written["gap"]["harm_ratio"] is None  # no harm on either part
 
 
+def test_masks_of_other_weights_start_from_the_middle_one(chosen):
+    found = chosen[1]
+    made = zip(found.candidates, found.skills, strict=True)
+    starts = {c.keep: skills["a"].settings["start_keep"] for c, skills in made if c.method == "mask"}
+    assert starts == {1.0: 5.0, 5.0: None, 20.0: 5.0}
+
+
 def test_the_choice_does_not_see_the_test_part(splits, chosen):
     """Neither its labels nor its images."""
     blank = TensorImages(torch.full_like(splits.test.images, torch.nan), permuted(splits.test).labels, CLASSES)

@@ -107,6 +107,8 @@ def test_under_autocast_and_without_some_classes(batches):
     assert np.isnan(masks.values[:, 5]).all()
     assert np.isfinite(masks.values[:, :5]).all()
     assert masks.n_observations.tolist()[5] == 0
+    nothing = dataclasses.replace(attributions, values=np.full_like(attributions.values, np.nan))
+    assert np.isnan(learned(model, batches, nothing, steps=2).values).all()
 
 
 def test_no_more_images_are_kept_than_asked_for(batches):
@@ -115,61 +117,139 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     masks = learned(model, batches, attributions, steps=1, images_per_class=3)
     assert masks.n_observations.tolist() == [3] * 5
     assert masks.settings == {
-        "learned_share": 0.003, "learned_scale": 0.0, "steps": 1, "batch_size": 48, "keep": 10.0, "seed": 0,
+        "learned_share": 0.003, "learned_scale": 0.0, "steps": 1, "batch_size": 48, "keep": 10.0, "start_keep": None,
+        "seed": 0,
     }  # fmt: skip
 
 
 def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch):
-    model, loader, attributions = setting
-    values = attributions.values.copy()
-    values[:, 1:] = np.nan  # one class
-    temperatures, rates, sizes, step = [], [], [], torch.optim.Adam.step
+    temperatures, rates, step = [], [], torch.optim.Adam.step
 
-    def recorded_set(strength, site_of, most, count, temperature):
+    def recorded_set(strength, widths, most, count, temperature):
         temperatures.append(temperature)
-        return soft_top(strength, site_of, most, count, temperature)
+        return soft_top(strength, widths, most, count, temperature)
 
     def recorded_step(adam, *args, **kwargs):
         rates.append(adam.param_groups[0]["lr"])
         return step(adam, *args, **kwargs)
 
-    def recorded_loss(logits, intact, c):
-        sizes.append(len(logits))
-        return kept_loss(logits, intact, c)
-
     monkeypatch.setattr(learned_mask, "soft_top", recorded_set)
-    monkeypatch.setattr(learned_mask, "kept_loss", recorded_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
-    learned(model, loader, dataclasses.replace(attributions, values=values), steps=5)
+    masks = learned(*setting, steps=5)
     np.testing.assert_allclose(temperatures[1:], np.geomspace(1, 0.05, 5))  # the first tells the start
     np.testing.assert_allclose(rates, np.linspace(0.4, 0.12, 5))
-    assert sizes == [36] * 5  # three quarters of 48 show other classes
+    temperatures.clear()
+    learned(*setting, steps=5, start=masks)
+    np.testing.assert_allclose(temperatures[1:], np.geomspace(0.3, 0.05, 5))
 
 
 def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
     model, loader, attributions = setting
     learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
     values = torch.linspace(-1, 0.5, attributions.n_neurons)
-    weakest = values[-round(0.01 * len(values))]
-    torch.testing.assert_close(learner._initial(values), (values / weakest).clamp(-1, 2))
-    strong = values.clone()
+    strong, weakest = values.clone(), values[-round(0.01 * len(values))]
     strong[-1] = 100
-    assert float(learner._initial(strong)[-1]) == 2
-    torch.testing.assert_close(learner._initial(-1 - values.abs()), (-1 - values.abs()) / 2)  # nothing to remove
-    assert not learner._initial(torch.zeros_like(values)).any()
+    rows = torch.stack([values, strong, -1 - values.abs(), torch.zeros_like(values)])
+    learner.attributions[:4] = rows
+    found = learner._initial(torch.arange(4), None)
+    torch.testing.assert_close(found[0], (values / weakest).clamp(-1, 2))
+    assert float(found[1, -1]) == 2
+    torch.testing.assert_close(found[2], rows[2] / 2)  # nothing to remove
+    assert not found[3].any()
 
 
-def test_batches_show_a_member_once_before_any_again():
-    members = torch.arange(20) % 2 == 0
-    batches = learned_mask._cycle(members, 4, torch.Generator().manual_seed(0))
-    cycles = [torch.cat([next(batches), next(batches)]).tolist() for _ in range(20)]
-    assert all(len(set(cycle)) == 8 and all(i % 2 == 0 for i in cycle) for cycle in cycles)
-    assert {i for cycle in cycles for i in cycle} == set(range(0, 20, 2))
-    assert cycles[0] != cycles[1]
-    whole = learned_mask._cycle(members, 99, torch.Generator().manual_seed(0))
-    assert sorted(next(whole).tolist()) == sorted(next(whole).tolist()) == list(range(0, 20, 2))
-    even = learned_mask._cycle(members, 5, torch.Generator().manual_seed(0))
-    assert sorted(torch.cat([next(even), next(even)]).tolist()) == list(range(0, 20, 2))
+def test_masks_start_from_others(setting):
+    model, loader, attributions = setting
+    learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
+    masks = learned(*setting, steps=2)
+    masks.values[:, 1] = np.nan  # a class that had no mask starts from its attributions
+    found = learner._initial(torch.tensor([0, 1]), masks)
+    torch.testing.assert_close(found[0], torch.from_numpy(masks.values[:, 0]).float())
+    torch.testing.assert_close(found[1], learner._initial(torch.tensor([1]), None)[0])
+    again = learned(*setting, steps=2, start=masks)
+    assert again.settings["start_keep"] == 10
+    assert not np.allclose(again.values[:, 0], learned(*setting, steps=2).values[:, 0])
+
+
+def test_masks_take_turns_and_so_do_their_images():
+    labels = torch.arange(60) % 4  # class 3 has no mask
+    generator = torch.Generator().manual_seed(0)
+    for own in (True, False):
+        rows, mask = learned_mask._draws(labels, torch.tensor([2, 0, 1]), 30, 8, generator, own=own)
+        assert rows.shape == mask.shape == (30, 8)
+        flat_rows, flat = rows.flatten(), mask.flatten()
+        assert (flat[:240].view(-1, 3).sort(1).values == torch.arange(3)).all()  # each once before any again
+        for i, c in enumerate((2, 0, 1)):
+            drawn = flat_rows[flat == i]
+            members = ((labels == c) == own).nonzero()[:, 0]
+            assert sorted(drawn[: len(members)].tolist()) == members.tolist()
+            assert not torch.equal(drawn[: len(members)], members)
+    assert sorted(learned_mask._in_turn(torch.arange(5), 12, generator).bincount().tolist()) == [2, 2, 2, 3, 3]
+
+
+def test_a_run_costs_the_same_however_many_classes_there_are(setting):
+    """Rows through the model, counted: the classes share a run's batches."""
+    model, loader, attributions = setting
+    rows = []
+    handle = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    counts = {}
+    for classes in (2, 6):
+        values = attributions.values.copy()
+        values[:, classes:] = np.nan
+        rows.clear()
+        learned(model, loader, dataclasses.replace(attributions, values=values), steps=4)
+        counts[classes] = sum(rows)
+    handle.remove()
+    assert counts == {2: 120 + 4 * 48, 6: 120 + 4 * 48}  # the intact model sees each image once
+
+
+def test_many_classes_are_learned_in_parts(setting, monkeypatch):
+    """What is held for their strengths is bounded, and every class has its mask."""
+    attributions, held = setting[2], []
+
+    def recorded_set(strength, *rest):
+        held.append(len(strength))
+        return soft_top(strength, *rest)
+
+    monkeypatch.setattr(learned_mask, "soft_top", recorded_set)
+    for name, value in (("CLASSES_AT_ONCE", 4), ("STRENGTH_BYTES", 4 * 4 * attributions.n_neurons)):
+        held.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(learned_mask, name, value)
+            masks = learned(*setting, steps=10)
+        assert held == 11 * [4] + 11 * [2]
+        skills = skillfast.select(masks, share=0.003)
+        for label, sites in planted.PLANTED.items():
+            found = {(s, int(i)) for s, index in skills[str(label)].neurons.items() for i in index}
+            assert {(s, i) for s, neurons in sites.items() for i in neurons} <= found
+
+
+def test_gates_are_those_of_each_row(setting):
+    """Against one plain forward per row with its mask's gates; scaled neurons where the scale is not 0."""
+    model, loader, attributions = setting
+    learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
+    gates = torch.rand(3, attributions.n_neurons, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask, rows = torch.tensor([2, 0, 1, 1]), torch.tensor([5, 0, 7, 9])
+    got = learner._gated_logits(gates, mask, rows)
+    alone = [learner._gated_logits(gates[m : m + 1], torch.zeros(1, dtype=torch.int64), rows[i : i + 1])
+             for i, m in enumerate(mask.tolist())]  # fmt: skip
+    torch.testing.assert_close(got, torch.cat(alone))
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad((got * weights).sum(), gates)
+    (want,) = torch.autograd.grad((torch.cat(alone) * weights).sum(), gates)
+    torch.testing.assert_close(found, want)
+    with torch.no_grad():
+        want = model(learner.images[rows])
+        torch.testing.assert_close(learner._gated_logits(torch.ones_like(gates), mask, rows), want)
+    assert not any(model.get_submodule(site.path)._forward_pre_hooks for site in attributions.sites)
+
+
+def test_a_model_in_bfloat16_has_masks(batches):
+    model = make_vit().bfloat16()
+    loader = [(images.bfloat16(), labels) for images, labels in batches]
+    attributions = skillfast.attribute(model, loader, classes=5)
+    masks = learned(model, loader, attributions, steps=2)
+    assert np.isfinite(masks.values).all()
 
 
 def test_the_first_images_of_each_class_are_kept(monkeypatch):
@@ -194,53 +274,62 @@ def test_the_first_images_of_each_class_are_kept(monkeypatch):
     assert kept() == list(range(16))  # never fewer than 8 of a class
 
 
-SITE_OF = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
+WIDTHS = [10, 20, 30]
 
 
-def test_a_soft_set_sums_to_its_count_within_sites():
-    strength = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    strength[:10] += 3  # the first site wants more than it may have
+def test_soft_sets_sum_to_their_count_within_sites():
+    strength = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    strength[0, :10] += 3  # the first mask's first site wants more than it may have
+    most = torch.tensor([2.0, 5.0, 7.0], dtype=torch.float64)
     for temperature in (1.0, 0.1, 1e-4):
-        p = soft_top(strength, SITE_OF, torch.tensor([2.0, 5.0, 7.0], dtype=torch.float64), 9, temperature)
-        assert float(p.sum()) == pytest.approx(9, abs=1e-3)
-        assert float(p[:10].sum()) == pytest.approx(2, abs=1e-3)
+        p = soft_top(strength, WIDTHS, most, 9, temperature)
+        torch.testing.assert_close(p.sum(1), torch.full((2,), 9.0, dtype=torch.float64), atol=1e-3, rtol=0)
+        assert float(p[0, :10].sum()) == pytest.approx(2, abs=1e-3)
         assert ((p >= 0) & (p <= 1)).all()
-    hard = soft_top(strength, SITE_OF, torch.tensor([2.0, 5.0, 7.0], dtype=torch.float64), 9, 1e-6)
-    assert set(hard[:10].topk(2).indices.tolist()) == set(strength[:10].topk(2).indices.tolist())
+        alone = [soft_top(row[None], WIDTHS, most, 9, temperature) for row in strength]
+        torch.testing.assert_close(p, torch.cat(alone), atol=1e-4, rtol=0)
+    hard = soft_top(strength, WIDTHS, most, 9, 1e-6)
+    assert set(hard[0, :10].topk(2).indices.tolist()) == set(strength[0, :10].topk(2).indices.tolist())
     assert ((hard < 1e-3) | (hard > 1 - 1e-3)).all()
+    each = soft_top(strength, WIDTHS, most, 9, torch.tensor([[1.0], [1e-6]]))
+    torch.testing.assert_close(each[1], hard[1])
 
 
-def test_its_gradient_is_that_of_finite_differences():
-    strength = torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    strength[:10] += 3
+def test_its_gradient_is_that_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(learned_mask, "BISECTIONS", 50)  # float64
+    strength = torch.randn(2, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    strength[0, :10] += 3
     most, weights = torch.tensor([2.0, 5.0, 7.0], dtype=torch.float64), torch.linspace(-1, 1, 60, dtype=torch.float64)
 
     def value(s):
-        return (soft_top(s, SITE_OF, most, 9, 0.5) * weights).sum()
+        return (soft_top(s, WIDTHS, most, 9, 0.5) * weights).sum()
 
     found = torch.autograd.grad(value(strength.requires_grad_()), strength)[0]
     with torch.no_grad():
-        for i in range(0, 60, 7):
-            step = torch.zeros(60, dtype=torch.float64)
-            step[i] = 1e-4
+        for row, i in ((row, i) for row in (0, 1) for i in range(0, 60, 7)):
+            step = torch.zeros(2, 60, dtype=torch.float64)
+            step[row, i] = 1e-4
             want = (value(strength + step) - value(strength - step)) / 2e-4
-            assert float(found[i]) == pytest.approx(float(want), abs=1e-5)
+            assert float(found[row, i]) == pytest.approx(float(want), abs=1e-5)
 
 
 def test_losses_of_logits_that_are_known():
-    gone = torch.tensor([[0.0, 9, -9], [0, 9, 4]])
-    assert float(target_loss(gone, 0)) == 0
-    assert float(target_loss(gone, 1)) == pytest.approx((9 + 1 + 5 + 1) / 2)
+    gone = torch.tensor([[0.0, 9, -9], [0, 9, 4], [0, 9, -9], [0, 9, 4]])
+    assert target_loss(gone, torch.tensor([0, 0, 1, 1])).tolist() == [0, 0, 9 + 1, 5 + 1]
     intact = torch.tensor([[5.0, 4, 0], [9, 1, 3]])
     for c in (0, 1, 2):
         shifted = intact + 7
         shifted[:, c] -= 20  # without the class, everything else as it was
-        assert float(kept_loss(shifted, intact, c)) == pytest.approx(0, abs=1e-6)
-    turned = torch.tensor([[-20.0, 0, 4], [-20, 1, 3]])
+        assert kept_loss(shifted, intact, torch.tensor([c, c])).tolist() == pytest.approx([0, 0], abs=1e-6)
+    turned = torch.tensor([[-20.0, 0, 4], [-20, 1, 3]], requires_grad=True)
+    found = kept_loss(turned, intact, torch.tensor([0, 0]))
     want = 2 + 4  # a lead of 4, of which 2 would do, becomes one of -4; the second, of 2, keeps what it needs, 1
     log = torch.log_softmax(torch.tensor([4.0, 0.0]), 0)
     divergence = (log.exp() * (log - log.flip(0))).sum()
-    assert float(kept_loss(turned, intact, 0)) == pytest.approx((want + float(divergence)) / 2, rel=1e-5)
+    assert found.tolist() == pytest.approx([want + float(divergence), 0], rel=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), turned)  # the class's own logit has no part in the divergence
+    assert gradient.isfinite().all()
+    assert gradient[:, 0].tolist() == [0, 0]
 
 
 def test_what_cannot_be_is_refused(batches):
@@ -250,11 +339,15 @@ def test_what_cannot_be_is_refused(batches):
     def told(error, model, loader=batches, **more):
         return one_line(error, skillfast.learn_masks, model, loader, attributions, **more)
 
-    learned_mask._check(model, attributions, share=1.0, max_site_share=1.0, steps=1, batch_size=1)  # the ends are taken
+    learned_mask._check(model, attributions, share=1.0, max_site_share=1.0, steps=1, batch_size=2)  # the ends are taken
     assert "share: expected a share in (0, 1], got 0" in told(ArgumentError, model, share=0)
     assert "steps: expected at least 1, got 0" in told(ArgumentError, model, steps=0)
+    assert "batch_size: expected at least 2, got 1" in told(ArgumentError, model, batch_size=1)
     assert "expected at least one image" in told(ArgumentError, model, loader=[])
     assert "expected those of the model's architecture" in told(ArgumentError, make_vit(depth=2))
     assert "evaluation mode" in told(ModelError, make_vit().train())
     masks = learned(model, batches, attributions, steps=1)
+    assert "start: expected learned masks, got attribution" in told(ArgumentError, model, start=attributions)
+    others = dataclasses.replace(masks, columns=masks.columns[::-1])
+    assert "start: expected masks with the attributions' columns" in told(ArgumentError, model, start=others)
     assert "contrastive: expected False" in one_line(ArgumentError, skillfast.select, masks, contrastive=True)
