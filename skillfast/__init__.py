@@ -25,8 +25,10 @@ _PUBLIC = {
     "save_skills": "skills.skill",
     "select": "skills.select",
     "Condition": "ablation.interventions",
+    "DonorBank": "ablation.donors",
     "SweepResult": "ablation.sweep",
     "ablate": "ablation.interventions",
+    "donors": "ablation.donors",
     "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
@@ -38,6 +40,8 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from skillfast.ablation.donors import DonorBank as DonorBank
+    from skillfast.ablation.donors import donors as donors
     from skillfast.ablation.interventions import Condition as Condition
     from skillfast.ablation.interventions import ablate as ablate
     from skillfast.ablation.sweep import SweepResult as SweepResult

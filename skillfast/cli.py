@@ -119,7 +119,7 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
     type=click.Choice(words.MODES),
     default="zero",
     show_default=True,
-    help="What is left: nothing, the neuron's mean, or another example's activation.",
+    help="What is left: nothing, the neuron's mean, or a donor's activation, one of the examples to select on.",
 )
 @click.option("--reference", type=click.Path(), help="Folder with this model's scores.safetensors, for --mode mean.")
 @_quiet

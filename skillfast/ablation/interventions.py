@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
@@ -15,8 +16,9 @@ from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compile
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from skillfast.ablation.donors import DonorBank
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
@@ -32,7 +34,8 @@ class Condition:
         components: Kinds of sites in which they are changed; the skill's neurons elsewhere stay.
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
         mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold, `"resample"`
-            the activation of another sample of the batch; in general `other + scale * (x - other)`.
+            the activation of a donor, another example drawn from a whole data set; in general
+            `other + scale * (x - other)`.
         name: What a sweep's result calls it; by default the skill's name and the settings that are not the defaults,
             such as `"deer (mlp+attn, x 2.0)"`. A sweep wants a different name for each of its conditions.
     """
@@ -68,18 +71,6 @@ class Condition:
         return self.skill.neurons.get(site.name) if site.kind in self.components else None
 
 
-def partners(batch: int) -> torch.Tensor:
-    """int64 [batch]: another sample for each, by one random cycle that depends on the batch's size alone.
-
-    Raises:
-        ModelError: One sample has no other.
-    """
-    if batch < 2:
-        raise ModelError(f"mode 'resample': expected at least 2 samples in a batch, got {batch}; use larger batches")
-    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
-    return torch.empty_like(order).scatter_(0, order, order.roll(-1))
-
-
 @dataclass(frozen=True)
 class SiteChange:
     """What one condition does to a batch at one site.
@@ -88,13 +79,22 @@ class SiteChange:
         neurons: int64 [S].
         scale: Factor on these neurons.
         mean: float64 [S], what `mode="mean"` leaves; None in other modes.
-        resample: Whether it leaves another sample's activations.
+        donors: [M, ..., neurons that are kept], the donors' activations for `mode="resample"`; None in other modes.
+        places: int64 [S], where the neurons stand in `donors`.
     """
 
     neurons: torch.Tensor
     scale: float
-    mean: torch.Tensor | None
-    resample: bool
+    mean: torch.Tensor | None = None
+    donors: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+
+    def donated(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Activations [batch, ..., S] of each example's donor, by its row int64 [batch]; None in other modes."""
+        if self.donors is None or self.places is None:
+            return None
+        device = self.donors.device
+        return self.donors.index_select(-1, self.places.to(device)).index_select(0, rows.to(device))
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,22 @@ class _Tables:
 
     scale: torch.Tensor
     shift: torch.Tensor | None
-    other: torch.Tensor | None  # factor on the partner's activations
 
     @staticmethod
     def of(changes: Sequence[SiteChange | None], width: int, dtype: torch.dtype, device: torch.device) -> _Tables:
         scale = torch.ones(len(changes), width, dtype=dtype)
-        shift, other = torch.zeros_like(scale), torch.zeros_like(scale)
+        shift = torch.zeros_like(scale)
         for k, change in enumerate(changes):
             if change is None:
                 continue
             scale[k, change.neurons] = change.scale
             if change.mean is not None:
                 shift[k, change.neurons] = (1 - change.scale) * change.mean.to(dtype)
-            if change.resample:
-                other[k, change.neurons] = 1 - change.scale
-        shift_or_none, other_or_none = (t.to(device) if bool(t.any()) else None for t in (shift, other))
-        return _Tables(scale.to(device), shift_or_none, other_or_none)
+        return _Tables(scale.to(device), shift.to(device) if bool(shift.any()) else None)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.scale, self.shift, self.other) if t is not None)
+        return sum(t.nbytes for t in (self.scale, self.shift) if t is not None)
 
 
 class Interventions:
@@ -131,9 +127,16 @@ class Interventions:
     Attributes:
         conditions: As given.
         sites: The sites that any condition changes, in the model's order.
+        donors: The bank of those whose activations `mode="resample"` leaves; None where no condition does.
     """
 
-    def __init__(self, model: torch.nn.Module, conditions: Sequence[Condition], reference: NeuronScores | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        conditions: Sequence[Condition],
+        reference: NeuronScores | None = None,
+        donors: DonorBank | None = None,
+    ) -> None:
         sites = {site.name: site for site in find_sites(model)}
         fingerprint_of_model = fingerprint(model)
         for condition in conditions:
@@ -145,23 +148,36 @@ class Interventions:
             for i, condition in enumerate(conditions):
                 neurons = condition.neurons_at(site)
                 if neurons is not None:
-                    mean = _reference_mean(reference, site)[neurons] if condition.mode == "mean" else None
-                    changes[i] = SiteChange(neurons, float(condition.scale), mean, condition.mode == "resample")
+                    scale = float(condition.scale)
+                    if condition.mode == "mean":
+                        changes[i] = SiteChange(neurons, scale, mean=_reference_mean(reference, site)[neurons])
+                    elif condition.mode == "resample":
+                        kept, places = _of_donors(donors, condition.skill, site, neurons, fingerprint_of_model)
+                        changes[i] = SiteChange(neurons, scale, donors=kept, places=places)
+                    else:
+                        changes[i] = SiteChange(neurons, scale)
             if changes:
                 self._changes[site.name] = changes
         self.sites = [site for site in sites.values() if site.name in self._changes]
         self._kept: dict[tuple[Any, ...], _Tables] = {}
-        self.resamples = any(change.resample for changes in self._changes.values() for change in changes.values())
+        resamples = any(change.donors is not None for site in self._changes.values() for change in site.values())
+        self.donors = donors if resamples else None
 
     def change_at(self, site: Site, condition: int) -> SiteChange | None:
         """What a condition does at a site; None where it does nothing."""
         return self._changes.get(site.name, {}).get(condition)
 
-    def apply(self, site: Site, x: torch.Tensor, conditions: Sequence[int]) -> torch.Tensor:
+    def apply(self, site: Site, x: torch.Tensor, conditions: Sequence[int], rows: torch.Tensor | None) -> torch.Tensor:
         """Activations [conditions * batch, ..., D], one condition after the other, each changed by its own.
 
+        Args:
+            site: Where.
+            x: What flows there.
+            conditions: Positions of the conditions.
+            rows: int64 [batch], each example's row of the bank of donors; None where no condition needs one.
+
         Raises:
-            ModelError: One sample alone where another one's activations are wanted.
+            ModelError: Donors are needed and not known, or for another number of examples.
         """
         changes = self._changes[site.name]
         if not any(i in changes for i in conditions):
@@ -172,9 +188,28 @@ class Interventions:
             torch.arange(len(conditions), device=x.device).repeat_interleave(batch) if len(conditions) > 1 else None
         )
         changed = ops.neuron_scale(x, tables.scale, tables.shift, condition)
-        if tables.other is not None:
-            partner = torch.cat([partners(batch) + k * batch for k in range(len(conditions))]).to(x.device)
-            changed = changed + ops.neuron_scale(x[partner], tables.other, None, condition)
+        for part, i in zip(changed.split(batch), conditions, strict=True):
+            change = changes.get(i)
+            if change is None or change.donors is None:
+                continue
+            if rows is None or len(rows) != batch:
+                raise ModelError(
+                    f"{site.name}: expected a forward of the whole model, which tells whose donors are wanted, got "
+                    f"{batch} rows where {'none' if rows is None else len(rows)} went in; call the model itself"
+                )
+            other = change.donated(rows)
+            assert other is not None
+            if other.dim() == part.dim() == 3 and part.shape[1] == 1:
+                other = other[:, :1]  # a sweep lets the first token alone pass the last block
+            wanted = (*part.shape[:-1], len(change.neurons))
+            try:
+                other = other.to(part).expand(wanted)
+            except RuntimeError as error:
+                raise ArgumentError(
+                    f"donors: expected activations {list(wanted)} at {site.name}, got {list(other.shape)} of examples "
+                    "of another size; draw donors from data of this size"
+                ) from error
+            part.index_add_(-1, change.neurons.to(part.device), (1 - change.scale) * other)
         return changed
 
     def _tables(self, site: Site, x: torch.Tensor, conditions: tuple[int, ...]) -> _Tables:
@@ -219,6 +254,28 @@ def _reference_mean(reference: NeuronScores | None, site: Site) -> torch.Tensor:
     return torch.from_numpy(reference[site.name].mean)
 
 
+def _of_donors(
+    bank: DonorBank | None, skill: Skill, site: Site, neurons: torch.Tensor, fingerprint_of_model: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The donors' activations at a site, and where these neurons stand in them."""
+    if bank is None:
+        raise ArgumentError(
+            "mode 'resample': expected donors=skillfast.donors(model, loader, skills), got none; draw them first"
+        )
+    if bank.fingerprint != fingerprint_of_model:
+        raise ArgumentError(
+            f"donors: expected some of the model's architecture ({fingerprint_of_model}), got some of "
+            f"{bank.fingerprint}; draw them with this model"
+        )
+    places = bank.places(site.name, neurons)
+    if places is None:
+        raise ArgumentError(
+            f"donors: expected activations of all neurons of skill {skill.name!r} in {site.name}, got some without; "
+            "draw them for this skill, too"
+        )
+    return bank.activations[site.name], places
+
+
 @contextmanager
 def ablate(
     model: torch.nn.Module,
@@ -227,6 +284,7 @@ def ablate(
     scale: float = 0.0,
     mode: Mode = "zero",
     reference: NeuronScores | None = None,
+    donors: DonorBank | None = None,
     components: Sequence[str] = KINDS,
 ) -> Iterator[None]:
     """Change a skill's neurons in every forward of the model inside the context; contexts nest.
@@ -236,31 +294,76 @@ def ablate(
         skill: The neurons.
         scale: 0 removes them, 2 doubles their activations.
         mode: `"zero"` scales towards 0, `"mean"` towards the mean that the reference scores hold, `"resample"` towards
-            the activations of another sample of the batch, drawn by a cycle that depends on the batch's size alone.
+            the activations of the donor that each example gets, whatever batch it is in.
         reference: Scores of this model, for `mode="mean"`.
+        donors: For `mode="resample"`, from `skillfast.donors`. What the model is called with first tells who an example
+            is, so call the model itself, not a part of it.
         components: Kinds of sites in which the neurons are changed.
 
     Raises:
-        ArgumentError: A site or neuron that the model lacks, a skill of another architecture, an unknown mode.
+        ArgumentError: A site or neuron that the model lacks, a skill of another architecture, an unknown mode, or one
+            whose reference or donors are missing.
         ModelError: A model in training mode, or wrapped by `torch.compile`.
     """
     refuse_compiled(model)
     refuse_training(model, "ablate")
-    interventions = Interventions(model, [Condition(skill, tuple(components), scale, mode)], reference)
-    with hooked(model, interventions, interventions.sites, [0]):
+    interventions = Interventions(model, [Condition(skill, tuple(components), scale, mode)], reference, donors)
+    with ExitStack() as stack:
+        rows = stack.enter_context(_rows_of_calls(model, interventions.donors))
+        stack.enter_context(hooked(model, interventions, interventions.sites, [0], rows))
         yield
 
 
 @contextmanager
+def _rows_of_calls(model: torch.nn.Module, bank: DonorBank | None) -> Iterator[Callable[[], torch.Tensor | None]]:
+    """A function that gives the donors' rows of the forward that runs at the moment."""
+    running: list[torch.Tensor] = []
+    if bank is None:
+        yield lambda: None
+        return
+
+    def begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+        mask = kwargs.get("attention_mask")
+        if first is None or (mask is not None and not bool(mask.all())):
+            got = "none" if first is None else "an attention mask with padding"
+            raise ArgumentError(
+                f"mode 'resample': expected a tensor that tells the examples apart, got {got}; use a model with "
+                "token_mask, such as TextClassifier"
+            )
+        running[:] = [bank.rows_of(model, first)]
+
+    def end(*_: object) -> None:
+        running.clear()
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(end, always_call=True).remove)
+        yield lambda: running[0] if running else None
+
+
+@contextmanager
 def hooked(
-    model: torch.nn.Module, interventions: Interventions, sites: Sequence[Site], conditions: Sequence[int]
+    model: torch.nn.Module,
+    interventions: Interventions,
+    sites: Sequence[Site],
+    conditions: Sequence[int],
+    rows: Callable[[], torch.Tensor | None],
 ) -> Iterator[None]:
-    """Pre-hooks that replace the input of the sites' projections, conditions stacked along the batch."""
+    """Pre-hooks that replace the input of the sites' projections, conditions stacked along the batch.
+
+    Args:
+        model: The model.
+        interventions: What every condition does.
+        sites: Sites whose inputs to replace.
+        conditions: Positions of the conditions that run.
+        rows: Gives the examples' rows of the bank of donors, int64 [batch], while a forward runs.
+    """
     with ExitStack() as stack:
         for site in sites:
 
             def replace_input(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
-                return (interventions.apply(site, args[0], conditions), *args[1:])
+                return (interventions.apply(site, args[0], conditions, rows()), *args[1:])
 
             handle = model.get_submodule(site.path).register_forward_pre_hook(replace_input)
             stack.callback(handle.remove)

@@ -19,7 +19,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, logits_of, with_first_tensor
-from skillfast.ablation.interventions import Interventions, hooked, partners
+from skillfast.ablation.interventions import Interventions, hooked
+from skillfast.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,6 +67,7 @@ class PrefixCache:
         calls: Path of a block -> its arguments, flattened, and the tree that they are of.
         outputs: Path of the module around a site's projection -> its output.
         neurons: Name of a site -> activations [batch, tokens, S] of the neurons that conditions change.
+        donors: int64 [batch], each sample's row of the bank of donors; None where no condition needs one.
     """
 
     inputs: torch.Tensor
@@ -74,6 +76,7 @@ class PrefixCache:
     calls: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     neurons: dict[str, torch.Tensor] = field(default_factory=dict)
+    donors: torch.Tensor | None = None
 
     @property
     def finite(self) -> bool:
@@ -210,7 +213,7 @@ class PrefixReuse:
     ) -> bool:
         try:
             got = self.run(cache, point, [condition], changed=changed)[0]
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ModelError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False  # the model's own code has no use for this route
@@ -220,6 +223,8 @@ class PrefixReuse:
     def fill_cache(self, inputs: torch.Tensor, routes: Iterable[Route] | None = None) -> PrefixCache:
         """Run the intact forward of a batch and keep what these routes need; None: those that `verify` chose."""
         cache = PrefixCache(inputs, torch.empty(0), None)
+        if self.interventions.donors is not None:
+            cache.donors = self.interventions.donors.rows_of(self.model, inputs)
         with ExitStack() as stack:
             for route in self.routes.values() if routes is None else routes:
                 self._keep(stack, cache, route)
@@ -294,7 +299,7 @@ class PrefixReuse:
             assert cache.embedding is not None
             stacked = _repeat(cache.embedding, n)
             if changed:
-                stacked = self.interventions.apply(self.trace.head, stacked, conditions)
+                stacked = self.interventions.apply(self.trace.head, stacked, conditions, cache.donors)
             logits = self.model.get_submodule(self.trace.head.path)(stacked)
             return _unstack(logits, n), _unstack(stacked, n)
         seen: list[torch.Tensor] = []
@@ -303,7 +308,8 @@ class PrefixReuse:
             rows = n if route.point is None or route.whole_stem else 0
             if route.point is not None:
                 sites = self._set_up(stack, cache, route, conditions, changed)
-            stack.enter_context(hooked(self.model, self.interventions, sites if changed else [], conditions))
+            sites = sites if changed else []
+            stack.enter_context(hooked(self.model, self.interventions, sites, conditions, lambda: cache.donors))
             if self.trace.head is not None:
                 head = self.model.get_submodule(self.trace.head.path)
                 stack.callback(head.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
@@ -398,8 +404,8 @@ class PrefixReuse:
                 x = neurons.index_select(-1, where)
                 if change.mean is not None:
                     x = x - change.mean.to(x)
-                if change.resample:
-                    x = x - x[partners(len(x)).to(x.device)]
+                if cache.donors is not None and (other := change.donated(cache.donors)) is not None:
+                    x = x - other[:, : base.shape[1]].to(x)
                 columns = weight.index_select(1, change.neurons.to(weight.device)).to(base.dtype)  # [E, S]
                 out.addmm_(x.flatten(0, -2).to(base.dtype), columns.T, alpha=change.scale - 1)
         return with_first_tensor(kept, stacked)

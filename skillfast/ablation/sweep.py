@@ -24,6 +24,7 @@ from skillfast.progress import track
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from skillfast.ablation.donors import DonorBank
     from skillfast.statistics.scores import NeuronScores
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
@@ -64,6 +65,9 @@ class SweepResult:
         baseline_margin: float64 [n_classes], mean of the true class's logit minus the best other one's.
         per_class_margin: float64 [n_conditions, n_classes].
         top2: int64 [n, 2], the intact model's two best classes per sample.
+        donors: int64 [n], each sample's donor in conditions with `mode="resample"`, by its place in the data that the
+            donors were drawn from; None without such a condition.
+        donor_labels: int64 [n], the donors' classes, or None.
         predictions: int64 [n_conditions, n], or None where they were not asked for.
         baseline_embeddings: float32 [n, E], the classifier's input, or None where they were not asked for.
         embeddings: float32 [n_conditions, n, E], or None where they were not asked for.
@@ -77,6 +81,8 @@ class SweepResult:
     baseline_margin: np.ndarray
     per_class_margin: np.ndarray
     top2: np.ndarray
+    donors: np.ndarray | None = None
+    donor_labels: np.ndarray | None = None
     predictions: np.ndarray | None = None
     baseline_embeddings: np.ndarray | None = None
     embeddings: np.ndarray | None = None
@@ -137,6 +143,7 @@ def sweep(
     conditions: Iterable[Condition],
     *,
     reference: NeuronScores | None = None,
+    donors: DonorBank | None = None,
     classes: Sequence[str] | int | None = None,
     keep_predictions: bool = False,
     keep_embeddings: bool = False,
@@ -154,6 +161,7 @@ def sweep(
         loader: Batches of (images, labels).
         conditions: In the order of the result's rows, each with another name.
         reference: Scores of this model, for conditions with `mode="mean"`.
+        donors: For conditions with `mode="resample"`, from `skillfast.donors`.
         classes: Class names; from the loader's dataset or the model by default.
         keep_predictions: Keep every condition's prediction of every sample.
         keep_embeddings: Keep the classifier's input, of every sample under every condition.
@@ -162,8 +170,8 @@ def sweep(
         quiet: Show no progress bar.
 
     Raises:
-        ArgumentError: A condition that does not fit the model, two conditions of one name, or a budget too small for
-            one sample.
+        ArgumentError: A condition that does not fit the model or whose reference or donors are missing, two conditions
+            of one name, or a budget too small for one sample.
         ModelError: A model in training mode.
     """
     model = unwrap_compiled(model)
@@ -180,7 +188,7 @@ def sweep(
             "pass Condition(skill, name=...)"
         )
     class_names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
-    runner = BatchRunner(model, Interventions(model, conditions, reference), memory_budget)
+    runner = BatchRunner(model, Interventions(model, conditions, reference, donors), memory_budget)
     parts = []
     with torch.inference_mode():
         for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
@@ -195,7 +203,7 @@ def sweep(
             parts.append(runner.run(images, labels, keep_embeddings))
     if not parts:
         raise ArgumentError("sweep: expected at least one batch, got an empty loader")
-    return _result(parts, class_names, names, keep_predictions, keep_embeddings)
+    return _result(parts, class_names, names, runner.interventions.donors, keep_predictions, keep_embeddings)
 
 
 @dataclass
@@ -207,12 +215,14 @@ class _BatchResult:
     predictions: np.ndarray  # [1 + conditions, batch]
     margins: np.ndarray  # float32 [1 + conditions, batch]
     embeddings: np.ndarray | None  # float32 [1 + conditions, batch, E]
+    donors: np.ndarray | None  # [batch], rows of the bank
 
 
 def _result(
     parts: Sequence[_BatchResult],
     classes: tuple[str, ...],
     names: tuple[str, ...],
+    bank: DonorBank | None,
     keep_predictions: bool,
     keep_embeddings: bool,
 ) -> SweepResult:
@@ -225,6 +235,8 @@ def _result(
         if keep_embeddings
         else None
     )
+    rows = [part.donors for part in parts if part.donors is not None]
+    of_bank = None if bank is None else np.concatenate(rows)
     return SweepResult(
         classes=classes,
         names=names,
@@ -234,6 +246,8 @@ def _result(
         baseline_margin=per_class_margin[0],
         per_class_margin=per_class_margin[1:],
         top2=np.stack([predictions[0], np.concatenate([part.second for part in parts])], 1),
+        donors=None if bank is None else bank.indices[of_bank],
+        donor_labels=None if bank is None else bank.labels[of_bank],
         predictions=predictions[1:] if keep_predictions else None,
         baseline_embeddings=None if embeddings is None else embeddings[0],
         embeddings=None if embeddings is None else embeddings[1:],
@@ -277,6 +291,9 @@ class BatchRunner:
                 if keep_embeddings
                 else None
             ),
+            donors=None
+            if self.interventions.donors is None
+            else np.concatenate([chunk.donors for chunk in chunks if chunk.donors is not None]),
         )
 
     def _prepared(self, images: torch.Tensor) -> PrefixReuse:
@@ -303,7 +320,9 @@ class BatchRunner:
         return self.reuse
 
     def _plain(self, images: torch.Tensor, condition: int) -> torch.Tensor:
-        with hooked(self.model, self.interventions, self.interventions.sites, [condition]):
+        bank = self.interventions.donors
+        rows = None if bank is None else bank.rows_of(self.model, images)
+        with hooked(self.model, self.interventions, self.interventions.sites, [condition], lambda: rows):
             return logits_of(self.model(images))
 
     def _sizes(self, images: torch.Tensor) -> tuple[int, int]:
@@ -312,15 +331,9 @@ class BatchRunner:
         if self.memory_budget is None:
             self.memory_budget = memory_limit(self.device)
         known = self.reuse.trace
-        samples, rows = rows_that_fit(
+        return rows_that_fit(
             self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, len(images), self.device
         )
-        if self.interventions.resamples and samples < len(images):
-            raise ArgumentError(
-                f"memory budget: expected enough for a batch of {len(images)} samples, whose activations mode "
-                f"'resample' exchanges, got enough for {samples}; use smaller batches"
-            )
-        return samples, rows
 
     def _chunk(
         self, reuse: PrefixReuse, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
@@ -339,6 +352,7 @@ class BatchRunner:
             predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
             margins=np.broadcast_to(margin(cache.logits, labels).cpu().numpy(), shape).copy(),
             embeddings=None,
+            donors=None if cache.donors is None else cache.donors.numpy(),
         )
         if keep_embeddings:
             assert cache.embedding is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from skillfast.ablation.donors import donors
 from skillfast.ablation.interventions import Condition
 from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.runs.session import open_session
@@ -33,7 +34,7 @@ def ablated(
         config: Model, data, and the factor on the skills' activations.
         skills: What to change, one condition each, named as the skill.
         components: Kinds of sites in which neurons are changed.
-        mode: What is left, as in `Condition`.
+        mode: What is left, as in `Condition`; donors are drawn from the part to select on.
         reference: Scores of this model, for `mode="mean"`.
         quiet: Show no progress bars.
         say: Called with each line worth reading.
@@ -43,7 +44,13 @@ def ablated(
     """
     conditions = [Condition(skill, tuple(components), config.ablate.scale, mode, name=skill.name) for skill in skills]
     with open_session(config, quiet=quiet, say=say) as session:
-        subject = session.subject
+        subject, bank = session.subject, None
+        if mode == "resample":
+            seed = config.run.seed
+            bank = session.stage(
+                "donors", lambda: donors(subject.model, subject.loader("select"), skills, seed=seed, quiet=quiet)
+            )
+            say(f"{len(bank)} donors drawn from {len(subject.splits.select)} examples to select on")
         return session.stage(
             "sweep",
             lambda: sweep(
@@ -51,6 +58,7 @@ def ablated(
                 subject.loader("test"),
                 conditions,
                 reference=reference,
+                donors=bank,
                 classes=subject.splits.classes,
                 quiet=quiet,
             ),

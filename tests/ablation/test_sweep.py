@@ -14,9 +14,9 @@ from conftest import make_vit, one_line
 import skillfast
 from skillfast import Condition, Skill
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
-from skillfast.ablation.interventions import Interventions, partners
+from skillfast.ablation.interventions import Interventions
 from skillfast.ablation.sweep import BatchRunner
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError
 from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
 from skillfast.vocabulary import KINDS
@@ -79,17 +79,34 @@ def some_conditions(model, seed=0):
     return [replace(condition, name=str(i)) for i, condition in enumerate(conditions)]
 
 
-def by_plain_hooks(model, images, condition):
-    """Logits with the neurons changed by hooks that use nothing of skillfast but the partners."""
+def donors_of(model, images, conditions):
+    """Donors drawn from a batch, and whose activations each of its images gets."""
+    bank = skillfast.donors(model, [(images, torch.zeros(len(images)))], [c.skill for c in conditions], n_donors=5)
+    return bank, images[bank.indices[bank.rows_of(model, images)]]
+
+
+def by_plain_hooks(model, images, condition, donors=None):
+    """Logits with the neurons changed by hooks that use nothing of skillfast but who is whose donor."""
+    handles, others = [], {}
+    if condition.mode == "resample":
+        for site in find_sites(model):
+            keep = model.get_submodule(site.path).register_forward_pre_hook(
+                lambda _, args, name=site.name: others.__setitem__(name, args[0])
+            )
+            handles.append(keep)
+        with torch.no_grad():
+            model(donors)
+        for handle in handles:
+            handle.remove()
     handles = []
     for site in find_sites(model):
         index = condition.neurons_at(site)
         if index is None:
             continue
 
-        def hook(_, args, index=index):
+        def hook(_, args, index=index, name=site.name):
             x = args[0].clone()
-            other = x[partners(len(x))][..., index] if condition.mode == "resample" else 0
+            other = others[name][..., index] if others else 0
             x[..., index] = other + condition.scale * (x[..., index] - other)
             return (x, *args[1:])
 
@@ -112,20 +129,22 @@ def test_every_family_equals_the_loop(name):
     conditions = some_conditions(model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        result = skillfast.sweep(model, [batch], conditions, classes=7, keep_predictions=True)
+        bank, other = donors_of(model, batch[0], conditions)
+        result = skillfast.sweep(model, [batch], conditions, donors=bank, classes=7, keep_predictions=True)
     assert bool(told) != in_the_middle
+    np.testing.assert_array_equal(result.donors, bank.indices[bank.rows_of(model, batch[0])])
     for i, condition in enumerate(conditions):
-        want = by_plain_hooks(model, batch[0], condition)
+        want = by_plain_hooks(model, batch[0], condition, other)
         sure = clear(want, 1e-4)
         assert sure.mean() > 0.8
         np.testing.assert_array_equal(result.predictions[i][sure], want.argmax(1).numpy()[sure])
     assert (result.predictions != result.top2[:, 0]).mean() > 0.02  # the conditions do something
 
 
-def logits_of_routes(model, batch, conditions):
+def logits_of_routes(model, batch, conditions, bank):
     """Each condition's logits by its route, and the routes."""
     with torch.inference_mode():
-        runner = BatchRunner(model, Interventions(model, conditions, None), None)
+        runner = BatchRunner(model, Interventions(model, conditions, donors=bank), None)
         ready = runner._prepared(batch[0])
         cache = ready.fill_cache(batch[0])
         logits = {
@@ -141,13 +160,14 @@ def logits_of_routes(model, batch, conditions):
 def test_routes_start_at_the_site_and_give_the_loops_logits(name, narrow):
     model, batch, _ = family(name)
     conditions = some_conditions(model)
-    logits, routes = logits_of_routes(model, batch, conditions)
+    bank, other = donors_of(model, batch[0], conditions)
+    logits, routes = logits_of_routes(model, batch, conditions, bank)
     for point, route in routes.items():
         assert route.point == point
         assert not route.whole_stem
         assert route.narrow == (narrow and point.block is not None)
     for i, got in logits.items():
-        want = by_plain_hooks(model, batch[0], conditions[i])
+        want = by_plain_hooks(model, batch[0], conditions[i], other)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
@@ -160,7 +180,8 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
         Condition(frog, scale=0.5, mode="resample"),
         Condition(frog, scale=-3.0, name="mine"),
     ]
-    result = skillfast.sweep(vit, batches, conditions, keep_predictions=True, keep_embeddings=True)
+    bank = skillfast.donors(vit, batches, [deer, frog])
+    result = skillfast.sweep(vit, batches, conditions, donors=bank, keep_predictions=True, keep_embeddings=True)
     assert result.names == ("deer", "deer (attn+mlp, x 2.0)", "frog (x 0.5, resample)", "mine")
     for i, name in enumerate(result.names):
         found = result[name]
@@ -229,12 +250,11 @@ def test_other_dtypes(batches, dtype):
     model = make_vit(depth=2).to(dtype)
     data = [(x.to(dtype), y) for x, y in batches]
     conditions = some_conditions(model)
-    result = skillfast.sweep(model, data, conditions, keep_predictions=True)
     images = torch.cat([x for x, _ in data])
+    bank, other = donors_of(model, images, conditions)
+    result = skillfast.sweep(model, data, conditions, donors=bank, keep_predictions=True)
     for i, condition in enumerate(conditions):
-        if condition.mode == "resample":
-            continue  # other partners: the batches are smaller
-        want = by_plain_hooks(model, images, condition)
+        want = by_plain_hooks(model, images, condition, other)
         sure = clear(want, 1e-6 if dtype == torch.float64 else 0.1)
         np.testing.assert_array_equal(result.predictions[i][sure], want.argmax(1).numpy()[sure])
 
@@ -282,15 +302,6 @@ def test_a_batch_of_one_sample(vit, batches):
     data = [(batches[0][0][:1], batches[0][1][:1])]
     skill = Skill("s", {"blocks.1.mlp": [5]})
     assert skillfast.sweep(vit, data, [Condition(skill)], keep_predictions=True).predictions.shape == (1, 1)
-    text = one_line(ModelError, skillfast.sweep, vit, data, [Condition(skill, mode="resample")])
-    assert "at least 2 samples in a batch, got 1" in text
-
-
-def test_partners_are_others():
-    for n in (2, 3, 17):
-        assert sorted(partners(n).tolist()) == list(range(n))
-        assert not (partners(n) == torch.arange(n)).any()
-        assert torch.equal(partners(n), partners(n))
 
 
 def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
@@ -327,9 +338,6 @@ def test_a_budget_is_kept():
     assert peaks[120] > peaks[40]
     text = one_line(ArgumentError, skillfast.sweep, model, [batch], conditions, classes=5, memory_budget=1 << 20)
     assert "for one sample of this model, got 1 MiB; raise --memory-budget" in text
-    resample = [Condition(conditions[0].skill, mode="resample")]
-    text = one_line(ArgumentError, skillfast.sweep, model, [batch], resample, classes=5, memory_budget=20 << 20)
-    assert "use smaller batches" in text
 
 
 def test_peak_bytes_counts_what_is_alive():
@@ -366,7 +374,7 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
     images = batches[0][0][:2]
     conditions = [Condition(Skill("s", {"blocks.1.mlp": list(range(10))}))]
     with torch.inference_mode():
-        runner = BatchRunner(vit, Interventions(vit, conditions, None), None)
+        runner = BatchRunner(vit, Interventions(vit, conditions), None)
         ready = runner._prepared(images)
         point = next(iter(ready.routes))
         cache, tolerance = ready.fill_cache(images), sweep.TOLERANCE[torch.float32]

@@ -1,0 +1,274 @@
+"""Donors: examples whose activations take the place of another example's (`mode="resample"`).
+
+Which examples are donors, and which of them an example gets, follows from a seeded digest of what the model reads of
+it, padding left out. So neither depends on the order of the data, on the size of a batch or on what stands beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.memory.budget import memory_limit
+from skillfast.models.batches import labelled_batch
+from skillfast.models.sites import find_sites, fingerprint, module_device, unwrap_compiled
+from skillfast.progress import track
+from skillfast.tracing.trace import refuse_training
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from skillfast.models.sites import Site
+    from skillfast.skills.skill import Skill
+
+DONORS = 256
+TOGETHER = 16  # donors per forward, whatever the loader's batches: what rounding leaves is the same, too
+
+
+@dataclass(frozen=True)
+class DonorBank:
+    """Activations of examples drawn at random from a whole data set; made by `donors`.
+
+    Attributes:
+        indices: int64 [M], places of the donors in the data, in the order in which the loader gave them.
+        labels: int64 [M], their classes.
+        neurons: Site -> int64 [S], ascending: the neurons that are kept.
+        activations: Site -> [M, ..., S] in the dtype of the model. Tokens are those of the donor, place by place; of
+            a model that is told its padding they are one, [M, 1, S]: the mean over the donor's real tokens.
+        digests: uint64 [M], ascending.
+        seed: Seed of the draw, and of who gets which donor.
+        fingerprint: Digest of the model's architecture.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    neurons: Mapping[str, torch.Tensor]
+    activations: Mapping[str, torch.Tensor]
+    digests: np.ndarray
+    seed: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of donors."""
+        return len(self.digests)
+
+    def rows_of(self, model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        """Row of the bank that each example gets, never its own: int64 [batch] on the CPU.
+
+        Args:
+            model: Tells where the inputs are padding, if it is told (`token_mask`).
+            inputs: [batch, ...], what the model is called with.
+        """
+        rows = np.empty(len(inputs), dtype=np.int64)
+        for i, (digest, draw) in enumerate(_digests(model, inputs, self.seed)):
+            row = draw % len(self)
+            rows[i] = (row + 1) % len(self) if self.digests[row] == digest else row
+        return torch.from_numpy(rows)
+
+    def places(self, site: str, neurons: torch.Tensor) -> torch.Tensor | None:
+        """Where a site's neurons int64 [S] stand among those that are kept; None where one is missing."""
+        kept = self.neurons.get(site)
+        if kept is None or not bool(torch.isin(neurons, kept).all()):
+            return None
+        return torch.searchsorted(kept, neurons)
+
+
+def donors(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    skills: Iterable[Skill],
+    *,
+    n_donors: int = DONORS,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    quiet: bool = True,
+) -> DonorBank:
+    """Draw donors from all examples of a loader and keep their activations of the skills' neurons.
+
+    The loader is read once, of which the donors alone run through the model. Examples that are the same to the model
+    count once; the loader's order and batches do not matter.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (inputs, labels).
+        skills: Skills whose neurons to keep; `mode="resample"` can be used for these neurons.
+        n_donors: Number of donors; all where there are fewer.
+        seed: Seed of the draw, and of who gets which donor.
+        memory_budget: Bytes that inputs and activations of the donors may take; by default what `limited_memory`
+            says, or half of what is free.
+        quiet: Show no progress bar.
+
+    Raises:
+        ArgumentError: Fewer than two different examples, skills that do not fit the model, examples of different
+            numbers of tokens in a model that is not told its padding, or more bytes than the budget has.
+        ModelError: A model in training mode, or one that folds tokens into the batch.
+    """
+    model = unwrap_compiled(model)
+    refuse_training(model, "donors")
+    if n_donors < 2:
+        raise ArgumentError(f"n_donors: expected at least 2, got {n_donors}; 256 are usual")
+    sites = find_sites(model)
+    neurons = _union(skills, sites)
+    drawn = _drawn(model, loader, n_donors, seed, quiet)
+    if len(drawn) < 2:
+        raise ArgumentError(f"donors: expected at least 2 different examples, got {len(drawn)}; give more data")
+    budget = memory_limit(module_device(model)) if memory_budget is None else memory_budget
+    reader = _Reader(model, [site for site in sites if site.name in neurons], neurons)
+    kept: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in neurons}
+    with torch.inference_mode():
+        for rows in track(list(_alike(drawn)), "donors", quiet=quiet):
+            for name, x in reader.read(torch.stack([drawn[row].inputs for row in rows])).items():
+                kept[name] += zip(rows, x, strict=True)
+            _refuse_too_large(kept, drawn, len(rows), budget)
+    activations = {name: _stacked(name, found) for name, found in kept.items()}
+    return DonorBank(
+        indices=np.array([donor.index for donor in drawn]),
+        labels=np.array([donor.label for donor in drawn]),
+        neurons=neurons,
+        activations=activations,
+        digests=np.array([donor.digest for donor in drawn], dtype=np.uint64),
+        seed=seed,
+        fingerprint=fingerprint(model),
+    )
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """An example that was drawn: inputs without padding."""
+
+    digest: int
+    index: int
+    label: int
+    inputs: torch.Tensor
+
+
+def token_mask(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Bool [batch, tokens], which tokens of the inputs are real; None for a model that is not told its padding."""
+    told = getattr(model, "token_mask", None)
+    return None if told is None else told(inputs)
+
+
+def _unpadded(model: torch.nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each example of a batch without its padding."""
+    mask = token_mask(model, inputs)
+    return (x if mask is None else x[..., mask[i]] for i, x in enumerate(inputs))
+
+
+def _digests(model: torch.nn.Module, inputs: torch.Tensor, seed: int) -> Iterator[tuple[int, int]]:
+    """Two independent numbers below 2^64 for each example of a batch."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    for x in _unpadded(model, inputs.cpu()):
+        content = x.contiguous().flatten().view(torch.uint8).numpy().data
+        found = hashlib.blake2b(content, digest_size=16, salt=salt).digest()
+        yield int.from_bytes(found[:8], "little"), int.from_bytes(found[8:], "little")
+
+
+def _drawn(model: torch.nn.Module, loader: Iterable[Any], count: int, seed: int, quiet: bool) -> list[_Drawn]:
+    """The `count` examples of the smallest digests, ascending: a simple random sample, whatever their order."""
+    smallest: list[tuple[int, int]] = []  # (-digest, index), the largest digest first
+    kept: dict[int, _Drawn] = {}
+    seen = 0
+    for batch in track(loader, "drawing donors", quiet=quiet):
+        inputs, labels = labelled_batch(batch)
+        for x, label, (digest, _) in zip(
+            _unpadded(model, inputs), labels.tolist(), _digests(model, inputs, seed), strict=True
+        ):
+            if digest not in kept and (len(kept) < count or digest < -smallest[0][0]):
+                kept[digest] = _Drawn(digest, seen, int(label), x.clone())
+                heapq.heappush(smallest, (-digest, seen))
+                if len(kept) > count:
+                    del kept[-heapq.heappop(smallest)[0]]
+            seen += 1
+    return [kept[digest] for digest in sorted(kept)]
+
+
+def _alike(drawn: Sequence[_Drawn]) -> Iterator[list[int]]:
+    """Rows of donors whose inputs have one shape, a few at a time."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for row, donor in enumerate(drawn):
+        by_shape.setdefault(tuple(donor.inputs.shape), []).append(row)
+    for rows in by_shape.values():
+        yield from (rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
+
+
+def _union(skills: Iterable[Skill], sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Site -> all neurons of the skills there, ascending."""
+    widths = {site.name: site.width for site in sites}
+    found: dict[str, list[torch.Tensor]] = {}
+    for skill in skills:
+        for name, index in skill.neurons.items():
+            if int(index[-1]) >= widths.get(name, 0):
+                raise ArgumentError(
+                    f"skill {skill.name!r}: expected neurons that the model has, got {int(index[-1])} in {name}; "
+                    "select it on this model"
+                )
+            found.setdefault(name, []).append(index)
+    return {name: torch.cat(parts).unique() for name, parts in found.items()}
+
+
+class _Reader:
+    """Reads neurons of a few examples that have no padding."""
+
+    def __init__(self, model: torch.nn.Module, sites: Sequence[Site], neurons: Mapping[str, torch.Tensor]) -> None:
+        self.model = model
+        self.sites = sites
+        self.neurons = neurons
+
+    def read(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Site -> activations [batch, ..., S], tokens averaged where the model is told its padding."""
+        found: dict[str, torch.Tensor] = {}
+        pooled = token_mask(self.model, inputs) is not None
+
+        def keep(name: str, x: torch.Tensor) -> None:
+            if len(x) != len(inputs):
+                raise ModelError(
+                    f"{name}: expected one row per sample ({len(inputs)}), got activations of shape {list(x.shape)}; "
+                    "models that fold tokens into the batch have no donors"
+                )
+            chosen = x.index_select(-1, self.neurons[name].to(x.device))
+            found[name] = chosen.float().mean(1, keepdim=True).to(x.dtype) if pooled and x.dim() == 3 else chosen
+
+        handles = [
+            self.model.get_submodule(site.path).register_forward_pre_hook(
+                lambda _, args, name=site.name: keep(name, args[0])
+            )
+            for site in self.sites
+        ]
+        try:
+            self.model(inputs.to(module_device(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def _refuse_too_large(
+    kept: Mapping[str, list[tuple[int, torch.Tensor]]], drawn: Sequence[_Drawn], ran: int, budget: int
+) -> None:
+    """Raise ArgumentError where all donors will take more than the budget, by what the last ones took."""
+    each = sum(x.nbytes for found in kept.values() for _, x in found[-ran:]) / ran
+    needed = int(each * len(drawn)) + sum(donor.inputs.nbytes for donor in drawn)
+    if needed > budget:
+        raise ArgumentError(
+            f"memory budget: expected at least {needed / 2**20:,.0f} MiB for {len(drawn)} donors, got "
+            f"{budget / 2**20:,.0f} MiB; lower n_donors or raise --memory-budget"
+        )
+
+
+def _stacked(site: str, found: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Rows [M, ..., S] in the donors' order."""
+    rows = [x for _, x in sorted(found, key=lambda pair: pair[0])]
+    shapes = {tuple(x.shape[:-1]) for x in rows}
+    if len(shapes) > 1:
+        one, other = sorted(shapes)[:2]
+        raise ArgumentError(
+            f"donors: expected examples of one number of tokens, got {list(one)} and {list(other)} at {site}; give "
+            "inputs of one size, or a model with token_mask"
+        )
+    return torch.stack(rows)
