@@ -126,6 +126,8 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
             "other_angle_deg": [9.9, 10.6],
         },
         "random_control": {"own_angle_deg": 3.2, "other_angle_deg": 3.1},
+        "difference": {"own_angle_deg": 37.1, "other_angle_deg": 7.1, "draws": 2,
+                       "ci95": {"own_angle_deg": [35.8, 38.4], "other_angle_deg": [6.7, 7.5]}},
         "competition": [pair], "linkage": [],
         "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
                       "overlap": {"one": a, "other": b, "jaccard": 0.2}},
@@ -155,8 +157,16 @@ def _standard_metrics(classes: list[str], matrix: list[list[float]], rng: random
             "cka": 0.999,
             "target_knn_accuracy_change": 0.0,
         },
+        "difference": {
+            "cosine": -0.04, "rank_preservation": -0.06, "knn_accuracy_change": -0.001, "cka": -0.029,
+            "target_knn_accuracy_change": -0.02, "draws": 2,
+            "ci95": {
+                "cosine": [-0.05, -0.03], "rank_preservation": [-0.07, -0.05], "knn_accuracy_change": [-0.01, 0.01],
+                "cka": [-0.03, -0.02], "target_knn_accuracy_change": None,
+            },
+        },
         "per_class": {
-            name: {**seen(drop), "knn_accuracy_change_per_class": [0.0] * len(classes)}
+            name: {**seen(drop), "knn_accuracy_change_per_class": [0.0] * len(classes), "coordinates_left_out": 3}
             for name, drop in zip(classes, drops, strict=True)
         },
     }  # fmt: skip

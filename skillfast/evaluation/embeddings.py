@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from scipy.stats import mode, rankdata
 from sklearn import config_context
 from sklearn.neighbors import NearestNeighbors
 
-from skillfast.evaluation.resampling import interval, jackknife_interval
+from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval, means_without
 from skillfast.results.bench import (
     EmbeddingControl,
+    EmbeddingDifference,
     EmbeddingIntervals,
     EmbeddingReasons,
     EmbeddingRemoval,
@@ -22,37 +24,40 @@ from skillfast.results.bench import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skillfast.evaluation.resampling import Bootstrap
-
 N_NEIGHBOURS = 5
 MAX_ANCHORS = 1000
 ROWS = 256  # of similarities at a time
 WORKING_MIB = 128  # of distances at a time; scikit-learn takes 1,024 unless told
-GROUPS = 40  # of images, each left out once for the standard error of CKA
 PER_IMAGE = ("cosine", "rank_preservation", "knn_accuracy_change")
+KEYS = (*PER_IMAGE, "cka", "target_knn_accuracy_change")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Embeddings after a removal beside those before.
+    """Embeddings after a removal beside those before, without the coordinates that the removal itself writes.
 
     Attributes:
         cosine: float64 [n], similarity of each image's embedding before and after; NaN where one has no direction.
         rank_preservation: float64 [n], Spearman's rho of each image's row of similarities before and after; NaN besides
             where the image is no anchor, or all of a row are equal.
+        rank_influence: float64 [n], what each image adds to the mean of `rank_preservation`, as an anchor and as a
+            neighbour of all others; it sums to 0.
         knn_accuracy_change: float64 [n], right after minus right before; NaN besides where the class has no second
             image, or too few images are left.
-        cka: Linear CKA; NaN for constant embeddings.
+        cka: Debiased linear CKA; NaN for constant embeddings.
         cka_left_out: float64 [groups], likewise without each group of images in turn.
         undefined: int64, the images whose embedding is zero or not finite before or after; left out everywhere.
+        n_written: Coordinates that the removal itself writes.
     """
 
     cosine: np.ndarray
     rank_preservation: np.ndarray
+    rank_influence: np.ndarray
     knn_accuracy_change: np.ndarray
     cka: float
     cka_left_out: np.ndarray
     undefined: np.ndarray
+    n_written: int = 0
 
 
 class EmbeddingMetrics:
@@ -61,7 +66,7 @@ class EmbeddingMetrics:
     Neighbours are other test images, the image itself left out: before and after alike they are embedded by the model
     that is judged, and no image that chose the skill is among them.
 
-    Memory: about 3 float64 copies of [n, E], and 2 of [anchors, n]: 0.5 GB for n = 10,000 and E = 768.
+    Memory: about 3 float64 copies of [n, E], and a few of [256, n].
 
     Args:
         embeddings: [n, E], of the intact model.
@@ -69,6 +74,7 @@ class EmbeddingMetrics:
         n_neighbours: Neighbours that vote.
         max_anchors: Images whose neighbours are ranked, at most; a random choice of them beyond.
         seed: Seed of the choice of images.
+        dealt: int64 [n], groups of images that are left out in turn; by default `deal(labels)`.
     """
 
     def __init__(
@@ -79,59 +85,69 @@ class EmbeddingMetrics:
         n_neighbours: int = N_NEIGHBOURS,
         max_anchors: int = MAX_ANCHORS,
         seed: int = 0,
+        dealt: np.ndarray | None = None,
     ) -> None:
         self.embeddings = embeddings
         self.labels = labels
         self.settings = {"n_neighbours": n_neighbours, "max_anchors": max_anchors, "seed": seed}
+        self.dealt = deal(labels, GROUPS) if dealt is None else dealt
         self.has_direction = _has_direction(embeddings)
-        if not self.has_direction.all():
-            return  # compare() takes what is left
-        n = len(labels)
-        self.anchors = np.sort(np.random.default_rng(seed).permutation(n)[:max_anchors])
-        self.unit = _unit(embeddings)
-        self.ranks = _standard_ranks(self.unit, self.anchors)
-        self.right = self._right(embeddings)
-        self.cka = Alignment(embeddings, labels)
 
-    def compare(self, embeddings: np.ndarray) -> Comparison:
-        """The metrics of the same images' embeddings [n, E] after a removal."""
+    def compare(self, embeddings: np.ndarray, written: np.ndarray | Sequence[int] = ()) -> Comparison:
+        """Compare with the same images' embeddings after a removal.
+
+        Args:
+            embeddings: [n, E].
+            written: Coordinates that the removal itself writes, such as the neurons of the head that it sets to 0. What
+                it does to them says nothing of the model, so they are left out, before and after.
+        """
+        if not len(written):
+            return self._compare(embeddings, 0)
+        kept = np.delete(np.arange(embeddings.shape[1]), written)
+        part = EmbeddingMetrics(self.embeddings[:, kept], self.labels, **self.settings, dealt=self.dealt)
+        return part._compare(embeddings[:, kept], len(written))
+
+    def _compare(self, embeddings: np.ndarray, n_written: int) -> Comparison:
+        """The metrics over all coordinates."""
         kept = self.has_direction & _has_direction(embeddings)
-        if not kept.all():
-            return self._compare_kept(embeddings, kept)
-        unit = _unit(embeddings)
-        rho = np.full(len(unit), np.nan)
-        rho[self.anchors] = (self.ranks * _standard_ranks(unit, self.anchors)).sum(1)
-        cka, left_out = self.cka.compare(embeddings)
-        return Comparison(
-            cosine=(self.unit * unit).sum(1),
-            rank_preservation=rho,
-            knn_accuracy_change=self._right(embeddings) - self.right,
-            cka=cka,
-            cka_left_out=left_out,
-            undefined=np.empty(0, np.int64),
-        )
-
-    def _compare_kept(self, embeddings: np.ndarray, kept: np.ndarray) -> Comparison:
-        """The metrics of the images that have a direction before and after."""
-        rows = {name: np.full(len(kept), np.nan) for name in PER_IMAGE}
-        cka, left_out = np.nan, np.full(GROUPS, np.nan)
+        n, groups = len(kept), int(self.dealt.max()) + 1
+        rows = {name: np.full(n, np.nan) for name in (*PER_IMAGE, "rank_influence")}
+        cka, left_out = np.nan, np.full(groups, np.nan)
         if kept.any():
-            whole = EmbeddingMetrics(self.embeddings[kept], self.labels[kept], **self.settings)
-            found = whole.compare(embeddings[kept])
-            cka, left_out = found.cka, found.cka_left_out
-            for name, row in rows.items():
-                row[kept] = getattr(found, name)
-        return Comparison(**rows, cka=cka, cka_left_out=left_out, undefined=np.flatnonzero(~kept))
+            part = self if kept.all() else self._rows(kept)
+            after = embeddings[kept]
+            unit = _unit(after)
+            rows["cosine"][kept] = (part._unit * unit).sum(1)
+            rows["rank_preservation"][kept], rows["rank_influence"][kept] = order_kept(part._unit, unit, part._anchors)
+            rows["knn_accuracy_change"][kept] = part._right_of(after) - part._right
+            cka, left_out = Alignment(part.embeddings, part.dealt, groups).compare(after)
+        return Comparison(**rows, cka=cka, cka_left_out=left_out, undefined=np.flatnonzero(~kept), n_written=n_written)
 
     def knn_accuracy(self) -> float | None:
         """Accuracy of the intact model's nearest neighbours over the images that can be judged; None where none can."""
         kept = self.has_direction
         if not kept.any():
             return None
-        whole = self if kept.all() else EmbeddingMetrics(self.embeddings[kept], self.labels[kept], **self.settings)
-        return _mean(whole.right)
+        return _mean((self if kept.all() else self._rows(kept))._right)
 
-    def _right(self, embeddings: np.ndarray) -> np.ndarray:
+    def _rows(self, kept: np.ndarray) -> EmbeddingMetrics:
+        """The metrics of some of the images alone."""
+        return EmbeddingMetrics(self.embeddings[kept], self.labels[kept], **self.settings, dealt=self.dealt[kept])
+
+    @cached_property
+    def _anchors(self) -> np.ndarray:
+        drawn = np.random.default_rng(self.settings["seed"]).permutation(len(self.labels))
+        return np.sort(drawn[: self.settings["max_anchors"]])
+
+    @cached_property
+    def _unit(self) -> np.ndarray:
+        return _unit(self.embeddings)
+
+    @cached_property
+    def _right(self) -> np.ndarray:
+        return self._right_of(self.embeddings)
+
+    def _right_of(self, embeddings: np.ndarray) -> np.ndarray:
         """Whether each image's neighbours vote for its class: 1.0, 0.0, or NaN where they cannot."""
         n_neighbours = self.settings["n_neighbours"]
         if len(self.labels) <= n_neighbours:
@@ -146,23 +162,23 @@ class EmbeddingMetrics:
 
 
 class Alignment:
-    """Linear centred kernel alignment (CKA; Kornblith et al., 2019) of embeddings with those of the intact model.
+    """Debiased linear centred kernel alignment (CKA) of embeddings with those of the intact model.
 
-    Its standard error is that of a jackknife: images are dealt out to groups, each class's evenly, and each group is
-    left out in turn, which takes products of a few rows; a bootstrap would take products of all of them each time.
+    CKA from few images is near 1 whatever the embeddings, since each image's product with itself counts. The unbiased
+    estimate of the Hilbert-Schmidt independence criterion leaves those out (Song et al., "Feature selection via
+    dependence maximization", 2012; for CKA Nguyen et al., "Do wide and deep networks learn the same things?", 2021).
+    With a linear kernel it needs no matrix over the images.
 
     Args:
         embeddings: [n, E], of the intact model.
-        labels: int64 [n].
-        groups: How many, at most n.
+        dealt: int64 [n], the group of each image.
+        groups: How many groups, each left out in turn.
     """
 
-    def __init__(self, embeddings: np.ndarray, labels: np.ndarray, groups: int = GROUPS) -> None:
+    def __init__(self, embeddings: np.ndarray, dealt: np.ndarray, groups: int) -> None:
         self.before = _centred(embeddings)
-        dealt = np.empty(len(labels), np.int64)
-        dealt[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % groups
         self.groups = [np.flatnonzero(dealt == group) for group in range(groups)]
-        self.own = None if self.before is None else self._products(self.before, self.before)
+        self.own = None if self.before is None else self._dependence(self.before, self.before)
 
     def compare(self, embeddings: np.ndarray) -> tuple[float, np.ndarray]:
         """CKA with embeddings [n, F], and float64 [groups] without each group; NaN for constant embeddings."""
@@ -170,24 +186,116 @@ class Alignment:
         if self.before is None or self.own is None or after is None:
             return np.nan, np.full(len(self.groups), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
-            cka = self._products(self.before, after) / np.sqrt(self.own * self._products(after, after))
+            cka = self._dependence(self.before, after) / np.sqrt(self.own * self._dependence(after, after))
         return float(cka[0]), cka[1:]
 
-    def _products(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Squared Frobenius norms of the cross-covariance (times n): of all images, then without each group."""
-        whole = x.T @ y
-        norms = [np.square(whole).sum()]
-        for rows in self.groups:
-            left = len(x) - len(rows)
-            # centred on the mean of those that are left, whose sum is minus that of the group
-            shift = np.outer(x[rows].sum(0), y[rows].sum(0)) / max(1, left)
-            norms.append(np.square(whole - x[rows].T @ y[rows] - shift).sum())
-        return np.array(norms)
+    def _dependence(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The unbiased criterion: of all images, then without each group."""
+        whole = _Sums.of(x, y)
+        return np.array([whole.dependence()] + [(whole - _Sums.of(x[g], y[g])).dependence() for g in self.groups])
 
 
-def linear_cka(before: np.ndarray, after: np.ndarray) -> float:
-    """Linear CKA of [n, E] and [n, F]; NaN for constant embeddings."""
-    return Alignment(before, np.zeros(len(before), np.int64), groups=1).compare(after)[0]
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over images that the unbiased criterion of two linear kernels is made of."""
+
+    n: int
+    product: np.ndarray  # x^T y
+    x: np.ndarray  # sum of the rows
+    y: np.ndarray
+    x_size: float  # sum of the rows' squared lengths
+    y_size: float
+    x_by_y_size: np.ndarray  # sum of the rows of x, each times the squared length of y's
+    y_by_x_size: np.ndarray
+    sizes: float  # sum of the products of both squared lengths
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray) -> _Sums:
+        a, b = np.square(x).sum(1), np.square(y).sum(1)
+        return cls(len(x), x.T @ y, x.sum(0), y.sum(0), a.sum(), b.sum(), b @ x, a @ y, a @ b)
+
+    def __sub__(self, other: _Sums) -> _Sums:
+        return _Sums(**{name: value - getattr(other, name) for name, value in vars(self).items()})
+
+    def dependence(self) -> float:
+        """Equation 4 of Song et al.; NaN for fewer than 4 images."""
+        n = self.n
+        if n < 4:
+            return np.nan
+        trace = np.square(self.product).sum() - self.sizes
+        totals = (self.x @ self.x - self.x_size) * (self.y @ self.y - self.y_size)
+        rows = self.x @ self.product @ self.y - self.x @ self.x_by_y_size - self.y @ self.y_by_x_size + self.sizes
+        return float((trace + totals / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3)))
+
+
+def order_kept(before: np.ndarray, after: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far the order of each anchor's similarities to all other images is kept, and what each image adds to that.
+
+    Args:
+        before: float64 [n, E], embeddings of length 1.
+        after: float64 [n, F], of the same images.
+        anchors: int64 [anchors], images whose rows are ranked.
+
+    Returns:
+        Spearman's rho of each row, float64 [n], NaN for an image that is no anchor and where all of a row are equal.
+        And the influence of each image on the mean rho, float64 [n]: the derivative of that mean by the image's weight
+        (the infinitesimal jackknife), as an anchor and as an image that others are ranked by. Without a group of
+        images the mean changes by minus the sum of theirs over the number of those left, up to terms of order 1 / n.
+    """
+    n, others = len(before), len(before) - 1
+    rho, influence = np.full(n, np.nan), np.zeros(n)
+    if n < 3:  # one other image has no order
+        return rho, np.full(n, np.nan)
+    for start in range(0, len(anchors), ROWS):
+        rows = anchors[start : start + ROWS]
+        (u, order_u, length_u), (w, order_w, length_w) = (_ranks(unit, rows) for unit in (before, after))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = (u * w).sum(1)
+            # a neighbour's own product of ranks, and the ranks of all that stand above it, which its weight moves
+            moved = u * w + _above(w, order_u) / length_u[:, None] + _above(u, order_w) / length_w[:, None]
+        added = others * moved - 3 * found[:, None]
+        added[np.arange(len(rows)), rows] = 0
+        rho[rows] = found
+        influence += added[~np.isnan(found)].sum(0)
+    defined = ~np.isnan(rho)
+    if not defined.any():
+        return rho, np.full(n, np.nan)
+    influence[defined] += n * (rho[defined] - rho[defined].mean())
+    return rho, influence / defined.sum()
+
+
+def _ranks(unit: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranks of some images' similarities to all others, centred, of length 1: [rows, n], 0 for the image itself.
+
+    And the order of each row, the image itself first, and the length of its centred ranks [rows], 0 for a row of equal
+    similarities, whose ranks are NaN.
+    """
+    n, own = len(unit), (np.arange(len(rows)), rows)
+    # rounding that makes equal similarities differ in the last digits is not an order
+    similarities = np.round(unit[rows] @ unit.T, 12)
+    similarities[own] = -np.inf
+    order = np.argsort(similarities, axis=1)
+    in_order = np.take_along_axis(similarities, order, 1)
+    if (in_order[:, 1:] == in_order[:, :-1]).any():
+        ranks = rankdata(similarities, axis=1) - 1
+    else:
+        ranks = np.empty(similarities.shape)
+        np.put_along_axis(ranks, order, np.arange(n, dtype=np.float64)[None], 1)
+    ranks -= n / 2  # the mean of 1 to n - 1
+    ranks[own] = 0
+    length = np.linalg.norm(ranks, axis=1)
+    with np.errstate(invalid="ignore"):
+        ranks /= length[:, None]
+    return ranks, order, length
+
+
+def _above(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """For each column the sum of a row's values that come later in its order, and half its own: [rows, n]."""
+    in_order = np.take_along_axis(values, order, 1)
+    later = np.cumsum(in_order[:, ::-1], 1)[:, ::-1] - in_order / 2
+    out = np.empty_like(later)
+    np.put_along_axis(out, order, later, 1)
+    return out
 
 
 def _has_direction(embeddings: np.ndarray) -> np.ndarray:
@@ -198,28 +306,6 @@ def _has_direction(embeddings: np.ndarray) -> np.ndarray:
 def _unit(embeddings: np.ndarray) -> np.ndarray:
     wide = embeddings.astype(np.float64)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
-
-
-def _standard_ranks(unit: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Ranks of each anchor's similarities to the other images, centred, of length 1: float64 [anchors, n - 1].
-
-    The similarity to itself is always 1 and left out. NaN where all similarities are equal.
-    """
-    n = len(unit)
-    if n < 3:  # one other image has no order
-        return np.full((len(anchors), 1), np.nan)
-    ranks = np.empty((len(anchors), n - 1))
-    for start in range(0, len(anchors), ROWS):
-        rows = anchors[start : start + ROWS]
-        others = np.arange(n) != rows[:, None]  # [rows, n]
-        # rounding that makes equal similarities differ in the last digits is not an order
-        similarities = np.round(unit[rows] @ unit.T, 12)[others].reshape(len(rows), n - 1)
-        ranks[start : start + ROWS] = rankdata(similarities, axis=1)
-    ranks -= n / 2  # the mean of 1 to n - 1
-    length = np.linalg.norm(ranks, axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        ranks /= length
-    return ranks
 
 
 def _centred(embeddings: np.ndarray) -> np.ndarray | None:
@@ -240,89 +326,119 @@ def standard_metrics(
     comparisons: Sequence[Comparison],
     drops: np.ndarray,
     classes: Sequence[str],
-    bootstrap: Bootstrap,
     controls: Sequence[Comparison] = (),
 ) -> StandardMetrics:
-    """Means of the embedding metrics over the removals, and each removal's own.
+    """Means of the embedding metrics over the removals, each removal's own, and what random neurons do.
 
     Args:
-        metrics: metrics of the intact model's embeddings.
+        metrics: Metrics of the intact model's embeddings.
         comparisons: After the removal of each class's skill, K of them.
         drops: float64 [K], loss in accuracy of each class when its own skill is removed.
         classes: Class names.
-        bootstrap: Resamples of the n images.
-        controls: After the removal of as many neurons at random for each class, K of them, or none.
+        controls: After the removal of as many neurons at random, any number of draws of K, draw by draw; or none.
 
     Returns:
         Means over the removals with intervals, and each removal's own values; `reasons` names what was left out.
     """
-    labels = metrics.labels
+    labels, k = metrics.labels, len(classes)
+    skills = _Estimates.of(comparisons, metrics, k)
+    drawn = _Estimates.of(controls, metrics, k) if controls else None
     per_class = {
-        name: _one_removal(found, i, labels, drops[i], len(classes))
+        name: EmbeddingRemoval(
+            **{key: _number(skills.values[key][0, i]) for key in KEYS},
+            target_drop=_number(drops[i]),
+            knn_accuracy_change_per_class=[_mean(found.knn_accuracy_change[labels == j]) for j in range(k)],
+            coordinates_left_out=found.n_written,
+        )
         for i, (name, found) in enumerate(zip(classes, comparisons, strict=True))
     }
-
-    def mean(key: str) -> float | None:
-        return _mean(np.array([getattr(row, key) for row in per_class.values()], dtype=np.float64))
-
-    weights = np.zeros((len(labels), bootstrap.replicates))
-    for member, drawn in zip(bootstrap.members, bootstrap.weights, strict=True):
-        weights[member] = drawn * len(member)
-    rows = {key: np.stack([getattr(found, key) for found in comparisons]) for key in PER_IMAGE}
-    own = np.where(labels == np.arange(len(classes))[:, None], rows["knn_accuracy_change"], np.nan)
     return StandardMetrics(
-        **{key: mean(key) for key in (*PER_IMAGE, "cka", "target_knn_accuracy_change")},
+        **{key: skills.mean(key) for key in KEYS},
         knn_accuracy=metrics.knn_accuracy(),
         target_drop=_mean(drops),
         n_neighbours=metrics.settings["n_neighbours"],
         n_ranked=min(len(labels), metrics.settings["max_anchors"]),
         ci95=EmbeddingIntervals(
-            **{key: interval(_resampled(values, weights)) for key, values in rows.items()},
-            cka=_cka_interval(comparisons),
-            target_knn_accuracy_change=interval(_resampled(own, weights)),
+            **{key: jackknife_interval(skills.mean(key), skills.mean_left_out(key), -1.0, 1.0) for key in KEYS}
         ),
-        random_control=_control(controls, labels, len(classes)) if controls else None,
+        random_control=None if drawn is None else EmbeddingControl(**{key: drawn.mean(key) for key in KEYS}),
+        difference=None if drawn is None else _difference(skills, drawn),
         per_class=per_class,
         reasons=_reasons(comparisons, labels, classes),
     )
 
 
-def _cka_interval(comparisons: Sequence[Comparison]) -> list[float] | None:
-    """Interval of the mean CKA over the removals that have one."""
-    defined = [found for found in comparisons if np.isfinite(found.cka)]
-    if not defined:
-        return None
-    mean = float(np.mean([found.cka for found in defined]))
-    return jackknife_interval(mean, np.mean([found.cka_left_out for found in defined], axis=0), 0.0, 1.0)
+@dataclass(frozen=True)
+class _Estimates:
+    """Each metric of some removals.
+
+    Attributes:
+        values: By metric, float64 [draws, K]; NaN where not defined.
+        left_out: By metric, float64 [draws, K, groups], without each group of images.
+    """
+
+    values: dict[str, np.ndarray]
+    left_out: dict[str, np.ndarray]
+
+    @staticmethod
+    def of(comparisons: Sequence[Comparison], metrics: EmbeddingMetrics, n_classes: int) -> _Estimates:
+        """Estimate from removals in rounds of one per class."""
+        groups = int(metrics.dealt.max()) + 1
+        rows = {key: np.stack([getattr(found, key) for found in comparisons]) for key in PER_IMAGE}  # [removals, n]
+        target = np.arange(len(comparisons)) % n_classes
+        rows["target_knn_accuracy_change"] = np.where(
+            metrics.labels == target[:, None], rows["knn_accuracy_change"], np.nan
+        )
+        values = {key: _row_means(row) for key, row in rows.items()}
+        influence = {key: row - values[key][:, None] for key, row in rows.items()}
+        influence["rank_preservation"] = np.stack([found.rank_influence for found in comparisons])
+        left_out = {
+            key: values[key][:, None] + means_without(row, metrics.dealt, groups) for key, row in influence.items()
+        }
+        values["cka"] = np.array([found.cka for found in comparisons])
+        left_out["cka"] = np.stack([found.cka_left_out for found in comparisons])
+        return _Estimates(
+            {key: values[key].reshape(-1, n_classes) for key in KEYS},
+            {key: left_out[key].reshape(-1, n_classes, groups) for key in KEYS},
+        )
+
+    def mean(self, key: str) -> float | None:
+        """Mean over the removals that have a value."""
+        return _mean(self.values[key])
+
+    def mean_left_out(self, key: str) -> np.ndarray:
+        """Mean without each group of images, float64 [groups]."""
+        defined = ~np.isnan(self.values[key])
+        rows = self.left_out[key][defined]
+        return rows.mean(0) if len(rows) else np.full(rows.shape[1], np.nan)
+
+    def variance_of_draws(self, key: str) -> float:
+        """Variance of the mean that comes from the draws; NaN for one draw, which does not tell."""
+        values = self.values[key]
+        draws, k = values.shape
+        return float(values.var(0, ddof=1).sum() / (draws * k**2)) if draws > 1 else np.nan
 
 
-def _control(controls: Sequence[Comparison], labels: np.ndarray, n_classes: int) -> EmbeddingControl:
-    """What the random control does to the same metrics: means over the removals."""
-    rows = [_one_removal(found, i, labels, np.nan, n_classes) for i, found in enumerate(controls)]
-    keys = (*PER_IMAGE, "cka", "target_knn_accuracy_change")
-    return EmbeddingControl(
-        **{key: _mean(np.array([getattr(row, key) for row in rows], dtype=np.float64)) for key in keys}
-    )
+def _difference(skills: _Estimates, drawn: _Estimates) -> EmbeddingDifference:
+    """The skills' means minus the random control's; intervals hold the spread of examples and of draws."""
+    values, ends = {}, {}
+    for key in KEYS:
+        one, other, variance = skills.mean(key), drawn.mean(key), drawn.variance_of_draws(key)
+        values[key] = None if one is None or other is None else one - other
+        without = skills.mean_left_out(key) - drawn.mean_left_out(key)
+        ends[key] = jackknife_interval(values[key], without, -2.0, 2.0, variance)
+    return EmbeddingDifference(**values, ci95=EmbeddingIntervals(**ends), draws=len(drawn.values["cka"]))
 
 
-def _one_removal(found: Comparison, target: int, labels: np.ndarray, drop: float, n_classes: int) -> EmbeddingRemoval:
-    knn = [_mean(found.knn_accuracy_change[labels == j]) for j in range(n_classes)]
-    return EmbeddingRemoval(
-        **{key: _mean(getattr(found, key)) for key in PER_IMAGE},
-        cka=None if np.isnan(found.cka) else found.cka,
-        target_drop=None if np.isnan(drop) else float(drop),
-        target_knn_accuracy_change=knn[target],
-        knn_accuracy_change_per_class=knn,
-    )
-
-
-def _resampled(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means over images, then over removals: values [K, n], weights [n, replicates] -> [replicates]."""
-    defined = ~np.isnan(values)
-    some = defined.any(1)
+def _row_means(rows: np.ndarray) -> np.ndarray:
+    """Mean of what is defined in each row [m, n]: [m], NaN where nothing is."""
+    defined = ~np.isnan(rows)
     with np.errstate(invalid="ignore"):
-        means = np.where(defined, values, 0)[some] @ weights / (defined[some].astype(np.float64) @ weights)
-    return means.mean(0) if len(means) else np.full(weights.shape[1], np.nan)
+        return np.where(defined, rows, 0).sum(1) / defined.sum(1)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _reasons(comparisons: Sequence[Comparison], labels: np.ndarray, classes: Sequence[str]) -> EmbeddingReasons | None:

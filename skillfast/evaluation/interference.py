@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom, false_discovery_control
 
-from skillfast.evaluation.resampling import interval
+from skillfast.evaluation.jackknife import jackknife_interval
 from skillfast.results.bench import (
+    AngleDifference,
     AngleIntervals,
     AngleMeans,
     Interference,
@@ -24,86 +25,8 @@ from skillfast.results.bench import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from skillfast.evaluation.resampling import Bootstrap
-
 LEVEL = 0.05
 """Share of false discoveries among the pairs that are called significant."""
-
-
-def class_means(embeddings: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Mean embedding of each class: [n, E] and int64 [n] -> float64 [K, E]; NaN for a class without images."""
-    means = np.full((n_classes, embeddings.shape[1]), np.nan)
-    with np.errstate(invalid="ignore"):  # embeddings that overflowed
-        for label in np.unique(labels):
-            means[label] = embeddings[labels == label].mean(0, dtype=np.float64)
-    return means
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Where the intact model's classes lie, seen from the mean of all its embeddings.
-
-    Attributes:
-        labels: int64 [n].
-        centre: float64 [E], the mean embedding.
-        means: float64 [K, E], of the classes, centred.
-        smallest: A class mean this near the centre has no direction: float32's rounding of the embeddings decides it.
-    """
-
-    labels: np.ndarray
-    centre: np.ndarray
-    means: np.ndarray
-    smallest: float
-
-    @classmethod
-    def of(cls, embeddings: np.ndarray, labels: np.ndarray, n_classes: int) -> Directions:
-        """From the intact model's embeddings [n, E]."""
-        with np.errstate(invalid="ignore"):
-            centre = embeddings.mean(0, dtype=np.float64)
-        size = float(np.sqrt(np.square(embeddings, dtype=np.float64).sum(1).mean()))
-        means = class_means(embeddings, labels, n_classes) - centre
-        return cls(labels, centre, means, size * float(np.finfo(np.float32).eps))
-
-    def angles(self, embeddings: np.ndarray) -> np.ndarray:
-        """Angle between each class's mean before and after, in degrees.
-
-        Args:
-            embeddings: [n, E], of the same images after a removal.
-
-        Returns:
-            float64 [K]; NaN for a class without images, or whose mean is the centre before or after.
-        """
-        after = class_means(embeddings, self.labels, len(self.means)) - self.centre
-        return _angles(self.means, after, self.smallest)
-
-    def resampled_angles(self, before: np.ndarray, after: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-        """`angles` in resamples of the images; the centre stays.
-
-        Args:
-            before: [n, E], of the intact model.
-            after: [n, E], of the same images after a removal.
-            bootstrap: Resamples of the n images.
-
-        Returns:
-            float64 [K, replicates].
-        """
-        rows = np.full((len(self.means), bootstrap.replicates), np.nan)
-        for label, (member, weights) in enumerate(zip(bootstrap.members, bootstrap.weights, strict=True)):
-            if len(member):
-                with np.errstate(invalid="ignore"):
-                    means = [weights.T @ (x[member].astype(np.float64) - self.centre) for x in (before, after)]
-                rows[label] = _angles(means[0], means[1], self.smallest)
-        return rows
-
-
-def _angles(one: np.ndarray, other: np.ndarray, smallest: float) -> np.ndarray:
-    """Angles in degrees between the rows of [m, E], float64 [m]; NaN where either is no longer than `smallest`."""
-    lengths = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        u, v = (x / length[:, None] for x, length in zip((one, other), lengths, strict=True))
-        # the arc cosine of u v loses half the digits of a small angle; this loses none (Kahan)
-        degrees = np.degrees(2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1)))
-        return np.where(np.minimum(*lengths) > smallest, degrees, np.nan)
 
 
 @dataclass(frozen=True)
@@ -191,20 +114,21 @@ def interference(
     labels: np.ndarray,
     overlap: np.ndarray,
     classes: Sequence[str],
-    control: np.ndarray | None = None,
+    control: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Interference:
     """How skills interfere: angles, pairs of classes and overlaps.
 
     Args:
-        turns: Angles float64 [K, K], of `Directions.angles`, a row per removal, NaN where there is none; and resampled
-            [K, K, replicates]. None for a model without embeddings.
+        turns: Angles float64 [K, K], of `directions.angles`, a row per removal, NaN where there is none; and without
+            each group of images [K, groups, K]. None for a model without embeddings.
         predictions: int64 [K, n], with skill i removed.
         oracle: int64 [K, n], with class i's logit removed.
         baseline: int64 [n], of the intact model.
         labels: int64 [n].
         overlap: float64 [K, K], Jaccard index of the skills' neurons.
         classes: Class names.
-        control: Angles float64 [K, K] with as many neurons removed at random for each class; None where not measured.
+        control: Angles with as many neurons removed at random, [draws, K, K], and without each group of images
+            [draws, K, groups, K]; None where not measured.
 
     Returns:
         The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
@@ -216,7 +140,8 @@ def interference(
     turned = {} if turns is None else _turned(*turns)
     return Interference(
         **turned,
-        random_control=None if control is None else AngleMeans(**_own_and_other(control)),
+        random_control=None if control is None else AngleMeans(**_own_and_other(control[0])),
+        difference=None if control is None or turns is None else _difference(turns, control),
         competition=[pair for pair in pairs["competition"] if pair.significant],
         linkage=[pair for pair in pairs["linkage"] if pair.significant],
         strongest=Strongest(
@@ -229,24 +154,56 @@ def interference(
     )
 
 
-def _turned(angles: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+def _turned(angles: np.ndarray, left_out: np.ndarray) -> dict[str, Any]:
     """The angles, their means over the diagonal and the rest, and intervals, by field of `Interference`."""
-    own = np.eye(len(angles), dtype=bool)
+    means, without = _own_and_other(angles), _left_out(angles, left_out)
     return {
         "angles_deg": [[None if np.isnan(v) else float(v) for v in row] for row in angles],
-        **_own_and_other(angles),
+        **means,
         "ci95": AngleIntervals(
-            angles_deg=[[interval(cell) for cell in row] for row in resampled],
-            own_angle_deg=interval(_mean_of_defined(resampled[own])),
-            other_angle_deg=interval(_mean_of_defined(resampled[~own])),
+            angles_deg=[
+                [jackknife_interval(angles[i, j], left_out[i, :, j], 0.0, 180.0) for j in range(len(angles))]
+                for i in range(len(angles))
+            ],
+            **{key: jackknife_interval(means[key], without[key], 0.0, 180.0) for key in means},
         ),
     }
 
 
-def _own_and_other(angles: np.ndarray) -> dict[str, float | None]:
-    """Means of the angles [K, K] over the diagonal and the rest."""
-    own = np.eye(len(angles), dtype=bool)
+def _difference(turns: tuple[np.ndarray, np.ndarray], control: tuple[np.ndarray, np.ndarray]) -> AngleDifference:
+    """The skills' means minus the random control's; intervals hold the spread of images and of draws."""
+    found, random = _own_and_other(turns[0]), _own_and_other(control[0])
+    without, random_without = _left_out(*turns), _left_out(*control)
+    draws, k = control[0].shape[:2]
+    values: dict[str, float | None] = {}
+    ends: dict[Any, list[float] | None] = {}
+    for key, value in found.items():
+        drawn = random[key]
+        values[key] = None if value is None or drawn is None else value - drawn
+        each = np.array([[_own_and_other(row, i)[key] for i, row in enumerate(draw)] for draw in control[0]], float)
+        variance = float(each.var(0, ddof=1).sum() / (draws * k**2)) if draws > 1 else np.nan
+        ends[key] = jackknife_interval(values[key], without[key] - random_without[key], -180.0, 180.0, variance)
+    return AngleDifference(own_angle_deg=values["own_angle_deg"], other_angle_deg=values["other_angle_deg"], ci95=ends,
+                           draws=draws)  # fmt: skip
+
+
+def _own_and_other(angles: np.ndarray, removed: int | None = None) -> dict[str, float | None]:
+    """Means of the angles [..., K, K] over the diagonal and the rest; of one row [K], that of the class removed."""
+    own = np.broadcast_to(np.eye(angles.shape[-1], dtype=bool), angles.shape) if removed is None else (
+        np.arange(len(angles)) == removed
+    )  # fmt: skip
     return {"own_angle_deg": _mean(angles[own]), "other_angle_deg": _mean(angles[~own])}
+
+
+def _left_out(angles: np.ndarray, left_out: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean angles without each group of images: angles [..., K, K] and left_out [..., K, groups, K] -> [groups]."""
+    own = np.broadcast_to(np.eye(angles.shape[-1], dtype=bool), angles.shape)
+    rows = np.moveaxis(left_out, -2, -1)  # [..., K, K, groups]
+    defined = ~np.isnan(angles)
+    return {
+        "own_angle_deg": _mean_of(rows[own & defined]),
+        "other_angle_deg": _mean_of(rows[~own & defined]),
+    }
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -254,11 +211,9 @@ def _mean(values: np.ndarray) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def _mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """Mean over rows [m, replicates] without those that are not defined: [replicates], NaN where none is."""
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, values, 0).sum(0) / defined.sum(0)
+def _mean_of(rows: np.ndarray) -> np.ndarray:
+    """Mean over rows [m, groups]; NaN without rows."""
+    return rows.mean(0) if len(rows) else np.full(rows.shape[1], np.nan)
 
 
 def _strongest_angle(angles: np.ndarray, classes: Sequence[str]) -> StrongestAngle | None:

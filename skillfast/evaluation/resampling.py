@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import t
 
 
 class Bootstrap:
@@ -73,13 +72,3 @@ def interval(values: np.ndarray) -> list[float] | None:
     with np.errstate(invalid="ignore"):
         low, high = np.quantile(values, [0.025, 0.975])
     return [float(low), float(high)] if np.isfinite([low, high]).all() else None
-
-
-def jackknife_interval(value: float | None, left_out: np.ndarray, low: float, high: float) -> list[float] | None:
-    """The 95 % interval, within [low, high], of a value and of it without each group [groups]; None if undefined."""
-    if value is None or not np.isfinite(left_out).all():
-        return None
-    groups = len(left_out)
-    error = np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum())
-    reach = float(t.ppf(0.975, groups - 1) * error)
-    return [max(low, value - reach), min(high, value + reach)]

@@ -346,7 +346,7 @@ class LayerContribution(Shares, frozen=True):
 
 
 class EmbeddingIntervals(Record, frozen=True):
-    """95 % intervals of the means: of CKA by a jackknife over groups of images, else by the bootstrap."""
+    """95 % intervals, by a jackknife over groups of examples."""
 
     cosine: Interval
     rank_preservation: Interval
@@ -356,7 +356,7 @@ class EmbeddingIntervals(Record, frozen=True):
 
 
 class EmbeddingControl(Record, frozen=True):
-    """Means over the removals of as many neurons at random, one draw per class."""
+    """Means over the removals of as many neurons at random."""
 
     cosine: Correlation
     rank_preservation: Correlation
@@ -365,11 +365,35 @@ class EmbeddingControl(Record, frozen=True):
     target_knn_accuracy_change: Change | None
 
 
+class EmbeddingDifference(Record, frozen=True):
+    """The skills' means minus those of as many random neurons.
+
+    Attributes:
+        ci95: Intervals, which hold the spread of the draws; null for one draw, which does not tell it.
+        draws: Random draws per skill.
+    """
+
+    cosine: float | None
+    rank_preservation: float | None
+    knn_accuracy_change: float | None
+    cka: float | None
+    target_knn_accuracy_change: float | None
+    ci95: EmbeddingIntervals
+    draws: Positive
+
+
 class EmbeddingRemoval(EmbeddingControl, frozen=True):
-    """The metrics after one skill's removal, beside what it costs the class."""
+    """The metrics after one skill's removal, beside what it costs the class.
+
+    Attributes:
+        target_drop: What the class loses.
+        knn_accuracy_change_per_class: Change of kNN accuracy on each class.
+        coordinates_left_out: Coordinates of the embedding that the removal itself writes; no metric counts them.
+    """
 
     target_drop: Change | None
     knn_accuracy_change_per_class: list[Change | None]
+    coordinates_left_out: Count
 
 
 class EmbeddingReasons(Record, frozen=True):
@@ -384,6 +408,8 @@ class EmbeddingReasons(Record, frozen=True):
 class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     """Metrics of embeddings before and after: means over the removals.
 
+    Coordinates that a removal itself writes (the neurons of the head that it sets to 0) are left out, before and after.
+
     Attributes:
         knn_accuracy: kNN accuracy of the intact model, leaving one out; neighbours are the other test examples.
         target_drop: What a class loses when its own skill is removed.
@@ -391,6 +417,7 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
         n_ranked: Examples whose neighbours are ranked.
         ci95: Intervals of the means.
         random_control: Means with as many neurons removed at random.
+        difference: The skills' means minus the random control's.
         per_class: By the class whose skill is removed.
         reasons: Why values are missing.
     """
@@ -401,6 +428,7 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     n_ranked: Positive
     ci95: EmbeddingIntervals
     random_control: EmbeddingControl | None = None
+    difference: EmbeddingDifference | None = None
     per_class: dict[str, EmbeddingRemoval]
     reasons: EmbeddingReasons | None = None
 
@@ -449,11 +477,27 @@ class AngleMeans(Record, frozen=True):
 
 
 class AngleIntervals(Record, frozen=True):
-    """95 % bootstrap intervals of the angles and of their means."""
+    """95 % intervals of the angles and of their means, by a jackknife over groups of examples."""
 
     angles_deg: list[list[Interval]]
     own_angle_deg: Interval
     other_angle_deg: Interval
+
+
+class AngleDifference(Record, frozen=True):
+    """The skills' mean angles minus those of as many random neurons, in degrees.
+
+    Attributes:
+        own_angle_deg: Turn of each class without its own skill.
+        other_angle_deg: Turn of each class without another's.
+        ci95: Intervals of both, which hold the spread of the draws; null for one draw.
+        draws: Random draws per skill.
+    """
+
+    own_angle_deg: float | None
+    other_angle_deg: float | None
+    ci95: dict[Literal["own_angle_deg", "other_angle_deg"], Interval]
+    draws: Positive
 
 
 class InterferenceReasons(Record, frozen=True):
@@ -474,11 +518,13 @@ class Interference(Record, frozen=True, kw_only=True):
     """How skills interfere.
 
     Attributes:
-        angles_deg: [K][K], how far class j's mean embedding turns when skill i is removed; absent without embeddings.
+        angles_deg: [K][K], how far class j's mean embedding turns when skill i is removed, in the coordinates that the
+            removal does not write itself, from products of means over disjoint halves; absent without embeddings.
         own_angle_deg: Mean of the diagonal.
         other_angle_deg: Mean of the rest.
         ci95: Intervals of the angles.
-        random_control: The means with as many neurons removed at random, one draw per class.
+        random_control: The means with as many neurons removed at random.
+        difference: The means minus the random control's.
         competition: Pairs of which each removal helps the other class beyond the oracle, significantly.
         linkage: Pairs of which each removal hurts the other class beyond the oracle, significantly.
         strongest: The largest of each kind.
@@ -493,6 +539,7 @@ class Interference(Record, frozen=True, kw_only=True):
     other_angle_deg: Angle | UnsetType = UNSET
     ci95: AngleIntervals | None = None
     random_control: AngleMeans | None = None
+    difference: AngleDifference | None = None
     competition: list[Pair] | None = None
     linkage: list[Pair] | None = None
     strongest: Strongest | None = None

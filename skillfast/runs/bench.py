@@ -179,12 +179,12 @@ def _sweep(session: Session, removals: Removals) -> SweepResult:
 
 
 def _embeddings(session: Session, removals: Removals) -> EmbeddingChanges | None:
-    """What each skill's removal does to the embeddings, and what one random control of each does."""
+    """What each skill's removal does to the embeddings, and what a few random controls of each do."""
     subject = session.subject
     return compare_embeddings(
         subject.model,
         subject.loader("test"),
-        [*removals.whole, *removals.one_control],
+        [*removals.whole, *removals.few_controls],
         classes=subject.splits.classes,
         seed=session.config.run.seed,
         quiet=session.quiet,
@@ -226,10 +226,11 @@ def _results(
     turns, control, seen = None, None, {}
     if embedded is not None:
         removed = embedded.of(condition.name for condition in removals.whole)
-        random = embedded.of(condition.name for condition in removals.one_control)
-        turns, control = (removed.angles, removed.resampled_angles), random.angles
+        random = embedded.of(condition.name for condition in removals.few_controls)
+        turns = removed.angles, removed.angles_left_out
+        control = random.angles.reshape(-1, k, k), random.angles_left_out.reshape(-1, k, *turns[1].shape[1:])
         seen["standard_metrics"] = standard_metrics(
-            embedded.metrics, removed.comparisons, drops[0], classes, bootstrap, random.comparisons
+            embedded.metrics, removed.comparisons, drops[0], classes, random.comparisons
         )
     return {
         "environment": environment(subject.device),

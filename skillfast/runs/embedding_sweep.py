@@ -11,9 +11,8 @@ import numpy as np
 from skillfast import files
 from skillfast.ablation.sweep import sweep
 from skillfast.errors import ArgumentError
+from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
-from skillfast.evaluation.interference import Directions
-from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.sites import find_sites
 
 if TYPE_CHECKING:
@@ -22,11 +21,14 @@ if TYPE_CHECKING:
     import torch
 
     from skillfast.ablation.interventions import Condition
+    from skillfast.models.sites import Site
 
 BYTES_AT_ONCE = 1 << 29
 SCHEMA = "skillfast.embeddings/1"
 FILE = "embeddings.safetensors"
-_PER_REMOVAL = ("cosine", "rank_preservation", "knn_accuracy_change", "cka", "cka_left_out")
+_PER_REMOVAL = (
+    "cosine", "rank_preservation", "rank_influence", "knn_accuracy_change", "cka", "cka_left_out", "n_written",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class EmbeddingChanges:
         names: The removals' names, in the order of the rows.
         metrics: Metrics of the intact model.
         comparisons: One per removal.
-        angles: float64 [removals, K], of `Directions.angles`.
-        resampled_angles: float64 [removals, K, replicates].
+        angles: float64 [removals, K], of `directions.angles`.
+        angles_left_out: float64 [removals, groups, K], without each group of images.
     """
 
     names: tuple[str, ...]
     metrics: EmbeddingMetrics
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
-    resampled_angles: np.ndarray
+    angles_left_out: np.ndarray
 
     def of(self, names: Iterable[str]) -> EmbeddingChanges:
         """The changes under the removals of these names alone, in their order.
@@ -65,7 +67,7 @@ class EmbeddingChanges:
             self.metrics,
             tuple(self.comparisons[row] for row in rows),
             self.angles[rows],
-            self.resampled_angles[rows],
+            self.angles_left_out[rows],
         )
 
     def save(self, directory: str | Path) -> Path:
@@ -77,7 +79,7 @@ class EmbeddingChanges:
             "embeddings": self.metrics.embeddings,
             "labels": self.metrics.labels,
             "angles": self.angles,
-            "resampled_angles": self.resampled_angles,
+            "angles_left_out": self.angles_left_out,
         }
         undefined = [found.undefined.tolist() for found in self.comparisons]
         files.write_arrays(
@@ -95,12 +97,14 @@ class EmbeddingChanges:
         with files.whole(path, remedy):
             rows = zip(*(arrays[name] for name in _PER_REMOVAL), header["undefined"], strict=True)
             comparisons = tuple(
-                Comparison(cosine, rho, knn, float(cka), left_out, np.array(undefined, np.int64))
-                for cosine, rho, knn, cka, left_out, undefined in rows
+                Comparison(
+                    cosine, rho, influence, knn, float(cka), left_out, np.array(undefined, np.int64), int(written)
+                )
+                for cosine, rho, influence, knn, cka, left_out, written, undefined in rows
             )
             metrics = EmbeddingMetrics(arrays["embeddings"], arrays["labels"], **header["settings"])
             return EmbeddingChanges(
-                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["resampled_angles"]
+                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["angles_left_out"]
             )
 
 
@@ -121,7 +125,7 @@ def compare_embeddings(
         loader: Batches of (images, labels), the same in each pass.
         conditions: The removals, one at least.
         classes: Class names.
-        seed: Seed of the choice of anchors and of the resamples.
+        seed: Seed of the choice of anchors.
         bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
             many conditions as fit, one at least.
         quiet: Show no progress bars.
@@ -129,23 +133,30 @@ def compare_embeddings(
     Returns:
         The changes; None for a model without one linear classifier, whose input would be the embedding.
     """
-    if not any(site.kind == "head" for site in find_sites(model)):
+    head = next((site for site in find_sites(model) if site.kind == "head"), None)
+    if head is None:
         return None
     intact = sweep(model, loader, [], classes=classes, keep_embeddings=True, quiet=quiet)
     before = intact.baseline_embeddings
     assert before is not None
     metrics = EmbeddingMetrics(before, intact.labels, seed=seed)
-    directions = Directions.of(before, intact.labels, len(classes))
-    bootstrap = Bootstrap(intact.labels, seed=seed)
-    comparisons, angles, resampled = [], [], []
+    comparisons, turned = [], []
     step = max(1, bytes_at_once // before.nbytes)
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
         swept = sweep(model, loader, some, classes=classes, keep_embeddings=True, quiet=quiet).embeddings
         assert swept is not None
-        for after in swept:
-            comparisons.append(metrics.compare(after))
-            angles.append(directions.angles(after))
-            resampled.append(directions.resampled_angles(before, after, bootstrap))
+        for condition, after in zip(some, swept, strict=True):
+            written = written_by(condition, head)
+            comparisons.append(metrics.compare(after, written))
+            kept = np.delete(np.arange(before.shape[1]), written)
+            turned.append(angles(before[:, kept], after[:, kept], intact.labels, len(classes)))
     names = tuple(condition.name for condition in conditions)
-    return EmbeddingChanges(names, metrics, tuple(comparisons), np.stack(angles), np.stack(resampled))
+    found, left_out = (np.stack(rows) for rows in zip(*turned, strict=True))
+    return EmbeddingChanges(names, metrics, tuple(comparisons), found, left_out)
+
+
+def written_by(condition: Condition, head: Site) -> np.ndarray:
+    """int64, the coordinates of the embedding that a condition writes itself: the head's neurons that it changes."""
+    neurons = condition.neurons_at(head)
+    return np.empty(0, np.int64) if neurons is None or condition.scale == 1 else neurons.numpy()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from skillfast.runs.subject import Subject
     from skillfast.skills.skill import Skill
 
+FEW = 2  # random draws per skill of what is dear to measure; two tell how draws differ
+
 
 def component_conditions(skills: Sequence[Skill], scale: float) -> list[Condition]:
     """Each skill with only its neurons in each subset: conditions [len(SUBSETS), K], row by row."""
@@ -66,7 +68,7 @@ class Removals:
         components: Each skill with only its neurons in each subset of the kinds, the whole first.
         blocks: Each skill with only its neurons in some blocks.
         controls: Random controls, as many per skill as the settings say.
-        one_control: One random control per skill, drawn by itself.
+        few_controls: The first of the random controls, for what is dear to measure.
     """
 
     skills: Sequence[Skill]
@@ -74,18 +76,19 @@ class Removals:
     components: Sequence[Condition]
     blocks: Sequence[Condition]
     controls: Sequence[Condition]
-    one_control: Sequence[Condition]
+    few_controls: Sequence[Condition]
 
     @staticmethod
     def of(subject: Subject, skills: Sequence[Skill]) -> Removals:
         """The conditions for these skills of a subject's classes, in its settings' manner."""
         settings, seed = subject.config.ablate, subject.config.run.seed
         sites = choose_sites(subject.model, subject.config.trace.sites)
+        controls = control_conditions(skills, sites, settings.control_draws, settings.scale, seed)
         return Removals(
             skills,
             whole=[Condition(skill, scale=settings.scale) for skill in skills],
             components=component_conditions(skills, settings.scale),
             blocks=block_conditions(skills, sites, settings.scale),
-            controls=control_conditions(skills, sites, settings.control_draws, settings.scale, seed),
-            one_control=control_conditions(skills, sites, 1, settings.scale, seed),
+            controls=controls,
+            few_controls=controls[: FEW * len(skills)],
         )

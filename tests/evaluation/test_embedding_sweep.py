@@ -6,9 +6,9 @@ import torch
 
 import skillfast
 from skillfast import Condition, Skill
+from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import EmbeddingMetrics
-from skillfast.evaluation.interference import Directions
-from skillfast.runs.embedding_sweep import compare_embeddings
+from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, written_by
 
 CLASSES = tuple("abcde")
 
@@ -43,16 +43,50 @@ def test_changes_equal_those_of_plain_hooks(vit, batches, conditions):
     found = compare_embeddings(vit, batches, conditions, classes=CLASSES)
     labels = torch.cat([y for _, y in batches]).numpy()
     before = with_plain_hooks(vit, batches, Skill("nothing", {}))
-    metrics, directions = EmbeddingMetrics(before, labels), Directions.of(before, labels, 5)
+    metrics = EmbeddingMetrics(before, labels)
     for i, condition in enumerate(conditions):
         after = with_plain_hooks(vit, batches, condition.skill)
-        want = metrics.compare(after)
+        written = condition.skill.neurons.get("head", ())
+        want = metrics.compare(after, written)
+        kept = np.setdiff1d(np.arange(24), written)
         np.testing.assert_allclose(found.comparisons[i].cosine, want.cosine, atol=1e-5)
         np.testing.assert_allclose(found.comparisons[i].rank_preservation, want.rank_preservation, atol=0.01)
         assert found.comparisons[i].cka == pytest.approx(want.cka, abs=1e-5)
-        np.testing.assert_allclose(found.angles[i], directions.angles(after), atol=0.01)
-    assert not found.angles[2].any()
-    assert found.angles[[0, 1, 3]].min() > 0.1
+        turned, left_out = angles(before[:, kept], after[:, kept], labels, 5)
+        np.testing.assert_allclose(found.angles[i], turned, atol=0.01)
+        np.testing.assert_allclose(found.angles_left_out[i], left_out, atol=0.01)
+        assert found.comparisons[i].n_written == len(written)
+
+
+def test_a_removal_in_the_head_alone_turns_nothing(vit, batches, conditions):
+    """All that it changes are the coordinates that it deletes, which used to count as a turn."""
+    found = compare_embeddings(vit, batches, conditions, classes=CLASSES)
+    head = found.of(["head"])
+    assert not np.nan_to_num(head.angles).any()
+    np.testing.assert_allclose(head.comparisons[0].cosine, 1)
+    assert head.comparisons[0].cka == pytest.approx(1)
+    assert found.of(["none"]).comparisons[0].n_written == 0
+    assert np.nanmax(found.of(["early"]).angles) > 1
+
+
+def test_a_factor_writes_too(vit):
+    head = next(site for site in skillfast.models.sites.find_sites(vit) if site.kind == "head")
+    skill = Skill("both", {"head": [3, 1], "blocks.0.mlp": [0]})
+    assert written_by(Condition(skill), head).tolist() == [1, 3]
+    assert written_by(Condition(skill, scale=2.0), head).tolist() == [1, 3]
+    assert written_by(Condition(skill, scale=1.0), head).tolist() == []
+    assert written_by(Condition(skill, components=("mlp",)), head).tolist() == []
+
+
+def test_saved_and_loaded(vit, batches, conditions, tmp_path):
+    found = compare_embeddings(vit, batches, conditions, classes=CLASSES)
+    found.save(tmp_path)
+    again = EmbeddingChanges.load(tmp_path)
+    assert again.names == found.names
+    np.testing.assert_array_equal(again.angles_left_out, found.angles_left_out)
+    for one, other in zip(again.comparisons, found.comparisons, strict=True):
+        for name, value in vars(one).items():
+            np.testing.assert_array_equal(value, getattr(other, name))
 
 
 def test_a_model_without_a_classifier_has_no_embeddings(vit, batches):
@@ -64,6 +98,6 @@ def test_one_removal_at_a_time_gives_the_same(vit, batches, conditions):
     together = compare_embeddings(vit, batches, conditions, classes=CLASSES)
     singly = compare_embeddings(vit, batches, conditions, classes=CLASSES, bytes_at_once=1)
     np.testing.assert_allclose(singly.angles, together.angles, atol=1e-3)
-    np.testing.assert_allclose(singly.resampled_angles, together.resampled_angles, atol=1e-3)
+    np.testing.assert_allclose(singly.angles_left_out, together.angles_left_out, atol=1e-3)
     for one, other in zip(singly.comparisons, together.comparisons, strict=True):
         np.testing.assert_allclose(one.cosine, other.cosine, atol=1e-6)

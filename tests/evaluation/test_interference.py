@@ -4,11 +4,11 @@ import numpy as np
 import planted
 import pytest
 import torch
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control, t
 
 import skillfast
-from skillfast.evaluation.interference import Directions, Effects, class_means, find_pairs, interference
-from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.evaluation.directions import angles as turned
+from skillfast.evaluation.interference import Effects, find_pairs, interference
 from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
 from skillfast.results.records import to_json
 from skillfast.skills.skill import overlap
@@ -16,110 +16,9 @@ from skillfast.skills.skill import overlap
 K = 5
 
 
-def rotated(vectors, degrees):
-    """Each row turned in the plane of its first two coordinates."""
-    angle = np.radians(degrees)
-    turned = vectors.copy()
-    turned[:, 0] = np.cos(angle) * vectors[:, 0] - np.sin(angle) * vectors[:, 1]
-    turned[:, 1] = np.sin(angle) * vectors[:, 0] + np.cos(angle) * vectors[:, 1]
-    return turned
-
-
-@pytest.fixture
-def clouds():
-    """Embeddings [400, 8] of 4 classes whose centred means lie in the plane of the first two coordinates."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(4).repeat(100)
-    means = np.zeros((4, 8))
-    means[:, :2] = [[3, 0], [0, 2], [-3, 0], [0, -2]]
-    noise = rng.normal(size=(4, 100, 8))
-    noise -= noise.mean(1, keepdims=True)
-    return means[labels] + noise.reshape(400, 8), labels
-
-
-@pytest.mark.parametrize("degrees", [1e-7, 0.8, 45, 179.99])
-def test_planted_angles_are_recovered(clouds, degrees):
-    embeddings, labels = clouds
-    offset = np.linspace(-5, 5, 8)  # the centre is the intact model's, wherever it lies
-    after = np.where((labels == 2)[:, None], rotated(embeddings, degrees), embeddings)
-    angles = Directions.of(embeddings + offset, labels, 4).angles(after + offset)
-    np.testing.assert_allclose(angles, [0, 0, degrees, 0], rtol=1e-5, atol=1e-12)
-
-
-def test_angles_equal_a_slow_reference():
-    rng = np.random.default_rng(1)
-    before, after = rng.normal(size=(2, 60, 7)).astype(np.float32)
-    labels = rng.integers(0, 4, 60)
-    centre = [sum(float(row[e]) for row in before) / 60 for e in range(7)]
-
-    def mean(rows, label):
-        chosen = [row for row, own in zip(rows, labels, strict=True) if own == label]
-        return [sum(float(row[e]) for row in chosen) / len(chosen) - centre[e] for e in range(7)]
-
-    want = []
-    for label in range(4):
-        a, b = mean(before, label), mean(after, label)
-        inner = sum(x * y for x, y in zip(a, b, strict=True))
-        want.append(np.degrees(np.arccos(inner / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5)))
-    np.testing.assert_allclose(Directions.of(before, labels, 4).angles(after), want, rtol=1e-9)
-
-
-def test_identical_embeddings_have_no_angle(clouds):
-    embeddings, labels = clouds
-    assert Directions.of(embeddings, labels, 4).angles(embeddings).tolist() == [0, 0, 0, 0]
-
-
-def test_angles_do_not_see_units_or_rotations(clouds):
-    embeddings, labels = clouds
-    after = embeddings + np.random.default_rng(2).normal(size=embeddings.shape)
-    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0]
-    want = Directions.of(embeddings, labels, 4).angles(after)
-    np.testing.assert_allclose(Directions.of(7 * embeddings @ turn + 3, labels, 4).angles(7 * after @ turn + 3), want)
-
-
-def test_what_has_no_direction_has_no_angle():
-    rng = np.random.default_rng(0)
-    labels = np.array([0] * 10 + [1] * 10 + [3])
-    embeddings = rng.normal(size=(21, 4)).astype(np.float32)
-    assert np.isnan(Directions.of(embeddings, labels, 4).angles(embeddings)).tolist() == [False, False, True, False]
-    constant = np.full_like(embeddings, 0.1)
-    assert np.isnan(Directions.of(constant, labels, 4).angles(embeddings)).all()
-    gone = np.tile(embeddings.mean(0, dtype=np.float64), (21, 1))
-    assert np.isnan(Directions.of(embeddings, labels, 4).angles(gone)).all()
-    overflowed = embeddings.copy()
-    overflowed[0, 0] = np.inf
-    assert np.isnan(Directions.of(embeddings, labels, 4).angles(overflowed)).tolist() == [True, False, True, False]
-    assert np.isnan(class_means(embeddings, labels, 4)[2]).all()
-
-
-def test_the_interval_of_an_angle_covers():
-    """Class means 30 degrees apart before and after: the 95 % interval holds that about 95 times in 100."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(2).repeat(80)
-    means = np.array([[3.0, 0, 0], [-3, 0, 0]])
-    held = 0
-    for trial in range(200):
-        before = means[labels] + rng.normal(size=(160, 3))
-        after = rotated(means, 30)[labels] + rng.normal(size=(160, 3))
-        directions = Directions(labels, np.zeros(3), class_means(before, labels, 2), 0)
-        low, high = interval(directions.resampled_angles(before, after, Bootstrap(labels, 300, trial))[0])
-        held += low <= 30 <= high
-    assert 180 <= held <= 199
-
-
-def test_resampled_angles_of_images_that_are_all_alike():
-    labels = np.arange(2).repeat(5)
-    before = np.eye(3)[labels].astype(np.float32)
-    directions, bootstrap = Directions.of(before, labels, 2), Bootstrap(labels, 20)
-    assert not directions.resampled_angles(before, before, bootstrap).any()
-    after = rotated(before.astype(np.float64), 20)
-    want = np.repeat(directions.angles(after)[:, None], 20, 1)
-    np.testing.assert_allclose(directions.resampled_angles(before, after, bootstrap), want)
-
-
-def turns(angles):
-    """Angles, and themselves as the only resample."""
-    return angles, angles[..., None]
+def turns(angles, groups=3):
+    """Angles [..., K, K], which no group of images changes."""
+    return angles, np.repeat(angles[..., None, :], groups, -2)
 
 
 def no_turn(k):
@@ -238,6 +137,26 @@ def test_classes_without_images_are_named():
     assert found["reasons"]["no_direction"] == ["b"]
 
 
+def test_the_difference_to_random_draws():
+    """Means of the skills' angles minus those of the draws; the spread of draws widens the interval."""
+    predictions, oracle, right, labels = planted_pairs()
+    rng = np.random.default_rng(0)
+    found = np.where(np.eye(K, dtype=bool), 30.0, 5.0)
+    draws = np.where(np.eye(K, dtype=bool), 7.0, 4.0) + rng.normal(size=(2, K, K))
+    control = turns(draws)
+    out = interference(turns(found), predictions, oracle, right, labels, np.eye(K), "abcde", control).difference
+    own, other = np.eye(K, dtype=bool), ~np.eye(K, dtype=bool)
+    assert out.own_angle_deg == pytest.approx(30 - draws[:, own].mean())
+    assert out.other_angle_deg == pytest.approx(5 - draws[:, other].mean())
+    assert out.draws == 2
+    rows = draws[:, other].reshape(2, K, K - 1).mean(-1)  # what each removal does to the others
+    error = np.sqrt(sum((rows[0, i] - rows[1, i]) ** 2 / 2 / 2 for i in range(K))) / K
+    low, high = out.ci95["other_angle_deg"]
+    assert (high - low) / 2 == pytest.approx(error * t.ppf(0.975, 2))
+    one = interference(turns(found), predictions, oracle, right, labels, np.eye(K), "abcde", turns(draws[:1]))
+    assert one.difference.ci95 == {"own_angle_deg": None, "other_angle_deg": None}  # one draw does not tell
+
+
 def test_a_model_without_embeddings_has_pairs_but_no_angles():
     predictions, oracle, right, labels = planted_pairs()
     found = to_json(interference(None, predictions, oracle, right, labels, np.eye(K), "abcde"))
@@ -265,8 +184,7 @@ def test_planted_skills_turn_their_own_class_alone():
                 model(images)
     handle.remove()
     before, *after = rows
-    directions = Directions.of(before, labels.numpy(), planted.CLASSES)
-    angles = np.stack([directions.angles(row) for row in after])  # [5, 6]
+    angles = np.stack([turned(before, row, labels.numpy(), planted.CLASSES)[0] for row in after])  # [5, 6]
     own = np.diagonal(angles)
     others = angles[~np.eye(5, 6, dtype=bool)]
     assert own.min() > 10

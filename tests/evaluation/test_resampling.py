@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from skillfast.evaluation.overall import _resampled
-from skillfast.evaluation.resampling import Bootstrap, PairedBootstrap, interval, jackknife_interval
+from skillfast.evaluation.resampling import Bootstrap, PairedBootstrap, interval
 
 LABELS = np.random.default_rng(0).integers(0, 3, 50)
 
@@ -58,13 +57,3 @@ def test_an_interval_is_the_middle_95_percent():
     assert interval(np.random.default_rng(0).permutation(1001)) == pytest.approx([25, 975])
     assert interval(np.append(np.zeros(99), np.nan)) is None
     assert interval(np.append(np.zeros(9), np.inf)) is None
-
-
-def test_the_jackknife_of_a_mean_is_students_interval():
-    values = np.random.default_rng(3).normal(0.5, 0.1, 12)
-    left_out = (values.sum() - values) / 11
-    want = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
-    assert jackknife_interval(values.mean(), left_out, -1, 2) == pytest.approx(want)
-    assert jackknife_interval(values.mean(), left_out, 0.49, 0.51) == [0.49, 0.51]
-    assert jackknife_interval(None, left_out, 0, 1) is None
-    assert jackknife_interval(0.5, np.append(left_out, np.nan), 0, 1) is None

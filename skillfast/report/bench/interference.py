@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, points
+from skillfast.report.formatting import MINUS, UNDEFINED, finite, interval, number_of, percent, points
 from skillfast.report.parts import SEQUENTIAL, Figure, across, base, down, heatmap, labels, largest
 from skillfast.results.records import to_json
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from skillfast.results.bench import (
         BenchResults,
         EmbeddingControl,
+        EmbeddingDifference,
         EmbeddingReasons,
         InterferenceReasons,
         Pair,
@@ -29,6 +30,18 @@ def degrees(value: float | UnsetType | None) -> str:
     """An angle."""
     number = finite(value)
     return UNDEFINED if number is None else f"{number:.1f}{DEGREE}"
+
+
+def signed_degrees(value: float | None) -> str:
+    """A difference of angles."""
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:+.1f}{DEGREE}".replace("-", MINUS)
+
+
+def signed_similarity(value: float | None) -> str:
+    """A difference of similarities."""
+    number = finite(value)
+    return UNDEFINED if number is None else f"{number:+.3f}".replace("-", MINUS)
 
 
 def similarity(value: float | None) -> str:
@@ -89,7 +102,19 @@ def angles_say(results: BenchResults) -> str:
         f"{other}; 95 % intervals in brackets."
     )
     if control := found.random_control:
-        text += f" As many neurons at random turn it by {degrees(control.own_angle_deg)}."
+        text += (
+            f" As many neurons at random turn it by {degrees(control.own_angle_deg)}, others by "
+            f"{degrees(control.other_angle_deg)}."
+        )
+    if difference := found.difference:
+        own, other = (
+            f"{signed_degrees(value)} {interval(ends, degrees)}".rstrip()
+            for value, ends in (
+                (difference.own_angle_deg, difference.ci95["own_angle_deg"]),
+                (difference.other_angle_deg, difference.ci95["other_angle_deg"]),
+            )
+        )
+        text += f" Skills minus random: {own} for the class itself, {other} for the others."
     most = found.strongest.angle
     if not most:
         return text
@@ -134,7 +159,10 @@ def pair_rows(results: BenchResults) -> list[tuple[str, ...]]:
 
 
 def embedding_rows(results: BenchResults) -> list[tuple[str, ...]]:
-    """The mean over all removals, then each removal: the target's loss, then the metrics of embeddings."""
+    """The mean over all removals, random neurons and the difference, then each removal.
+
+    The target's loss, then the metrics of embeddings.
+    """
     found = results.standard_metrics
     assert found is not None
     ends = found.ci95
@@ -163,7 +191,25 @@ def embedding_rows(results: BenchResults) -> list[tuple[str, ...]]:
     control = found.random_control
     random = [] if control is None else [row("random control", results.random_control.target_drop, control)]
     rows = (row(name, values.target_drop, values) for name, values in found.per_class.items())
-    return [row("mean", found.target_drop, found), bounds, *random, *rows]
+    return [row("mean", found.target_drop, found), bounds, *random, *_beyond_random(found.difference), *rows]
+
+
+def _beyond_random(found: EmbeddingDifference | None) -> list[tuple[str, ...]]:
+    """What skills do beyond as many random neurons, and its intervals."""
+    if found is None:
+        return []
+
+    def change(value: float | None) -> str:
+        return points(value, signed=True)
+
+    writers = {
+        "cosine": signed_similarity, "rank_preservation": change, "knn_accuracy_change": change,
+        "target_knn_accuracy_change": change, "cka": signed_similarity,
+    }  # fmt: skip
+    return [
+        ("skills minus random", "", *(write(getattr(found, key)) for key, write in writers.items())),
+        ("95 % interval", "", *(interval(getattr(found.ci95, key), write) for key, write in writers.items())),
+    ]
 
 
 def embeddings_say(results: BenchResults) -> list[str]:

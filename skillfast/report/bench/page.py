@@ -42,6 +42,7 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
     classes = results.dataset.classes
     interfering = results.interference is not None and results.interference.strongest is not None
     matrix = [[cell(v) for v in row] for row in results.removal_matrix]
+    embeddings = interference.embedding_rows(results) if results.standard_metrics else []
     return {
         "results": results,
         "classes": classes,
@@ -61,7 +62,8 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         else None,
         "pairs_say": interference.pairs_say(results) if interfering else [],
         "pairs": interference.pair_rows(results) if interfering else [],
-        "embeddings": interference.embedding_rows(results) if results.standard_metrics else None,
+        "embeddings": embeddings,
+        "first_removal": len(embeddings) - len(classes),
         "embeddings_say": interference.embeddings_say(results) if results.standard_metrics else [],
         "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if results.selection else None,
         "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.overall else None,
