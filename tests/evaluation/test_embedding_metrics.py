@@ -226,6 +226,11 @@ def test_the_difference_to_random_draws(pair):
         low, high = getattr(result.difference.ci95, key)
         assert low < want < high
     assert result.difference.draws == 2
+    own = [found.knn_accuracy_change[labels == i].mean() for i, found in enumerate(skills)]
+    assert result.target_knn_accuracy_change == pytest.approx(np.mean(own))
+    low, high = result.ci95.target_knn_accuracy_change
+    spread = sum(found.knn_accuracy_change[labels == i].var() / (labels == i).sum() for i, found in enumerate(skills))
+    assert (high - low) / 2 == pytest.approx(2.02 * np.sqrt(spread) / 3, rel=0.25)
     assert result.random_control.cosine == pytest.approx(np.mean([found.cosine.mean() for found in random]))
     rows = np.stack([found.cosine for found in skills]).mean(0) - np.stack([found.cosine for found in random]).mean(0)
     means = np.array([found.cosine.mean() for found in random]).reshape(2, 3)
