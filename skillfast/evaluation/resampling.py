@@ -23,9 +23,8 @@ class Bootstrap:
         ]
 
     def own_class(self, change: np.ndarray) -> np.ndarray:
-        """Resampled change of class i's accuracy in row i: change [..., K, n] -> [..., K, replicates]."""
-        rows = [change[..., i, m] @ w for i, (m, w) in enumerate(zip(self.members, self.weights, strict=True))]
-        return np.stack(rows, -2)
+        """Resampled mean of each class's images: change [..., n] -> [..., K, replicates]."""
+        return np.stack([change[..., m] @ w for m, w in zip(self.members, self.weights, strict=True)], -2)
 
 
 class PairedBootstrap:

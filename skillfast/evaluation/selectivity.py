@@ -76,19 +76,19 @@ def resampled_terms(change: np.ndarray, bootstrap: Bootstrap) -> dict[str, np.nd
 def own_drops(
     predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What class i loses under conditions that take parts of skill i.
+    """What each class loses when parts of its own skill go.
 
     Args:
-        predictions: int64 [conditions, K, n].
+        predictions: int64 [parts, n], of every image with a part of its own class's skill removed.
         baseline: int64 [n], of the intact model.
         labels: int64 [n].
         bootstrap: Resamples of the n images.
 
     Returns:
-        float64 [conditions, K], and resampled [conditions, K, replicates].
+        float64 [parts, K], and resampled [parts, K, replicates].
     """
-    drops = -np.stack([np.diagonal(removal_matrix(part, baseline, labels)) for part in predictions])
-    return drops, -bootstrap.own_class((predictions == labels).astype(np.float64) - (baseline == labels))
+    lost = (baseline == labels).astype(np.float64) - (predictions == labels)
+    return np.stack([lost[:, m].mean(1) for m in bootstrap.members], 1), bootstrap.own_class(lost)
 
 
 def selectivity(predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> Selectivity:

@@ -563,6 +563,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     select: Seconds | None = None
     choose: Seconds | None = None
     sweep: Seconds
+    shares: Seconds | None = None
     embeddings: Seconds | None = None
     trade_off: Seconds | None = None
     trace_test: Seconds | None = None

@@ -29,6 +29,7 @@ from skillfast.runs.environment import environment
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
 from skillfast.runs.session import open_session
+from skillfast.runs.shares import OWN_PREDICTIONS, own_predictions
 from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 
@@ -87,10 +88,11 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         skills = dict(chosen.skills[chosen.chosen])
         removals = Removals.of(subject, list(skills.values()))
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
+        own = stage("shares", lambda: _shares(session, removals, swept.labels), OWN_PREDICTIONS)
         embedded = stage("embeddings", lambda: _embeddings(session, removals), Kept.optional(EmbeddingChanges.load))
         seed = session.config.run.seed
         on_test = stage("trade_off", lambda: _effects(session, chosen.skills, "test", intervals=seed), JSON)
-        found = _results(subject, removals, swept, embedded)
+        found = _results(subject, removals, swept, own, embedded)
         found["selection"] = chosen.to_json(on_test["candidates"])
         if scores.pearson is not None:
             held_out = stage(
@@ -166,14 +168,27 @@ def _effects(
 
 
 def _sweep(session: Session, removals: Removals) -> SweepResult:
-    """Every skill's components, its blocks and its random controls, removed on the test part."""
+    """Every skill and its random controls, removed on the test part."""
     subject = session.subject
     return sweep(
         subject.model,
         subject.loader("test"),
-        [*removals.components, *removals.blocks, *removals.controls],
+        [*removals.whole, *removals.controls],
         classes=subject.splits.classes,
         keep_predictions=True,
+        quiet=session.quiet,
+    )
+
+
+def _shares(session: Session, removals: Removals, labels: np.ndarray) -> np.ndarray:
+    """The test part's predictions with some kinds or blocks of each class's own skill removed."""
+    subject = session.subject
+    return own_predictions(
+        subject.model,
+        subject.loader("test"),
+        labels,
+        [*removals.components, *removals.blocks],
+        classes=subject.splits.classes,
         quiet=session.quiet,
     )
 
@@ -206,9 +221,13 @@ def _time_tracing(subject: Subject) -> dict[str, float | int]:
 
 
 def _results(
-    subject: Subject, removals: Removals, swept: SweepResult, embedded: EmbeddingChanges | None
+    subject: Subject,
+    removals: Removals,
+    swept: SweepResult,
+    own: np.ndarray,
+    embedded: EmbeddingChanges | None,
 ) -> dict[str, Any]:
-    """results.json without its cost."""
+    """results.json without its cost; `own` is what `_shares` gives."""
     skills, classes = removals.skills, subject.splits.classes
     k, labels, intact = len(skills), swept.labels, swept.top2[:, 0]
     sites = choose_sites(subject.model, subject.config.trace.sites)
@@ -217,11 +236,12 @@ def _results(
     def predicted(conditions: Sequence[Condition]) -> np.ndarray:  # [rows, K, n]
         return swept.predictions_of(condition.name for condition in conditions).reshape(-1, k, len(labels))
 
-    whole, parts, controls = map(predicted, (removals.whole, removals.components, removals.controls))
+    whole, controls = map(predicted, (removals.whole, removals.controls))
     bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
     oracle = selectivity.oracle_predictions(swept.top2, k)[None]
-    drops, resampled = selectivity.own_drops(parts, intact, labels, bootstrap)
-    by_block = np.concatenate([whole, predicted(removals.blocks)])
+    own = np.concatenate([whole[:, labels, np.arange(len(labels))], own])  # [1 + parts, n], under their own skill
+    subsets, by_block = own[: len(shapley.SUBSETS)], np.delete(own, range(1, len(shapley.SUBSETS)), 0)
+    drops, resampled = selectivity.own_drops(subsets, intact, labels, bootstrap)
     block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
     turns, control, seen = None, None, {}
     if embedded is not None:

@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 FEW = 2  # random draws per skill of what is dear to measure; two tell how draws differ
 
 
-def component_conditions(skills: Sequence[Skill], scale: float) -> list[Condition]:
-    """Each skill with only its neurons in each subset: conditions [len(SUBSETS), K], row by row."""
-    return [Condition(skill, components=subset, scale=scale) for subset in SUBSETS for skill in skills]
+def component_conditions(skills: Sequence[Skill], scale: float) -> list[list[Condition]]:
+    """Each skill with only its neurons in each subset of the kinds, but for all of them: [len(SUBSETS) - 1][K]."""
+    return [[Condition(skill, components=subset, scale=scale) for skill in skills] for subset in SUBSETS[1:]]
 
 
-def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[Condition]:
+def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[list[Condition]]:
     """Each skill with only its neurons in the first 1, 2, ... blocks, then in the last 1, 2, ... blocks.
 
     Returns:
-        Conditions [2 (blocks - 1), K], row by row, over the `occupied_blocks`; all blocks are the whole skill, which
-        `component_conditions` has.
+        Conditions [2 (blocks - 1)][K] over the `occupied_blocks`; all blocks are the whole skill.
     """
     blocks = occupied_blocks(skills, sites)
     where = {site.name: site.block for site in sites}
@@ -43,9 +42,11 @@ def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: floa
     first = [("first", blocks[:size]) for size in range(1, len(blocks))]
     last = [("last", blocks[-size:]) for size in range(1, len(blocks))]
     return [
-        Condition(within(skill, kept), scale=scale, name=f"{skill.name} ({end} {len(kept)} blocks)")
+        [
+            Condition(within(skill, kept), scale=scale, name=f"{skill.name} ({end} {len(kept)} blocks)")
+            for skill in skills
+        ]
         for end, kept in first + last
-        for skill in skills
     ]
 
 
@@ -65,16 +66,16 @@ class Removals:
     Attributes:
         skills: One skill per class.
         whole: Each skill, all of it.
-        components: Each skill with only its neurons in each subset of the kinds, the whole first.
-        blocks: Each skill with only its neurons in some blocks.
+        components: Each skill with only its neurons in some of the kinds, a row per subset.
+        blocks: Each skill with only its neurons in some blocks, a row per choice of blocks.
         controls: Random controls, as many per skill as the settings say.
         few_controls: The first of the random controls, for what is dear to measure.
     """
 
     skills: Sequence[Skill]
     whole: Sequence[Condition]
-    components: Sequence[Condition]
-    blocks: Sequence[Condition]
+    components: Sequence[Sequence[Condition]]
+    blocks: Sequence[Sequence[Condition]]
     controls: Sequence[Condition]
     few_controls: Sequence[Condition]
 

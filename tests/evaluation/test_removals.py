@@ -20,12 +20,12 @@ def test_drops_of_ones_own_class_and_their_resamples_agree():
     rng = np.random.default_rng(0)
     labels = np.arange(3).repeat(40)
     baseline = np.where(rng.random(120) < 0.9, labels, 0)
-    predictions = np.where(rng.random((2, 3, 120)) < 0.5, baseline, (labels + 1) % 3)
+    predictions = np.where(rng.random((2, 120)) < 0.5, baseline, (labels + 1) % 3)
     drops, resampled = own_drops(predictions, baseline, labels, Bootstrap(labels, 2000))
     for c in range(2):
         for k in range(3):
             own = labels == k
-            want = (baseline[own] == k).mean() - (predictions[c, k, own] == k).mean()
+            want = (baseline[own] == k).mean() - (predictions[c, own] == k).mean()
             np.testing.assert_allclose(drops[c, k], want)
             np.testing.assert_allclose(resampled[c, k].mean(), want, atol=0.01)
 

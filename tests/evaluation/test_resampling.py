@@ -33,9 +33,9 @@ def test_resampled_changes_are_those_of_weighted_images():
     for label, (members, weights) in enumerate(zip(bootstrap.members, bootstrap.weights, strict=True)):
         for image, weight in zip(members, weights, strict=True):
             over_all += change[:, image, None] * weight * len(members) / 50
-            own[label] += change[label, image] * weight
+            own[label] += change[0, image] * weight
     np.testing.assert_allclose(_resampled(change, LABELS, bootstrap), over_all)
-    np.testing.assert_allclose(bootstrap.own_class(change), own)
+    np.testing.assert_allclose(bootstrap.own_class(change[0]), own)
 
 
 def test_paired_counts_are_those_of_the_predictions_on_average():

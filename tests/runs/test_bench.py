@@ -11,6 +11,7 @@ import planted
 import pytest
 import torch
 from msgspec import structs
+from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
 from skillfast import BenchConfig
@@ -27,6 +28,7 @@ from skillfast.results.records import to_json
 from skillfast.results.skills import Skills
 from skillfast.runs import removals, selection
 from skillfast.runs.cost import trace_over_forward
+from skillfast.runs.shares import own_predictions
 from skillfast.skills.skill import random_skills
 
 
@@ -84,7 +86,8 @@ def test_bootstrap_of_one_class_equals_that_of_the_matrix():
     labels = rng.integers(0, 3, 60)
     change = rng.integers(-1, 2, (2, 3, 60)).astype(float)
     bootstrap = Bootstrap(labels, 20)
-    drop = -bootstrap.own_class(change).mean((0, 1))
+    own = change[:, labels, np.arange(60)]  # every image under its own class's removal
+    drop = -bootstrap.own_class(own).mean((0, 1))
     np.testing.assert_allclose(drop, removal.resampled_terms(change, bootstrap)["target_drop"])
 
 
@@ -123,7 +126,7 @@ def test_shares_of_a_planted_skill():
     """Class 3 lives in one MLP neuron and two attention neurons that can each carry it: Shapley gives them halves."""
     images, labels = planted.images(120)
     skill = skillfast.Skill("3", planted.PLANTED[3])
-    conditions = removals.component_conditions([skill], 0.0)
+    conditions = [skillfast.Condition(skill), *(row[0] for row in removals.component_conditions([skill], 0.0))]
     result = skillfast.sweep(planted.model(), [(images, labels)], conditions)
     drops = 1 - result.per_class_accuracy[:, [3]]
     found = to_json(contribution.layer_contribution(drops, drops[..., None], ["3"]))
@@ -214,8 +217,8 @@ def test_the_interval_of_a_blocks_share_covers():
     for trial in range(200):
         labels = np.arange(2).repeat(100)
         lost = rng.random(200)  # below 0.2: by block 0, then up to 0.6 by block 1
-        wrong = np.stack([lost < 0.6, lost < 0.2, (lost >= 0.2) & (lost < 0.6)])[:, None].repeat(2, 1)  # [3, K, n]
-        drops = np.stack([[row[k, labels == k].mean() for k in range(2)] for row in wrong])
+        wrong = np.stack([lost < 0.6, lost < 0.2, (lost >= 0.2) & (lost < 0.6)])  # [3, n]
+        drops = np.stack([[row[labels == k].mean() for k in range(2)] for row in wrong])
         resampled = Bootstrap(labels, 300, trial).own_class(wrong.astype(float))
         low, high = contribution.per_block([0, 1], drops, resampled, ["a", "b"])[0].ci95
         held += low <= 1 / 3 <= high
@@ -230,11 +233,19 @@ def test_shares_by_block_of_planted_skills():
     skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
     sites = find_sites(model)
     conditions = removals.block_conditions(skills, sites, 0.0)
-    assert len(conditions) == 2 * 2 * len(skills)
-    whole = [skillfast.Condition(skill) for skill in skills]
-    result = skillfast.sweep(model, [(images, labels)], [*whole, *conditions])
-    accuracy = result.per_class_accuracy.reshape(5, 5, planted.CLASSES)  # [1 + 2 (blocks - 1), K, classes]
-    drops = 1 - np.stack([np.diagonal(row) for row in accuracy])
+    assert [len(row) for row in conditions] == 2 * 2 * [len(skills)]
+    rows = [[skillfast.Condition(skill) for skill in skills], *conditions]
+    shown = labels < 5  # "none" has no neurons
+    loader = DataLoader(TensorDataset(images[shown], labels[shown]), batch_size=64)
+    forwards = []
+    handle = model.head.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    of_own = own_predictions(model, loader, labels[shown].numpy(), rows, classes=list("01234"))
+    handle.remove()
+    result = skillfast.sweep(model, loader, [*itertools.chain(*rows)], classes=5, keep_predictions=True)
+    every = result.predictions.reshape(5, 5, -1)  # [1 + 2 (blocks - 1), K, n]
+    np.testing.assert_array_equal(of_own, every[:, labels[shown], np.arange(100)])
+    assert sum(forwards) < 2 * (1 + len(rows)) * 100  # a fifth of 26 x 100, and what verifying the routes takes
+    drops = np.stack([(of_own != labels[shown].numpy())[:, labels[shown] == k].mean(1) for k in range(5)], 1)
     blocks = contribution.occupied_blocks(skills, sites)
     assert blocks == [0, 1, 2]
     found = to_json(contribution.per_block(blocks, drops, drops[..., None], list("01234")))

@@ -37,6 +37,7 @@ STAGES = {
     "trade_off": "all methods on the test examples",
     "trace_test": "tracing the neurons on the test examples",
     "sweep": "removing them",
+    "shares": "removing parts of them",
     "embeddings": "comparing embeddings",
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
