@@ -123,6 +123,46 @@ class NeuronStatistics:
             checked = self.check(metrics, x.shape[0])
             self._calibrate(x.clone() if x.is_inference() else x, torch.cat([checked, checked[:, :1]], 1))
 
+    @property
+    def keeping(self) -> bool:
+        """Whether rows are still kept, to be exact or to set the edges."""
+        return self.state.keeping
+
+    def keep_rows(self, keep: torch.Tensor) -> None:
+        """Forget those of the rows that are still kept for which keep, bool [rows], is False."""
+        buffer = self.state.buffer
+        rows, values = (kept[keep.to(self.device)] for kept in buffer.contents)
+        buffer.filled, buffer.summed = len(rows), 0
+        for target, kept in zip(buffer.contents, (rows, values), strict=True):
+            target.copy_(kept)
+        self.state.moments.clear()  # they are summed anew, the shift stays
+
+    def calibrated_table(self) -> BinTable:
+        """An empty table whose edges are those of the rows so far.
+
+        Raises:
+            ArgumentError: Nothing was counted.
+        """
+        state = self.state
+        if state.table is not None:
+            return state.table.like(self.device)
+        if not state.buffer.filled:
+            raise ArgumentError("calibrate: expected at least one row counted before, got none")
+        rows, values = state.buffer.contents
+        with torch.inference_mode(False):
+            return BinTable.calibrated(self.settings.metrics, self.settings.bins, rows, self.settings.named(values))
+
+    def count_in(self, table: BinTable) -> None:
+        """Count the rows that are kept, and all later ones, in an empty table."""
+        self._sum_buffered()
+        rows, values = self.state.buffer.contents
+        self.state.table = table
+        with torch.inference_mode(False):
+            self.state.buffer = RowBuffer.empty(self.settings, 0, rows.dtype, self.device)
+        step = self.settings.buffer_rows
+        for part, checked in zip(rows.split(step), values.split(step), strict=True):
+            self._count_in_bins(part, checked)
+
     def calibrate_on_counted(self) -> None:
         """Let the rows counted so far set the bin edges as `calibrate` does, and forget them.
 
@@ -238,10 +278,11 @@ class NeuronStatistics:
 
     def like(self) -> NeuronStatistics:
         """An empty accumulator of the same neurons, metrics, shift and bin edges: a shard to `merge` later."""
-        return NeuronStatistics._of(self.state.like(self.device))
+        return NeuronStatistics.of_state(self.state.like(self.device))
 
     @staticmethod
-    def _of(state: State) -> NeuronStatistics:
+    def of_state(state: State) -> NeuronStatistics:
+        """An accumulator that goes on from a state, which it owns from then on."""
         made = NeuronStatistics.__new__(NeuronStatistics)
         made.state = state
         return made
@@ -305,7 +346,7 @@ class NeuronStatistics:
         Raises:
             ArgumentError: Another schema version, or tensors of another shape.
         """
-        return NeuronStatistics._of(persistence.from_dict(state, torch.device(device)))
+        return NeuronStatistics.of_state(persistence.from_dict(state, torch.device(device)))
 
     def save(self, directory: str | Path) -> Path:
         """Write the state as `statistics.safetensors` into the folder; returns its path."""
@@ -336,12 +377,17 @@ class NeuronStatistics:
         scoring.warn_of_reasons(result)
         return result
 
-    def scores(self) -> NeuronScores:
-        """`compute` without the warning."""
+    def scores(self, rate: float = 1.0) -> NeuronScores:
+        """`compute` without the warning.
+
+        Args:
+            rate: With which probability each observation of a larger set was counted here; the bounds are then how far
+                the statistics can be from those of the whole set, at `SAMPLING_CONFIDENCE`.
+        """
         if self.n_observations == 0:
             raise ArgumentError("compute: expected at least one observation, got none; call update first")
         self._settle()
-        return scoring.scores(self.state)
+        return scoring.scores(self.state, rate)
 
     def _settle(self) -> None:
         """Count whatever waits in the buffer; rows that are kept stay."""

@@ -239,13 +239,18 @@ def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor
         error[part] = torch.where(count >= max(2, b // 2), (squares / (count - 1)).sqrt(), torch.nan)
     quantile = float(stats.t.ppf((1 + LEVEL) / 2, b - 1))
     p = 2 * stats.t.sf(np.abs((z / error).cpu().numpy()), b - 1)
-    q = np.full_like(p, np.nan)
-    known = np.isfinite(p)
-    if known.any():
-        q[known] = stats.false_discovery_control(p[known])
     return {
         "pearson_low": torch.tanh(z - quantile * error),
         "pearson_high": torch.tanh(z + quantile * error),
         "pearson_p": torch.from_numpy(p),
-        "pearson_q": torch.from_numpy(q),
+        "pearson_q": torch.from_numpy(adjusted(p)),
     }
+
+
+def adjusted(p: np.ndarray) -> np.ndarray:
+    """P adjusted over all that are known (Benjamini and Hochberg); NaN where p is."""
+    q = np.full_like(p, np.nan)
+    known = np.isfinite(p)
+    if known.any():
+        q[known] = stats.false_discovery_control(p[known])
+    return q

@@ -40,6 +40,8 @@ class NeuronScores:
         mean: float64 [n_neurons], in units of the (pooled) activation.
         std: float64 [n_neurons], population standard deviation.
         n_observations: Rows counted.
+        n_ranked: Rows that all statistics but Pearson's r come from: a sample where tokens are observations and there
+            are many; None without such statistics.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
         pearson_low: float64 [n_neurons, n_columns], lower end of the 95 % bootstrap interval of r; None without
             `n_bootstrap`.
@@ -48,10 +50,13 @@ class NeuronScores:
         pearson_q: p adjusted over all neurons and columns of the accumulator (Benjamini and Hochberg).
         spearman: float64 [n_neurons, n_columns], Spearman's rho.
         spearman_bound: How far `spearman` can be from the rho of sorted rows, whatever the data: a certificate, not an
-            interval.
+            interval. Where ranks come from a sample of the tokens it holds the sampling error as well, with 99 %
+            confidence for each neuron and column by itself.
         auroc: float64 [n_neurons, n_columns], area under the ROC curve; NaN for continuous metrics.
-        auroc_bound: How far `auroc` can be from the one of sorted rows, whatever the data.
-        mutual_info: float64 [n_neurons, n_columns], mutual information in nats, of a class against the rest; 0 for a
+        auroc_bound: How far `auroc` can be from the one of sorted rows, as for `spearman_bound`.
+        mutual_info: float64 [n_neurons, n_columns], mutual information in nats, of a class against the rest, at most
+            log 2; of a continuous metric with its 8 soft levels, at most about 1.5 however exactly the neuron follows
+            it. So compare neurons within a column, not columns of labels with those of continuous metrics. 0 for a
             constant neuron.
         sites: The sites whose neurons these are, in order; empty for activations without a model.
         pool: How tokens became one observation; None for activations without a model.
@@ -66,6 +71,7 @@ class NeuronScores:
     mean: np.ndarray
     std: np.ndarray
     n_observations: int
+    n_ranked: int | None = None
     pearson: np.ndarray | None = None
     pearson_low: np.ndarray | None = None
     pearson_high: np.ndarray | None = None
@@ -127,7 +133,7 @@ class NeuronScores:
 
         Returns:
             A frame with columns `layer` (integer, missing for the head), `kind`, `head` (missing outside attention),
-            `unit`, `metric`, `statistic`, `value`.
+            `unit`, `metric`, `statistic`, `value`, `n` (observations that the value comes from).
         """
         import pandas as pd
 
@@ -140,7 +146,8 @@ class NeuronScores:
         for column in columns:
             for statistic in (name for name in _PER_COLUMN if name in scores.arrays()):
                 values = scores.arrays()[statistic][:, self.columns.index(column)]
-                part = neurons.assign(metric=column, statistic=statistic, value=values)
+                n = self.n_observations if statistic.startswith("pearson") else self.n_ranked
+                part = neurons.assign(metric=column, statistic=statistic, value=values, n=n)
                 if top is not None:
                     part = part.loc[part["value"].abs().nlargest(top).index]
                 parts.append(part)
@@ -153,6 +160,7 @@ class NeuronScores:
             "schema": SCHEMA,
             "columns": self.columns,
             "n_observations": self.n_observations,
+            "n_ranked": self.n_ranked,
             "sites": [asdict(site) for site in self.sites],
             "pool": self.pool,
             "fingerprint": self.fingerprint,
@@ -170,6 +178,7 @@ class NeuronScores:
             return NeuronScores(
                 columns=tuple(header["columns"]),
                 n_observations=header["n_observations"],
+                n_ranked=header["n_ranked"],
                 sites=tuple(Site(**site) for site in header["sites"]),
                 pool=header["pool"],
                 fingerprint=header["fingerprint"],

@@ -22,11 +22,12 @@ LEAST_SQUARE = 1e-30  # mean squares of a neuron below this underflow in float32
 LEAST_VARIANCE, MOST_VARIANCE = 1e-60, 1e50  # variances of a metric beyond these leave float32's range
 
 
-def scores(state: State) -> NeuronScores:
+def scores(state: State, rate: float = 1.0) -> NeuronScores:
     """The statistics that the settings ask for, and what has no score by reason.
 
     Args:
         state: At least one row is counted, and all rows of its buffer are in the co-moments.
+        rate: With which probability each row of a larger set was counted, to which the bounds then refer.
     """
     moments, statistics, columns = state.moments, state.settings.statistics, state.settings.columns
     mean, variance, _, variance_y = moments.mean_and_variance()
@@ -43,7 +44,7 @@ def scores(state: State) -> NeuronScores:
     if "pearson" in statistics:
         arrays["pearson"] = moments.pearson(constant_x | beyond_x, constant_y | beyond_y)
     stale = torch.zeros_like(constant_x)
-    counted = _bin_scores(state, non_finite)
+    counted = _bin_scores(state, non_finite, rate)
     if counted is not None:
         stale = counted.stale & ~non_finite & ~constant_x
         for name in OF_BINS:
@@ -70,22 +71,23 @@ def scores(state: State) -> NeuronScores:
         mean=mean.cpu().numpy(),
         std=variance.sqrt().cpu().numpy(),
         n_observations=int(moments.count),
+        n_ranked=None if counted is None else int(moments.count),
         reasons={name: where for name, where in reasons.items() if where},
         **{name: array.cpu().numpy() for name, array in arrays.items()},  # type: ignore[arg-type]
     )
 
 
-def _bin_scores(state: State, non_finite: torch.Tensor) -> BinScores | None:
+def _bin_scores(state: State, non_finite: torch.Tensor, rate: float) -> BinScores | None:
     """Exact scores while all rows are there, then those of the table; None without statistics that need either."""
     if state.table is not None:
-        return state.table.scores()
+        return state.table.scores(rate)
     if not state.keeping:
         return None
     rows, values = state.buffer.contents
     if bool(non_finite.any()):
         rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
     settings = state.settings
-    return exact(BinLayout.of(settings.metrics, settings.bins), rows, settings.named(values))
+    return exact(BinLayout.of(settings.metrics, settings.bins), rows, settings.named(values), rate)
 
 
 def warn_of_reasons(scores: NeuronScores) -> None:

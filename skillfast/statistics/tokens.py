@@ -1,28 +1,79 @@
 """`TokenStatistics`: an accumulator whose observations are tokens, of which no row is kept.
 
-Pearson's r counts every token, from sums over each example's tokens. Ranks need rows: they come from a few tokens of
-each example, drawn at random, in an accumulator of their own.
+Pearson's r counts every token, from sums over each example's tokens. Ranks need rows: they come from a sample of the
+tokens, in an accumulator of its own. Every token of the run is in it with the same probability, long text or short.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.statistics import distributed, inputs, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.bins.edges import exact_rows
+from skillfast.statistics.bootstrap import Numbering, mix
 from skillfast.statistics.state import AccumulatorSettings, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from skillfast.metrics import Metric
+    from skillfast.statistics.bins.table import BinTable
     from skillfast.statistics.scores import NeuronScores
 
-SAMPLED = 4  # tokens per example and forward that the ranks are computed from
+MOST_HALVINGS = 5  # of the share of tokens in the sample: once rows are counted in bins, it is 1 / 32
+
+
+@dataclass
+class TokenSample:
+    """Which tokens the ranks see: those whose hash lies below a limit, which is halved whenever they become too many.
+
+    The hash is of the example's number and of the token's place among the real ones, so the sample depends neither on
+    batches nor on padding, and all tokens of the run are in it with one probability, the earlier ones too.
+
+    Attributes:
+        seed: Seed of the hash.
+        capacity: How many rows can be kept.
+        stream: Tells this process's examples from those of others.
+        halvings: How often the limit was halved; the share of tokens in the sample is 2 ** -halvings.
+        examples: How many examples were counted.
+        kept: uint64, hashes of the rows that are kept, in their order.
+    """
+
+    seed: int
+    capacity: int
+    stream: int = field(default_factory=lambda: Numbering.of_process().stream)
+    halvings: int = 0
+    examples: int = 0
+    kept: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    @property
+    def rate(self) -> float:
+        """Share of the tokens that are in the sample."""
+        return 2.0**-self.halvings
+
+    def hashes(self, mask: np.ndarray) -> np.ndarray:
+        """uint64 [batch, tokens] of the next examples' tokens; mask bool [batch, tokens] tells the real ones."""
+        example = self.examples + np.arange(len(mask))[:, None]
+        return mix(self.seed, self.stream, example, np.cumsum(mask, 1))
+
+    def below(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether tokens of these hashes are in the sample."""
+        return (hashes >> np.uint64(64 - self.halvings)) == 0 if self.halvings else np.ones(hashes.shape, dtype=bool)
+
+    def make_room(self, coming: np.ndarray) -> np.ndarray:
+        """Halve the limit until the rows that are kept and those to come are few enough; which of the former stay."""
+        while (
+            self.halvings < MOST_HALVINGS
+            and self.below(self.kept).sum() + self.below(coming).sum() > self.capacity
+        ):  # fmt: skip
+            self.halvings += 1
+        return self.below(self.kept)
 
 
 class TokenStatistics:
@@ -31,7 +82,8 @@ class TokenStatistics:
     Args:
         n_neurons: Number of neurons, D.
         metrics: Name -> kind of metric.
-        statistics: Which statistics to compute; all but Pearson's r from a sample of the tokens.
+        statistics: Which statistics to compute; all but Pearson's r from a sample of the tokens: all of them up to 16
+            per bin, then so many of an even share of all, then a 32nd of all.
         bins: Bins per neuron.
         n_bootstrap: Replicates of the bootstrap, in which the tokens of an example stay together; None for none.
         seed: Seed of the sample, and of the replicates.
@@ -60,7 +112,9 @@ class TokenStatistics:
                 n_neurons, metrics, ranked, bins=bins, seed=seed, buffer_rows=buffer_rows, device=device
             )
         self.has_pearson = "pearson" in statistics
-        self._generator = torch.Generator().manual_seed(seed)
+        self._sample = TokenSample(seed, exact_rows(bins))
+        self._coming = self._sample.kept  # hashes of the tokens that were picked and wait to be counted
+        self._empty_table: BinTable | None = None  # with edges from calibration, for when rows are no longer kept
 
     @property
     def device(self) -> torch.device:
@@ -173,16 +227,33 @@ class TokenStatistics:
             state.replicates.add_sums(sums, counts, shifted, values[:, -1].long())
 
     def pick(self, batch: int, tokens: int, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """int64 [batch, s]: which tokens of each example the ranks see, with replacement; None without ranks."""
+        """int64, which of the batch * tokens tokens the ranks see; None without ranks."""
         if self._sampled is None:
             return None
-        drawn = torch.rand(batch, min(SAMPLED, tokens), generator=self._generator).to(self.device)
-        if mask is None:
-            return (drawn * tokens).long().clamp_max(tokens - 1)
-        real = mask.sum(1, keepdim=True)
-        nth = (drawn * real).long().clamp_max(tokens - 1)  # the n-th real token
-        order = torch.argsort(~mask, dim=1, stable=True)  # real tokens first
-        return order.gather(1, nth)
+        real = np.ones((batch, tokens), dtype=bool) if mask is None else mask.cpu().numpy()
+        hashes = self._sample.hashes(real)
+        if self._sampled.keeping:
+            self._thin(hashes[real])
+        chosen = real & self._sample.below(hashes)
+        self._coming = hashes[chosen]
+        if self._sampled.keeping and len(self._sample.kept) + len(self._coming) > self._sample.capacity:
+            self._start_counting()
+        return torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
+
+    def _thin(self, coming: np.ndarray) -> None:
+        """Keep fewer rows where those to come would be too many."""
+        assert self._sampled is not None
+        sample = self._sample
+        stay = sample.make_room(coming)
+        if not stay.all():
+            self._sampled.keep_rows(torch.from_numpy(stay))
+            sample.kept = sample.kept[stay]
+
+    def _start_counting(self) -> None:
+        """Count the rows that are kept, and all later ones, in bins whose edges calibration has set, if it has."""
+        if self._sampled is not None and self._empty_table is not None:
+            self._sampled.count_in(self._empty_table)
+            self._empty_table = None
 
     def reserve(self, n: int) -> torch.Tensor:
         """Room for n sampled rows; see `NeuronStatistics.reserve`."""
@@ -190,21 +261,36 @@ class TokenStatistics:
         return self._sampled.reserve(n)
 
     def commit(self, rows: torch.Tensor, picked: torch.Tensor, checked: torch.Tensor, keep: torch.Tensor) -> None:
-        """Count sampled rows [batch * s, D], of tokens [batch, s], with metrics float64 [batch, tokens, metrics]."""
+        """Count the rows of tokens that were picked.
+
+        Args:
+            rows: [n, D], as they were reserved.
+            picked: int64 [n], from `pick`.
+            checked: float64 [batch, tokens, metrics].
+            keep: bool [batch], which examples count.
+        """
         assert self._sampled is not None
-        s = picked.shape[1]
-        values = checked.gather(1, picked[:, :, None].expand(-1, -1, checked.shape[-1])).flatten(0, 1)
+        batch, tokens, _ = checked.shape
+        example = picked // tokens
+        values = checked[example, picked % tokens]
         if not bool(keep.all()):
-            of_row = keep.repeat_interleave(s)
+            of_row = keep[example]
             kept = rows[of_row]
             rows[: len(kept)] = kept
             values = values[of_row]
+            self._coming = self._coming[of_row.cpu().numpy()]
         self._sampled.commit(values)
+        self._sample.examples += batch
+        if self._sampled.keeping:
+            self._sample.kept = np.concatenate([self._sample.kept, self._coming])
 
     def calibrate_on_counted(self) -> None:
         """Let the sampled tokens so far set the bins' edges, and forget all that was counted."""
         if self._sampled is not None:
-            self._sampled.calibrate_on_counted()
+            self._empty_table = self._sampled.calibrated_table()
+            state = self._sampled.state
+            self._sampled = NeuronStatistics.of_state(State.empty(state.settings, state.device))
+            self._sample = TokenSample(self._sample.seed, self._sample.capacity)
         self._sums.moments.clear()
         if self._sums.replicates is not None:
             self._sums.replicates.clear()
@@ -212,8 +298,17 @@ class TokenStatistics:
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""
         distributed.reduce(self._sums, group)
-        if self._sampled is not None:
-            self._sampled.all_reduce(group)
+        if self._sampled is None:
+            return
+        sample = self._sample
+        told = distributed.gather((sample.halvings, self._sampled.keeping), group)
+        sample.halvings = max(halvings for halvings, _ in told)
+        if self._sampled.keeping:
+            self._thin(sample.kept[:0])
+            if not all(keeping for _, keeping in told):
+                self._start_counting()
+        sample.kept = np.concatenate(distributed.gather(sample.kept, group))
+        self._sampled.all_reduce(group)
 
     def scores(self) -> NeuronScores:
         """Pearson's r, mean and deviation of all tokens; ranks of those that were sampled."""
@@ -224,9 +319,10 @@ class TokenStatistics:
             found = replace(found, pearson=None)
         if self._sampled is None:
             return found
-        ranked = self._sampled.scores()
+        ranked = self._sampled.scores(self._sample.rate)
         names = ("spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info")
         reasons = {**found.reasons}
         if "stale_edges" in ranked.reasons:
             reasons["stale_edges"] = ranked.reasons["stale_edges"]
-        return replace(found, reasons=reasons, **{name: getattr(ranked, name) for name in names})
+        arrays = {name: getattr(ranked, name) for name in names}
+        return replace(found, n_ranked=ranked.n_observations, reasons=reasons, **arrays)

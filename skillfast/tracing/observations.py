@@ -176,7 +176,7 @@ class PooledRows(_Rows):
 
 
 class TokenRows(_Rows):
-    """Each token an observation: sums over the tokens of a sample, and a few tokens drawn at random for the ranks.
+    """Each token an observation: sums over the tokens of an example, and a sample of the tokens for the ranks.
 
     Metrics with one value per sample need no more than each sample's sums, so they may be known after the forward.
     Metrics per token must be expected before it, and are accumulated while the activations are in registers.
@@ -198,8 +198,8 @@ class TokenRows(_Rows):
         self._sums: torch.Tensor | None = None  # [2, batch, sum of widths]: sums and sums of squares about the center
         self._added: dict[str, tuple[torch.Tensor, ...]] = {}  # site -> sum_x, sum_xx, sum_xy of this forward
         self._values: torch.Tensor | None = None  # float64 [batch, tokens, metrics], where they were expected
-        self._picked: torch.Tensor | None = None  # int64 [batch, s]
-        self._sample: torch.Tensor | None = None  # [batch * s, sum of widths], a view of the sampled rows' buffer
+        self._picked: torch.Tensor | None = None  # int64 [n], of batch * tokens
+        self._sample: torch.Tensor | None = None  # [n, sum of widths], a view of the sampled rows' buffer
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Sum a site's activations over the tokens; return the activated tensor."""
@@ -230,8 +230,7 @@ class TokenRows(_Rows):
         if self._sample is not None:
             assert self._picked is not None
             flowing = as_tokens(y if write else x)  # only an identity is not written
-            rows = flowing.gather(1, self._picked[:, :, None].expand(-1, -1, x.shape[-1]))
-            self._sample[:, columns] = rows.flatten(0, 1)
+            self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked)
         return y
 
     def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:

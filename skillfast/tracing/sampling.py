@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_LEAST_BATCHES = 8  # of a list that edges come from: one batch may hold a single class
 _BUFFER_BYTES = 256 << 20  # of batches held to be shuffled
 
 
@@ -98,9 +99,10 @@ def _random_batches(batches: Sequence[Any], rows: int, exact_rows: int, seed: in
         return []
     order = list(batches)
     random.Random(seed).shuffle(order)
-    chosen, count = [], 0
+    chosen: list[Any] = []
+    count = 0
     for batch in order:
-        if count >= rows:
+        if count >= rows and len(chosen) >= _LEAST_BATCHES:
             break
         chosen.append(batch)
         count += _rows_of(batch)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
+TOKENS = 8  # that an example has at least, or about; so many fewer examples set the bins' edges where each counts
 MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the caller says so
 
 
@@ -94,7 +95,8 @@ def trace(
     run = forward or classification_forward
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counter = _BatchCounter(tracer, model, run, mask)
-    order = sampling.plan(loader, calibration_rows(bins), exact_rows(bins))
+    per = TOKENS if pool == "none" else 1
+    order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per)
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:

@@ -15,6 +15,7 @@ from skillfast.memory.state import state_bytes, warn_of_state
 from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
 from skillfast.statistics import distributed
 from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.bootstrap import adjusted
 from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.tokens import TokenStatistics
@@ -44,7 +45,8 @@ class Tracer:
         pool: How the tokens of an example become one observation: `"mean"`, `"cls"` (first token), `"max"`, `"last"`;
             `"none"`: each token is an observation.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`. With tokens as
-            observations Pearson's r counts every token, the others 4 of each example, drawn at random.
+            observations Pearson's r counts every token, the others a sample in which each token is with the same
+            probability: all up to 16 per bin, in long runs a 32nd.
         bins: Bins per neuron for all but Pearson's r; 2 to 256.
         n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         seed: Seed of the bootstrap's replicates.
@@ -246,6 +248,8 @@ class Tracer:
         arrays: dict[str, Any] = {
             name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()
         }
+        if "pearson_p" in arrays:  # over all neurons, on however many devices they are
+            arrays["pearson_q"] = adjusted(arrays["pearson_p"])
         scores = replace(
             parts[0],
             **arrays,

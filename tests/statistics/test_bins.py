@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
+import skillfast
 from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
 from skillfast.statistics.bins import estimates
@@ -354,6 +355,15 @@ def test_mutual_information_of_independent_data():
     assert scores.mutual_info.mean(0).max() < 1e-3
     counts, _ = BinLayout.of(metrics(), BINS).split(table.double())
     assert estimates.mutual_information(counts[:, :, :10]).mean() < 1e-3
+
+
+def test_mutual_information_with_soft_levels_has_a_ceiling():
+    """A neuron that is the metric itself gets 1.5 nats, whatever the number of rows; one that is the label log 2."""
+    for n in (5000, 40_000):
+        y = torch.randn(n, generator=torch.Generator().manual_seed(0))
+        found = skillfast.correlate(y[:, None], {"loss": y, "label": y > 0}, statistics=("mutual_info",)).mutual_info[0]
+        assert 1.4 < found[0] < 1.6
+        assert abs(found[1] - np.log(2)) < 0.02
 
 
 def test_few_rows_are_exact():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from skillfast import Binary, Categorical, Continuous, NeuronStatistics
+from skillfast import Binary, Categorical, Continuous, NeuronStatistics, Tracer
 from skillfast.errors import ArgumentError
 from skillfast.statistics import bootstrap
 
@@ -128,6 +128,18 @@ def test_adjusted_p_is_benjamini_and_hochbergs():
     assert known.sum() == 16
     np.testing.assert_allclose(scores.pearson_q[known], stats.false_discovery_control(scores.pearson_p[known]))
     assert scores.pearson_q[0, 3] < 0.01 < scores.pearson_q[1, 3]
+
+
+def test_adjusted_p_does_not_depend_on_how_neurons_are_grouped(vit, batches):
+    """With tokens as observations the classifier counts by itself, as the neurons of another device do."""
+    tracer = Tracer(vit, {"label": Categorical(5)}, pool="none", statistics=("pearson",), n_bootstrap=16)
+    with tracer, torch.no_grad():
+        for x, y in batches:
+            vit(x)
+            tracer.step(label=y)
+    scores = tracer.compute()
+    known = np.isfinite(scores.pearson_p)
+    np.testing.assert_allclose(scores.pearson_q[known], stats.false_discovery_control(scores.pearson_p[known]))
 
 
 def test_too_few_replicates_or_wrong_groups_are_refused():

@@ -302,3 +302,50 @@ def test_tokens_of_processes_with_centers_of_their_own_add_up(two, forgotten):
     for shard in shards:
         assert shard.n_observations == lengths.sum()
         check(shard._sums, x, part(values, torch.from_numpy(tokens)), groups=tokens)
+
+
+def ranking(x, loss, n, stream, *, calibrated):
+    """Ranks over the tokens of the first n texts of x [texts, tokens, 3]; no sums are wanted."""
+    tokens = x.shape[1]
+    acc = TokenStatistics(
+        3, {"loss": Continuous()}, ("spearman",), bins=4, n_bootstrap=None, seed=0, buffer_rows=16,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+    def count(rows):
+        for few in rows.split(5):
+            picked = acc.pick(len(few), tokens, None)
+            acc.reserve(len(picked)).copy_(x[few].flatten(0, 1)[picked])
+            checked = loss[few][:, None, None].expand(-1, tokens, 1)
+            acc.commit(acc._sampled.state.buffer.rows[:0], picked, checked, torch.ones(len(few), dtype=torch.bool))
+            acc._sums.moments.count += len(few) * tokens
+
+    if calibrated:
+        count(torch.arange(20))
+        acc.calibrate_on_counted()
+    acc._sample.stream = stream
+    count(torch.arange(n))
+    return acc
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("short", "long"), [(8, 30), (8, 400), (300, 400)])
+def test_samples_of_processes_become_one_with_one_rate(two, short, long, calibrated):
+    if long == 400 and short == 8 and not calibrated:
+        return  # one process has bins and the other has no edges for them: refused, as for pooled rows
+    tokens, g = 9, torch.Generator().manual_seed(0)
+    x, loss = torch.randn(long, tokens, 3, generator=g), torch.randn(long, generator=g).double()
+    x += loss[:, None, None].float()
+    shards = [ranking(x, loss, n, i, calibrated=calibrated) for i, n in enumerate((short, long))]
+    if short == 300 and not calibrated:
+        with pytest.raises(ArgumentError, match="calibrate"):
+            two.run(lambda shard: shard.all_reduce(), shards)
+        return
+    two.run(lambda shard: shard.all_reduce(), shards)
+    one, other = (shard.scores() for shard in shards)
+    rate = min(shard._sample.rate for shard in shards)
+    expected = (short + long) * tokens * rate
+    assert one.n_ranked == other.n_ranked
+    assert abs(one.n_ranked - expected) < 4 * np.sqrt(expected)
+    np.testing.assert_array_equal(one.spearman, other.spearman)
+    np.testing.assert_array_equal(one.spearman_bound, other.spearman_bound)

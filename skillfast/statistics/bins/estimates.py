@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 
 from skillfast.statistics.bins.layout import UNIT
 
+SAMPLING_CONFIDENCE = 0.99  # that a neuron's score lies within its bound, where rows are a sample of all
 ROUNDING = 1e-12  # added to bounds: float64 rounding in them and in whatever they are compared with
 
 
@@ -154,13 +156,98 @@ def spearman_continuous(
     fitted = sums @ fit.coefficients / UNIT  # [d, C], sum of the fitted ranks in each bin
     between = ((_ratio(fitted.square(), occupancy).sum(1) / n).sqrt() / max(fit.deviation, ROUNDING)).clamp(0, 1)
     unexplained = 1 - (between - fit.residual).clamp_min(0).square()
-    shift = (
-        (1 - ranks.hidden).sqrt() * fit.residual * (1 - projected).clamp(0, 1).sqrt()
-        + ranks.hidden.sqrt() * unexplained.sqrt()
-    )  # fmt: skip
+    # Ties in open bins leave the ranks less variance than `hidden` says, so it does not shrink the first part.
+    shift = fit.residual * (1 - projected).clamp(0, 1).sqrt() + ranks.hidden.sqrt() * unexplained.sqrt()
     constant = is_constant(occupancy, atomic) | (fit.deviation == 0)
     rho, bound = _bounded(rho[:, None], shift[:, None], ranks, constant[:, None])
     return rho[:, 0], bound[:, 0]
+
+
+def _above(mass: torch.Tensor) -> torch.Tensor:
+    """What lies above each bin of [d, C, ...], and half of what lies in it."""
+    return mass.flip(1).cumsum(1).flip(1) - mass / 2
+
+
+def _reach(variance: torch.Tensor, n: torch.Tensor, rate: float) -> torch.Tensor:
+    """How far a mean over a sample can be from that over all, at `SAMPLING_CONFIDENCE`; infinite from one row.
+
+    Args:
+        variance: Variance of one row's influence, over all n rows.
+        n: Rows that it is estimated from.
+        rate: Share of all rows that are in the sample, each with this probability.
+    """
+    freedom = (n - 1).clamp_min(0)
+    quantile = torch.from_numpy(stats.t.ppf((1 + SAMPLING_CONFIDENCE) / 2, freedom.clamp_min(1).cpu().numpy()))
+    reach = quantile.to(variance.device) * ((1 - rate) * variance / freedom).sqrt()
+    return torch.where(freedom > 0, reach, torch.inf)
+
+
+def label_sampling(positives: torch.Tensor, occupancy: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far rho and AUROC of a sample of the rows can be from those of all, for each neuron and label.
+
+    The standard errors are those of the influence of single rows: of rho, a correlation of ranks with a label, and of
+    AUROC (DeLong, DeLong and Clarke-Pearson, 1988). Rows are drawn by themselves, so rows that are alike, as tokens of
+    one text are, make the errors no larger.
+
+    Args:
+        positives: [d, C, K].
+        occupancy: [d, C].
+        rate: Share of all rows that are in the sample.
+
+    Returns:
+        float64 [d, K] each.
+    """
+    n = occupancy.sum(1)[:, None]
+    one = positives.sum(1)
+    other = n - one
+    negatives = occupancy[:, :, None] - positives
+    u = ((occupancy.cumsum(1) - occupancy / 2) / n - 0.5)[:, :, None]  # [d, C, 1], ranks
+    mass = (occupancy / n)[:, :, None]
+    scale = (mass * u.square()).sum(1, keepdim=True).sqrt()  # [d, 1, 1]
+    prevalence = (one / n)[:, None]
+    deviation = (prevalence * (1 - prevalence)).sqrt()  # [d, 1, K]
+    low, high = _ratio(-prevalence, deviation), _ratio(1 - prevalence, deviation)
+    above = _above((positives * high + negatives * low) / n[:, :, None])
+    moves = _ratio(u.square() + 2 * _above(mass * u), scale.square()) - 3  # of the ranks' variance
+    covariance = ((positives * high + negatives * low) * u).sum(1, keepdim=True) / n[:, :, None]
+    rho = _ratio(covariance, scale)
+    squares = torch.zeros_like(one)
+    for rows, y in ((positives, high), (negatives, low)):
+        influence = _ratio(u * y + above - 2 * covariance, scale) - rho / 2 * (moves + y.square() - 1)
+        squares += (rows * influence.square()).sum(1)
+    fewer = torch.minimum(one, other)
+    of_rho = _reach(squares / n * _ratio(fewer, n), fewer, rate)
+    of_area = torch.zeros_like(of_rho)
+    for rows, rest in ((positives, negatives), (negatives, positives)):
+        count = rows.sum(1)
+        share = (rest.cumsum(1) - rest / 2) / rest.sum(1, keepdim=True).clamp_min(1)  # of the others below
+        mean = _ratio((rows * share).sum(1), count)
+        variance = _ratio((rows * (share - mean[:, None]).square()).sum(1), count)
+        of_area += _reach(variance, count, rate).square()
+    return of_rho, of_area.sqrt()
+
+
+def continuous_sampling(sums: torch.Tensor, occupancy: torch.Tensor, rate: float) -> torch.Tensor:
+    """How far rho of a sample of the rows can be from that of all, as `label_sampling`: float64 [d].
+
+    The metric's ranks are those of its soft levels; a row that is divided among two counts as divided.
+    """
+    n = occupancy.sum(1)[:, None, None]
+    joint = sums / (UNIT * n)  # [d, C, 8]
+    u = ((occupancy.cumsum(1) - occupancy / 2) / n[:, 0] - 0.5)[:, :, None]
+    mass = (occupancy / n[:, 0])[:, :, None]
+    levels = joint.sum(1, keepdim=True)  # [d, 1, 8]
+    v = levels.cumsum(2) - levels / 2 - 0.5
+    of_u, of_v = (mass * u.square()).sum(1, keepdim=True), (levels * v.square()).sum(2, keepdim=True)
+    scale = (of_u * of_v).sqrt()
+    covariance = (joint * u * v).sum((1, 2), keepdim=True)
+    rho = _ratio(covariance, scale)
+    above_u = _above((joint * v).sum(2, keepdim=True))  # [d, C, 1]
+    above_v = _above((joint * u).sum(1, keepdim=True).transpose(1, 2)).transpose(1, 2)  # [d, 1, 8]
+    moves_u = _ratio(u.square() + 2 * _above(mass * u), of_u) - 3
+    moves_v = _ratio(v.square() + 2 * _above((levels * v).transpose(1, 2)).transpose(1, 2), of_v) - 3
+    influence = _ratio(u * v + above_u + above_v - 3 * covariance, scale) - rho / 2 * (moves_u + moves_v)
+    return _reach((joint * influence.square()).sum((1, 2)), n[:, 0, 0], rate)
 
 
 def _places(occupancy: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,7 @@ def finalise(
     dtype: torch.dtype,
     fits: Mapping[str, estimates.RankFit],
     overflow: Overflow | None = None,
+    rate: float = 1.0,
 ) -> BinScores:
     """The scores of every neuron, a slice of neurons at a time.
 
@@ -94,6 +95,7 @@ def finalise(
         dtype: Data type of the activations that filled the table: it tells which bins are atomic.
         fits: From `fit_continuous`.
         overflow: What `spill` moved out of the table.
+        rate: With which probability each row of a larger set was counted; bounds refer to that set.
     """
     n_neurons = table.shape[0]
     n_columns = sum(len(metric.columns(name)) for name, metric in layout.metrics.items())
@@ -103,6 +105,8 @@ def finalise(
         part = slice(start, min(start + step, n_neurons))
         entries = widened(table, overflow, part)
         _finalise_slice(layout, entries, atomic_bins(edges[part], dtype), fits, scores, part)
+        if rate < 1:
+            _add_sampling(layout, entries, rate, scores, part)
     return scores
 
 
@@ -133,8 +137,26 @@ def _finalise_slice(
         scores.mutual_info[part, columns] = estimates.label_information(positives, occupancy)
 
 
-def exact(layout: BinLayout, rows: torch.Tensor, values: Mapping[str, torch.Tensor]) -> BinScores:
-    """The scores of few rows, from their exact ranks; the bounds are 0.
+def _add_sampling(layout: BinLayout, entries: torch.Tensor, rate: float, scores: BinScores, part: slice) -> None:
+    """Add to the bounds what the rows are off as a sample."""
+    counts, hats = layout.split(entries)
+    occupancy = layout.occupancy(counts, hats)
+    for name, metric, columns in layout.columns():
+        if isinstance(metric, Continuous):
+            reach = estimates.continuous_sampling(hats[:, :, layout.hats[name]], occupancy, rate)
+            scores.spearman_bound[part, columns] += reach[:, None]
+            continue
+        first = layout.first[name]
+        positives = counts[:, :, first : first + columns.stop - columns.start]
+        of_rho, of_area = estimates.label_sampling(positives, occupancy, rate)
+        scores.spearman_bound[part, columns] += of_rho
+        scores.auroc_bound[part, columns] += of_area
+    scores.spearman_bound[part] = torch.minimum(scores.spearman_bound[part], 1 + scores.spearman[part].abs())
+    scores.auroc_bound[part].clamp_(max=1)
+
+
+def exact(layout: BinLayout, rows: torch.Tensor, values: Mapping[str, torch.Tensor], rate: float = 1.0) -> BinScores:
+    """The scores of few rows, from their exact ranks; the bounds are 0, but for what the rows are off as a sample.
 
     Mutual information comes from the table that edges from all the rows give.
 
@@ -142,6 +164,7 @@ def exact(layout: BinLayout, rows: torch.Tensor, values: Mapping[str, torch.Tens
         layout: What to score.
         rows: Activations [N, D], finite.
         values: Each metric's values [N].
+        rate: With which probability each row of a larger set is among these; bounds refer to that set.
     """
     n, width = rows.shape
     if n < 1:
@@ -164,6 +187,8 @@ def exact(layout: BinLayout, rows: torch.Tensor, values: Mapping[str, torch.Tens
         sliced = finalise(layout, table, edges[part], rows.dtype, fits)
         scores.mutual_info[part] = sliced.mutual_info
         _exact_slice(rows[:, part], y, ranked_y, labels, scores, part)
+        if rate < 1:
+            _add_sampling(layout, widened(table, None, slice(None)), rate, scores, part)
     return scores
 
 

@@ -110,10 +110,10 @@ class BinTable:
                 kept[:] = [torch.cat(kept)]
         return {name: kept[0] if kept else self.references[name][:0] for name, kept in self.scalars.items()}
 
-    def scores(self) -> BinScores:
-        """The scores of everything counted."""
+    def scores(self, rate: float = 1.0) -> BinScores:
+        """The scores of everything counted; `rate` as for `finalise`."""
         fits = scores.fit_continuous(self.layout, self.values(), self.references)
-        return scores.finalise(self.layout, self.table, self.edges, self.dtype, fits, self.overflow)
+        return scores.finalise(self.layout, self.table, self.edges, self.dtype, fits, self.overflow, rate)
 
     def tensors(self) -> list[torch.Tensor]:
         """Edges, table and the kept scalars."""
