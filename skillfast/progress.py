@@ -1,15 +1,59 @@
-"""Progress bars for people: rich's, on a terminal, and not when asked to be quiet."""
+"""What people see of a long computation: rich's bars on a terminal, and a line that says how long it will take."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 T = TypeVar("T")
+ENOUGH = 1.0  # seconds after which the rest is foretold
+_say: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
+
+
+@contextmanager
+def telling(say: Callable[[str], None] | None) -> Iterator[None]:
+    """Give the lines of every `Forecast` inside the context to `say`; None keeps them silent."""
+    token = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(token)
+
+
+class Forecast:
+    """Says what will be computed and, once a second of it has run, how long the rest will take.
+
+    Args:
+        what: What will be computed, in words; said at once inside `telling`, nowhere else.
+        total: The work in all, in any unit; None where it is not known.
+    """
+
+    def __init__(self, what: str, total: float | None) -> None:
+        self._tell = _say.get()
+        self._total = total
+        self._done = 0.0
+        self._start = time.perf_counter()
+        if self._tell is not None:
+            self._tell(what)
+
+    def ran(self, work: float) -> None:
+        """Count work that has been done, in the unit of `total`."""
+        self._done += work
+        if self._tell is None or self._total is None or not self._done:
+            return
+        passed = time.perf_counter() - self._start
+        if passed >= ENOUGH:
+            left = passed / self._done * max(0.0, self._total - self._done)
+            if left >= ENOUGH:
+                self._tell(f"about {left:.0f} s to go")
+            self._tell = None
 
 
 def track(

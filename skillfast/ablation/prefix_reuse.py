@@ -220,6 +220,13 @@ class PrefixReuse:
         allowed = tolerance * float(want.abs().max())
         return got.shape[1:] == want.shape and bool(((got[0] - want).abs() <= allowed).all())
 
+    def work(self, point: ResumePoint) -> float:
+        """Share of a whole forward that one from this point runs, by its blocks."""
+        begin = self.routes[point].point
+        if begin is None:
+            return 1.0
+        return 0.0 if begin.block is None else 1 - begin.block / len(self.trace.blocks)
+
     def fill_cache(self, inputs: torch.Tensor, routes: Iterable[Route] | None = None) -> PrefixCache:
         """Run the intact forward of a batch and keep what these routes need; None: those that `verify` chose."""
         cache = PrefixCache(inputs, torch.empty(0), None)

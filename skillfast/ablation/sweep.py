@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical, margin, per_class_accuracy, per_class_mean
 from skillfast.models.batches import classes_of, labelled_batch
 from skillfast.models.sites import module_device, refuse_training, unwrap_compiled
-from skillfast.progress import track
+from skillfast.progress import Forecast, track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -188,7 +189,13 @@ def sweep(
             "pass Condition(skill, name=...)"
         )
     class_names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
-    runner = BatchRunner(model, Interventions(model, conditions, reference, donors), memory_budget)
+    samples = getattr(loader, "dataset", None)
+    runner = BatchRunner(
+        model,
+        Interventions(model, conditions, reference, donors),
+        memory_budget,
+        len(samples) if isinstance(samples, Sized) else None,
+    )
     parts = []
     with torch.inference_mode():
         for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
@@ -261,15 +268,24 @@ class BatchRunner:
         model: In evaluation mode.
         interventions: What every condition does.
         memory_budget: Bytes that intermediate results may take; None: what `limited_memory` says.
+        samples: How many samples there will be; None where that is not known.
     """
 
-    def __init__(self, model: torch.nn.Module, interventions: Interventions, memory_budget: int | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        interventions: Interventions,
+        memory_budget: int | None,
+        samples: int | None = None,
+    ) -> None:
         self.model = model
         self.device = module_device(model)
         self.interventions = interventions
         self.reuse: PrefixReuse | None = None
         self.kept_bytes = 0.0  # per sample, once the first batch has run
         self.memory_budget = memory_budget
+        self.samples = samples
+        self._forecast: Forecast | None = None
         self._most_rows: int | None = None  # halved when memory ran out
 
     def run(self, images: torch.Tensor, labels: torch.Tensor, keep_embeddings: bool) -> _BatchResult:
@@ -317,7 +333,26 @@ class BatchRunner:
                 )
             self.kept_bytes = cache.nbytes / len(few)
             self.reuse = reuse
+            self._forecast = self._foretold(reuse)
         return self.reuse
+
+    def _foretold(self, reuse: PrefixReuse) -> Forecast | None:
+        """What the sweep will run; None where it is the intact model alone."""
+        n = len(self.interventions.conditions)
+        if not n:
+            return None
+        whole = 1 + sum(reuse.work(p) * len(some) for p, some in reuse.conditions_from.items() if p is not None)
+        if self.samples is None:
+            return Forecast(f"{n} conditions, as long as {whole:.0f} forwards of every example", None)
+        return Forecast(
+            f"{n} conditions on {self.samples:,} examples: {n * self.samples:,} forwards, as long as "
+            f"{whole * self.samples:,.0f} whole ones",
+            whole * self.samples,
+        )
+
+    def _ran(self, forwards: float) -> None:
+        if self._forecast is not None:
+            self._forecast.ran(forwards)
 
     def _plain(self, images: torch.Tensor, condition: int) -> torch.Tensor:
         bank = self.interventions.donors
@@ -339,6 +374,7 @@ class BatchRunner:
         self, reuse: PrefixReuse, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
     ) -> _BatchResult:
         cache = reuse.fill_cache(images)
+        self._ran(len(images))
         if keep_embeddings and cache.embedding is None:
             raise ArgumentError(
                 f"embeddings: expected a model with a linear classifier, got {type(self.model).__name__} without one; "
@@ -363,6 +399,7 @@ class BatchRunner:
             if point is None:
                 continue
             for some, logits, embeddings in self._stacks(reuse, cache, point, conditions, rows // n):
+                self._ran(len(some) * n * reuse.work(point))
                 at = [1 + i for i in some]
                 part.predictions[at] = logits.argmax(-1).cpu().numpy()
                 part.margins[at] = margin(logits, labels).cpu().numpy()

@@ -14,6 +14,7 @@ from skillfast.errors import ArgumentError
 from skillfast.memory.budget import limited_memory
 from skillfast.memory.usage import peak_memory
 from skillfast.metrics import check_metric_names
+from skillfast.progress import telling
 from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
 from skillfast.runs.digests import data_digest, weights_digest
@@ -77,7 +78,7 @@ class Session:
                 self._peaks[kind] = max(peak, self._peaks.get(kind, 0))
             return found.value
         before = self.clock.seconds.get(name, 0.0)
-        with self.clock.stage(name):
+        with self.clock.stage(name), telling(lambda line: self.say(f"{what}: {line}")):
             value = make()
         if self.checkpoints is None or kept is None:
             return value

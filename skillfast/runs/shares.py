@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from skillfast import files
 from skillfast.ablation.sweep import sweep
+from skillfast.progress import Forecast, telling
 from skillfast.runs.kept import Kept
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def own_predictions(
         int64 [parts, n].
     """
     found = np.empty((len(conditions), len(labels)), np.int64)
+    forecast = Forecast(
+        f"{len(conditions)} parts of each skill on its own class's examples: {found.size:,} forwards", len(labels)
+    )
     for c in range(len(classes)):
         rows = np.flatnonzero(labels == c)
         if not len(rows) or not len(conditions):
@@ -58,9 +62,10 @@ def own_predictions(
             generator=torch.Generator(),  # iterating leaves the global random state alone
         )
         parts = [row[c] for row in conditions]
-        found[:, rows] = sweep(model, own, parts, classes=classes, keep_predictions=True, quiet=quiet).predictions_of(
-            part.name for part in parts
-        )
+        with telling(None):
+            swept = sweep(model, own, parts, classes=classes, keep_predictions=True, quiet=quiet)
+        found[:, rows] = swept.predictions_of(part.name for part in parts)
+        forecast.ran(len(rows))
     return found
 
 

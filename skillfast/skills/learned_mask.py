@@ -15,7 +15,7 @@ from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
 from skillfast.models.sites import fingerprint, module_device, refuse_training, unwrap_compiled
-from skillfast.progress import track
+from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.vocabulary import MAX_SITE_SHARE, SHARE
@@ -103,8 +103,13 @@ def learn_masks(
         learner = _Learner(model, loader, attributions, share, max_site_share, images_per_class)
         known, generator = learner.classes(), torch.Generator().manual_seed(seed)
         at_once = max(1, min(CLASSES_AT_ONCE, STRENGTH_BYTES // (4 * attributions.n_neurons)))
-        for classes in (known[i : i + at_once] for i in range(0, len(known), at_once)):
-            strength = learner.learn(classes, start, steps, batch_size, keep, scale, generator, quiet=quiet)
+        chunks = [known[i : i + at_once] for i in range(0, len(known), at_once)]
+        rows = len(chunks) * steps * batch_size
+        forecast = Forecast(
+            f"{len(known)} masks learned from {rows:,} forward and backward passes of an image", len(chunks) * steps
+        )
+        for classes in chunks:
+            strength = learner.learn(classes, start, steps, batch_size, keep, scale, generator, forecast, quiet=quiet)
             values[:, classes.numpy()] = strength.double().cpu().numpy().T
     return NeuronRanking(
         method="mask",
@@ -187,6 +192,7 @@ class _Learner:
         keep: float,
         scale: float,
         generator: torch.Generator,
+        forecast: Forecast,
         *,
         quiet: bool = True,
     ) -> torch.Tensor:
@@ -214,6 +220,7 @@ class _Learner:
             adam.zero_grad()
             removed.backward(gates.grad * (scale - 1))
             adam.step()
+            forecast.ran(1)
         return strength.detach()
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 from conftest import make_vit, one_line
+from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
-from skillfast import Condition, Skill
+from skillfast import Condition, Skill, progress
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
 from skillfast.ablation.interventions import Interventions
 from skillfast.ablation.sweep import BatchRunner
@@ -169,6 +170,29 @@ def test_routes_start_at_the_site_and_give_the_loops_logits(name, narrow):
     for i, got in logits.items():
         want = by_plain_hooks(model, batch[0], conditions[i], other)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_sweep_says_what_it_will_run_and_how_long_that_takes(vit, batches, monkeypatch):
+    """Work counts by the blocks that run: from block 1 of 3 two thirds of a forward, at the head nothing."""
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=10)
+    conditions = [Condition(Skill(name, {name: [0]})) for name in ("blocks.0.mlp", "blocks.1.attn", "head")]
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: 3.0 * next(clock))
+    lines = []
+    with progress.telling(lines.append):
+        skillfast.sweep(vit, loader, [], classes=5)
+        assert lines == []
+        skillfast.sweep(vit, loader, conditions, classes=5)
+    work = 37 * (1 + 1 + 2 / 3)
+    assert lines[0] == f"3 conditions on 37 examples: 111 forwards, as long as {work:.0f} whole ones"
+    assert lines[1:] == [f"about {3 / 10 * (work - 10):.0f} s to go"]  # the intact forward of 10 took 3 s
+    lines.clear()
+    with progress.telling(lines.append), progress.telling(None):
+        skillfast.sweep(vit, loader, conditions, classes=5)
+    with progress.telling(lines.append):
+        skillfast.sweep(vit, list(loader), conditions, classes=5)
+    assert lines == ["3 conditions, as long as 3 forwards of every example"]  # of a stream nobody knows the length
 
 
 def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
