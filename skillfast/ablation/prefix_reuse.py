@@ -371,10 +371,7 @@ class PrefixReuse:
 
         def give(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             own = tree_flatten((args, kwargs))[0]
-            given = [
-                _repeat(leaf, n) if many and leaf is not None else leaf
-                for leaf, many in zip(leaves, batched, strict=True)
-            ]
+            given = [_repeat(leaf, n) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
             if not hidden:  # what earlier blocks made is right; what the stem made of one row is not
                 given = [
                     kept if _rows(kept) and _rows(leaf) != rows else leaf for leaf, kept in zip(own, given, strict=True)

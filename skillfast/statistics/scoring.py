@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skillfast.statistics.bins.scores import BinScores
     from skillfast.statistics.state import State
 
+SINGLE = 2e-6  # a neuron's variance below this share of its mean square is what sums of float32 squares leave
 LEAST_SQUARE = 1e-30  # mean squares of a neuron below this underflow in float32
 LEAST_VARIANCE, MOST_VARIANCE = 1e-60, 1e50  # variances of a metric beyond these leave float32's range
 
@@ -37,7 +38,7 @@ def scores(state: State, rate: float = 1.0) -> NeuronScores:
     # Rows are squared and multiplied in float32: what leaves its range there has no r, though it has ranks.
     beyond_x = ~non_finite & (~torch.isfinite(square) | ((square < LEAST_SQUARE) & (moments.sum_x != 0)))
     beyond_y = ((variance_y < LEAST_VARIANCE) & (variance_y > 0)) | (variance_y > MOST_VARIANCE)
-    rounding = ROUNDING * square + (torch.finfo(torch.float32).eps / 2 * mean).square() * state.wide
+    rounding = SINGLE * square + (torch.finfo(torch.float32).eps / 2 * mean).square() * state.wide
     constant_x = ~non_finite & ~beyond_x & (variance <= rounding)
     constant_y = (variance_y <= ROUNDING * moments.sum_yy / n) & ~beyond_y
     arrays: dict[str, torch.Tensor] = {}

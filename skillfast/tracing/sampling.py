@@ -48,8 +48,8 @@ def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Or
     """Decide how to read a loader.
 
     A loader that shuffles is read as it is. A map-style data set or a list of batches in a fixed order is calibrated on
-    random items first, unless it is so small that it will be scored exactly. An iterable stream goes through a shuffle
-    buffer.
+    random items first, unless it is so small that it will be scored exactly. An iterable stream, or a data set whose
+    items are batches (`batch_size=None`), goes through a shuffle buffer.
 
     Args:
         loader: A DataLoader, a sequence of batches, or any iterable of batches.
@@ -61,7 +61,7 @@ def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Or
         if isinstance(loader, Sequence):
             return Order(loader, _random_batches(loader, rows, exact_rows, seed), distributed=False)
         return Order(_shuffled(loader, rows, seed), (), distributed=False)
-    if isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:  # items that are batches already
         return Order(_shuffled(loader, rows, seed), (), distributed=False)
     distributed = isinstance(loader.sampler, DistributedSampler) and loader.sampler.num_replicas > 1
     n = len(loader.dataset)  # type: ignore[arg-type]

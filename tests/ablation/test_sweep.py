@@ -16,8 +16,8 @@ import skillfast
 from skillfast import Condition, Skill, progress
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
 from skillfast.ablation.interventions import Interventions
-from skillfast.ablation.sweep import BatchRunner
-from skillfast.errors import ArgumentError
+from skillfast.ablation.sweep import BatchRunner, SweepResult
+from skillfast.errors import ArgumentError, DataError
 from skillfast.memory.living import LivingBytes
 from skillfast.models.sites import find_sites
 from skillfast.vocabulary import KINDS
@@ -195,7 +195,7 @@ def test_a_sweep_says_what_it_will_run_and_how_long_that_takes(vit, batches, mon
     assert lines == ["3 conditions, as long as 3 forwards of every example"]  # of a stream nobody knows the length
 
 
-def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
+def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
     deer = Skill("deer", {"blocks.1.mlp": list(range(60))})
     frog = Skill("frog", {"blocks.2.attn": [1], "head": list(range(24))})
     conditions = [
@@ -220,8 +220,12 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches):
         "condition: expected one of 'deer', 'deer (attn+mlp, x 2.0)', 'frog (x 0.5, resample)', 'mine', got 'cat'; "
         "see .names"
     )
+    with pytest.raises(DataError, match=r"got none; write it with SweepResult\.save$"):
+        SweepResult.load(tmp_path)
     bare = skillfast.sweep(vit, batches, conditions[:1])
-    assert bare["deer"].predictions is None
+    bare.save(tmp_path)
+    bare = SweepResult.load(tmp_path)
+    assert bare["deer"].predictions is bare["deer"].embeddings is bare.baseline_embeddings is None
     assert "pass keep_predictions=True" in one_line(ArgumentError, bare.predictions_of, ["deer"])
     text = one_line(
         ArgumentError, skillfast.sweep, vit, batches, [Condition(frog), Condition(deer), Condition(deer, KINDS)]
@@ -346,6 +350,37 @@ def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
     np.testing.assert_array_equal(got.predictions, want.predictions)
 
 
+def test_what_a_sample_keeps_is_what_the_budget_counts(vit, batches, monkeypatch):
+    conditions = [Condition(Skill("s", {"blocks.1.mlp": [0, 3]}))]
+    runner, images = BatchRunner(vit, Interventions(vit, conditions, None), 12345), batches[0][0]
+    asked = []
+    monkeypatch.setattr(sweep, "rows_that_fit", lambda *given: asked.append(given) or (10, 10))
+    with torch.inference_mode():
+        kept = runner._prepared(images).fill_cache(images).nbytes
+        runner._sizes(images)
+    trace = runner.reuse.trace
+    assert asked == [(12345, kept / 10, trace.running_bytes, 17, 10, torch.device("cpu"))]
+    assert kept > 0
+
+
+def test_stacks_have_as_many_rows_as_fit(vit, batches, monkeypatch):
+    conditions = [Condition(Skill(str(i), {"blocks.0.attn": [i]})) for i in range(9)]
+    want = skillfast.sweep(vit, batches[:1], conditions, keep_predictions=True)
+    original, stacks = prefix_reuse.PrefixReuse.run, []
+
+    def noted(self, cache, point, some, **more):
+        stacks.append((len(cache.inputs), len(some)))
+        return original(self, cache, point, some, **more)
+
+    monkeypatch.setattr(prefix_reuse.PrefixReuse, "run", noted)
+    monkeypatch.setattr(sweep, "rows_that_fit", lambda *_: (4, 14))  # 14 rows: 3 conditions of 4 samples, 7 of 2
+    got = skillfast.sweep(vit, batches[:1], conditions, keep_predictions=True)
+    trials = stacks.index((4, 3))
+    assert stacks[:trials] == [(2, 1)] * trials  # each route is tried on two samples
+    assert stacks[trials:] == [(4, 3)] * 6 + [(2, 7), (2, 2)]
+    np.testing.assert_array_equal(got.predictions, want.predictions)
+
+
 def test_a_budget_is_kept():
     model = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=5).eval()
     batch = (torch.randn(8, 3, 224, 224), torch.arange(8) % 5)
@@ -418,3 +453,5 @@ def test_what_a_forward_trace_counts(vit, batches):
         assert type(changed) is type(output)
         assert changed[0] is b
     assert forward_trace.first_tensor(a) is a
+    assert prefix_reuse._rows(a) == 2
+    assert prefix_reuse._rows(torch.tensor(1.0)) == prefix_reuse._rows(None) == prefix_reuse._rows("a flag") == 0

@@ -42,10 +42,14 @@ def test_a_sweep_equals_one_forward_per_condition(tmp_path, name, lengths):
     for row in lengths:
         made = collate([{"input_ids": rng.integers(4, 33, n).tolist(), "label": 0, "columns": {}} for n in row])
         batches.append((TextClassifier.pack(made), made["labels"]))
-    swept = skillfast.sweep(model, batches, [Condition(skill) for skill in SKILLS], classes=3, keep_predictions=True)
-    for i, skill in enumerate(SKILLS):
-        with skillfast.ablate(model, skill), torch.no_grad():
+    # As many conditions begin at the first site as a batch has texts: rows of a stack are no rows of the stem.
+    conditions = [*map(Condition, SKILLS), *(Condition(SKILLS[0], scale=scale) for scale in (0.5, 2.0, 3.0))]
+    swept = skillfast.sweep(model, batches, conditions, classes=3, keep_predictions=True)
+    for i, condition in enumerate(conditions):
+        with skillfast.ablate(model, condition.skill, scale=condition.scale), torch.no_grad():
             logits = torch.cat([model(packed) for packed, _ in batches])
+        lead = logits[:, 0] - logits[:, 1:].amax(1)  # every label is 0
+        np.testing.assert_allclose(swept.per_class_margin[i][0], lead.mean(), rtol=1e-3, atol=1e-3)
         gap = logits.topk(2).values.diff().abs()[:, 0]
         sure = (gap > 1e-4 * logits.abs().max()).numpy()
         assert sure.sum() >= 10

@@ -41,3 +41,14 @@ def test_removals_that_change_nothing_have_no_ratio():
     found = selectivity(np.tile(labels, (1, 3, 1)), labels, labels, Bootstrap(labels, 20))
     assert found.target_drop == 0
     assert found.ratio is found.strict_ratio is found.harm_ratio is found.ci95.ratio is None
+
+
+def test_intervals_hold_what_they_are_of():
+    rng = np.random.default_rng(0)
+    labels = np.arange(3).repeat(60)
+    intact = np.where(rng.random(180) < 0.8, labels, (labels + 1) % 3)
+    removed = np.where((labels == np.arange(3)[:, None]) & (rng.random((3, 180)) < 0.5), (labels + 2) % 3, intact)
+    found = selectivity(removed[None], intact, labels, Bootstrap(labels, 400))
+    for name in ("target_drop", "other_change", "other_harm"):
+        low, high = getattr(found.ci95, name)
+        assert low <= getattr(found, name) <= high <= low + 0.3

@@ -49,8 +49,11 @@ def test_paired_counts_are_those_of_the_predictions_on_average():
         assert predicted.mean(0) == pytest.approx(np.bincount(own, minlength=4), abs=0.4)
         recall = hits.mean(0)[0] / (LABELS == 0).sum()
         assert hits[:, 0].var() == pytest.approx((LABELS == 0).sum() * recall * (1 - recall), rel=0.1)
-    (one, _), (other, _) = PairedBootstrap(LABELS, 4, replicates=50).counts(after, after)
+    again = PairedBootstrap(LABELS, 4, replicates=50)
+    (one, _), (other, _) = again.counts(after, after)
     assert np.array_equal(one, other)  # the same images in either
+    assert np.array_equal(again.counts(after, after)[0][0], one)  # and whenever they are drawn
+    assert PairedBootstrap(LABELS, 4).replicates == Bootstrap(LABELS).replicates == 1000
 
 
 def test_an_interval_is_the_middle_95_percent():

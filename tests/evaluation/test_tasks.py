@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 
 import jsonschema
 import numpy as np
@@ -19,7 +20,8 @@ from tiny_models import WORDS, save_model
 from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.tasks import RIDGE, expected_shared, overlaps
+from skillfast.evaluation.tasks import RIDGE, Outputs, TaskMeasures, expected_shared, overlaps
+from skillfast.metrics import parse_metrics
 from skillfast.models.sites import find_sites
 from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
@@ -120,6 +122,7 @@ def test_effects_are_those_of_a_plain_loop(folder, model_class):
     assert found["intact"]["confidence: r with intact"] == pytest.approx(1)
     assert set(found["intact"]) == {*values(*intact), "genre: accuracy of a probe"} == set(found["measured"])
     assert "not give out length" in found["measured"]["length: R² of a probe"]
+    assert "give out length: Pearson's r with the truth" in found["measured"]["length: r of a probe"]
     rng = np.random.default_rng(4)
     changes = []
     for skill, removal in zip(skills, found["removals"], strict=True):
@@ -171,6 +174,20 @@ def test_overlaps_are_those_of_sets_and_chance_is_that_of_draws(vit):
     assert np.mean(drawn) == pytest.approx(want, abs=4 * np.std(drawn) / np.sqrt(3000))
     assert found["expected_jaccard"][0][1] == pytest.approx(want / (85 - want))
     assert all(found["expected_shared"][i][i] is None for i in range(3))
+
+
+def test_confidence_tells_nothing_apart_where_all_are_right_or_wrong():
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    both, right, wrong = (
+        Outputs(logits, torch.tensor(labels), np.zeros((3, 1), np.float32))
+        for labels in ([1, 0, 1], [0, 0, 1], [1, 1, 0])
+    )
+    measures = TaskMeasures(parse_metrics(["confidence"], ["a", "b"]), both, {}, {}, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        areas = [measures.values(found)["confidence: AUROC of right"] for found in (both, right, wrong)]
+    assert areas[0] == 0.5  # the wrong one is between the others
+    assert np.isnan(areas[1:]).all()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
+from dataclasses import fields
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -47,12 +48,13 @@ if TYPE_CHECKING:
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
+RESULTS = WORK / "results.json"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
 RUNS = [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")]
 TESTS = {part: [f"tests/{part}"] for part in SCOPE}
 TESTS |= {"backends/reference.py": ["tests/ops"], "evaluation": ["tests/evaluation", *RUNS]}
-COSTLY, RUN = 5.0, 60.0  # seconds of CPU of one test, and of all tests of a mutant
+COSTLY, RUN = 5.0, 20.0  # seconds of CPU of one test, and of all tests of a mutant
 VARIANTS = 2  # cases of a parametrized test that are tried first; the others only on what survives these
 LARGEST = 0.05  # share that may survive
 PROGRESS = os.fdopen(os.dup(1), "w")
@@ -90,14 +92,16 @@ OPERATORS = [
 
 
 class Mutants(cst.CSTVisitor):
-    """Every (line, operator, function, node, changed node) of a module."""
+    """Every (line, operator, function, parent, node, changed node) of a module."""
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
     def __init__(self) -> None:
-        self.found, self.names, self.line = [], [], 1
+        self.found, self.names, self.above, self.line = [], [], [], 1
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        parent = self.above[-1] if self.above else None
+        self.above.append(node)
         position = self.get_metadata(PositionProvider, node, None)
         self.line = position.start.line if position else self.line
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
@@ -114,12 +118,27 @@ class Mutants(cst.CSTVisitor):
         for kind, operator in OPERATORS:
             if isinstance(node, kind):
                 function = ".".join(self.names)
-                self.found += [(self.line, operator.__name__, function, node, new) for new in operator(node)]
+                self.found += [(self.line, operator.__name__, function, parent, node, new) for new in operator(node)]
         return True
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
+        self.above.pop()
         if isinstance(original_node, cst.FunctionDef | cst.ClassDef):
             self.names.pop()
+
+
+def code_with(module: cst.Module, parent: cst.CSTNode, node: cst.CSTNode, new: cst.CSTNode) -> str:
+    """The module's code with a node changed; the tree is as before (a changed copy takes ten times as long)."""
+    for name, value in ((field.name, getattr(parent, field.name)) for field in fields(parent)):
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(part is node for part in parts):
+            changed = [new if part is node else part for part in parts]
+            object.__setattr__(parent, name, type(value)(changed) if isinstance(value, list | tuple) else new)
+            try:
+                return module.code
+            finally:
+                object.__setattr__(parent, name, value)
+    raise LookupError(f"node: expected one of its parent's, got {node}")
 
 
 def shape(code: str) -> str:
@@ -132,20 +151,29 @@ def shape(code: str) -> str:
 
 
 def drawn(paths: list[str], changed: dict[str, set[int]] | None, seed: int) -> Iterator[dict]:
-    """Mutants in a random order that the seed fixes: one of every (file, line, operator)."""
+    """Mutants in a random order: one of every (file, line, operator).
+
+    The place in the order hangs on the seed and the line's own text alone, so an edit leaves the rest of a sample as it
+    is.
+    """
     groups, sources = defaultdict(list), {}
     for path in paths:
         wrapper, visitor = MetadataWrapper(cst.parse_module((ROOT / path).read_text())), Mutants()
         wrapper.visit(visitor)
-        sources[path] = wrapper.module, shape(wrapper.module.code)
+        sources[path] = wrapper.module, shape(wrapper.module.code), wrapper.module.code.splitlines()
         for line, operator, *choice in visitor.found:
             if changed is None or line in changed[path]:
                 groups[path, line, operator].append(choice)
-    rng = random.Random(seed)
-    for path, line, operator in rng.sample(list(groups), len(groups)):
-        function, node, new = rng.choice(groups[path, line, operator])
-        module, before = sources[path]
-        code = module.deep_replace(node, new).code
+
+    def place(group: tuple[str, int, str]) -> str:
+        path, line, operator = group
+        text = f"{seed} {path} {groups[group][0][0]} {sources[path][2][line - 1].strip()} {operator}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    for path, line, operator in sorted(groups, key=place):
+        function, *change = random.Random(place((path, line, operator))).choice(groups[path, line, operator])
+        module, before, _ = sources[path]
+        code = code_with(module, *change)
         try:
             if shape(code) == before:
                 continue
@@ -164,10 +192,15 @@ def import_all() -> None:
 
 
 class Mapper:
-    """Which test executes which lines, and what it costs with the fixtures that it needs, in seconds of CPU."""
+    """Which test executes which lines, and what it costs with the fixtures that it needs, in seconds of CPU.
 
-    def __init__(self, kept: Path, seconds: float) -> None:
-        self.kept, self.stop, self.inner, self.cut = kept, time.time() + seconds, 0.0, ""
+    Args:
+        kept: Test file -> where what is found of it goes; not of one that time cut short.
+        stop: When to begin no other test.
+    """
+
+    def __init__(self, kept: dict[str, Path], stop: float) -> None:
+        self.kept, self.stop, self.inner, self.done = kept, stop, 0.0, set()
         self.cov = coverage.Coverage(data_file=None, config_file=False, source=[str(PACKAGE)], messages=False)
         self.fixtures, self.cost, self.names, self.bad = Counter(), {}, {}, set()
 
@@ -176,7 +209,14 @@ class Mapper:
         import_all()  # so that what runs at import belongs to no test
         tests()
         self.cov.stop()
-        self.kept.write_text(json.dumps(self.result()))
+        result = self.result()
+        for file in self.done:
+            cost = {test: cost for test, cost in result["cost"].items() if test.split("::")[0] == file}
+            lines = {
+                path: {n: [test for test in found if test in cost] for n, found in of.items()}
+                for path, of in result["lines"].items()
+            }
+            self.kept[file].write_text(json.dumps({"cost": cost, "lines": lines}))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         variants = defaultdict(list)
@@ -185,6 +225,7 @@ class Mapper:
         rng = random.Random(0)
         chosen = {i for found in variants.values() for i in rng.sample(found, min(VARIANTS, len(found)))}
         items[:] = [item for item in items if item in chosen]
+        self.done = self.kept.keys() - {item.nodeid.split("::")[0] for item in items}
         signal.signal(signal.SIGPROF, lambda *_: pytest.fail("too costly"))
 
     @pytest.hookimpl(wrapper=True)
@@ -209,8 +250,11 @@ class Mapper:
         signal.setitimer(signal.ITIMER_PROF, 0)
         self.names[item.nodeid] = list(item.fixturenames)
         self.cost[item.nodeid] = sum(os.times()[:4]) - start - self.inner
+        file = item.nodeid.split("::")[0]
+        if nextitem is None or nextitem.nodeid.split("::")[0] != file:
+            self.done.add(file)
         if time.time() > self.stop:
-            item.session.shouldstop = self.cut = "time is up"
+            item.session.shouldstop = "time is up"
         return result
 
     def pytest_runtest_logreport(self, report):
@@ -228,7 +272,7 @@ class Mapper:
             path = str(Path("skillfast") / Path(file).relative_to(PACKAGE))
             by_line = data.contexts_by_lineno(file)
             lines[path] = {n: sorted({t for c in by_line[n] for t in users[c]}) for n in by_line}
-        return {"cost": cost, "lines": lines, "cut": self.cut}
+        return {"cost": cost, "lines": lines}
 
 
 class Runner:
@@ -422,13 +466,30 @@ def tests_for(mutant: dict, known: dict, spans: dict[int, range]) -> list[str]:
 
 
 def coverage_map(tests: list[str], seconds: float) -> dict:
-    """What `Mapper` finds; kept until a source or a test changes."""
-    files = sorted(p for top in (PACKAGE, ROOT / "tests") for p in top.rglob("*.py"))
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr((tests, seconds)).encode()).hexdigest()
-    kept = WORK / "map" / f"{digest[:16]}.json"
-    if not kept.exists():
-        os.waitpid(fork(Mapper(kept, seconds), tests, kept.parent), 0)
-    return json.loads(kept.read_text())
+    """What `Mapper` finds in each test file; kept until a source, that file or what tests share changes."""
+    files = sorted(
+        {file for test in tests for file in [*(ROOT / test).rglob("test_*.py"), *ROOT.glob(test)] if file.is_file()}
+    )
+    sources = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")])
+    common, kept = hashlib.sha256(b"".join(p.read_bytes() for p in sources)), {}
+    for file in files:
+        digest = common.copy()
+        digest.update(repr(file).encode() + file.read_bytes())
+        kept[str(file.relative_to(ROOT))] = WORK / "map" / f"{digest.hexdigest()[:16]}.json"
+    missing = {file: path for file, path in kept.items() if not path.exists()}
+    if missing:
+        os.waitpid(fork(Mapper(missing, time.time() + seconds), list(missing), WORK / "map"), 0)
+    known = {
+        "cost": {},
+        "lines": defaultdict(lambda: defaultdict(list)),
+        "cut": not all(p.exists() for p in kept.values()),
+    }
+    for found in [json.loads(path.read_text()) for path in kept.values() if path.exists()]:
+        known["cost"] |= found["cost"]
+        for path, lines in found["lines"].items():
+            for line, names in lines.items():
+                known["lines"][path][line] += names
+    return known
 
 
 def changed_lines(base: str) -> dict[str, set[int]]:
@@ -448,9 +509,8 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=300, help="how many mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--changed", metavar="COMMIT", help="only lines that differ from this commit")
-    parser.add_argument("--only", default="", help="only files whose path matches this expression")
+    parser.add_argument("--only", default="", help="of those only what is in files whose path matches this")
     parser.add_argument("--tests", nargs="*", help="folders or files of tests to choose from")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first ones of the draw")
     parser.add_argument("--again", action="store_true", help="only those that were not noticed the last time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--map-seconds", type=float, default=3600, help="when to stop looking for tests")
@@ -459,22 +519,34 @@ def main() -> int:
     args = parser.parse_args()
     changed = changed_lines(args.changed) if args.changed else None
     parts = {part: sorted((ROOT / "skillfast" / part).rglob("*.py")) or [ROOT / "skillfast" / part] for part in SCOPE}
-    paths = {str(file.relative_to(ROOT)): TESTS[part] for part, files in parts.items() for file in files}
-    paths = {p: tests for p, tests in paths.items() if re.search(args.only, p) and (changed is None or p in changed)}
-    mutants = list(itertools.islice(drawn(list(paths), changed, args.seed), args.skip, args.skip + args.n))
+    paths = {str(file.relative_to(ROOT)): part for part, files in parts.items() for file in files}
+    paths = {path: part for path, part in paths.items() if changed is None or path in changed}
+    mutants = list(itertools.islice(drawn(list(paths), changed, args.seed), args.n))
+    mutants = [m for m in mutants if re.search(args.only, m["file"])]
     if args.again:
-        last = json.loads((WORK / "results.json").read_text())
-        alive = {(m["file"], m["change"]) for m in last if m["outcome"] not in ("killed", "timeout")}
-        mutants = [m for m in mutants if (m["file"], m["change"]) in alive]
+        last = {key(m): m["outcome"] for m in json.loads(RESULTS.read_text())}
+        mutants = [m for m in mutants if last.get(key(m)) not in ("killed", "timeout")]
     if not mutants:
         print("no line to change")
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
     for name in PRELOADED:
         importlib.import_module(name)
-    known = coverage_map(args.tests or sorted({t for tests in paths.values() for t in tests}), args.map_seconds)
-    args.stop = time.time() + args.seconds
-    spans = {path: statements((ROOT / path).read_text()) for path in paths}
+    stop = time.time() + args.seconds
+    for part in parts:
+        some = [m for m in mutants if paths[m["file"]] == part]
+        if some:
+            try_part(some, args.tests or TESTS[part], stop, args)
+            if not args.intact:
+                keep(some)
+    return report(mutants)
+
+
+def try_part(mutants: list[dict], tests: list[str], stop: float, args: argparse.Namespace) -> None:
+    """Sets the outcomes of mutants that the same tests may notice."""
+    known = coverage_map(tests, args.map_seconds)
+    args.stop = stop
+    spans = {path: statements((ROOT / path).read_text()) for path in {m["file"] for m in mutants}}
     for mutant in mutants:
         mutant["tests"] = tests_for(mutant, known, spans[mutant["file"]])
         mutant["outcome"] = "no time" if mutant["tests"] or known["cut"] else "not covered"
@@ -491,19 +563,30 @@ def main() -> int:
         for mutant, found in zip(rest, json.loads((WORK / "found.json").read_text()), strict=True):
             mutant.update(found)
     try_all([m for m in covered if m["outcome"] == "no time"], start, args)
-    return report(mutants)
 
 
 def files_of(mutants: list[dict]) -> list[str]:
     return sorted({test.split("::")[0] for mutant in mutants for test in mutant["tests"]})
 
 
+def key(mutant: dict) -> tuple[str, str, str]:
+    """What tells a mutant, wherever it stands in its file."""
+    return mutant["file"], mutant["function"], mutant["change"].strip()
+
+
+def keep(mutants: list[dict]) -> None:
+    """Adds the outcomes to those of earlier runs."""
+    last = {key(m): m for m in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    last |= {key(m): {k: v for k, v in m.items() if k not in ("code", "tests")} for m in mutants}
+    RESULTS.write_text(json.dumps(list(last.values()), indent=1))
+
+
 def report(mutants: list[dict]) -> int:
     """Prints the table and what survived; 1 if that is too much."""
     listed = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivor", [])
-    verdicts = {(s["file"], s["function"], s["change"].strip()): s["verdict"] for s in listed}
+    verdicts = {key(entry): entry["verdict"] for entry in listed}
     for mutant in sorted(mutants, key=lambda m: (m["file"], m["line"])):
-        mutant["verdict"] = verdicts.get((mutant["file"], mutant["function"], mutant["change"]), "not judged")
+        mutant["verdict"] = verdicts.get(key(mutant), "not judged")
         if mutant["outcome"] in ("survived", "not covered"):
             place = f"{mutant['file']}:{mutant['line']} {mutant['function']}"
             print(
@@ -525,8 +608,6 @@ def report(mutants: list[dict]) -> int:
     print(
         f"{alive} of {tried} mutants that are not equivalent survive, {alive / max(1, tried):.1%} (limit {LARGEST:.0%})"
     )
-    kept = [{k: v for k, v in m.items() if k not in ("code", "tests")} for m in mutants]
-    (WORK / "results.json").write_text(json.dumps(kept, indent=1))
     return int(alive > LARGEST * tried)
 
 

@@ -119,6 +119,9 @@ def test_layer_contribution():
     assert found["non_additivity"] == pytest.approx(0.5)
     assert found["per_class"]["b"] == {"mlp": None, "attn": None, "head": None}
     assert found["ci95"]["mlp"] == pytest.approx([0.625, 0.625])
+    assert found["ci95"]["non_additivity"] == pytest.approx([0.5, 0.5])
+    nothing = contribution.layer_contribution(0 * drops, np.zeros((7, 2, 5)), ["a", "b"])
+    assert nothing.mlp is nothing.non_additivity is nothing.ci95.mlp is nothing.ci95.non_additivity is None
 
 
 @pytest.mark.filterwarnings("ignore:some scores are not defined")

@@ -17,10 +17,12 @@ from skillfast.statistics.bins import overflow as spilling
 from skillfast.statistics.bins.edges import _with_tails, atomic_bins, build_edges, calibration_rows, next_value
 from skillfast.statistics.bins.layout import BinLayout, hat_positions, hat_weights
 from skillfast.statistics.bins.scores import exact, finalise, fit_continuous
+from skillfast.statistics.bins.table import BinTable
 
 BINS = 128
 N = 20_000
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
 
 
 # Edges
@@ -381,6 +383,14 @@ def test_few_rows_are_exact():
     assert scores.mutual_info.isfinite().all()
 
 
+def test_two_rows_have_one_pair():
+    scores = exact(
+        BinLayout.of({"a": Binary()}, 4), torch.tensor([[0.0, 5.0], [1.0, 4.0]]), {"a": torch.tensor([0, 1])}
+    )
+    assert scores.auroc.tolist() == [[1], [0]]
+    assert scores.spearman[:, 0].tolist() == pytest.approx([1, -1])
+
+
 # Integers: the same however the rows are cut
 
 
@@ -412,7 +422,7 @@ def test_order_batches_and_shards_change_nothing(data):
     shards = [count(rows) for rows in order.tensor_split(cuts)]
     while len(shards) > 1:  # a merge tree of any shape
         at = data.draw(st.integers(0, len(shards) - 2))
-        spilling.merge(shards[at], spilling.Overflow.empty(), shards.pop(at + 1), spilling.Overflow.empty())
+        spilling.merge(shards[at], spilling.Overflow.empty(CPU), shards.pop(at + 1), spilling.Overflow.empty(CPU))
     assert torch.equal(shards[0], whole)
 
 
@@ -430,7 +440,7 @@ def test_nothing_overflows():
     layout = BinLayout.of({"label": Categorical(2), "loss": Continuous()}, 4)
     edges = torch.tensor([[0.0, 1.0, 2.0]])
     channels, weights = torch.zeros(1, 1, dtype=torch.int16), torch.tensor([[256] + [0] * 7], dtype=torch.int16)
-    one, overflow = layout.zeros(1), spilling.Overflow.empty()
+    one, overflow = layout.zeros(1), spilling.Overflow.empty(CPU)
     ops.bins_update(torch.full((1, 1), 1.5), edges, channels, weights, one)
     table = torch.zeros_like(one)
     for _ in range(5):  # 2^22 rows at once
@@ -439,10 +449,20 @@ def test_nothing_overflows():
         overflow = spilling.spill(table, overflow)
         assert (table < 1 << 30).all()
     other = one * spilling.SPILL_ROWS
-    overflow = spilling.merge(table, overflow, other, spilling.spill(other, spilling.Overflow.empty()))
+    overflow = spilling.merge(table, overflow, other, spilling.spill(other, spilling.Overflow.empty(CPU)))
     total = spilling.widened(table, overflow, slice(0, 1))
     assert torch.equal(total, one.double() * 6 * spilling.SPILL_ROWS)
     assert float(layout.occupancy(*layout.split(total)).sum()) == 6 * spilling.SPILL_ROWS
+
+
+def test_a_table_spills_before_so_many_rows_came(monkeypatch):
+    monkeypatch.setattr(spilling, "SPILL_ROWS", 100)
+    x, values = torch.randn(100, 3), {"a": torch.arange(100) % 2}
+    table, spilled = BinTable.calibrated({"a": Binary()}, 4, x, values), []
+    for n in (60, 40, 1, 99, 1, 100):
+        monkeypatch.setattr(table, "spill", lambda n=n: spilled.append(n))
+        table.add(x[:n], {"a": values["a"][:n]})
+    assert spilled == [1, 1, 100]
 
 
 @pytest.mark.parametrize(
@@ -480,3 +500,6 @@ def test_tails_lie_beyond_either_end_each_four_times_as_far():
     inside = torch.tensor([[3.0, 7.0]])
     found = _with_tails(inside, values, torch.tensor([11]), 3)
     assert found.tolist() == [[-10, -2.5, -0.625, 3, 7, 10.625, 12.5, 20]]
+    inside = torch.tensor([[3.0, torch.inf]])  # fewer edges are needed
+    found = _with_tails(inside, values, torch.tensor([11]), 2)
+    assert found.tolist() == [[-2.5, -0.625, 3, 10.625, 12.5, torch.inf]]

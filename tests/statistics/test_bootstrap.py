@@ -163,6 +163,25 @@ def test_observations_without_a_group_are_numbered_on():
     np.testing.assert_allclose(parts.compute().pearson_low, whole.compute().pearson_low, atol=1e-5)
 
 
+def test_shards_are_numbered_from_one():
+    numbering = bootstrap.Numbering(stream=7)
+    streams = [numbering.shard().stream for _ in range(2)]
+    assert streams == [int(bootstrap.mix(7, number)) >> 1 for number in (1, 2)]
+    assert numbering.shards == 2
+
+
+def test_slices_of_neurons_change_nothing(monkeypatch):
+    x, values = sample(60, width=7)
+    acc = NeuronStatistics(7, METRICS, ("pearson",), n_bootstrap=8)
+    acc.update(x, values)
+    want = acc.compute()
+    for values_at_once in (1, 3 * 8 * 4):  # one neuron, three neurons
+        monkeypatch.setattr(bootstrap, "_SLICE", values_at_once)
+        found = acc.compute()
+        for name in ("pearson_low", "pearson_high", "pearson_p", "pearson_q"):
+            np.testing.assert_allclose(getattr(found, name), getattr(want, name), rtol=1e-12)
+
+
 def test_every_process_numbers_for_itself(monkeypatch):
     assert bootstrap.Numbering.of_process().stream == 0
     monkeypatch.setattr(bootstrap.dist, "is_initialized", lambda: True)

@@ -90,6 +90,19 @@ def test_a_constant_of_float64_is_one(value):
     assert skillfast.correlate(x, {"y": np.arange(50) * 0.1}).reasons == {"constant_neuron": (0,)}
 
 
+def test_a_constant_that_the_calibration_missed_is_one():
+    """Squares about a shift that a constant does not meet are rounded to float32, which leaves a variance."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(300, generator=g).expand(100, -1), torch.randn(100, 1, generator=g)], 1)
+    acc = NeuronStatistics(301, {"y": Continuous()}, ("pearson",))
+    acc.calibrate(torch.randn(50, 301, generator=g) + 3, {"y": torch.randn(50, generator=g)})
+    acc.update(x, {"y": torch.randn(100, generator=g)})
+    with pytest.warns(RuntimeWarning, match=r"constant_neuron \(300 neurons\)"):
+        scores = acc.compute()
+    assert np.isnan(scores.pearson[:300]).all()
+    assert np.isfinite(scores.pearson[300])
+
+
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [

@@ -25,11 +25,13 @@ class Threads:
     def __init__(self, size):
         self.size, self.rank = size, threading.local()
         self.given, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
+        self.groups = set()
 
     def get_world_size(self, group):
         return self.size
 
     def all_gather_object(self, values, value, group):
+        self.groups.add(group)
         self.given[self.rank.number] = value
         self.barrier.wait()
         values[:] = self.given
@@ -168,6 +170,23 @@ def test_a_process_without_rows_goes_on_after_the_sum(two):
         shard.update(x[late], part(values, late), groups=late)
         shard.compute()
         check(shard.state, x, values)
+
+
+@pytest.mark.parametrize("bins", [4, 128])
+def test_no_process_beyond_the_group_adds_up(two, bins):
+    x, values = data()
+    shards = halves(x, values, ("pearson", "spearman"), bins=bins)  # with 4 bins into a table, with 128 kept
+    if bins == 4:
+        for shard in shards[1:]:
+            shard.state.table.edges = shards[0].state.table.edges
+    two.run(lambda shard: shard.all_reduce("some"), shards)
+    assert two.groups == {"some"}
+
+
+def test_processes_without_rows_choose_their_shift_later(two):
+    empty = [NeuronStatistics(3, METRICS, ("pearson",)) for _ in range(2)]
+    two.run(lambda shard: shard.all_reduce(), empty)
+    assert not any(shard.state.shifted for shard in empty)
 
 
 @pytest.mark.filterwarnings("ignore:some scores are not defined")
@@ -349,3 +368,14 @@ def test_samples_of_processes_become_one_with_one_rate(two, short, long, calibra
     assert abs(one.n_ranked - expected) < 4 * np.sqrt(expected)
     np.testing.assert_array_equal(one.spearman, other.spearman)
     np.testing.assert_array_equal(one.spearman_bound, other.spearman_bound)
+
+
+def test_the_size_of_the_sample_counts():
+    sizes = [
+        TokenStatistics(
+            3, METRICS, names, bins=4, n_bootstrap=None, seed=0, buffer_rows=16, device=torch.device("cpu")
+        ).state_bytes
+        for names in (("pearson",), ("pearson", "auroc"))
+    ]
+    sums = 8 * (1 + 3 * 2 + 3 * 3 + 3 * 3) + 4 * 3  # count, columns, neurons and their products in float64, the shift
+    assert sizes == [sums, 2 * sums]

@@ -287,3 +287,11 @@ def test_the_classifier_has_observations_of_its_own(vit, batches):
     scores = skillfast.trace(vit, batches, pool="none", statistics=("pearson",))
     pooled = skillfast.trace(vit, batches, statistics=("pearson",))
     np.testing.assert_allclose(scores["head"].pearson, pooled["head"].pearson, atol=1e-5)
+
+
+def test_a_group_that_saw_no_forward_waits(vit):
+    """The classifier alone runs: the tokens of the blocks have no observation in that step."""
+    with skillfast.Tracer(vit, {"label": Categorical(5)}, sites=("mlp", "head"), pool="none") as tracer:
+        vit.head(torch.randn(4, 24))
+        tracer.step(label=torch.arange(4))
+    assert [group.statistics.n_observations for group in tracer._groups()] == [0, 4]

@@ -100,6 +100,17 @@ def test_a_tracer_in_a_loop_of_ones_own(vit, batches):
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
 
 
+@pytest.mark.parametrize("pool", ["mean", "none"])
+@pytest.mark.parametrize("statistics", [("pearson",), ("auroc",), ("spearman", "mutual_info")])
+def test_only_the_statistics_that_are_asked_for(vit, batches, pool, statistics):
+    x, y = batches[0]
+    with skillfast.Tracer(vit, {"label": Categorical(5)}, sites=("head",), pool=pool, statistics=statistics) as tracer:
+        vit(x)
+        tracer.step(label=y)
+    found = {name for name in tracer.compute().arrays() if not name.endswith("_bound")} - {"mean", "std"}
+    assert found == set(statistics)
+
+
 def test_a_hook_that_never_fires_is_named(vit, batches):
     vit.blocks[2].mlp.fc2.forward = lambda x: x[..., :24]  # the module still runs: its hook fires
     vit.blocks[1].mlp.forward = lambda x: x  # this one's fc2 is never called

@@ -24,7 +24,7 @@ class Overflow:
     units: torch.Tensor
 
     @staticmethod
-    def empty(device: torch.device | str = "cpu") -> Overflow:
+    def empty(device: torch.device) -> Overflow:
         """Nothing moved yet."""
         return Overflow(*(torch.empty(0, dtype=torch.int64, device=device) for _ in range(2)))
 

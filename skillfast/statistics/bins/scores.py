@@ -47,7 +47,7 @@ class BinScores:
     stale: torch.Tensor
 
     @staticmethod
-    def empty(n_neurons: int, n_columns: int, device: torch.device | str = "cpu") -> BinScores:
+    def empty(n_neurons: int, n_columns: int, device: torch.device) -> BinScores:
         """Scores that are all NaN."""
 
         def nan() -> torch.Tensor:
