@@ -35,6 +35,8 @@ _PUBLIC = {
     "Grid": "runs.config",
     "Evaluation": "runs.evaluate",
     "evaluate": "runs.evaluate",
+    "Coverage": "models.coverage",
+    "coverage": "models.coverage",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from skillfast.metrics import Binary as Binary
     from skillfast.metrics import Categorical as Categorical
     from skillfast.metrics import Continuous as Continuous
+    from skillfast.models.coverage import Coverage as Coverage
+    from skillfast.models.coverage import coverage as coverage
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid

@@ -214,8 +214,11 @@ def report(directory: str) -> None:
 @main.command(cls=Command)
 @click.option("--model", help="timm's name, or hf: and a name or folder: list its sites.")
 @click.option("--model-kwarg", multiple=True, metavar="KEY=VALUE")
-def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
+@click.option("--verify", is_flag=True, help="Certify that the model's sites hold all that its blocks do; else exit 1.")
+def info(model: str | None, model_kwarg: tuple[str, ...], verify: bool) -> None:
     """Show versions and backends, and where a model's neurons are."""
+    if verify and model is None:
+        raise ArgumentError("verify: expected --model with it, got none; name the model")
     from skillfast import backends
 
     click.echo(f"skillfast {__version__}")
@@ -235,6 +238,13 @@ def info(model: str | None, model_kwarg: tuple[str, ...]) -> None:
         sites = find_sites(made.eval())
         read_in = {site.name: "activation" if plain_mlp(made, site) is not None else "hook" for site in sites}
         _show(sites_table(model, sites, read_in))
+        if verify:
+            from skillfast.models.coverage import coverage
+
+            found = coverage(made)
+            click.echo(f"{found} ({found.inputs})")
+            if not found.complete:
+                click.get_current_context().exit(1)
 
 
 @main.command(cls=Command)

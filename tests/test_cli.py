@@ -100,6 +100,23 @@ def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
     assert method in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "code", "words"),
+    [
+        ("llama", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small copy"),
+        ("mixtral", 1, "experts"),
+    ],
+)
+def test_info_certifies_sites(tmp_path, model_type, code, words):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.AutoConfig.for_model(model_type)
+    config.architectures = [f"{model_type.capitalize()}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    result = run("info", "--model", f"hf:{tmp_path}", "--verify")
+    assert result.exit_code == code, result.output
+    assert words in result.output.replace("\n", " ")
+
+
 def test_info():
     result = run("info", "--model", "vit_tiny_patch16_224", "--model-kwarg", "depth=2")
     assert result.exit_code == 0

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory import footprint
 from skillfast.memory.config import PlanConfig
 from skillfast.memory.state import state_bytes
 from skillfast.memory.usage import free_bytes
 from skillfast.metrics import parse_metrics
+from skillfast.models.coverage import coverage
 from skillfast.models.huggingface import load_config, skeleton
 from skillfast.models.sites import Site, choose_sites
 from skillfast.statistics.bins.edges import exact_rows
@@ -23,6 +24,7 @@ from skillfast.vocabulary import BUFFER_ROWS
 
 if TYPE_CHECKING:
     from skillfast.metrics import Metric
+    from skillfast.models.coverage import Coverage
 
 _SCORES = 6 * 8  # bytes per neuron and column of all statistics and their bounds, float64
 
@@ -70,6 +72,7 @@ class Plan:
         parameters: Number of the model's parameters.
         sites: The traced ones.
         devices: What each device holds.
+        coverage: What the model's sites hold of what its blocks do; None where that could not be told.
         host: Bytes of the results, and of continuous metrics' scalars, in the host's memory at the end.
         remedies: What to turn down where it does not fit, and the largest peak that it leaves: the least first.
     """
@@ -80,6 +83,7 @@ class Plan:
     sites: tuple[Site, ...]
     devices: tuple[DevicePlan, ...]
     host: int
+    coverage: Coverage | None = None
     remedies: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -115,6 +119,7 @@ class Plan:
             "settings": asdict(self.settings),
             "parameters": self.parameters,
             "neurons": self.neurons,
+            "coverage": None if self.coverage is None else self.coverage.to_json(),
             "sites": [asdict(site) for site in self.sites],
             "state_bytes": self.state,
             "host_bytes": self.host,
@@ -142,10 +147,17 @@ def plan(model: str, settings: PlanConfig | None = None, *, device_memory: int |
     settings = settings or PlanConfig()
     made = skeleton(load_config(model), settings.task).to(getattr(torch, settings.dtype))
     capacity = device_memory if device_memory is not None else _free()
-    found = _plan(model, made, settings, capacity)
+    found = replace(_plan(model, made, settings, capacity), coverage=_covered(made))
     if found.fits or capacity is None:
         return found
     return replace(found, remedies=tuple(_remedies(model, made, settings, capacity)))
+
+
+def _covered(model: torch.nn.Module) -> Coverage | None:
+    try:
+        return coverage(model)
+    except ModelError:
+        return None
 
 
 def kinds_of(settings: PlanConfig) -> dict[str, Metric]:

@@ -54,6 +54,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("Phi", r"self_attn\.dense", r"mlp\.fc2"),
     Family("BART", r"self_attn\.out_proj", r"fc2", block=r"\blayers\.\d+"),
     Family("T5", r"layer\.0\.SelfAttention\.o", r"layer\.[12]\.DenseReluDense\.wo"),
+    Family("MPT", r"attn\.out_proj", r"ffn\.down_proj"),
+    Family("Jamba, Bamba, Llama 4", r"self_attn\.o_proj", r"feed_forward\.down_proj"),
+    Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
 )
 

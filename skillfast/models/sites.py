@@ -129,8 +129,8 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
                 break
     if not sites:
         raise ModelError(
-            f"{type(model).__name__}: expected blocks named as in a known family "
-            f"({', '.join(family.name for family in known)}), got none; declare its sites: "
+            f"{type(model).__name__}: expected blocks named as in a known family, got none; declare its "
+            "sites: "
             'sites={"blocks.0.mlp": "<path of the projection>", ..., "head": "<path>"}, or for a whole family '
             "skillfast.models.sites.register_family"
         )

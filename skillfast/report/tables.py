@@ -174,6 +174,7 @@ def plan_table(plan: Plan) -> Table:
     """See `skillfast.report.plan_table`."""
     title = f"{plan.model}: {plan.parameters:,} parameters, {plan.neurons:,} neurons in {len(plan.sites)} sites"
     caption = f"state {plan.state:,} bytes in all; results and scalars on the host {size(plan.host)}"
+    caption += f"\n{plan.coverage or 'not certified that the sites hold all that the blocks do'}"
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     for heading in ("device", "parts", "neurons", "weights", "state", "buffer", "forward", "peak"):
         table.add_column(heading, justify="left" if heading == "parts" else "right")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
 
+from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
 from skillfast.results.records import (
     Change,
@@ -93,6 +94,8 @@ class Model(Record, frozen=True):
     neurons: Positive
     sites: Annotated[list[SiteSize], Meta(min_length=1)]
     trained: Trained
+    coverage: ModelCoverage | None = None
+    """None: nobody could say what the model takes, so that it was not certified."""
 
 
 class Dataset(Record, frozen=True):

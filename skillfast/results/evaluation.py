@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
 from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share
 from skillfast.vocabulary import Kind
@@ -117,6 +118,8 @@ class EvaluatedModel(Record, frozen=True):
     fingerprint: Name
     neurons: Positive
     sites: Annotated[list[EvaluatedSite], Meta(min_length=1)]
+    coverage: ModelCoverage | None = None
+    """None: nobody could say what the model takes, so that it was not certified."""
 
 
 class EvaluatedData(Record, frozen=True):

@@ -92,7 +92,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         embedded = stage("embeddings", lambda: _embeddings(session, removals), Kept.optional(EmbeddingChanges.load))
         seed = session.config.run.seed
         on_test = stage("trade_off", lambda: _effects(session, chosen.skills, "test", intervals=seed), JSON)
-        found = _results(subject, removals, swept, own, embedded)
+        found = _results(session, removals, swept, own, embedded)
         found["selection"] = chosen.to_json(on_test["candidates"])
         if scores.pearson is not None:
             held_out = stage(
@@ -221,13 +221,14 @@ def _time_tracing(subject: Subject) -> dict[str, float | int]:
 
 
 def _results(
-    subject: Subject,
+    session: Session,
     removals: Removals,
     swept: SweepResult,
     own: np.ndarray,
     embedded: EmbeddingChanges | None,
 ) -> dict[str, Any]:
     """results.json without its cost; `own` is what `_shares` gives."""
+    subject = session.subject
     skills, classes = removals.skills, subject.splits.classes
     k, labels, intact = len(skills), swept.labels, swept.top2[:, 0]
     sites = choose_sites(subject.model, subject.config.trace.sites)
@@ -255,7 +256,7 @@ def _results(
     return {
         "environment": environment(subject.device),
         "config": subject.config.to_json(),
-        "model": _model(subject),
+        "model": _model(session),
         "dataset": subject.dataset_json(),
         "baseline": {
             "accuracy": float(swept.baseline.mean()),
@@ -286,7 +287,8 @@ def _results(
     }
 
 
-def _model(subject: Subject) -> dict[str, Any]:
+def _model(session: Session) -> dict[str, Any]:
+    subject = session.subject
     sites = choose_sites(subject.model, subject.config.trace.sites)
     return {
         "name": subject.name,
@@ -298,6 +300,7 @@ def _model(subject: Subject) -> dict[str, Any]:
             {"name": s.name, "kind": s.kind, "block": s.block, "heads": s.heads, "width": s.width} for s in sites
         ],
         "trained": subject.trained,
+        "coverage": None if session.coverage is None else session.coverage.to_json(),
     }
 
 

@@ -13,6 +13,7 @@ from skillfast.evaluation.generation import require_sacrebleu
 from skillfast.metrics import COLUMN, check_metric_names
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
+from skillfast.results.coverage import ModelCoverage
 from skillfast.results.evaluation import FILE, EvaluatedModel, EvaluatedSite, EvaluationResults
 from skillfast.runs import selection
 from skillfast.runs.class_outcomes import class_outcomes
@@ -28,8 +29,6 @@ from skillfast.vocabulary import METRICS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from torch import nn
 
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.grid import Case
@@ -162,7 +161,7 @@ def _evaluate_classifier(
         "measures": MEASURES,
         "intact": intact,
         "outcomes": outcomes,
-        "model": evaluated_model(subject.name, subject.model, subject.config.trace.sites),
+        "model": evaluated_model(session),
         "data": subject.dataset_json(),
         "config": _settings(subject.config, grid, skills),
         "environment": environment(subject.device),
@@ -195,7 +194,7 @@ def _evaluate_causal(
         "measures": settings.measures,
         "intact": intact,
         "outcomes": outcomes,
-        "model": evaluated_model(subject.name, subject.model, subject.config.trace.sites),
+        "model": evaluated_model(session),
         "data": subject.dataset_json() | counts,
         "config": _settings(subject.config, grid, skills) | {"generation": asdict(settings)},
         "environment": environment(subject.device),
@@ -262,12 +261,14 @@ def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:
     return config
 
 
-def evaluated_model(name: str, model: nn.Module, kinds: Sequence[str]) -> EvaluatedModel:
+def evaluated_model(session: Session) -> EvaluatedModel:
     """The model as `evaluation.json` has it."""
-    sites = choose_sites(model, kinds)
+    model, covered = session.subject.model, session.coverage
+    sites = choose_sites(model, session.config.trace.sites)
     return EvaluatedModel(
-        name=name,
+        name=session.subject.name,
         fingerprint=fingerprint(model),
         neurons=sum(site.width for site in sites),
         sites=[EvaluatedSite(name=site.name, kind=site.kind, block=site.block, width=site.width) for site in sites],
+        coverage=None if covered is None else records.made(ModelCoverage, covered.to_json()),
     )

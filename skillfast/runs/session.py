@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from skillfast import __version__, backends, files
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, SkillfastError
 from skillfast.memory.budget import limited_memory
 from skillfast.memory.usage import peak_memory
 from skillfast.metrics import check_metric_names
+from skillfast.models.coverage import coverage
 from skillfast.progress import telling
 from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
@@ -22,6 +23,7 @@ from skillfast.runs.digests import data_digest, weights_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from skillfast.models.coverage import Coverage
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.kept import Kept
     from skillfast.runs.subject import Subject
@@ -37,6 +39,7 @@ class Session:
 
     Attributes:
         subject: The model on its device and the data; `subject.config` are the settings, the dtype among them.
+        coverage: What the model's sites cover; None where it could not be certified.
         clock: Seconds per stage.
         quiet: Show no progress bars.
         say: Called with each line worth reading.
@@ -45,6 +48,7 @@ class Session:
     """
 
     subject: Subject
+    coverage: Coverage | None
     clock: Clock
     quiet: bool
     say: Say
@@ -130,7 +134,8 @@ def open_session(
         stack.enter_context(limited_memory(config.run.memory_bytes))
         with clock.stage("data"):
             subject = load_subject(config, device, quiet=quiet, say=say)
-        session = Session(subject, clock, quiet, say)
+            covered = _certify(subject.model, say)
+        session = Session(subject, covered, clock, quiet, say)
         if resumable:
             session.checkpoints = _checkpoints(subject, say)
         try:
@@ -141,6 +146,18 @@ def open_session(
             if session._last:
                 say(f"stopped after stage {session._last}: the same command goes on from there")
             raise
+
+
+def _certify(model: torch.nn.Module, say: Say) -> Coverage | None:
+    """What the sites cover; a line where that is not everything, or cannot be told."""
+    try:
+        found = coverage(model)
+    except SkillfastError as error:
+        say(f"warning: not certified that the sites hold all that the blocks do: {error}")
+        return None
+    if not found.complete:
+        say(f"warning: {found}")
+    return found
 
 
 def load_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say: Say) -> Subject:

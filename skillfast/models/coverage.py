@@ -1,0 +1,273 @@
+"""Coverage: whether everything that a model's blocks compute passes through its sites."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.shrink import is_configured, shrunk
+from skillfast.models.sites import DECLARED, find_sites, input_width, refuse_compiled, unwrap_compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from skillfast.models.sites import Site
+
+EXAMPLES, TOKENS = 4, 24  # of the inputs that are made; many tokens, so that every expert is reached
+SCALE = 0.5  # of random weights, over the square root of what each output sums
+_NOT_IN_BLOCKS = (torch.nn.Embedding,)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which of a model's block weights act through its sites alone.
+
+    With every neuron of every site at 0, no weight matrix of a block may have an effect: the gradient of a random
+    projection of the output with respect to it is exactly 0. Where one is not 0, a path writes past the sites. What
+    lies before the first block, norms, biases and the head are no weight matrices of a block.
+
+    Attributes:
+        share: Share of the blocks' weights that act through sites alone, in [0, 1].
+        missing: Module -> its share of the blocks' weights, for matrices that act past the sites; block numbers are
+            `*`. The largest first.
+        unexercised: Module -> its share, for matrices that had no effect in the intact model either, so that nothing
+            is known of them: an expert that no token reached, a weight of 0.
+        parameters: Number of weights in the blocks' matrices, of the model that was run.
+        inputs: What it was run on, in words.
+    """
+
+    share: float
+    missing: Mapping[str, float]
+    unexercised: Mapping[str, float]
+    parameters: int
+    inputs: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight of the blocks acts through the sites."""
+        return not self.missing and not self.unexercised
+
+    def __str__(self) -> str:
+        """One line: the share, and what is missing."""
+        told = [f"sites cover {_percent(self.share)} of the blocks' weights"]
+        if self.missing:
+            told.append(f"past them act {_listed(self.missing)}")
+        if self.unexercised:
+            told.append(f"without effect were {_listed(self.unexercised)}")
+        return "; ".join(told)
+
+    def to_json(self) -> dict[str, Any]:
+        """As in `model.coverage` of results.json."""
+        return {
+            "share": self.share, "complete": self.complete, "missing": dict(self.missing),
+            "unexercised": dict(self.unexercised), "inputs": self.inputs,
+        }  # fmt: skip
+
+
+def coverage(model: torch.nn.Module, batch: torch.Tensor | Mapping[str, torch.Tensor] | None = None) -> Coverage:
+    """Certify that the sites of a model hold everything that its blocks do, or name what acts past them.
+
+    Args:
+        model: Any model with known or declared sites; it stays as it is. One on torch's `meta` device will do where
+            `batch` is not given.
+        batch: What the model is called with: a tensor, or a mapping of keyword arguments. None: a copy with random
+            weights is run on random inputs: of a model of the transformers library a small copy that is made from its
+            configuration (few layers of each type, small widths), so that one too large for this machine is certified
+            in seconds; of any other model a copy of its own size.
+
+    Returns:
+        What the sites cover.
+
+    Raises:
+        ArgumentError: No batch, and a model of which nobody knows what it takes.
+        ModelError: A model without known sites, or whose copy cannot be made or run.
+    """
+    model = unwrap_compiled(model)
+    refuse_compiled(model)
+    find_sites(model)  # a model without sites is told so before anything is run
+    if batch is not None:
+        return _covered(model, batch, "the batch that was given")
+    inputs: Any
+    if is_configured(model) and getattr(model, DECLARED, None) is None:
+        small, inputs = shrunk(model)
+        described = "random inputs, on a small copy with random weights"
+    else:
+        inputs = _image_inputs(model)
+        small, described = copy.deepcopy(model).float().eval(), "random images, on a copy with random weights"
+    randomise(small)
+    return _covered(small, inputs, described)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights in place, so that no matrix is 0 and activations neither vanish nor overflow."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() > 1:
+                sums = parameter[0].numel() ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (SCALE / sums))
+            else:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+
+
+def _covered(model: torch.nn.Module, batch: Any, inputs: str) -> Coverage:
+    sites = [site for site in find_sites(model) if site.kind != "head"]
+    weights = block_matrices(model, sites)
+    total = sum(weight.numel() for weight in weights.values())
+    if not total:
+        raise ModelError(f"{type(model).__name__}: expected weight matrices in its blocks, got none; it has no block")
+    unused = {name for name, acts in _acting(model, batch, weights).items() if not acts}
+    with _silenced(model, sites):
+        past = {name for name, acts in _acting(model, batch, weights).items() if acts}
+    size = {name: weight.numel() / total for name, weight in weights.items()}
+    share = 1 - sum(size[name] for name in past | unused)
+    return Coverage(max(0.0, share), _by_module(past, size), _by_module(unused - past, size), total, inputs)
+
+
+def block_matrices(model: torch.nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """The weight matrices of all blocks, name -> parameter.
+
+    Blocks are the members of the outermost numbered containers that hold a site, or of which a member has two linear
+    layers or more, as the blocks of a part of the model have that no site is known of.
+    """
+    modules = dict(model.named_modules())
+    stacks = {_stack_of(site.path) for site in sites}
+    for path, module in modules.items():
+        if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) and _stack_of(f"{path}.0") == path:
+            members = [sum(input_width(part) is not None for part in member.modules()) for member in module]
+            if members and max(members) > 1:
+                stacks.add(path)
+    embeddings = {id(p) for m in modules.values() if isinstance(m, _NOT_IN_BLOCKS) for p in m.parameters()}
+    heads = {site.path for site in find_sites(model) if site.kind == "head"}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and not name.endswith("bias")  # of experts: one row each
+        and parameter.is_floating_point()
+        and id(parameter) not in embeddings
+        and any(name.startswith(f"{stack}.") if stack else True for stack in stacks)
+        and name.rpartition(".")[0] not in heads
+    }
+
+
+def _stack_of(path: str) -> str:
+    """Path of the outermost numbered container around a module; the whole model where there is none."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:i])
+    return ""
+
+
+def _acting(model: torch.nn.Module, batch: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Whether each matrix has any effect on the output: whether a random projection's gradient is not 0."""
+    generator = torch.Generator().manual_seed(1)
+    with _learnable(model, weights), torch.inference_mode(False), torch.enable_grad():
+        outputs = [out for out in _tensors(_run(model, batch)) if out.requires_grad]
+        if not outputs:
+            return dict.fromkeys(weights, False)
+        projected = sum(
+            (out.float() * torch.randn(out.shape, generator=generator).to(out.device)).sum() for out in outputs
+        )
+        gradients = torch.autograd.grad(projected, list(weights.values()), allow_unused=True)  # type: ignore[arg-type]
+    return {
+        name: gradient is not None and bool((gradient != 0).any())
+        for name, gradient in zip(weights, gradients, strict=True)
+    }
+
+
+def _run(model: torch.nn.Module, batch: Any) -> Any:
+    try:
+        return model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(batch)
+    except Exception as error:  # of whatever the model checks
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__}: expected a forward on the inputs, got {reason}; pass batch=, what it takes"
+        ) from error
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The floating tensors of an output that say what the model says: the logits, or else all."""
+    if isinstance(logits := getattr(output, "logits", None), torch.Tensor):
+        yield logits
+    elif isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif hasattr(output, "values"):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+@contextmanager
+def _learnable(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Gradients of these weights alone."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {id(weight) for weight in weights.values()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _silenced(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Every neuron of the sites is 0 inside."""
+
+    def zero(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * 0, *args[1:])
+
+    handles = [model.get_submodule(site.path).register_forward_pre_hook(zero) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_module(names: set[str], size: Mapping[str, float]) -> dict[str, float]:
+    """Module path with `*` for numbers -> share, the largest first."""
+    found: Counter[str] = Counter()
+    for name in names:
+        found[re.sub(r"\b\d+\b", "*", name.removesuffix(".weight"))] += size[name]  # type: ignore[assignment]
+    return dict(found.most_common())
+
+
+def _listed(shares: Mapping[str, float], most: int = 4) -> str:
+    told = [f"{name} ({_percent(share)})" for name, share in list(shares.items())[:most]]
+    return ", ".join(told) + (f" and {len(shares) - most} more" if len(shares) > most else "")
+
+
+def _percent(share: float) -> str:
+    """A share that is not whole never reads 100 %."""
+    return "100 %" if share == 1 else f"{min(share, 0.9999):.2%}".replace("%", " %")
+
+
+def _image_inputs(model: torch.nn.Module) -> torch.Tensor:
+    """Random images for a model of timm's or torchvision's kind."""
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
+    size = size or (settings.get("input_size") or (None,))[1:]
+    convolution = next((m for m in model.modules() if isinstance(m, torch.nn.Conv2d)), None)
+    if not size or convolution is None:
+        raise ArgumentError(
+            f"batch: expected what {type(model).__name__} is called with, got none; pass batch=, a tensor or a mapping"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = convolution.in_channels
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(2))

@@ -1,0 +1,215 @@
+"""Small copies of models of the transformers library, from their configuration: every type of layer, small widths."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skillfast.errors import ModelError
+from skillfast.models.weights import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LAYERS = 4  # kept at least, where the model has as many
+HIDDEN, INNER, HEADS, HEAD_WIDTH, VOCABULARY, EXPERTS = 64, 96, 4, 16, 256, 4
+EXAMPLES, TOKENS = 4, 32
+MOST_WEIGHTS = 100_000_000  # of a copy
+
+_LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+    "num_encoder_layers", "depth",
+)  # fmt: skip
+_SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "attention_hidden_size"), HIDDEN),
+    **dict.fromkeys(
+        (
+            "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
+            "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+            "ffn_hidden_size", "shared_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp",
+            "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width", "ffn_hidden_size",
+        ),
+        INNER,
+    ),
+    **dict.fromkeys(
+        (
+            "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+            "decoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
+        ),
+        HEADS,
+    ),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "v_head_dim", "kv_channels"), HEAD_WIDTH),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), EXPERTS
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_k", "num_selected_experts"), 2),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 16),
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "word_embed_proj_dim": HIDDEN, "rotary_dim": 8,
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8,
+    "mamba_d_state": 8, "state_size": 8, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_d_ssm": 128,
+    "linear_num_heads": 4, "linear_head_dim": 16, "qk_head_dim": 32,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "hidden_size_per_layer_input": 8, "mamba_n_groups": 1, "n_groups": 1, "embedding_size": HIDDEN,
+}  # fmt: skip
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "multi_query_group_num")
+_HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id")
+
+
+def is_configured(model: torch.nn.Module) -> bool:
+    """Whether the model is one of the transformers library, which its configuration describes."""
+    return hasattr(getattr(model, "config", None), "model_type")
+
+
+def shrunk(model: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A small copy of a model of the transformers library, and inputs for it.
+
+    Args:
+        model: The model, on any device, also `meta`.
+
+    Returns:
+        The copy, in evaluation mode, float32, on the CPU, with weights that its constructor made; and random inputs.
+
+    Raises:
+        ModelError: No small copy can be made of its configuration.
+    """
+    reasons = []
+    for narrow in (True, False):
+        config = _small(model.config, narrow)
+        try:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in _made(model, copy.deepcopy(config)).parameters())
+            if size > MOST_WEIGHTS:
+                reasons.append(f"one of {size:,} weights")
+                continue
+            made = _made(model, config).float().eval()
+            inputs = random_inputs(made)
+            with torch.no_grad():
+                made(**inputs)
+        except Exception as error:  # of whatever the constructor and the forward check
+            reasons.append(first_line(error))
+            continue
+        return made, inputs
+    raise ModelError(
+        f"{type(model).__name__}: expected a configuration that a small copy can be made of, got {'; '.join(reasons)}; "
+        "pass batch=, what the model takes"
+    )
+
+
+def _made(model: Any, config: Any) -> Any:
+    generator_state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        return type(model)(config)
+    finally:
+        torch.random.set_rng_state(generator_state)
+
+
+def _small(config: Any, narrow: bool) -> Any:
+    """A copy of the configuration with fewer layers, and narrower ones."""
+    made = copy.deepcopy(config)
+    for part in _parts(made):
+        _fewer_layers(part)
+        if narrow:
+            _narrow(part)
+        if hasattr(part, "vocab_size"):
+            for name in _TOKENS:
+                if isinstance(value := getattr(part, name, None), int) and value >= VOCABULARY:
+                    setattr(part, name, VOCABULARY - 1)
+            part.vocab_size = min(part.vocab_size, VOCABULARY)
+    made._attn_implementation = "eager"
+    return made
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """The configuration and those inside it."""
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, name, None)
+        if part is not None and hasattr(part, "model_type"):
+            yield from _parts(part)
+
+
+def _fewer_layers(config: Any) -> None:
+    """The first layers, as many as show every type that the configuration's lists name."""
+    names = {config.attribute_map.get(name, name) for name in _LAYER_COUNTS if _is_count(config, name)}
+    for name in names:
+        count = getattr(config, name)
+        lists = {
+            key: value
+            for key, value in vars(config).items()
+            if isinstance(value, list | tuple | str) and len(value) == count and key != "name_or_path"
+        }
+        kept = min(count, LAYERS)
+        for value in lists.values():
+            if not any(isinstance(item, list | dict) for item in value):
+                kept = max(kept, max(list(value).index(item) for item in set(value)) + 1)
+        kept = max(kept, min(count, _period(config)))
+        for key, value in lists.items():
+            _set(config, key, value[:kept])
+        if getattr(config, name) != kept:
+            _set(config, name, kept)
+
+
+def _period(config: Any) -> int:
+    """How many layers a pattern takes that numbers tell."""
+    periods = [v for k, v in vars(config).items() if k.endswith(("_period", "_interval", "_step", "_freq", "_pattern"))]
+    return max([v for v in periods if isinstance(v, int) and 0 < v < 33], default=1)
+
+
+def _narrow(config: Any) -> None:
+    heads = next((v for n in _HEAD_COUNTS if isinstance(v := _get(config, n), int)), None)
+    for name in _KEY_HEADS:
+        if isinstance(value := _get(config, name), int) and heads is not None:
+            _set(config, name, HEADS if value == heads else 1 if value == 1 else 2)
+    for name, size in _SIZES.items():
+        if _is_count(config, name):
+            _set(config, name, min(size, getattr(config, name)))
+
+
+def _get(config: Any, name: str) -> Any:
+    """A setting; None where the configuration lacks it, or has another one for every layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # what differs between layers is no AttributeError to transformers
+        return None
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    """Set what can be set; what follows from other settings follows them."""
+    with suppress(AttributeError, NotImplementedError):
+        setattr(config, name, value)
+
+
+def _is_count(config: Any, name: str) -> bool:
+    value = _get(config, name)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def random_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Random inputs of the kind that the model takes first: tokens, or images.
+
+    Raises:
+        ModelError: A model whose main input is neither.
+    """
+    generator = torch.Generator().manual_seed(2)
+    config, main = model.config, model.main_input_name
+    if main == "pixel_values":
+        vision = next((p for p in _parts(config) if hasattr(p, "image_size")), config)
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(vision, "num_channels", 3)
+        return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
+    if main not in ("input_ids", "decoder_input_ids"):
+        raise ModelError(f"{type(model).__name__}: expected one that takes tokens or images, got one for {main}")
+    text = next((p for p in _parts(config) if hasattr(p, "vocab_size")), config)
+    ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, TOKENS), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.flip(1)
+    return inputs
