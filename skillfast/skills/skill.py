@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from skillfast.models.sites import Site
 
+NEAR = 8  # places up or down in the order of mean activation from which a matched neuron is drawn
+
 
 @dataclass(frozen=True)
 class Skill:
@@ -80,18 +82,60 @@ def overlap(skills: Sequence[Skill]) -> np.ndarray:
 
 
 def random_skills(skill: Skill, sites: Sequence[Site], draws: int, rng: np.random.Generator) -> list[Skill]:
-    """As many neurons of each site as the skill has there, drawn at random, `draws` times."""
+    """As many other neurons of each site as the skill has there, drawn at random, `draws` times.
+
+    Of a site that has too few others all are taken, and the rest are neurons of the skill.
+    """
     widths = {site.name: site.width for site in sites}
+
+    def drawn(width: int, own: np.ndarray) -> np.ndarray:
+        others = np.setdiff1d(np.arange(width), own)
+        count = min(len(own), len(others))
+        few = rng.choice(own, size=len(own) - count, replace=False)
+        return np.concatenate([rng.choice(others, size=count, replace=False), few])
+
     return [
         Skill(
             name=f"random {i} for {skill.name}",
             neurons={
-                name: torch.from_numpy(rng.choice(widths[name], size=len(index), replace=False))
-                for name, index in skill.neurons.items()
+                name: torch.from_numpy(drawn(widths[name], index.numpy())) for name, index in skill.neurons.items()
             },
         )
         for i in range(draws)
     ]
+
+
+def matched_skills(skill: Skill, means: Mapping[str, np.ndarray], draws: int, rng: np.random.Generator) -> list[Skill]:
+    """As many other neurons of each site, each about as active as one of the skill's, drawn `draws` times.
+
+    For a neuron of the skill one is drawn among the `2 NEAR + 1` others whose mean activations are nearest in size; the
+    nearest free one where that is taken. Of a site that has too few others all are taken.
+
+    Args:
+        skill: The skill.
+        means: Site -> float [width], mean activation of every neuron.
+        draws: How often.
+        rng: Draws.
+    """
+    return [
+        Skill(
+            name=f"matched {i} for {skill.name}",
+            neurons={name: _matched(np.abs(means[name]), index.numpy(), rng) for name, index in skill.neurons.items()},
+        )
+        for i in range(draws)
+    ]
+
+
+def _matched(size: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    others = np.setdiff1d(np.arange(len(size)), own)
+    others = others[np.argsort(size[others], kind="stable")]
+    wanted = np.searchsorted(size[others], size[own]) + rng.integers(-NEAR, NEAR + 1, len(own))
+    free, chosen = set(range(len(others))), []
+    for place in rng.permutation(wanted)[: len(others)].tolist():
+        near = next(p for step in range(len(size) + NEAR + 1) for p in (place - step, place + step) if p in free)
+        free.remove(near)
+        chosen.append(near)
+    return torch.from_numpy(others[chosen])
 
 
 def save_skills(directory: str | Path, skills: Iterable[Skill]) -> Path:

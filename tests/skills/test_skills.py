@@ -10,7 +10,7 @@ import torch
 import skillfast
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import Site
-from skillfast.skills.skill import overlap
+from skillfast.skills.skill import matched_skills, overlap, random_skills
 
 pytestmark = pytest.mark.filterwarnings("ignore:no neuron was chosen")
 SITES = (Site("blocks.0.mlp", "mlp", 0, "a", 8), Site("blocks.1.attn", "attn", 1, "b", 4, 2))
@@ -171,3 +171,36 @@ def test_overlap_is_jaccards():
     a = skillfast.Skill("a", {"x": torch.tensor([1, 2]), "y": torch.tensor([1])})
     b = skillfast.Skill("b", {"x": torch.tensor([2, 3])})
     np.testing.assert_allclose(overlap([a, b]), [[1, 0.25], [0.25, 1]])
+
+
+def test_random_neurons_are_none_of_the_skills():
+    sites = (Site("blocks.0.mlp", "mlp", 0, "a", 50), Site("blocks.1.mlp", "mlp", 1, "b", 9))
+    own = skillfast.Skill("s", {"blocks.0.mlp": range(20), "blocks.1.mlp": range(6)})
+    times = np.zeros(50)
+    for drawn in random_skills(own, sites, 300, np.random.default_rng(0)):
+        times[drawn.neurons["blocks.0.mlp"]] += 1
+        few = set(drawn.neurons["blocks.1.mlp"].tolist())
+        assert len(few) == 6
+        assert few >= {6, 7, 8}  # all others, and three of its own
+    assert not times[:20].any()
+    assert np.abs(times[20:] - 200).max() < 4.5 * np.sqrt(300 * 2 / 9)
+
+
+def test_matched_neurons_are_as_active_and_none_of_the_skills():
+    rng = np.random.default_rng(0)
+    means = {"blocks.0.mlp": rng.normal(size=400) ** 3}
+    size = np.abs(means["blocks.0.mlp"])
+    own = skillfast.Skill("s", {"blocks.0.mlp": np.argsort(-size)[20:100:4]})  # of the more active
+    want = size[own.neurons["blocks.0.mlp"]].mean()
+    site = (Site("blocks.0.mlp", "mlp", 0, "a", 400),)
+    matched = matched_skills(own, means, 50, rng)
+    found = [size[drawn.neurons["blocks.0.mlp"]].mean() for drawn in matched]
+    other = [size[drawn.neurons["blocks.0.mlp"]].mean() for drawn in random_skills(own, site, 50, rng)]
+    assert abs(np.mean(found) / want - 1) < 0.25
+    assert np.mean(other) < want / 2
+    for drawn in matched:
+        assert len(drawn) == 20
+        assert not set(drawn.neurons["blocks.0.mlp"].tolist()) & set(own.neurons["blocks.0.mlp"].tolist())
+    assert len({tuple(drawn.neurons["blocks.0.mlp"].tolist()) for drawn in matched}) == 50
+    most = skillfast.Skill("m", {"blocks.0.mlp": range(390)})
+    assert matched_skills(most, means, 1, rng)[0].neurons["blocks.0.mlp"].tolist() == list(range(390, 400))
