@@ -224,6 +224,13 @@ def _correlations(classes: list[str], sites: list[dict[str, Any]]) -> dict[str, 
     }}  # fmt: skip
 
 
+def _own_control(rng: random.Random, n_classes: int, drop: float) -> dict[str, Any]:
+    per_class = [drop * rng.uniform(0.5, 1.5) for _ in range(n_classes)]
+    mean = sum(per_class) / n_classes
+    return {"draws": 20, "target_drop": mean, "per_class": per_class, "spread": drop / 2,
+            "ci95": [mean - 0.01, mean + 0.01]}  # fmt: skip
+
+
 def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
     """A `results.json`; `optional` adds the keys that a run may leave out."""
     rng = random.Random(n_classes)
@@ -247,7 +254,9 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         "removal_matrix": found,
         "selectivity": _selectivity(found, rng),
         "oracle": {**_selectivity(oracle, rng), "removal_matrix": oracle},
-        "random_control": {**_selectivity(_matrix(rng, baseline, 0.02, 0.012), rng), "draws": 5},
+        "random_control": {**_selectivity(_matrix(rng, baseline, 0.02, 0.012), rng), "draws": 4,
+                           "own": _own_control(rng, n_classes, 0.02)},
+        "matched_control": _own_control(rng, n_classes, 0.05),
         "cost": _cost(),
     }  # fmt: skip
     if optional:

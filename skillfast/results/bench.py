@@ -251,10 +251,34 @@ class Oracle(Selectivity, frozen=True):
     removal_matrix: Changes
 
 
-class RandomControl(Selectivity, frozen=True):
-    """The effect of removing as many random neurons of each site, averaged over draws."""
+class OwnControl(Record, frozen=True, kw_only=True):
+    """What draws of neurons cost the class that they were drawn for.
+
+    Attributes:
+        draws: How many there are for each class.
+        target_drop: What a class loses, the mean over classes and draws.
+        per_class: The mean over draws, by class.
+        spread: Standard deviation of what a class loses between its draws, the mean over classes.
+        ci95: Interval of target_drop, for other images and other draws.
+    """
 
     draws: Positive
+    target_drop: Change
+    per_class: Annotated[list[Change], Meta(min_length=2)]
+    spread: Annotated[float, Meta(ge=0)] | None = None
+    ci95: Interval
+
+
+class RandomControl(Selectivity, frozen=True, kw_only=True):
+    """The effect of removing as many other neurons of each site, drawn at random, averaged over draws.
+
+    Attributes:
+        draws: Draws that were run on the examples of all classes.
+        own: More draws, run on each class's own examples alone.
+    """
+
+    draws: Positive
+    own: OwnControl
 
 
 class CandidateEffect(Record, frozen=True):
@@ -613,7 +637,8 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         removal_matrix: [K][K], change in accuracy of class j when skill i is removed.
         selectivity: What the removals do to their own classes and to the others.
         oracle: The best that any removal can look like.
-        random_control: What as many random neurons do.
+        random_control: What as many other neurons do, drawn at random.
+        matched_control: What as many other neurons cost a class that are about as active as the skill's.
         layer_contribution: Where the skills live.
         standard_metrics: Metrics of embeddings before and after; absent without embeddings.
         interference: How the skills interfere.
@@ -632,6 +657,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     selectivity: Selectivity
     oracle: Oracle
     random_control: RandomControl
+    matched_control: OwnControl
     layer_contribution: LayerContribution | None = None
     standard_metrics: StandardMetrics | None = None
     interference: Interference | None = None

@@ -14,6 +14,7 @@ from msgspec import structs
 from skillfast import files, metrics
 from skillfast.ablation.sweep import SweepResult, sweep
 from skillfast.evaluation import selectivity, shapley
+from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
@@ -86,7 +87,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         scores = stage("trace", lambda: subject.trace("select", quiet=quiet), Kept.by(NeuronScores.load))
         chosen = _choose(session, scores)
         skills = dict(chosen.skills[chosen.chosen])
-        removals = Removals.of(subject, list(skills.values()))
+        removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
         own = stage("shares", lambda: _shares(session, removals, swept.labels), OWN_PREDICTIONS)
         embedded = stage("embeddings", lambda: _embeddings(session, removals), Kept.optional(EmbeddingChanges.load))
@@ -181,13 +182,13 @@ def _sweep(session: Session, removals: Removals) -> SweepResult:
 
 
 def _shares(session: Session, removals: Removals, labels: np.ndarray) -> np.ndarray:
-    """The test part's predictions with some kinds or blocks of each class's own skill removed."""
+    """The test part's predictions with parts of each class's own skill removed, or of its controls."""
     subject = session.subject
     return own_predictions(
         subject.model,
         subject.loader("test"),
         labels,
-        [*removals.components, *removals.blocks],
+        [*removals.components, *removals.blocks, *removals.own_controls, *removals.matched_controls],
         classes=subject.splits.classes,
         quiet=session.quiet,
     )
@@ -238,10 +239,17 @@ def _results(
         return swept.predictions_of(condition.name for condition in conditions).reshape(-1, k, len(labels))
 
     whole, controls = map(predicted, (removals.whole, removals.controls))
-    bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
+    seed = subject.config.run.seed
+    bootstrap = Bootstrap(labels, seed=seed)
     oracle = selectivity.oracle_predictions(swept.top2, k)[None]
-    own = np.concatenate([whole[:, labels, np.arange(len(labels))], own])  # [1 + parts, n], under their own skill
-    subsets, by_block = own[: len(shapley.SUBSETS)], np.delete(own, range(1, len(shapley.SUBSETS)), 0)
+
+    def under_own(predictions: np.ndarray) -> np.ndarray:  # [rows, K, n] -> [rows, n]
+        return predictions[:, labels, np.arange(len(labels))]
+
+    rows = [len(removals.components), len(removals.blocks), len(removals.own_controls)]
+    subsets, by_block, own_controls, matched = np.split(own, np.cumsum(rows))  # [parts, n] each
+    subsets, by_block = (np.concatenate([under_own(whole), part]) for part in (subsets, by_block))
+    own_controls = np.concatenate([under_own(controls), own_controls])
     drops, resampled = selectivity.own_drops(subsets, intact, labels, bootstrap)
     block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
     turns, control, seen = None, None, {}
@@ -274,8 +282,10 @@ def _results(
         },
         "random_control": {
             **structs.asdict(selectivity.selectivity(controls, intact, labels, bootstrap)),
-            "draws": subject.config.ablate.control_draws,
+            "draws": len(controls),
+            "own": own_control(own_controls, intact, labels, bootstrap, seed),
         },
+        "matched_control": own_control(matched, intact, labels, bootstrap, seed + 1),
         "layer_contribution": {
             **structs.asdict(shapley.layer_contribution(drops, resampled, classes)),
             "per_block": shapley.per_block(blocks, *block_drops, subject.splits.classes),

@@ -208,7 +208,10 @@ class AblateConfig(Settings):
     """What removing a skill means."""
 
     scale: float = setting(0.0, "Factor on the activations of a skill's neurons: 0 removes, 2 doubles.")
-    control_draws: int = setting(5, "Random controls per skill.", low=1)
+    control_draws: int = setting(
+        20, "Random controls per skill, and as many that are matched by mean activation, on the class's own examples; "
+        "the first few random ones run on all examples.", low=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

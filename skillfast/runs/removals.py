@@ -10,7 +10,7 @@ import numpy as np
 from skillfast.ablation.interventions import Condition
 from skillfast.evaluation.shapley import SUBSETS, occupied_blocks
 from skillfast.models.sites import choose_sites
-from skillfast.skills.skill import random_skills
+from skillfast.skills.skill import matched_skills, random_skills
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
     from skillfast.runs.subject import Subject
     from skillfast.skills.skill import Skill
+    from skillfast.statistics.scores import NeuronScores
 
+ON_ALL = 4  # random draws per skill that run on the examples of all classes
 FEW = 2  # random draws per skill of what is dear to measure; two tell how draws differ
 
 
@@ -52,11 +54,21 @@ def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: floa
 
 def control_conditions(
     skills: Sequence[Skill], sites: Sequence[Site], draws: int, scale: float, seed: int
-) -> list[Condition]:
-    """`draws` random controls for each skill: conditions [draws, K], row by row."""
+) -> list[list[Condition]]:
+    """`draws` random controls for each skill: conditions [draws][K]."""
     rng = np.random.default_rng(seed)
     per_skill = [random_skills(skill, sites, draws, rng) for skill in skills]
-    return [Condition(drawn[i], scale=scale) for i in range(draws) for drawn in per_skill]
+    return [[Condition(drawn[i], scale=scale) for drawn in per_skill] for i in range(draws)]
+
+
+def matched_conditions(
+    skills: Sequence[Skill], scores: NeuronScores, draws: int, scale: float, seed: int
+) -> list[list[Condition]]:
+    """`draws` controls for each skill of neurons that are about as active as its own: conditions [draws][K]."""
+    rng = np.random.default_rng([seed, 1])
+    means = {name: scores.mean[rows] for name, rows in scores.site_slices().items()}
+    per_skill = [matched_skills(skill, means, draws, rng) for skill in skills]
+    return [[Condition(drawn[i], scale=scale) for drawn in per_skill] for i in range(draws)]
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,10 @@ class Removals:
         whole: Each skill, all of it.
         components: Each skill with only its neurons in some of the kinds, a row per subset.
         blocks: Each skill with only its neurons in some blocks, a row per choice of blocks.
-        controls: Random controls, as many per skill as the settings say.
-        few_controls: The first of the random controls, for what is dear to measure.
+        controls: The first of the random controls of each skill, for all examples.
+        few_controls: The first of these, for what is dearer to measure.
+        own_controls: The others, for each class's own examples, a row per draw.
+        matched_controls: As many controls of neurons that are about as active, a row per draw.
     """
 
     skills: Sequence[Skill]
@@ -78,18 +92,29 @@ class Removals:
     blocks: Sequence[Sequence[Condition]]
     controls: Sequence[Condition]
     few_controls: Sequence[Condition]
+    own_controls: Sequence[Sequence[Condition]]
+    matched_controls: Sequence[Sequence[Condition]]
 
     @staticmethod
-    def of(subject: Subject, skills: Sequence[Skill]) -> Removals:
-        """The conditions for these skills of a subject's classes, in its settings' manner."""
+    def of(subject: Subject, skills: Sequence[Skill], scores: NeuronScores) -> Removals:
+        """The conditions for these skills of a subject's classes, in its settings' manner.
+
+        Args:
+            subject: The model and the settings.
+            skills: One per class.
+            scores: Of the model, with every neuron's mean activation.
+        """
         settings, seed = subject.config.ablate, subject.config.run.seed
         sites = choose_sites(subject.model, subject.config.trace.sites)
         controls = control_conditions(skills, sites, settings.control_draws, settings.scale, seed)
+        matched = matched_conditions(skills, scores, settings.control_draws, settings.scale, seed)
         return Removals(
             skills,
             whole=[Condition(skill, scale=settings.scale) for skill in skills],
             components=component_conditions(skills, settings.scale),
             blocks=block_conditions(skills, sites, settings.scale),
-            controls=controls,
-            few_controls=controls[: FEW * len(skills)],
+            controls=[condition for row in controls[:ON_ALL] for condition in row],
+            few_controls=[condition for row in controls[:FEW] for condition in row],
+            own_controls=controls[ON_ALL:],
+            matched_controls=matched,
         )

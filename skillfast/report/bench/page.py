@@ -54,6 +54,7 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "matrix": matrix,
         "selectivity": words.selectivity_rows(results),
         "draws": results.random_control.draws,
+        "controls_say": words.controls_say(results),
         "contribution": words.contribution_rows(results) if results.layer_contribution else None,
         "by_block": results.layer_contribution is not None and bool(results.layer_contribution.per_block),
         "closest": figures.closest_pairs(results) if results.interference else None,

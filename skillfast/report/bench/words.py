@@ -25,7 +25,7 @@ from skillfast.report.formatting import (
 from skillfast.results.records import to_json
 
 if TYPE_CHECKING:
-    from skillfast.results.bench import BenchResults, Cost, Selectivity
+    from skillfast.results.bench import BenchResults, Cost, OwnControl, Selectivity
     from skillfast.results.skills import Skills
 
 STAGES = {
@@ -80,6 +80,20 @@ def summary(results: BenchResults) -> list[str]:
             f"{_lost(oracle.target_drop)}."
         ),
     ]
+
+
+def controls_say(results: BenchResults) -> str:
+    """What many draws cost the class that they were drawn for, by number and matched by mean activation."""
+    random, matched = results.random_control.own, results.matched_control
+
+    def lost(control: OwnControl) -> str:
+        ends = "" if control.ci95 is None else f" [{points(control.ci95[0])}, {points(control.ci95[1])}]"
+        return f"{_lost(control.target_drop)}{ends}"
+
+    return (
+        f"Over {random.draws} draws per class, on that class's own examples, removing them {lost(random)}; removing as "
+        f"many that are about as active as the skill's {lost(matched)}. The intervals hold the spread of the draws."
+    )
 
 
 def tiles(results: BenchResults) -> list[dict[str, str]]:
