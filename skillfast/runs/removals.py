@@ -102,7 +102,7 @@ class Removals:
         Args:
             subject: The model and the settings.
             skills: One per class.
-            scores: Of the model, with every neuron's mean activation.
+            scores: Scores of the model, with every neuron's mean activation.
         """
         settings, seed = subject.config.ablate, subject.config.run.seed
         sites = choose_sites(subject.model, subject.config.trace.sites)
