@@ -31,7 +31,6 @@ RATE = 0.4  # of Adam, in units of the strength at which a neuron is just remove
 TEMPERATURES = (1.0, 0.05)  # from gates that are half open to gates that are all but closed or open
 KEEP = 10.0
 STEPS, STEPS_FROM_MASKS = 90, 35
-START_TEMPERATURE = 0.3  # of masks that start from learned ones
 ROWS_AT_ONCE = 64  # of a batch, whose activations are held for the backward pass
 CLASSES_AT_ONCE, STRENGTH_BYTES = 100, 1 << 26  # learned together, and how much their strengths may take
 IMAGES_PER_CLASS, IMAGES, IMAGE_BYTES = 500, 10_000, 1 << 30
@@ -202,7 +201,7 @@ class _Learner:
         n_own = max(1, round(OWN_SHARE * batch_size))
         own = _draws(self.labels, classes, steps, n_own, generator, own=True)
         others = _draws(self.labels, classes, steps, batch_size - n_own, generator, own=False)
-        first, last = TEMPERATURES if start is None else (START_TEMPERATURE, TEMPERATURES[1])
+        first, last = TEMPERATURES
         for step in track(range(steps), "learned masks", quiet=quiet):
             done = step / max(1, steps - 1)
             adam.param_groups[0]["lr"] = RATE * (1 - 0.7 * done)
