@@ -98,3 +98,43 @@ class Shared(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.write(self.read(x).relu())
+
+
+class Copies(torch.nn.Module):
+    """A classifier that writes each class's evidence into its embedding twice, and whose head reads one copy alone.
+
+    Inputs: a coordinate per class, about 3 where the class is shown, then noise. Neurons k and 4 + k answer to class k
+    and write coordinates k and 4 + k of the embedding; the others carry the noise to coordinates 8 to 11. The head
+    reads coordinates 0 to 3; the fifth class, "none", is what it says where there is no evidence. So removing neuron k
+    hides class k from the head, and removing both its neurons erases it: its embeddings are those of "none".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(8, 12), torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 5)
+        self.skillfast_sites = {"blocks.0.mlp": "write", "head": "head"}
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            for k in range(4):
+                self.read.weight[[k, 4 + k], k] = 1
+                self.read.weight[8 + k, 4 + k] = 1
+                self.head.weight[k, k] = 1
+            self.read.bias[:8] = -1
+            self.write.weight.copy_(torch.eye(12))
+            self.head.bias[4] = 0.5
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.write(self.read(x).relu()))
+
+
+def evidence(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [n, 8] of `Copies` and labels [n] of its five classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 5
+    shown = torch.nn.functional.one_hot(labels, 5)[:, :4] * 3.0
+    return torch.cat(
+        [shown + 0.2 * torch.randn(n, 4, generator=generator), torch.randn(n, 4, generator=generator)], 1
+    ), labels

@@ -172,6 +172,20 @@ def _standard_metrics(classes: list[str], matrix: list[list[float]], rng: random
     }  # fmt: skip
 
 
+def _information(classes: list[str]) -> dict[str, Any]:
+    """The first class gone, the second hidden, the third still read, the others hidden."""
+
+    def one(i: int) -> dict[str, Any]:
+        readout, lost = [(0.98, 0.95), (0.9, 0.04), (0.1, 0.02)][i] if i < 3 else (0.85, 0.1)
+        return {"readout_lost": readout, "information_lost": lost, "relearned": 1 - lost, "relearned_without": 0.02,
+                "recall": 0.98, "recall_removed": 0.98 * (1 - readout), "recall_refitted": 1 - lost}  # fmt: skip
+
+    shares = {"readout_lost": 0.85, "information_lost": 0.18, "relearned": 0.79, "relearned_without": 0.02}
+    return {**shares, "ci95": {key: [value - 0.02, value + 0.03] for key, value in shares.items()},
+            "per_class": {name: one(i) for i, name in enumerate(classes)}, "n_fitted": 600, "shots": 5,
+            "steps": 30}  # fmt: skip
+
+
 def _selection(rng: random.Random) -> dict[str, Any]:
     def effect(drop: float, harm: float) -> dict[str, Any]:
         return {"target_drop": drop, "other_change": 0.001, "ratio": drop / 0.001, "other_abs_change": harm + 0.001,
@@ -264,6 +278,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)
         results["selection"] = _selection(rng)
+        results["information"] = _information(classes)
         results["overall"] = _overall(classes, rng)
         results["correlations"] = _correlations(classes, sites)
     return results

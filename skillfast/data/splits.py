@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -106,6 +106,21 @@ def loader(
         drop_last=drop_last,
         generator=generator,
         collate_fn=collate,
+    )
+
+
+def part_of(loader: DataLoader[Any], rows: Sequence[int]) -> DataLoader[Any]:
+    """Batches of some examples of a loader's dataset, in this order.
+
+    Args:
+        loader: Batches of a map-style dataset.
+        rows: Indices of examples.
+    """
+    return DataLoader(
+        Subset(loader.dataset, rows),
+        loader.batch_size,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # iterating leaves the global random state alone
     )
 
 

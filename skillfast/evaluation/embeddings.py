@@ -11,7 +11,7 @@ from scipy.stats import mode, rankdata
 from sklearn import config_context
 from sklearn.neighbors import NearestNeighbors
 
-from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval, means_without
+from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval, means_without, variance_of_mean
 from skillfast.results.bench import (
     EmbeddingControl,
     EmbeddingDifference,
@@ -412,18 +412,12 @@ class _Estimates:
         rows = self.left_out[key][defined]
         return rows.mean(0) if len(rows) else np.full(rows.shape[1], np.nan)
 
-    def variance_of_draws(self, key: str) -> float:
-        """Variance of the mean that comes from the draws; NaN for one draw, which does not tell."""
-        values = self.values[key]
-        draws, k = values.shape
-        return float(values.var(0, ddof=1).sum() / (draws * k**2)) if draws > 1 else np.nan
-
 
 def _difference(skills: _Estimates, drawn: _Estimates) -> EmbeddingDifference:
     """The skills' means minus the random control's; intervals hold the spread of examples and of draws."""
     values, ends = {}, {}
     for key in KEYS:
-        one, other, variance = skills.mean(key), drawn.mean(key), drawn.variance_of_draws(key)
+        one, other, variance = skills.mean(key), drawn.mean(key), variance_of_mean(drawn.values[key])
         values[key] = None if one is None or other is None else one - other
         without = skills.mean_left_out(key) - drawn.mean_left_out(key)
         ends[key] = jackknife_interval(values[key], without, -2.0, 2.0, variance)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom, false_discovery_control
 
-from skillfast.evaluation.jackknife import jackknife_interval
+from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
 from skillfast.results.bench import (
     AngleDifference,
     AngleIntervals,
@@ -174,17 +174,16 @@ def _difference(turns: tuple[np.ndarray, np.ndarray], control: tuple[np.ndarray,
     """The skills' means minus the random control's; intervals hold the spread of images and of draws."""
     found, random = _own_and_other(turns[0]), _own_and_other(control[0])
     without, random_without = _left_out(*turns), _left_out(*control)
-    draws, k = control[0].shape[:2]
     values: dict[str, float | None] = {}
     ends: dict[Any, list[float] | None] = {}
     for key, value in found.items():
         drawn = random[key]
         values[key] = None if value is None or drawn is None else value - drawn
         each = np.array([[_own_and_other(row, i)[key] for i, row in enumerate(draw)] for draw in control[0]], float)
-        variance = float(each.var(0, ddof=1).sum() / (draws * k**2)) if draws > 1 else np.nan
-        ends[key] = jackknife_interval(values[key], without[key] - random_without[key], -180.0, 180.0, variance)
+        left_out = without[key] - random_without[key]
+        ends[key] = jackknife_interval(values[key], left_out, -180.0, 180.0, variance_of_mean(each))
     return AngleDifference(own_angle_deg=values["own_angle_deg"], other_angle_deg=values["other_angle_deg"], ci95=ends,
-                           draws=draws)  # fmt: skip
+                           draws=len(control[0]))  # fmt: skip
 
 
 def _own_and_other(angles: np.ndarray, removed: int | None = None) -> dict[str, float | None]:

@@ -63,3 +63,18 @@ def jackknife_interval(
     error = np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum() + variance)
     reach = float(t.ppf(0.975, groups - 1) * error)
     return [max(low, value - reach), min(high, value + reach)]
+
+
+def variance_of_mean(values: np.ndarray) -> float:
+    """Variance of a mean of random draws, from how they differ.
+
+    Draws of several classes differ by the classes as well, so that it is rather too large.
+
+    Args:
+        values: Any shape; NaN for what is not defined.
+
+    Returns:
+        The variance; NaN for fewer than two values.
+    """
+    defined = values[~np.isnan(values)]
+    return float(defined.var(ddof=1) / defined.size) if defined.size > 1 else np.nan

@@ -87,6 +87,11 @@ def _add_evidence(table: Table, results: BenchResults) -> None:
         largest = min(removal.change for removal in overall.removals)
         changes = points(largest, signed=True), "", points(overall.random_change, signed=True)
         table.add_row("all examples, largest change", *changes)
+    if (found := results.information) is not None:
+        for key, name in (("readout_lost", "readout lost"), ("information_lost", "information lost (refitted probe)")):
+            table.add_row(
+                name, f"{percent(getattr(found, key))} {interval(getattr(found.ci95, key), percent)}".rstrip(), "", ""
+            )
     if correlated is not None and (label := correlated.metrics.get("label")):
         table.add_row(f"top-{correlated.top} |r| with label", plain(finite(label.test)), "", "")
 

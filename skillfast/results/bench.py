@@ -396,7 +396,7 @@ class EmbeddingDifference(Record, frozen=True):
     """The skills' means minus those of as many random neurons.
 
     Attributes:
-        ci95: Intervals, which hold the spread of the draws; null for one draw, which does not tell it.
+        ci95: Intervals, which hold the spread of the draws.
         draws: Random draws per skill.
     """
 
@@ -460,6 +460,65 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     reasons: EmbeddingReasons | None = None
 
 
+class ClassInformation(Record, frozen=True):
+    """What the removal of a class's skill takes, as shares of what is told apart before it; null where nothing is.
+
+    Told apart: how much more often a class is predicted of its own examples than of any other class's.
+
+    Attributes:
+        readout_lost: By the model's own classifier.
+        information_lost: By a linear probe that is fitted anew on the embeddings.
+        relearned: What the classifier tells apart after some steps on a few examples of the class and of others.
+        relearned_without: What it tells apart after as many steps on the others alone.
+        recall: The intact model's recall of the class.
+        recall_removed: The model's recall after the removal.
+        recall_refitted: The refitted probe's recall after the removal.
+    """
+
+    readout_lost: float | None
+    information_lost: float | None
+    relearned: float | None
+    relearned_without: float | None
+    recall: Fraction | None
+    recall_removed: Fraction | None
+    recall_refitted: Fraction | None
+
+
+class InformationIntervals(Record, frozen=True):
+    """95 % intervals of the means over classes, by a jackknife over groups of test examples; probes and draws stay."""
+
+    readout_lost: Interval
+    information_lost: Interval
+    relearned: Interval
+    relearned_without: Interval
+
+
+class Information(Record, frozen=True):
+    """Gone or hidden: means over the classes, and each class's.
+
+    Attributes:
+        readout_lost: Mean over the classes.
+        information_lost: Mean over the classes.
+        relearned: Mean over the classes; null for a classifier that is not linear.
+        relearned_without: Mean over the classes.
+        ci95: Intervals of the means.
+        per_class: By the class whose skill is removed.
+        n_fitted: Examples of the select part that probes are fitted on.
+        shots: Examples of the class that it is relearned from.
+        steps: Gradient steps on them.
+    """
+
+    readout_lost: float | None
+    information_lost: float | None
+    relearned: float | None
+    relearned_without: float | None
+    ci95: InformationIntervals
+    per_class: dict[str, ClassInformation]
+    n_fitted: Positive
+    shots: Positive
+    steps: Positive
+
+
 class Pair(Record, frozen=True):
     """Two classes: what b gains when a is removed, then what a gains when b is removed."""
 
@@ -517,7 +576,7 @@ class AngleDifference(Record, frozen=True):
     Attributes:
         own_angle_deg: Turn of each class without its own skill.
         other_angle_deg: Turn of each class without another's.
-        ci95: Intervals of both, which hold the spread of the draws; null for one draw.
+        ci95: Intervals of both, which hold the spread of the draws.
         draws: Random draws per skill.
     """
 
@@ -641,6 +700,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         matched_control: What as many other neurons cost a class that are about as active as the skill's.
         layer_contribution: Where the skills live.
         standard_metrics: Metrics of embeddings before and after; absent without embeddings.
+        information: Whether classes are gone or hidden; absent without embeddings.
         interference: How the skills interfere.
         selection: Which candidate was chosen.
         correlations: How closely the best neurons follow each metric.
@@ -660,6 +720,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     matched_control: OwnControl
     layer_contribution: LayerContribution | None = None
     standard_metrics: StandardMetrics | None = None
+    information: Information | None = None
     interference: Interference | None = None
     selection: SelectionResult | None = None
     correlations: Correlations | None = None

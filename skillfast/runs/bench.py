@@ -19,6 +19,7 @@ from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
 from skillfast.evaluation.overall import overall_accuracy
+from skillfast.evaluation.probes import information
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
@@ -200,7 +201,9 @@ def _embeddings(session: Session, removals: Removals) -> EmbeddingChanges | None
     return compare_embeddings(
         subject.model,
         subject.loader("test"),
-        [*removals.whole, *removals.few_controls],
+        removals.whole,
+        removals.few_controls,
+        subject.loader("select"),
         classes=subject.splits.classes,
         seed=session.config.run.seed,
         quiet=session.quiet,
@@ -252,7 +255,8 @@ def _results(
     own_controls = np.concatenate([under_own(controls), own_controls])
     drops, resampled = selectivity.own_drops(subsets, intact, labels, bootstrap)
     block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
-    turns, control, seen = None, None, {}
+    turns, control = None, None
+    seen: dict[str, Any] = {}
     if embedded is not None:
         removed = embedded.of(condition.name for condition in removals.whole)
         random = embedded.of(condition.name for condition in removals.few_controls)
@@ -261,6 +265,7 @@ def _results(
         seen["standard_metrics"] = standard_metrics(
             embedded.metrics, removed.comparisons, drops[0], classes, random.comparisons
         )
+        seen["information"] = information(embedded.readings, whole[0], intact, labels, classes)
     return {
         "environment": environment(subject.device),
         "config": subject.config.to_json(),

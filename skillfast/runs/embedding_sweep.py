@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from skillfast import files
-from skillfast.ablation.sweep import sweep
+from skillfast.ablation.sweep import SweepResult, sweep
+from skillfast.data.splits import part_of
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
+from skillfast.evaluation.probes import MOST, PER_CLASS, Head, Reader, Readings, probe_predictions
 from skillfast.models.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import torch
+    from torch.utils.data import DataLoader
 
     from skillfast.ablation.interventions import Condition
     from skillfast.models.sites import Site
@@ -29,6 +32,7 @@ FILE = "embeddings.safetensors"
 _PER_REMOVAL = (
     "cosine", "rank_preservation", "rank_influence", "knn_accuracy_change", "cka", "cka_left_out", "n_written",
 )  # fmt: skip
+_READINGS = ("intact", "refitted", "relearned", "without")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class EmbeddingChanges:
         comparisons: One per removal.
         angles: float64 [removals, K], of `directions.angles`.
         angles_left_out: float64 [removals, groups, K], without each group of images.
+        readings: What the removals of the skills leave to be read, a row for each of the first K removals.
     """
 
     names: tuple[str, ...]
@@ -48,6 +53,7 @@ class EmbeddingChanges:
     comparisons: tuple[Comparison, ...]
     angles: np.ndarray
     angles_left_out: np.ndarray
+    readings: Readings
 
     def of(self, names: Iterable[str]) -> EmbeddingChanges:
         """The changes under the removals of these names alone, in their order.
@@ -68,6 +74,7 @@ class EmbeddingChanges:
             tuple(self.comparisons[row] for row in rows),
             self.angles[rows],
             self.angles_left_out[rows],
+            self.readings,
         )
 
     def save(self, directory: str | Path) -> Path:
@@ -80,12 +87,19 @@ class EmbeddingChanges:
             "labels": self.metrics.labels,
             "angles": self.angles,
             "angles_left_out": self.angles_left_out,
+            **{name: getattr(self.readings, name) for name in _READINGS},
         }
         undefined = [found.undefined.tolist() for found in self.comparisons]
         files.write_arrays(
             path,
             arrays,
-            {"schema": SCHEMA, "settings": self.metrics.settings, "names": self.names, "undefined": undefined},
+            {
+                "schema": SCHEMA,
+                "settings": self.metrics.settings,
+                "names": self.names,
+                "undefined": undefined,
+                "n_fitted": self.readings.n_fitted,
+            },
         )
         return path
 
@@ -103,29 +117,34 @@ class EmbeddingChanges:
                 for cosine, rho, influence, knn, cka, left_out, written, undefined in rows
             )
             metrics = EmbeddingMetrics(arrays["embeddings"], arrays["labels"], **header["settings"])
+            readings = Readings(**{name: arrays[name] for name in _READINGS}, n_fitted=header["n_fitted"])
             return EmbeddingChanges(
-                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["angles_left_out"]
+                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["angles_left_out"], readings
             )
 
 
 def compare_embeddings(
     model: torch.nn.Module,
     loader: Iterable[Any],
-    conditions: Sequence[Condition],
+    removals: Sequence[Condition],
+    controls: Sequence[Condition],
+    fit_on: DataLoader[Any],
     *,
     classes: Sequence[str],
     seed: int = 0,
     bytes_at_once: int = BYTES_AT_ONCE,
     quiet: bool = True,
 ) -> EmbeddingChanges | None:
-    """Sweep the conditions and keep what their embeddings say, not the embeddings.
+    """Sweep the conditions and keep what their embeddings say and what is still read from them, not the embeddings.
 
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels), the same in each pass.
-        conditions: The removals, one at least.
+        removals: The removal of each class's skill, K of them.
+        controls: Other removals, of which nothing is read.
+        fit_on: Batches of the examples that probes are fitted on, of a dataset with `labels`; some of each class.
         classes: Class names.
-        seed: Seed of the choice of anchors.
+        seed: Seed of the choice of anchors and of examples.
         bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
             many conditions as fit, one at least.
         quiet: Show no progress bars.
@@ -136,24 +155,67 @@ def compare_embeddings(
     head = next((site for site in find_sites(model) if site.kind == "head"), None)
     if head is None:
         return None
-    intact = sweep(model, loader, [], classes=classes, keep_embeddings=True, quiet=quiet)
-    before = intact.baseline_embeddings
+    fitted_on = part_of(fit_on, few_per_class(np.asarray(fit_on.dataset.labels), seed))  # type: ignore[attr-defined]
+
+    def embedded(data: Iterable[Any], some: Sequence[Condition]) -> SweepResult:
+        return sweep(model, data, some, classes=classes, keep_embeddings=True, quiet=quiet)
+
+    intact, fitted = embedded(loader, []), embedded(fitted_on, [])
+    before, labels = intact.baseline_embeddings, intact.labels
     assert before is not None
-    metrics = EmbeddingMetrics(before, intact.labels, seed=seed)
-    comparisons, turned = [], []
-    step = max(1, bytes_at_once // before.nbytes)
+    assert fitted.baseline_embeddings is not None
+    metrics = EmbeddingMetrics(before, labels, seed=seed)
+    reader = Reader(fitted.labels, len(classes), linear_head(model, head, len(classes)), seed)
+    comparisons, turned, read = [], [], []
+    conditions = [*removals, *controls]
+    step = max(1, bytes_at_once // (before.nbytes + fitted.baseline_embeddings.nbytes))
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
-        swept = sweep(model, loader, some, classes=classes, keep_embeddings=True, quiet=quiet).embeddings
-        assert swept is not None
-        for condition, after in zip(some, swept, strict=True):
+        after = embedded(loader, some).embeddings
+        assert after is not None
+        for condition, rows in zip(some, after, strict=True):
             written = written_by(condition, head)
-            comparisons.append(metrics.compare(after, written))
+            comparisons.append(metrics.compare(rows, written))
             kept = np.delete(np.arange(before.shape[1]), written)
-            turned.append(angles(before[:, kept], after[:, kept], intact.labels, len(classes)))
+            turned.append(angles(before[:, kept], rows[:, kept], labels, len(classes)))
+        if some := conditions[start : min(start + step, len(removals))]:
+            refit = embedded(fitted_on, some).embeddings
+            assert refit is not None
+            read += [
+                reader.read(one, other, start + i) for i, (one, other) in enumerate(zip(refit, after, strict=False))
+            ]
     names = tuple(condition.name for condition in conditions)
     found, left_out = (np.stack(rows) for rows in zip(*turned, strict=True))
-    return EmbeddingChanges(names, metrics, tuple(comparisons), found, left_out)
+    refitted, relearned, without = (np.stack(rows) for rows in zip(*read, strict=True))
+    readings = Readings(
+        intact=probe_predictions(fitted.baseline_embeddings, fitted.labels, before),
+        refitted=refitted,
+        relearned=relearned,
+        without=without,
+        n_fitted=len(fitted.labels),
+    )
+    return EmbeddingChanges(names, metrics, tuple(comparisons), found, left_out, readings)
+
+
+def few_per_class(labels: np.ndarray, seed: int) -> list[int]:
+    """Indices of the examples that probes are fitted on: as many of each class, drawn at random, in their order."""
+    present, counts = np.unique(labels, return_counts=True)
+    most = min(PER_CLASS, max(2, MOST // len(present)))
+    rng = np.random.default_rng(seed)
+    drawn = [
+        rng.choice(np.flatnonzero(labels == label), size=min(most, count), replace=False)
+        for label, count in zip(present, counts, strict=True)
+    ]
+    return np.sort(np.concatenate(drawn)).tolist()
+
+
+def linear_head(model: torch.nn.Module, head: Site, n_classes: int) -> Head | None:
+    """The classifier's weights and biases; None where it is no linear layer with a row per class."""
+    module = model.get_submodule(head.path)
+    if not isinstance(module, torch.nn.Linear) or module.out_features != n_classes:
+        return None
+    weight = module.weight.detach().float().cpu().numpy()
+    return weight, np.zeros(n_classes) if module.bias is None else module.bias.detach().float().cpu().numpy()
 
 
 def written_by(condition: Condition, head: Site) -> np.ndarray:

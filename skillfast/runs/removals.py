@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
 
 ON_ALL = 4  # random draws per skill that run on the examples of all classes
-FEW = 2  # random draws per skill of what is dear to measure; two tell how draws differ
+FEW = 1  # random draws per skill of what is dear to measure
 
 
 def component_conditions(skills: Sequence[Skill], scale: float) -> list[list[Condition]]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Subset
 
 from skillfast import files
 from skillfast.ablation.sweep import sweep
+from skillfast.data.splits import part_of
 from skillfast.progress import Forecast, telling
 from skillfast.runs.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    import torch
+    from torch.utils.data import DataLoader
 
     from skillfast.ablation.interventions import Condition
 
@@ -55,12 +57,7 @@ def own_predictions(
         rows = np.flatnonzero(labels == c)
         if not len(rows) or not len(conditions):
             continue
-        own: DataLoader[Any] = DataLoader(
-            Subset(loader.dataset, rows.tolist()),
-            loader.batch_size,
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),  # iterating leaves the global random state alone
-        )
+        own = part_of(loader, rows.tolist())
         parts = [row[c] for row in conditions]
         with telling(None):
             swept = sweep(model, own, parts, classes=classes, keep_predictions=True, quiet=quiet)

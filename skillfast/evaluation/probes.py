@@ -1,0 +1,241 @@
+"""Gone or hidden: what a refitted probe and a few steps of tuning read from embeddings after a removal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.covariance import ledoit_wolf
+
+from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval
+from skillfast.results.bench import ClassInformation, Information, InformationIntervals
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PER_CLASS, MOST = 60, 2000  # examples that probes are fitted on
+SHOTS = 5  # examples of a class that it is relearned from
+OTHERS = 45  # of other classes beside them, at most
+DRAWS = 5  # of these examples
+STEPS = 30
+
+Head = tuple[np.ndarray, np.ndarray]
+"""Weights [K, E] and biases [K] of a linear classifier."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What is predicted of the test examples from embeddings under removals.
+
+    Attributes:
+        intact: int64 [n], by a probe that is fitted on the intact model's embeddings.
+        refitted: int64 [removals, n], by one that is fitted on those under the removal.
+        relearned: int64 [removals, draws, n], by the model's classifier after some steps on a few examples of the
+            target and of others; no draws for a classifier that is not linear.
+        without: int64 [removals, draws, n], after as many steps on the others alone.
+        n_fitted: Examples that probes are fitted on.
+    """
+
+    intact: np.ndarray
+    refitted: np.ndarray
+    relearned: np.ndarray
+    without: np.ndarray
+    n_fitted: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads classes from embeddings: by a probe, and by the model's own classifier after a few steps.
+
+    Attributes:
+        labels: int64 [m], classes of the examples that are fitted on.
+        n_classes: K.
+        head: The model's classifier; None where it is not linear.
+        seed: Seed of the draws of a few examples.
+    """
+
+    labels: np.ndarray
+    n_classes: int
+    head: Head | None
+    seed: int = 0
+
+    def read(
+        self, fitted: np.ndarray, embeddings: np.ndarray, target: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read the test examples under one removal.
+
+        Args:
+            fitted: [m, E], embeddings to fit on.
+            embeddings: [n, E], of the test examples.
+            target: The class whose skill is removed.
+
+        Returns:
+            Predictions as in `Readings`: refitted [n], relearned [draws, n], without [draws, n].
+        """
+        refitted = probe_predictions(fitted, self.labels, embeddings)
+        tuned: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+        rng = np.random.default_rng([self.seed, target])
+        if self.head is not None and (self.labels == target).any():
+            for _ in range(DRAWS):
+                own, others = self._few(target, rng)
+                for rows, found in zip((np.concatenate([own, others]), others), tuned, strict=True):
+                    found.append(tuned_predictions(self.head, fitted[rows], self.labels[rows], embeddings))
+        relearned, without = (np.array(found, np.int64).reshape(-1, len(embeddings)) for found in tuned)
+        return refitted, relearned, without
+
+    def _few(self, target: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a few examples of the target, and of as many of each of some other classes."""
+        others = rng.permutation(np.setdiff1d(self.labels, target))[: OTHERS // SHOTS]
+        own, *rest = (
+            rng.permutation(np.flatnonzero(self.labels == label))[:SHOTS] for label in (target, *others.tolist())
+        )
+        return own, np.concatenate([np.empty(0, np.int64), *rest])
+
+
+def probe_predictions(fitted: np.ndarray, labels: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+    """Predictions of a linear probe: linear discriminant analysis with the covariance of Ledoit and Wolf.
+
+    It has a closed form, so that a probe for every removal costs next to nothing. Classes count alike, however many
+    examples they have.
+
+    Args:
+        fitted: [m, E], embeddings that the probe is fitted on.
+        labels: int64 [m].
+        embeddings: [n, E], embeddings to classify.
+
+    Returns:
+        int64 [n].
+    """
+    present = np.unique(labels)
+    wide = fitted.astype(np.float64)
+    means = np.stack([wide[labels == label].mean(0) for label in present])
+    covariance, _ = ledoit_wolf(wide - means[np.searchsorted(present, labels)], assume_centered=True)
+    # the pseudo-inverse, since embeddings may be constant
+    weights = means @ np.linalg.pinv(covariance, hermitian=True)  # [present, E]
+    scores = embeddings.astype(np.float64) @ weights.T - (weights * means).sum(1) / 2
+    return present[scores.argmax(1)]
+
+
+def tuned_predictions(
+    head: Head, few: np.ndarray, labels: np.ndarray, embeddings: np.ndarray, steps: int = STEPS
+) -> np.ndarray:
+    """Predictions of a classifier after some steps on a few examples.
+
+    Accelerated gradient descent (Nesterov) on the cross-entropy, with the largest step that is sure to go down.
+
+    Args:
+        head: Weights [K, E] and biases [K] to begin with.
+        few: [m, E], embeddings to tune on.
+        labels: int64 [m].
+        embeddings: [n, E], embeddings to classify.
+        steps: How many.
+
+    Returns:
+        int64 [n].
+    """
+    weights = np.concatenate([head[0], head[1][:, None]], 1).astype(np.float64)  # [K, E + 1]
+    rows = np.concatenate([few, np.ones((len(few), 1))], 1).astype(np.float64)
+    wanted = np.eye(len(weights))[labels]
+    size = 2 * len(rows) / max(np.linalg.norm(rows, 2) ** 2, np.finfo(np.float64).tiny)  # 1 / Lipschitz constant
+    ahead, momentum = weights, 1.0
+    for _ in range(steps):
+        gradient = (softmax(rows @ ahead.T, 1) - wanted).T @ rows / len(rows)
+        before, weights = weights, ahead - size * gradient
+        momentum, last = (1 + np.sqrt(1 + 4 * momentum**2)) / 2, momentum
+        ahead = weights + (last - 1) / momentum * (weights - before)
+    return (embeddings.astype(np.float64) @ weights[:, :-1].T + weights[:, -1]).argmax(1)
+
+
+def told_apart(predictions: np.ndarray, labels: np.ndarray, target: int, dealt: np.ndarray) -> np.ndarray:
+    """How much more often a class is predicted of its own examples than of any other class's.
+
+    Recall minus the largest share of another class that is taken for it (Youden's J against the class that it is
+    confused with most), 0 at least. A class that merges with another has 0, whichever of the two is predicted; recall
+    alone would be anything.
+
+    Args:
+        predictions: int64 [n].
+        labels: int64 [n].
+        target: The class.
+        dealt: int64 [n], groups of examples.
+
+    Returns:
+        float64 [1 + groups], of all examples, then without each group; NaN where the class has no examples.
+    """
+    n_classes, groups = max(int(labels.max()), target) + 1, int(dealt.max()) + 1
+    examples, taken = np.zeros((2, groups, n_classes))
+    np.add.at(examples, (dealt, labels), 1)
+    np.add.at(taken, (dealt, labels), predictions == target)
+    examples, taken = (np.concatenate([x.sum(0)[None], x.sum(0) - x]) for x in (examples, taken))
+    with np.errstate(invalid="ignore"):
+        shares = taken / examples  # [1 + groups, K]
+    others = np.nan_to_num(np.delete(shares, target, 1)).max(1, initial=0)
+    return np.where(np.isnan(shares[:, target]), np.nan, np.maximum(shares[:, target] - others, 0))
+
+
+def information(
+    readings: Readings, predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> Information:
+    """What each removal takes from the classifier's reading of its class, and what from the embeddings.
+
+    Args:
+        readings: What is read after the removal of each class's skill, K of them.
+        predictions: int64 [K, n], of the model under these removals.
+        baseline: int64 [n], of the intact model.
+        labels: int64 [n].
+        classes: Class names.
+
+    Returns:
+        Shares of what the intact model, or a probe on it, tells apart; None for a class without examples and for one
+        that is not told apart in the first place.
+    """
+    k, n = len(classes), len(labels)
+    dealt = deal(labels, GROUPS)
+
+    def told(rows: np.ndarray) -> np.ndarray:
+        """For predictions [K, draws, n] how far each row's class is told apart: [1 + groups, K], the mean of draws."""
+        if not rows.shape[1]:
+            return np.full((2 + int(dealt.max()), k), np.nan)
+        return np.stack([np.mean([told_apart(row, labels, i, dealt) for row in rows[i]], 0) for i in range(k)], 1)
+
+    whole = np.broadcast_to(baseline, (k, 1, n))
+    intact, removed = told(whole), told(predictions[:, None])
+    probe, refitted = told(np.broadcast_to(readings.intact, (k, 1, n))), told(readings.refitted[:, None])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = {
+            "readout_lost": 1 - removed / intact,
+            "information_lost": 1 - refitted / probe,
+            "relearned": told(readings.relearned) / intact,
+            "relearned_without": told(readings.without) / intact,
+        }
+    shares = {name: np.where(np.isfinite(rows), rows, np.nan) for name, rows in shares.items()}
+
+    def recall(rows: np.ndarray, i: int) -> float | None:
+        own = labels == i
+        return float((rows[own] == i).mean()) if own.any() else None
+
+    means: dict[str, Any] = {}
+    ends: dict[str, list[float] | None] = {}
+    for name, rows in shares.items():
+        defined = ~np.isnan(rows[0])
+        means[name] = float(rows[0, defined].mean()) if defined.any() else None
+        left_out = rows[1:, defined].mean(1) if defined.any() else rows[1:, 0]
+        ends[name] = jackknife_interval(means[name], left_out, -np.inf, np.inf)
+    return Information(
+        **means,
+        ci95=InformationIntervals(**ends),
+        per_class={
+            label: ClassInformation(
+                **{name: None if np.isnan(rows[0, i]) else float(rows[0, i]) for name, rows in shares.items()},
+                recall=recall(baseline, i),
+                recall_removed=recall(predictions[i], i),
+                recall_refitted=recall(readings.refitted[i], i),
+            )
+            for i, label in enumerate(classes)
+        },
+        n_fitted=readings.n_fitted,
+        shots=SHOTS,
+        steps=STEPS,
+    )

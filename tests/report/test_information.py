@@ -1,0 +1,45 @@
+"""The page and the terminal on what is gone and what is hidden."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec import structs
+from report_sample import sample_results
+
+from skillfast.report import summary_table
+from skillfast.report.bench import information
+from skillfast.report.formatting import UNDEFINED
+from skillfast.results import records
+from skillfast.results.bench import BenchResults
+
+
+@pytest.fixture
+def results():
+    return records.made(BenchResults, sample_results(10))
+
+
+def test_classes_are_called_gone_hidden_or_still_read(results):
+    mean, *rows = information.rows(results)
+    assert mean[:4] == ("mean", "85.0\N{NO-BREAK SPACE}%", "18.0\N{NO-BREAK SPACE}%", "79.0\N{NO-BREAK SPACE}%")
+    assert [row[-1] for row in rows] == ["gone", "hidden", "still read", *["hidden"] * 7]
+    values = results.information.per_class["bird"]
+    assert information.verdict(structs.replace(values, readout_lost=0.9, information_lost=0.7)) == "partly gone"
+    assert information.verdict(structs.replace(values, readout_lost=0.1, information_lost=0.95)) == "gone"
+    assert information.verdict(structs.replace(values, information_lost=None)) == UNDEFINED
+    assert information.say(results)[-1] == "Of 10 classes 1 gone, 8 hidden, 1 still read."
+
+
+def test_sentences_say_what_comes_back(results):
+    text = " ".join(information.say(results)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "has lost 85.0 % (83.0 % to 88.0 %)" in text
+    assert "30 steps of tuning the classifier on 5 examples" in text
+    assert "on those of other classes alone to 2.0 %" in text
+    unread = structs.replace(results, information=structs.replace(results.information, relearned=None))
+    assert "tuning" not in " ".join(information.say(unread))
+
+
+def test_the_terminal_says_both(results):
+    cells = [list(column.cells) for column in summary_table(results).columns]
+    found = dict(zip(cells[0], cells[1], strict=True))
+    assert str(found["information lost (refitted probe)"]).startswith("18.0")
+    assert str(found["readout lost"]).startswith("85.0")
