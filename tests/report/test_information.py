@@ -20,13 +20,13 @@ def results():
 
 def test_classes_are_called_gone_hidden_or_still_read(results):
     mean, *rows = information.rows(results)
-    assert mean[:4] == ("mean", "85.0\N{NO-BREAK SPACE}%", "18.0\N{NO-BREAK SPACE}%", "79.0\N{NO-BREAK SPACE}%")
-    assert [row[-1] for row in rows] == ["gone", "hidden", "still read", *["hidden"] * 7]
+    assert mean[:5] == ("mean", "", "85.0\N{NO-BREAK SPACE}%", "18.0\N{NO-BREAK SPACE}%", "79.0\N{NO-BREAK SPACE}%")
+    assert [row[1] for row in rows] == ["gone", "hidden", "still read", *["hidden"] * 7]
     values = results.information.per_class["bird"]
     assert information.verdict(structs.replace(values, readout_lost=0.9, information_lost=0.7)) == "partly gone"
     assert information.verdict(structs.replace(values, readout_lost=0.1, information_lost=0.95)) == "gone"
     assert information.verdict(structs.replace(values, information_lost=None)) == UNDEFINED
-    assert information.say(results)[-1] == "Of 10 classes 1 gone, 8 hidden, 1 still read."
+    assert information.say(results)[-1] == "Of 10 classes: 1 gone, 8 hidden, 1 still read."
 
 
 def test_sentences_say_what_comes_back(results):

@@ -46,32 +46,32 @@ def say(results: BenchResults) -> list[str]:
         )
     words = [verdict(values) for values in found.per_class.values()]
     counts = [
-        f"{number_of(words.count(word))} {text}"
-        for word, text in (
-            ("gone", "gone"), ("partly gone", "partly gone"), ("hidden", "hidden"), ("still read", "still read"),
-        )
+        f"{number_of(words.count(word))} {word}"
+        for word in ("gone", "partly gone", "hidden", "still read")
         if word in words
-    ]  # fmt: skip
+    ]
     if counts:
-        out.append(f"Of {number_of(len(words))} classes {', '.join(counts)}.")
+        out.append(f"Of {number_of(len(words))} classes: {', '.join(counts)}.")
     return out
 
 
 def rows(results: BenchResults) -> list[tuple[str, ...]]:
-    """The mean, then each class: readout lost, information lost, relearned, recalls, and the verdict."""
+    """The mean, then each class: the verdict, readout lost, information lost, relearned, recalls."""
     found = results.information
     assert found is not None
     mean = (
         "mean",
+        "",
         *(percent(getattr(found, key)) for key in ("readout_lost", "information_lost", "relearned")),
         percent(found.relearned_without),
-        "", "", "", "",
+        "", "", "",
     )  # fmt: skip
     return [
         mean,
         *(
             (
                 name,
+                verdict(values),
                 percent(values.readout_lost),
                 percent(values.information_lost),
                 percent(values.relearned),
@@ -79,7 +79,6 @@ def rows(results: BenchResults) -> list[tuple[str, ...]]:
                 percent(values.recall),
                 percent(values.recall_removed),
                 percent(values.recall_refitted),
-                verdict(values),
             )
             for name, values in found.per_class.items()
         ),
