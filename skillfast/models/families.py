@@ -56,6 +56,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("T5", r"layer\.0\.SelfAttention\.o", r"layer\.[12]\.DenseReluDense\.wo"),
     Family("MPT", r"attn\.out_proj", r"ffn\.down_proj"),
     Family("Jamba, Bamba, Llama 4", r"self_attn\.o_proj", r"feed_forward\.down_proj"),
+    Family(
+        "Qwen3-Next, Qwen3.5, OLMo hybrid: linear attention; shared experts",
+        r"linear_attn\.(?:out_proj|o_proj)",
+        r"(?:mlp|feed_forward)\.shared_experts?\.down_proj",
+    ),
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
 )
@@ -63,7 +68,7 @@ FAMILIES: tuple[Family, ...] = (
 HEADS = ("classifier", "classifier.out_proj", "score", "classification_head.out_proj", "embed_out")
 """Paths of classifiers; language-model heads tell themselves."""
 
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_v_heads")
 """Attributes that say how many query heads a module has."""
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size")
 """Attributes that say how wide one head is."""

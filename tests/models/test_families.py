@@ -20,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 TEXT = {**SIZES, "vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}  # attention as wide as 4 query heads of 8, not as the model
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 5}
 GPT = {"vocab_size": 99, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
 SEQ2SEQ = {"vocab_size": 99, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
@@ -66,6 +70,29 @@ CASES = {
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED, (40, 32, 24), 4, 2),
     "phi": ("PhiForCausalLM", "PhiConfig", {**TEXT, "hidden_size": 32}, (40, 32, 32), 4, 2),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT, (40, 24, 24), 4, 2),
+    "mpt": (
+        "MptForCausalLM", "MptConfig",
+        {"vocab_size": 99, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+        (96, 24, 24), 4, 2,
+    ),
+    "jamba": (
+        "JambaForCausalLM", "JambaConfig",
+        {**TEXT, "num_key_value_heads": 2, "attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1,
+         "use_mamba_kernels": False}, (40, 24, 24), 4, 2,
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM", "Lfm2Config",
+        {**TEXT, "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False,
+         "layer_types": ["full_attention", "full_attention"]}, (40, 24, 24), 4, 2,
+    ),
+    "qwen3.5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**GROUPED, **LINEAR}, (40, 32, 24), 4, 2),
+    "olmo-hybrid": ("OlmoHybridForCausalLM", "OlmoHybridConfig", {**GROUPED, **LINEAR}, (40, 32, 24), 4, 2),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        {**TEXT, "moe_intermediate_size": 40, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 4,
+         "qk_nope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 4}, (40, 24, 24), 4, 2,
+    ),
     "t5": ("T5ForConditionalGeneration", "T5Config", SEQ2SEQ, (40, 32, 24), 4, 4),
     "t5-gated": (
         "T5ForConditionalGeneration", "T5Config", {**SEQ2SEQ, "feed_forward_proj": "gated-gelu"}, (40, 32, 24), 4, 4,
@@ -105,9 +132,10 @@ def inputs_of(case: str) -> list[dict[str, torch.Tensor]]:
 
 
 def test_the_table_has_every_family():
-    paths = [site.path for case in CASES for site in find_sites(make(case)) if site.kind == "attn"]
+    paths = [site.path for case in CASES for site in find_sites(make(case))]
     rows = families.FAMILIES[1:]  # timm's has tests enough
-    unused = [row.name for row in rows if not any(dict(row.patterns())["attn"].fullmatch(path) for path in paths)]
+    patterns = [(row.name, kind, pattern) for row in rows for kind, pattern in row.patterns()]
+    unused = [(name, kind) for name, kind, pattern in patterns if not any(map(pattern.fullmatch, paths))]
     assert not unused
 
 
@@ -121,6 +149,19 @@ def test_sites_widths_and_query_heads(case):
     for site in sites:
         assert site.width == dict(zip(("mlp", "attn", "head"), widths, strict=True))[site.kind], site
         assert site.heads == (heads if site.kind == "attn" else None), site
+
+
+EXPERTS, CROSS = {"deepseek-v3"}, {"t5", "t5-gated", "bart"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sites_are_certified(case):
+    """What acts past the sites: routed experts, and cross-attention, which is no site yet."""
+    found = skillfast.coverage(make(case), inputs_of(case)[0])
+    past = {"expert": ".experts.", "gate": "mlp.gate", "cross": "EncDecAttention.", "encoder": "encoder_attn."}
+    assert bool(found.missing) == (case in EXPERTS | CROSS)
+    assert all(any(word in name for word in past.values()) for name in found.missing), found.missing
+    assert not found.unexercised, found.unexercised
 
 
 @pytest.mark.parametrize("case", CASES)
