@@ -115,6 +115,22 @@ class SweepResult:
             raise ArgumentError("predictions: expected a sweep that kept them, got none; pass keep_predictions=True")
         return self.predictions[[self._row(name) for name in names]]
 
+    def embeddings_of(self, names: Iterable[str]) -> np.ndarray:
+        """Embeddings under the conditions of these names, in their order.
+
+        Args:
+            names: Names of conditions.
+
+        Returns:
+            float32 [len(names), n, E].
+
+        Raises:
+            ArgumentError: An unknown name, or a sweep that did not keep embeddings.
+        """
+        if self.embeddings is None:
+            raise ArgumentError("embeddings: expected a sweep that kept them, got none; pass keep_embeddings=True")
+        return self.embeddings[[self._row(name) for name in names]]
+
     def _row(self, name: str) -> int:
         try:
             return self.names.index(name)

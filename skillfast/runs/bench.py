@@ -26,7 +26,7 @@ from skillfast.results import records
 from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.cost import trace_over_forward
-from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
+from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
@@ -91,7 +91,9 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
         own = stage("shares", lambda: _shares(session, removals, swept.labels), OWN_PREDICTIONS)
-        embedded = stage("embeddings", lambda: _embeddings(session, removals), Kept.optional(EmbeddingChanges.load))
+        embedded = stage(
+            "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
+        )
         seed = session.config.run.seed
         on_test = stage("trade_off", lambda: _effects(session, chosen.skills, "test", intervals=seed), JSON)
         found = _results(session, removals, swept, own, embedded)
@@ -170,14 +172,16 @@ def _effects(
 
 
 def _sweep(session: Session, removals: Removals) -> SweepResult:
-    """Every skill and its random controls, removed on the test part."""
+    """Every skill and its random controls, removed on the test part; with the embeddings, where they fit."""
     subject = session.subject
+    conditions = [*removals.whole, *removals.controls]
     return sweep(
         subject.model,
         subject.loader("test"),
-        [*removals.whole, *removals.controls],
+        conditions,
         classes=subject.splits.classes,
         keep_predictions=True,
+        keep_embeddings=fit_at_once(subject.model, len(conditions), len(subject.splits.test)),
         quiet=session.quiet,
     )
 
@@ -195,7 +199,7 @@ def _shares(session: Session, removals: Removals, labels: np.ndarray) -> np.ndar
     )
 
 
-def _embeddings(session: Session, removals: Removals) -> EmbeddingChanges | None:
+def _embeddings(session: Session, removals: Removals, swept: SweepResult) -> EmbeddingChanges | None:
     """What each skill's removal does to the embeddings, and what a few random controls of each do."""
     subject = session.subject
     return compare_embeddings(
@@ -206,6 +210,7 @@ def _embeddings(session: Session, removals: Removals) -> EmbeddingChanges | None
         subject.loader("select"),
         classes=subject.splits.classes,
         seed=session.config.run.seed,
+        swept=swept,
         quiet=session.quiet,
     )
 

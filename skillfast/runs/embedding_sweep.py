@@ -133,6 +133,7 @@ def compare_embeddings(
     classes: Sequence[str],
     seed: int = 0,
     bytes_at_once: int = BYTES_AT_ONCE,
+    swept: SweepResult | None = None,
     quiet: bool = True,
 ) -> EmbeddingChanges | None:
     """Sweep the conditions and keep what their embeddings say and what is still read from them, not the embeddings.
@@ -147,6 +148,7 @@ def compare_embeddings(
         seed: Seed of the choice of anchors and of examples.
         bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
             many conditions as fit, one at least.
+        swept: A sweep of this loader; if it kept the embeddings of these conditions, they are not run again.
         quiet: Show no progress bars.
 
     Returns:
@@ -160,7 +162,8 @@ def compare_embeddings(
     def embedded(data: Iterable[Any], some: Sequence[Condition]) -> SweepResult:
         return sweep(model, data, some, classes=classes, keep_embeddings=True, quiet=quiet)
 
-    intact, fitted = embedded(loader, []), embedded(fitted_on, [])
+    have = swept if swept is not None and swept.embeddings is not None else None
+    intact, fitted = have or embedded(loader, []), embedded(fitted_on, [])
     before, labels = intact.baseline_embeddings, intact.labels
     assert before is not None
     assert fitted.baseline_embeddings is not None
@@ -171,8 +174,7 @@ def compare_embeddings(
     step = max(1, bytes_at_once // (before.nbytes + fitted.baseline_embeddings.nbytes))
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
-        after = embedded(loader, some).embeddings
-        assert after is not None
+        after = (have or embedded(loader, some)).embeddings_of(condition.name for condition in some)
         for condition, rows in zip(some, after, strict=True):
             written = written_by(condition, head)
             comparisons.append(metrics.compare(rows, written))
@@ -195,6 +197,12 @@ def compare_embeddings(
         n_fitted=len(fitted.labels),
     )
     return EmbeddingChanges(names, metrics, tuple(comparisons), found, left_out, readings)
+
+
+def fit_at_once(model: torch.nn.Module, conditions: int, examples: int) -> bool:
+    """Whether the embeddings of so many conditions and the intact model's may be held together."""
+    head = next((site for site in find_sites(model) if site.kind == "head"), None)
+    return head is not None and 4 * (1 + conditions) * examples * head.width <= BYTES_AT_ONCE
 
 
 def few_per_class(labels: np.ndarray, seed: int) -> list[int]:

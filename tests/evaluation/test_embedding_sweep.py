@@ -3,12 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 
 import skillfast
 from skillfast import Condition, Skill
 from skillfast.data import TensorImages, loader
+from skillfast.errors import ArgumentError
 from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import EmbeddingMetrics
+from skillfast.runs import embedding_sweep
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, written_by
 
 CLASSES = tuple("abcde")
@@ -100,6 +103,33 @@ def test_saved_and_loaded(vit, batches, fit_on, conditions, tmp_path):
 def test_a_model_without_a_classifier_has_no_embeddings(vit, batches, fit_on):
     vit.head = torch.nn.Identity()
     assert compare_embeddings(vit, batches, [], [], fit_on, classes=24) is None
+
+
+def test_what_a_sweep_has_kept_is_not_run_again(vit, batches, fit_on, conditions):
+    forwards = []
+    vit.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    want = compare_embeddings(vit, batches, conditions[:2], conditions[2:], fit_on, classes=CLASSES)
+    alone = len(forwards)
+    swept = skillfast.sweep(vit, batches, [*conditions[::-1], Condition(Skill("more", {"head": [1]}))],
+                            classes=CLASSES, keep_embeddings=True)  # fmt: skip
+    forwards.clear()
+    found = compare_embeddings(vit, batches, conditions[:2], conditions[2:], fit_on, classes=CLASSES, swept=swept)
+    assert len(forwards) < alone  # what probes are fitted on is
+    assert found.names == want.names
+    np.testing.assert_allclose(found.angles, want.angles, atol=1e-3)
+    for one, other in zip(found.comparisons, want.comparisons, strict=True):
+        np.testing.assert_allclose(one.cosine, other.cosine, atol=1e-6)
+    np.testing.assert_array_equal(found.readings.refitted, want.readings.refitted)
+    without = skillfast.sweep(vit, batches, conditions, classes=CLASSES)
+    assert "embeddings: expected a sweep that kept them" in one_line(ArgumentError, without.embeddings_of, ["late"])
+
+
+def test_embeddings_are_held_together_where_they_fit(vit, monkeypatch):
+    monkeypatch.setattr(embedding_sweep, "BYTES_AT_ONCE", 4 * 5 * 37 * 24)
+    assert embedding_sweep.fit_at_once(vit, 4, 37)
+    assert not embedding_sweep.fit_at_once(vit, 5, 37)
+    vit.head = torch.nn.Identity()
+    assert not embedding_sweep.fit_at_once(vit, 1, 1)
 
 
 def test_one_removal_at_a_time_gives_the_same(vit, batches, fit_on, conditions):
