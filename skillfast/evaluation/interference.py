@@ -82,7 +82,7 @@ def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[Pair]
         return {"competition": [], "linkage": []}
     i, j = np.array(list(combinations(defined, 2))).T  # [pairs] each
     p = np.stack([np.maximum(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss)])  # [2, pairs]
-    q = false_discovery_control(p.ravel(), method="bh").reshape(p.shape)
+    q = false_discovery_control(p.ravel()).reshape(p.shape)
     found = {}
     for row, (kind, sign) in enumerate((("competition", 1), ("linkage", -1))):
         both = np.minimum(sign * effects.change, sign * effects.beyond_oracle)  # [K, K]

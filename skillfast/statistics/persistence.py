@@ -72,8 +72,8 @@ def _buffer(settings: AccumulatorSettings, rows: torch.Tensor, values: torch.Ten
     n = len(rows)
     buffer = RowBuffer.empty(settings, max(n, exact_rows(settings.bins)) if n else 0, rows.dtype, device)
     buffer.filled = buffer.summed = n
-    for kept, given in zip(buffer.contents, (rows, values), strict=True):
-        kept.copy_(given)
+    buffer.rows[:n] = rows
+    buffer.values[:n] = values
     return buffer
 
 

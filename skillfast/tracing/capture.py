@@ -45,8 +45,9 @@ def plain_mlp(model: nn.Module, site: Site) -> nn.Module | None:
     """
     from timm.layers import Mlp
 
-    owner = model.get_submodule(site.path.rpartition(".")[0])
-    if site.kind != "mlp" or type(owner) is not Mlp or activation_name(owner.act) is None:
+    parent, _, projection = site.path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if projection != "fc2" or type(owner) is not Mlp or activation_name(owner.act) is None:
         return None
     dropping = owner.drop1.p > 0 and owner.drop1.training
     between = (owner.act, owner.drop1, owner.norm)

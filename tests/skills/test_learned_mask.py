@@ -285,6 +285,8 @@ def test_soft_sets_sum_to_their_count_within_sites():
         assert ((p >= 0) & (p <= 1)).all()
         alone = [soft_top(row[None], WIDTHS, most, 9, temperature) for row in strength]
         torch.testing.assert_close(p, torch.cat(alone), atol=1e-4, rtol=0)
+        for shift in (-50.0, 50.0):  # only differences count
+            torch.testing.assert_close(soft_top(strength + shift, WIDTHS, most, 9, temperature), p, atol=1e-4, rtol=0)
     hard = soft_top(strength, WIDTHS, most, 9, 1e-6)
     assert set(hard[0, :10].topk(2).indices.tolist()) == set(strength[0, :10].topk(2).indices.tolist())
     assert ((hard < 1e-3) | (hard > 1 - 1e-3)).all()

@@ -488,6 +488,7 @@ def test_every_layout_counts_its_rows(of):
     )
     assert scores.spearman.isfinite().any()
     layout = BinLayout.of(of, 32)
+    assert layout.counts == {"a,b": 3, "loss": 0, "b,loss": 1, "label,b": 101}[",".join(of)]  # the rows are told once
     counts, hats = layout.split(table.double())
     assert layout.occupancy(counts, hats).sum(1).tolist() == [300] * 3
     for name, metric in of.items():

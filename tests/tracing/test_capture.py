@@ -11,7 +11,7 @@ from conftest import make_vit, one_line
 import skillfast
 from skillfast import Categorical, Continuous, Skill, Tracer, backends
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.sites import find_sites
+from skillfast.models.sites import Site, find_sites
 from skillfast.tracing.capture import FusedActivation, activation_name, plain_mlp
 
 LABEL = {"label": Categorical(5)}
@@ -56,6 +56,12 @@ def test_fused_equals_the_hook(batches, act):
     np.testing.assert_allclose(got.std, want.std, atol=1e-5, rtol=1e-5)
     steady = want.std > 1e-2
     np.testing.assert_allclose(got.pearson[steady], want.pearson[steady], atol=1e-4)
+
+
+def test_only_what_follows_the_activation_is_read_in_it(vit):
+    first, second = (Site("blocks.0.mlp", "mlp", 0, f"blocks.0.mlp.{name}", 24) for name in ("fc1", "fc2"))
+    assert plain_mlp(vit, first) is None
+    assert plain_mlp(vit, second) is vit.blocks[0].mlp
 
 
 def test_names_of_activations():

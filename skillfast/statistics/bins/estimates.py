@@ -327,7 +327,7 @@ def label_information(positives: torch.Tensor, occupancy: torch.Tensor) -> torch
     found = torch.empty_like(positives[:, 0])
     for groups in wanted.unique():
         alike = wanted == groups
-        place = _places(occupancy, groups.expand_as(occupancy[:, 0]))
+        place = _places(occupancy, groups.expand(len(occupancy)))
         found[:, alike] = _label_information(positives[:, :, alike], occupancy, place)
     return found
 
