@@ -17,9 +17,8 @@ import torch
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.budget import memory_limit
 from skillfast.models.batches import labelled_batch
-from skillfast.models.sites import find_sites, fingerprint, module_device, unwrap_compiled
+from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import track
-from skillfast.tracing.trace import refuse_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from skillfast.errors import ModelError
 from skillfast.memory.living import LivingBytes
+from skillfast.models.batches import logits_of
 from skillfast.models.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -26,18 +26,6 @@ def first_tensor(output: Any) -> Any:
 def with_first_tensor(output: Any, value: torch.Tensor) -> Any:
     """A copy of a module's output with another tensor in it."""
     return type(output)((value, *output[1:])) if isinstance(output, tuple | list) else value
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """The logits in a model's output: a tensor, or an object with `.logits`.
-
-    Raises:
-        ModelError: Neither.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"model: expected logits or an output with .logits, got {type(output).__name__}; wrap it")
-    return logits
 
 
 @dataclass(frozen=True)

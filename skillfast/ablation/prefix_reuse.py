@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, logits_of, with_first_tensor
+from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, with_first_tensor
 from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ModelError
+from skillfast.models.batches import logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from skillfast import files
-from skillfast.ablation.forward_trace import logits_of, trace_forward
+from skillfast.ablation.forward_trace import trace_forward
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical, margin, per_class_accuracy, per_class_mean
-from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.batches import classes_of, labelled_batch, logits_of
 from skillfast.models.sites import module_device, refuse_training, unwrap_compiled
 from skillfast.progress import Forecast, track
 

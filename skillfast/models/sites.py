@@ -247,13 +247,13 @@ def _classifier(model: torch.nn.Module, known: Sequence[Family]) -> tuple[str, i
     return None
 
 
-def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, str]) -> tuple[Site, ...]:
+def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, str] | None) -> tuple[Site, ...]:
     """The sites of a model that were asked for.
 
     Args:
         model: The model.
-        wanted: Kinds (`"mlp"`) or names (`"blocks.3.mlp"`); or the sites of a model of no known family, which this
-            declares (see `declare_sites`).
+        wanted: Kinds (`"mlp"`) or names (`"blocks.3.mlp"`); None for all; or the sites of a model of no known family,
+            which this declares (see `declare_sites`).
 
     Raises:
         ArgumentError: A wanted name is no kind and no site of the model.
@@ -262,6 +262,8 @@ def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, st
     if isinstance(wanted, Mapping):
         return declare_sites(model, wanted)
     sites = find_sites(model)
+    if wanted is None:
+        return sites
     kinds = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
     if not wanted:
         raise ArgumentError(f"sites: expected some of {', '.join(KINDS)} or names such as {sites[0].name}, got none")

@@ -9,11 +9,10 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
-from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.batches import Batch, classes_of, read_batch
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.skills.ranking import NeuronRanking
-from skillfast.vocabulary import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ def attribute(
     model: torch.nn.Module,
     loader: Iterable[Any],
     *,
-    sites: Sequence[str] = KINDS,
+    sites: Sequence[str] | None = None,
     classes: Sequence[str] | int | None = None,
     quiet: bool = True,
 ) -> NeuronRanking:
@@ -34,8 +33,8 @@ def attribute(
 
     Args:
         model: In evaluation mode, on the device where it shall run.
-        loader: Batches of (images, labels).
-        sites: Kinds or names of sites.
+        loader: Batches of (inputs, labels), or mappings with `labels` or `label` and the model's arguments.
+        sites: Kinds or names of sites; None for every kind that the model has.
         classes: Class names; from the loader's dataset or the model by default.
         quiet: Show no progress bar.
 
@@ -56,9 +55,10 @@ def attribute(
         total = torch.zeros(sum(site.width for site in chosen), len(names), dtype=torch.float64)
         counts = torch.zeros(len(names), dtype=torch.int64)
         for batch in track(loader, "attribution", quiet=quiet):
-            images, labels = class_batch(batch, len(names), next(model.parameters()).device)
+            found = class_batch(batch, len(names), next(model.parameters()).device)
+            labels = found.labels
             with neuron_inputs(model, chosen) as inputs:
-                own = log_odds(model(images), labels).sum()
+                own = log_odds(found.logits(model), labels).sum()
             gradients = torch.autograd.grad(own, [inputs[site.name] for site in chosen])
             rows = torch.cat(
                 [_over_tokens(inputs[s.name].detach(), g) for s, g in zip(chosen, gradients, strict=True)], dim=1
@@ -93,16 +93,16 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
 
 
-def class_batch(batch: Any, n_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's images and labels on the device; raises ArgumentError for labels that are no class indices."""
-    images, labels = labelled_batch(batch)
+def class_batch(batch: Any, n_classes: int, device: torch.device) -> Batch:
+    """A batch on the device; raises ArgumentError for labels that are no class indices."""
+    found = read_batch(batch)
+    labels = found.labels
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ArgumentError(
             f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "
             "check classes="
         )
-    images = images.clone() if images.is_inference() else images  # autograd cannot save those
-    return images.to(device), labels.to(device)
+    return found.changed(lambda x: x.clone() if x.is_inference() else x).to(device)  # autograd saves no such tensor
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from skillfast.backends.capture import accumulation_dtype
 from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
+from skillfast.models.batches import labelled_batch
 from skillfast.models.sites import fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
@@ -367,7 +368,7 @@ def _first_images(loader: Iterable[Any], n_classes: int, per_class: int | None) 
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
     for batch in loader:
-        image, label = class_batch(batch, n_classes, torch.device("cpu"))
+        image, label = labelled_batch(class_batch(batch, n_classes, torch.device("cpu")))
         if per_class is None:
             most = min(IMAGES, IMAGE_BYTES // max(1, image[:1].nbytes))
             per_class = max(8, min(IMAGES_PER_CLASS, most // n_classes))

@@ -8,7 +8,7 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Binary, Categorical, Continuous, classification, classification_values
-from skillfast.models.batches import classes_of, labelled_batch
+from skillfast.models.batches import classes_of, read_batch
 from skillfast.models.sites import choose_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.statistics.accumulator import NeuronStatistics
@@ -16,7 +16,7 @@ from skillfast.statistics.bins.edges import calibration_rows, exact_rows
 from skillfast.statistics.inputs import as_tensor
 from skillfast.tracing import sampling
 from skillfast.tracing.tracer import Tracer
-from skillfast.vocabulary import BINS, KINDS, STATISTICS, Pool
+from skillfast.vocabulary import BINS, STATISTICS, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,12 +33,15 @@ MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the call
 
 
 def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The default `forward`: a batch is (images, labels); gives the logits and label, correct, confidence, loss."""
-    device = module_device(model)
-    images, label = labelled_batch(batch)
-    label = label.to(device)
-    logits = model(images.to(device))
-    return logits, classification_values(logits, label)
+    """The default `forward`: gives the logits, and label, correct, confidence and loss of the batch."""
+    found = read_batch(batch).to(module_device(model))
+    logits = found.logits(model)
+    return logits, classification_values(logits, found.labels)
+
+
+def _own_mask(batch: Any) -> torch.Tensor | None:
+    """The mask that a batch brings."""
+    return read_batch(batch).mask
 
 
 def trace(
@@ -46,14 +49,14 @@ def trace(
     loader: Iterable[Any],
     metrics: Mapping[str, Metric] | Literal["classification"] = "classification",
     *,
-    sites: Sequence[str] = KINDS,
+    sites: Sequence[str] | None = None,
     pool: Pool = "mean",
     statistics: Sequence[str] = STATISTICS,
     bins: int = BINS,
     n_bootstrap: int | None = None,
     classes: Sequence[str] | int | None = None,
     forward: Forward | None = None,
-    mask: Callable[[Any], torch.Tensor] | None = None,
+    mask: Callable[[Any], torch.Tensor | None] | None = None,
     quiet: bool = True,
 ) -> NeuronScores:
     """One pass over a loader: a loop over `Tracer`.
@@ -64,18 +67,21 @@ def trace(
 
     Args:
         model: In evaluation mode, on the device where it shall run.
-        loader: Batches; (images, labels) unless `forward` says otherwise.
+        loader: Batches: (inputs, labels), or mappings with `labels` or `label` and the model's arguments, as the
+            transformers library has them; anything else where `forward` reads it.
         metrics: The metrics, or `"classification"`: label, correct, confidence and loss.
-        sites: Kinds or names of sites.
+        sites: Kinds or names of sites; None for every kind that the model has.
         pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example; `"none"`: each token counts. A
             metric with a value per token ([batch, tokens]) then takes a second forward of each batch, in which it is
             known beforehand: nothing is stored per token.
         statistics: Which statistics to compute: `"pearson"`, `"spearman"`, `"auroc"`, `"mutual_info"`.
         bins: Bins per neuron for all but Pearson's r; 2 to 256.
         n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
-        classes: Class names for `"classification"`; from the loader's dataset or the model by default.
+        classes: Class names for `"classification"`; from the loader's dataset or the model by default, whose
+            configuration may name them (`config.id2label`).
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
-        mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding.
+        mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding; by default a
+            mapping's `attention_mask`, where `forward` is the default one.
         quiet: Show no progress bar.
 
     Returns:
@@ -93,6 +99,8 @@ def trace(
             raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
         metrics = classification(classes if classes is not None else classes_of(loader, model))
     run = forward or classification_forward
+    if forward is None and mask is None:
+        mask = _own_mask
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counter = _BatchCounter(tracer, model, run, mask)
     per = TOKENS if pool == "none" else 1
@@ -115,7 +123,7 @@ class _BatchCounter:
     """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
 
     def __init__(
-        self, tracer: Tracer, model: torch.nn.Module, run: Forward, mask: Callable[[Any], torch.Tensor] | None
+        self, tracer: Tracer, model: torch.nn.Module, run: Forward, mask: Callable[[Any], torch.Tensor | None] | None
     ) -> None:
         self.tracer = tracer
         self.model = model

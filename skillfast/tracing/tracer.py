@@ -21,7 +21,7 @@ from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.tokens import TokenStatistics
 from skillfast.tracing.capture import reading
 from skillfast.tracing.observations import Expected, PooledRows, TokenRows
-from skillfast.vocabulary import BINS, BUFFER_ROWS, KINDS, POOLS, STATISTICS, Pool
+from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ class Tracer:
         model: torch.nn.Module,
         metrics: Mapping[str, Metric],
         *,
-        sites: Sequence[str] = KINDS,
+        sites: Sequence[str] | None = None,
         pool: Pool = "mean",
         statistics: Sequence[str] = STATISTICS,
         bins: int = BINS,
