@@ -197,7 +197,10 @@ def test_tampered_states_are_refused_in_one_line(tmp_path, change):
     ("loader", "words"),
     [
         ([(torch.zeros(2, 3, 16, 16), torch.tensor([0, 9]))], "labels: expected .* from 0 to 9|got 0 to 9"),
-        ([(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), 3)], r"batch: expected \(images, labels\) or a mapping with labels, got 3 parts"),
+        (
+            [(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]), 3)],
+            r"\(images, labels\) or a mapping with labels, got 3 parts",
+        ),
         ([torch.zeros(2, 3, 16, 16)], r"got float32 \[2, 3, 16, 16\]"),
     ],
 )
