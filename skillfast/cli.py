@@ -116,7 +116,7 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
 @click.option("--components", type=Names(), default=",".join(words.KINDS), show_default=True)
 @click.option(
     "--mode",
-    type=click.Choice(words.MODES),
+    type=click.Choice([mode for mode in words.MODES if mode != "constant"]),
     default="zero",
     show_default=True,
     help="What is left: nothing, the neuron's mean, or a donor's activation, one of the examples to select on.",

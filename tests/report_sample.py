@@ -238,6 +238,15 @@ def _correlations(classes: list[str], sites: list[dict[str, Any]]) -> dict[str, 
     }}  # fmt: skip
 
 
+def _replacements(classes: list[str], rng: random.Random) -> dict[str, Any]:
+    def row() -> dict[str, Any]:
+        zero = rng.uniform(0.7, 0.9)
+        gap = rng.uniform(0, 0.1)
+        return {"zero": zero, "mean": zero - gap, "resample": zero - 0.02, "constant": zero / 2, "marked": gap > 0.05}
+
+    return {"average": row(), "per_class": {name: row() for name in classes}}
+
+
 def _own_control(rng: random.Random, n_classes: int, drop: float) -> dict[str, Any]:
     per_class = [drop * rng.uniform(0.5, 1.5) for _ in range(n_classes)]
     mean = sum(per_class) / n_classes
@@ -274,6 +283,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         "cost": _cost(),
     }  # fmt: skip
     if optional:
+        results["replacements"] = _replacements(classes, rng)
         results["layer_contribution"] = _contribution(classes, blocks, rng)
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)

@@ -16,7 +16,7 @@ from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compile
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from skillfast.ablation.donors import DonorBank
     from skillfast.skills.skill import Skill
@@ -34,10 +34,12 @@ class Condition:
         components: Kinds of sites in which they are changed; the skill's neurons elsewhere stay.
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
         mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold, `"resample"`
-            the activation of a donor, another example drawn from a whole data set; in general
-            `other + scale * (x - other)`.
+            the activation of a donor, another example drawn from a whole data set, `"constant"` the `constants`; in
+            general `other + scale * (x - other)`.
         name: What a sweep's result calls it; by default the skill's name and the settings that are not the defaults,
             such as `"deer (mlp+attn, x 2.0)"`. A sweep wants a different name for each of its conditions.
+        constants: Site -> float [S], a value for each of the skill's neurons there in their order; for
+            `mode="constant"`.
     """
 
     skill: Skill
@@ -45,6 +47,7 @@ class Condition:
     scale: float = 0.0
     mode: Mode = "zero"
     name: str = ""
+    constants: Mapping[str, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.components if kind not in KINDS]
@@ -54,6 +57,15 @@ class Condition:
             raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.scale, int | float) or not abs(self.scale) < float(np.finfo(np.float32).max):
             raise ArgumentError(f"scale: expected a finite number, got {self.scale}")
+        if (self.mode == "constant") != (self.constants is not None):
+            got = "none" if self.constants is None else f"some with mode {self.mode!r}"
+            raise ArgumentError(f"constants: expected some with mode 'constant' alone, got {got}; change the mode")
+        for site, index in self.skill.neurons.items():
+            if self.constants is not None and len(self.constants.get(site, ())) != len(index):
+                raise ArgumentError(
+                    f"constants: expected {len(index)} values for {site}, one per neuron of skill {self.skill.name!r}, "
+                    "got another number; give them in the neurons' order"
+                )
         if not self.name:
             object.__setattr__(self, "name", self._derived_name())
 
@@ -78,7 +90,7 @@ class SiteChange:
     Attributes:
         neurons: int64 [S].
         scale: Factor on these neurons.
-        mean: float64 [S], what `mode="mean"` leaves; None in other modes.
+        mean: float64 [S], what `mode="mean"` or `"constant"` leaves; None in other modes.
         donors: [M, ..., neurons that are kept], the donors' activations for `mode="resample"`; None in other modes.
         places: int64 [S], where the neurons stand in `donors`.
     """
@@ -151,6 +163,8 @@ class Interventions:
                     scale = float(condition.scale)
                     if condition.mode == "mean":
                         changes[i] = SiteChange(neurons, scale, mean=_reference_mean(reference, site)[neurons])
+                    elif condition.constants is not None:
+                        changes[i] = SiteChange(neurons, scale, mean=condition.constants[site.name].double().cpu())
                     elif condition.mode == "resample":
                         kept, places = _of_donors(donors, condition.skill, site, neurons, fingerprint_of_model)
                         changes[i] = SiteChange(neurons, scale, donors=kept, places=places)

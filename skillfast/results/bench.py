@@ -269,6 +269,31 @@ class OwnControl(Record, frozen=True, kw_only=True):
     ci95: Interval
 
 
+class Replaced(Record, frozen=True):
+    """What a class loses where something takes the place of its skill's neurons.
+
+    Attributes:
+        zero: Where it is 0.
+        mean: Where it is each neuron's mean.
+        resample: Where it is the activations of another example.
+        constant: Where it is the constants that cost the model least (optimal ablation, arXiv 2409.09951).
+        marked: Whether zero and mean differ by more than 5 points: part of the drop is the value, not the information.
+    """
+
+    zero: Change
+    mean: Change
+    resample: Change
+    constant: Change
+    marked: bool
+
+
+class Replacements(Record, frozen=True):
+    """Drops by what takes the place of a skill's neurons, the mean over classes and by class."""
+
+    average: Replaced
+    per_class: dict[str, Replaced]
+
+
 class RandomControl(Selectivity, frozen=True, kw_only=True):
     """The effect of removing as many other neurons of each site, drawn at random, averaged over draws.
 
@@ -652,6 +677,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     shares: Seconds | None = None
     embeddings: Seconds | None = None
     trade_off: Seconds | None = None
+    replace: Seconds | None = None
     trace_test: Seconds | None = None
     total: Seconds
 
@@ -698,6 +724,8 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         oracle: The best that any removal can look like.
         random_control: What as many other neurons do, drawn at random.
         matched_control: What as many other neurons cost a class that are about as active as the skill's.
+        replacements: What classes lose where something else than 0 takes the neurons' place; absent where neurons are
+            scaled, or where donors did not fit the memory.
         layer_contribution: Where the skills live.
         standard_metrics: Metrics of embeddings before and after; absent without embeddings.
         information: Whether classes are gone or hidden; absent without embeddings.
@@ -718,6 +746,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     oracle: Oracle
     random_control: RandomControl
     matched_control: OwnControl
+    replacements: Replacements | None = None
     layer_contribution: LayerContribution | None = None
     standard_metrics: StandardMetrics | None = None
     information: Information | None = None

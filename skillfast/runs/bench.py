@@ -20,6 +20,7 @@ from skillfast.evaluation.embeddings import standard_metrics
 from skillfast.evaluation.interference import interference
 from skillfast.evaluation.overall import overall_accuracy
 from skillfast.evaluation.probes import information
+from skillfast.evaluation.replacements import replacements
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
@@ -30,6 +31,7 @@ from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings,
 from skillfast.runs.environment import environment
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
+from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.session import open_session
 from skillfast.runs.shares import OWN_PREDICTIONS, own_predictions
 from skillfast.skills.skill import Skill, overlap, save_skills
@@ -96,7 +98,15 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         )
         seed = session.config.run.seed
         on_test = stage("trade_off", lambda: _effects(session, chosen.skills, "test", intervals=seed), JSON)
+        replaced = None
+        if config.ablate.scale == 0:
+            replaced = stage("replace", lambda: replaced_predictions(session, removals.skills, swept.labels), JSON)
         found = _results(session, removals, swept, own, embedded)
+        if replaced is not None:
+            zero = swept.predictions_of(condition.name for condition in removals.whole)
+            labels, intact = swept.labels, swept.top2[:, 0]
+            four = np.concatenate([zero[labels, np.arange(len(labels))][None], np.array(replaced)])
+            found["replacements"] = replacements(four, intact, labels, subject.splits.classes)
         found["selection"] = chosen.to_json(on_test["candidates"])
         if scores.pearson is not None:
             held_out = stage(

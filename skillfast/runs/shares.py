@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
 
+    from skillfast.ablation.donors import DonorBank
     from skillfast.ablation.interventions import Condition
 
 SCHEMA, FILE = "skillfast.own_predictions/1", "own_predictions.safetensors"
@@ -31,6 +32,7 @@ def own_predictions(
     conditions: Sequence[Sequence[Condition]],
     *,
     classes: Sequence[str],
+    donors: DonorBank | None = None,
     quiet: bool = True,
 ) -> np.ndarray:
     """Predict every example while a part of its own class's skill is removed.
@@ -44,6 +46,7 @@ def own_predictions(
         labels: int64 [n], the classes of the loader's examples, in their order.
         conditions: [parts][K], a part of each class's skill.
         classes: Class names.
+        donors: For conditions with `mode="resample"`.
         quiet: Show no progress bars.
 
     Returns:
@@ -60,7 +63,7 @@ def own_predictions(
         own = part_of(loader, rows.tolist())
         parts = [row[c] for row in conditions]
         with telling(None):
-            swept = sweep(model, own, parts, classes=classes, keep_predictions=True, quiet=quiet)
+            swept = sweep(model, own, parts, donors=donors, classes=classes, keep_predictions=True, quiet=quiet)
         found[:, rows] = swept.predictions_of(part.name for part in parts)
         forecast.ran(len(rows))
     return found

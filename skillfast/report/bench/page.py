@@ -55,6 +55,8 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "selectivity": words.selectivity_rows(results),
         "draws": results.random_control.draws,
         "controls_say": words.controls_say(results),
+        "replaced": words.replacements_say(results) if results.replacements else None,
+        "replacements": words.replacement_rows(results) if results.replacements else [],
         "contribution": words.contribution_rows(results) if results.layer_contribution else None,
         "by_block": results.layer_contribution is not None and bool(results.layer_contribution.per_block),
         "closest": figures.closest_pairs(results) if results.interference else None,

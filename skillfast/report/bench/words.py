@@ -35,6 +35,7 @@ STAGES = {
     "select": "ranking the neurons by every method",
     "choose": "choosing on the validation examples",
     "trade_off": "all methods on the test examples",
+    "replace": "other values in the neurons' place",
     "trace_test": "tracing the neurons on the test examples",
     "sweep": "removing them",
     "shares": "removing parts of them",
@@ -150,6 +151,33 @@ def _written(values: Selectivity, key: str) -> tuple[str, str]:
     """Value and, on a second line, its interval or why there is none."""
     value = term_value(values, key, UNDEFINED)
     return value, DENOMINATOR if value == UNDEFINED else term_interval(values, key)
+
+
+def replacement_rows(results: BenchResults) -> list[tuple[str, list[str]]]:
+    """Per class, the mean over all first: what it loses by what takes its skill's neurons' place, in points."""
+    found = results.replacements
+    assert found is not None
+    named = [("all classes", found.average), *found.per_class.items()]
+    return [
+        (
+            f"{name} *" if row.marked else name,
+            [points(value) for value in (row.zero, row.mean, row.resample, row.constant)],
+        )
+        for name, row in named
+    ]
+
+
+def replacements_say(results: BenchResults) -> str:
+    """How much of the drop is left where the neurons take the constants that cost the model least."""
+    found = results.replacements
+    assert found is not None
+    marked = sum(row.marked for row in found.per_class.values())
+    return (
+        f"Set to 0, the neurons cost their class {points(found.average.zero)} points; at the constants that cost the "
+        f"model least, fitted on the examples to select on, {points(found.average.constant)}. What lies between need "
+        f"not be lost with the neurons: it is the price of a value that does not fit the others. "
+        f"{marked} of {len(found.per_class)} classes differ by more than 5 points between zero and mean (marked *)."
+    )
 
 
 def selectivity_rows(results: BenchResults) -> list[dict[str, Any]]:

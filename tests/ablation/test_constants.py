@@ -1,0 +1,110 @@
+"""Constants in place of neurons: what a condition leaves, and those that cost the model least."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line
+from torch.nn.functional import cross_entropy
+
+import skillfast
+from skillfast import Condition, Skill
+from skillfast.ablation.constants import mean_constants, optimal_constants
+from skillfast.errors import ArgumentError
+from skillfast.evaluation.replacements import replacements
+from skillfast.models.sites import declare_sites
+
+SKILL = Skill("mine", {"blocks.0.mlp": [0, 5, 95], "blocks.1.attn": [3, 4]})
+
+
+def test_a_condition_leaves_its_constants(vit, batches):
+    values = {"blocks.0.mlp": torch.tensor([1.0, -2.0, 0.5]), "blocks.1.attn": torch.tensor([0.25, 3.0])}
+    conditions = [
+        Condition(SKILL, mode="constant", constants=values),
+        Condition(SKILL, mode="constant", constants=values, components=("attn",), scale=0.5, name="half"),
+    ]
+    got = skillfast.sweep(vit, batches, conditions, keep_embeddings=True)
+    for i, condition in enumerate(conditions):
+        handles = []
+        for site, path in (("blocks.0.mlp", vit.blocks[0].mlp.fc2), ("blocks.1.attn", vit.blocks[1].attn.proj)):
+            if site.split(".")[-1] in condition.components:
+
+                def hook(_, args, site=site, scale=condition.scale):
+                    x = args[0].clone()
+                    index = SKILL.neurons[site]
+                    x[..., index] = values[site] + scale * (x[..., index] - values[site])
+                    return (x,)
+
+                handles.append(path.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            want = torch.cat([vit(x) for x, _ in batches])
+        for handle in handles:
+            handle.remove()
+        logits = vit.head(torch.from_numpy(got.embeddings[i])).detach()
+        torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-2)
+
+
+def test_constants_that_do_not_fit_are_refused():
+    few = {"blocks.0.mlp": torch.zeros(2), "blocks.1.attn": torch.zeros(2)}
+    text = one_line(ArgumentError, Condition, SKILL, mode="constant", constants=few)
+    assert "expected 3 values for blocks.0.mlp, one per neuron of skill 'mine', got another number" in text
+    assert "expected some with mode 'constant' alone, got none" in one_line(
+        ArgumentError, Condition, SKILL, mode="constant"
+    )
+    text = one_line(ArgumentError, Condition, SKILL, mode="mean", constants=few)
+    assert "got some with mode 'mean'" in text
+
+
+class Sum(torch.nn.Module):
+    """Two classes told apart by neuron 0; neuron 1 is mostly 0 and seldom 20, and adds to one class's logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(3, 2, bias=False)
+        with torch.no_grad():
+            self.proj.weight.copy_(torch.tensor([[1.0, 0.5, 0.0], [-1.0, 0.0, 0.3]]))
+        declare_sites(self, {"blocks.0.mlp": "proj"})
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def test_optimal_constants_cost_the_least():
+    """Of a neuron with outliers the mean is a bad value; of one that never varies it is the only good one."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (2000,), generator=rng)
+    seldom = 20.0 * (torch.rand(2000, generator=rng) < 0.2)
+    x = torch.stack([(1 - 2.0 * y) + torch.randn(2000, generator=rng) / 2, seldom, torch.full((2000,), 7.0)], 1)
+    x[:, 0] += 1.05 - seldom / 4 * 0.9  # what neuron 2 adds is what the data are centred for
+    model, data = Sum().eval(), list(zip(x.split(250), y.split(250), strict=True))
+    skills = [Skill("seldom", {"blocks.0.mlp": [1]}), Skill("steady", {"blocks.0.mlp": [2]})]
+    bank = skillfast.donors(model, data, skills, n_donors=512)
+    means = [mean_constants(skill, bank) for skill in skills]
+    assert means[1]["blocks.0.mlp"].tolist() == [7.0]
+    found = optimal_constants(model, data, skills, bank, steps=60)
+
+    def loss(k, constants):
+        changed = x.clone()
+        changed[:, 1 + k] = constants["blocks.0.mlp"]
+        return float(cross_entropy(model(changed).detach(), y))
+
+    grid = [loss(0, {"blocks.0.mlp": torch.tensor([value])}) for value in np.linspace(-20, 20, 161)]
+    assert loss(0, found[0]) < min(grid) + 0.008
+    assert loss(0, means[0]) > min(grid) + 0.025
+    assert loss(1, found[1]) == loss(1, means[1])
+    again = optimal_constants(model, data, skills, bank, steps=60)
+    torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize(("zero", "mean", "marked"), [(4, 4, False), (4, 3, True), (2, 4, True)])
+def test_classes_are_marked_where_zero_and_mean_differ(zero, mean, marked):
+    labels = np.array([0] * 10 + [1] * 10)
+    predictions = np.tile(labels, (4, 1))
+    predictions[0, :zero], predictions[1, :mean], predictions[2, 10:13] = 1, 1, 0
+    found = replacements(predictions, labels, labels, ["a", "b"])
+    own = found.per_class["a"]
+    assert (own.zero, own.mean, own.resample, own.constant) == (zero / 10, mean / 10, 0.0, 0.0)
+    assert own.marked == marked
+    assert found.per_class["b"].resample == 0.3
+    assert found.average.resample == 0.15
