@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Effects = dict[str, Any]
 
-SIZES = (1 / 3, 2 / 3, 1)  # of the share: 1 %, 2 % and 3 % by default
+SIZES = (1 / 3, 1)  # of the share: 1 % and 3 % by default
 KEEPS = (1.0, 5.0, 20.0)  # weights of the other classes when a mask is learned: from more drop to less harm
 WANTED_DROP, WANTED_RATIO = 0.5, 40.0
 WANTED_STRICT, OF_ORACLE = 20.0, 0.8

@@ -61,7 +61,7 @@ def subject(splits, **more):
 def chosen_on(splits, **more):
     made = subject(splits, **more)
     scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
-    return made, protocol._choose(Session(made, Clock(), True, lambda _: None), scores)
+    return made, protocol._choose(Session(made, None, Clock(), True, lambda _: None), scores)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,12 @@ def test_the_published_point_is_the_one_of_least_harm():
 
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
-    assert len(auto) == 21
+    assert len(auto) == 14
     assert {(c.method, c.contrastive, c.keep) for c in auto} == {
         ("pearson", False, None), ("pearson", True, None), ("attribution", False, None), ("attribution", True, None),
         ("mask", False, 1.0), ("mask", False, 5.0), ("mask", False, 20.0),
     }  # fmt: skip
-    assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.02, 0.03]
+    assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.03]
     assert selection.candidates("mask", 0.1) == (Candidate("mask", False, 0.1, 10.0),)
     assert selection.candidates("auroc", 0.1, contrastive=True) == (Candidate("auroc", True, 0.1),)
     assert selection.candidates("auto", 0.1, statistics=("auroc",))[0].method == "auroc"
