@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TERMS = ("target_drop", "other_change", "ratio", "other_abs_change", "strict_ratio", "other_harm", "harm_ratio")
 FINGERPRINT = "sha256:5f2c9e0d"
 
 
@@ -37,20 +35,33 @@ def _matrix(rng: random.Random, baseline: list[float], strength: float, spread: 
     ]
 
 
-def _selectivity(matrix: list[list[float]], rng: random.Random) -> dict[str, Any]:
+def _selectivity(matrix: list[list[float]], rng: random.Random, oracle: bool = False) -> dict[str, Any]:
     k = len(matrix)
     drop = -sum(matrix[i][i] for i in range(k)) / k
     rest = [matrix[i][j] for i in range(k) for j in range(k) if i != j]
     mean, size, harm = sum(rest) / len(rest), sum(map(abs, rest)) / len(rest), sum(max(0, -v) for v in rest) / len(rest)
-    values = {"target_drop": drop, "other_change": mean, "ratio": drop / abs(mean) if mean else None,
-              "other_abs_change": size, "strict_ratio": drop / size if size else None,
-              "other_harm": harm, "harm_ratio": drop / harm if harm else None}  # fmt: skip
-    ends = {}
-    for key, value in values.items():
-        half = 0.0 if value is None else abs(value) * rng.uniform(0.05, 0.25)
-        limit = math.inf if "ratio" in key else 1.0
-        ends[key] = None if value is None else [max(value - half, -limit), min(value + half, limit)]
-    return {**values, "ci95": ends}
+    return effect(drop, harm, mean, size, rng.uniform(0.05, 0.25), oracle)
+
+
+def effect(
+    drop: float, harm: float, change: float = 0.001, size: float | None = None, width: float = 0.1, oracle: bool = False
+) -> dict[str, Any]:
+    size = harm + 0.001 if size is None else size
+    values = {
+        "target_drop": drop, "regret": 0.0 if oracle else (harm - change) / 2, "agreement": 1.0 if oracle else 0.97,
+        "gross_loss": 0.0 if oracle else min(1.0, harm + 0.002), "other_change": change,
+    }  # fmt: skip
+    below = {"ratio": abs(change), "strict_ratio": size, "harm_ratio": harm}
+    ratios = {key: drop / value if value else None for key, value in below.items()}
+    ends = {key: [max(v - width * abs(v), -1.0), min(v + width * abs(v), 1.0)] for key, v in values.items()}
+    return {
+        **values, "other_abs_change": size, **ratios,
+        "harm": {"plug_in": harm, "cross_fitted": 0.0 if oracle else harm / 4 - 0.0004,
+                 "noise_floor": harm / 2, "ci95": None if oracle else [0.0, min(1.0, 1.3 * harm)]},
+        "ci95": {key: None if oracle and key in ("regret", "agreement", "gross_loss") else end
+                 for key, end in ends.items()},
+        "at_least": {key: None if value is None else 0.7 * value for key, value in ratios.items()},
+    }  # fmt: skip
 
 
 def _config() -> dict[str, Any]:
@@ -113,10 +124,10 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
     k = len(classes)
     angles = [[rng.uniform(30, 50) if i == j else rng.uniform(0.5, 20) for j in range(k)] for i in range(k)]
     a, b = classes[0], classes[-1]
-    pair = {"classes": [a, b], "change": [0.05, 0.04], "beyond_oracle": [0.05, 0.03], "p": 1e-4, "q": 0.008,
-            "significant": True}  # fmt: skip
-    weak = {**pair, "change": [-0.02, -0.02], "beyond_oracle": [-0.02, -0.02], "p": 0.5, "q": 0.62,
-            "significant": False}  # fmt: skip
+    pair = {"classes": [a, b], "change": [0.05, 0.04], "beyond_oracle": [0.05, 0.03], "margin": [0.81, 0.62],
+            "margin_beyond_oracle": [0.7, 0.6], "p": 1e-4, "q": 0.008, "significant": True}  # fmt: skip
+    weak = {**pair, "change": [-0.02, -0.02], "beyond_oracle": [-0.02, -0.02], "margin": [-0.1, -0.2],
+            "p": 0.5, "q": 0.62, "significant": False}  # fmt: skip
     overlap = _overlap(k, rng)
     return {
         "angles_deg": angles, "own_angle_deg": 40.3, "other_angle_deg": 10.2, "overlap": overlap,
@@ -128,7 +139,7 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
         "random_control": {"own_angle_deg": 3.2, "other_angle_deg": 3.1},
         "difference": {"own_angle_deg": 37.1, "other_angle_deg": 7.1, "draws": 2,
                        "ci95": {"own_angle_deg": [35.8, 38.4], "other_angle_deg": [6.7, 7.5]}},
-        "competition": [pair], "linkage": [],
+        "competition": [pair], "linkage": [], "oracle_explains": [],
         "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
                       "overlap": {"one": a, "other": b, "jaccard": 0.2}},
     }  # fmt: skip
@@ -186,27 +197,21 @@ def _information(classes: list[str]) -> dict[str, Any]:
             "steps": 30}  # fmt: skip
 
 
-def _selection(rng: random.Random) -> dict[str, Any]:
-    def effect(drop: float, harm: float) -> dict[str, Any]:
-        return {"target_drop": drop, "other_change": 0.001, "ratio": drop / 0.001, "other_abs_change": harm + 0.001,
-                "strict_ratio": drop / (harm + 0.001), "other_harm": harm,
-                "harm_ratio": drop / harm if harm else None}  # fmt: skip
-
+def _selection(k: int, rng: random.Random) -> dict[str, Any]:
     ways = [("pearson", False), ("pearson", True), ("attribution", False), ("attribution", True), ("mask", False)]
     tried = [
         {"method": method, "contrastive": minus, "share": share, "keep": 5.0 if method == "mask" else None,
+         "limit": 0.012,
          **{part: effect(10 * share * rng.uniform(1, 3), rng.choice([0.0, share * rng.uniform(0.1, 1)]))
             for part in ("validation", "test")}}
         for method, minus in ways for share in (0.005, 0.01, 0.02, 0.03)
     ]  # fmt: skip
-    for candidate in tried:
-        values = candidate["test"]
-        values["ci95"] = {key: None if value is None else [0.9 * value, value] for key, value in values.items()}
     chosen = tried[-1]
-    gap = {key: None if None in (a, chosen["validation"][key]) else a - chosen["validation"][key]
-           for key, a in chosen["test"].items() if key != "ci95"}  # fmt: skip
-    return {"rule": "the best on the validation part", "chosen": len(tried) - 1, "published": 3, "candidates": tried,
-            "gap": gap, "oracle": {"validation": effect(0.95, 0.0)}}  # fmt: skip
+    gap = {key: chosen["test"][key] - chosen["validation"][key] for key in ("target_drop", "regret")}
+    return {"rule": "the best on the validation part", "margin": 0.02, "chosen": [len(tried) - 1] * k,
+            "candidates": tried, "controls": [{"share": 0.03, "validation": effect(0.01, 0.002)}],
+            "validation": chosen["validation"], "gap": gap,
+            "oracle": {"validation": effect(0.95, 0.0, oracle=True)}}  # fmt: skip
 
 
 def _overall(classes: list[str], rng: random.Random) -> dict[str, Any]:
@@ -276,7 +281,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
                      "n_test_per_class": [50] * n_classes},
         "removal_matrix": found,
         "selectivity": _selectivity(found, rng),
-        "oracle": {**_selectivity(oracle, rng), "removal_matrix": oracle},
+        "oracle": {**_selectivity(oracle, rng, oracle=True), "removal_matrix": oracle},
         "random_control": {**_selectivity(_matrix(rng, baseline, 0.02, 0.012), rng), "draws": 4,
                            "own": _own_control(rng, n_classes, 0.02)},
         "matched_control": _own_control(rng, n_classes, 0.05),
@@ -287,7 +292,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         results["layer_contribution"] = _contribution(classes, blocks, rng)
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)
-        results["selection"] = _selection(rng)
+        results["selection"] = _selection(n_classes, rng)
         results["information"] = _information(classes)
         results["overall"] = _overall(classes, rng)
         results["correlations"] = _correlations(classes, sites)

@@ -70,6 +70,9 @@ class SweepResult:
             donors were drawn from; None without such a condition.
         donor_labels: int64 [n], the donors' classes, or None.
         predictions: int64 [n_conditions, n], or None where they were not asked for.
+        baseline_logits: float32 [n, n_classes], or None where margins were not asked for.
+        margins: float32 [n_conditions, n], each sample's true logit minus the best other one's, or None where they were
+            not asked for.
         baseline_embeddings: float32 [n, E], the classifier's input, or None where they were not asked for.
         embeddings: float32 [n_conditions, n, E], or None where they were not asked for.
     """
@@ -85,6 +88,8 @@ class SweepResult:
     donors: np.ndarray | None = None
     donor_labels: np.ndarray | None = None
     predictions: np.ndarray | None = None
+    baseline_logits: np.ndarray | None = None
+    margins: np.ndarray | None = None
     baseline_embeddings: np.ndarray | None = None
     embeddings: np.ndarray | None = None
 
@@ -111,9 +116,27 @@ class SweepResult:
         Raises:
             ArgumentError: An unknown name, or a sweep that did not keep predictions.
         """
-        if self.predictions is None:
-            raise ArgumentError("predictions: expected a sweep that kept them, got none; pass keep_predictions=True")
-        return self.predictions[[self._row(name) for name in names]]
+        return self._of("predictions", names)
+
+    def margins_of(self, names: Iterable[str]) -> np.ndarray:
+        """Every sample's margin under the conditions of these names, in their order.
+
+        Args:
+            names: Names of conditions.
+
+        Returns:
+            float32 [len(names), n].
+
+        Raises:
+            ArgumentError: An unknown name, or a sweep that did not keep margins.
+        """
+        return self._of("margins", names)
+
+    def _of(self, kept: str, names: Iterable[str]) -> np.ndarray:
+        rows: np.ndarray | None = getattr(self, kept)
+        if rows is None:
+            raise ArgumentError(f"{kept}: expected a sweep that kept them, got none; pass keep_{kept}=True")
+        return rows[[self._row(name) for name in names]]
 
     def embeddings_of(self, names: Iterable[str]) -> np.ndarray:
         """Embeddings under the conditions of these names, in their order.
@@ -163,6 +186,7 @@ def sweep(
     donors: DonorBank | None = None,
     classes: Sequence[str] | int | None = None,
     keep_predictions: bool = False,
+    keep_margins: bool = False,
     keep_embeddings: bool = False,
     memory_budget: int | None = None,
     quiet: bool = True,
@@ -181,6 +205,7 @@ def sweep(
         donors: For conditions with `mode="resample"`, from `skillfast.donors`.
         classes: Class names; from the loader's dataset or the model by default.
         keep_predictions: Keep every condition's prediction of every sample.
+        keep_margins: Keep every condition's margin of every sample, and the intact model's logits.
         keep_embeddings: Keep the classifier's input, of every sample under every condition.
         memory_budget: Bytes that intermediate results may take beyond the model; by default what
             `limited_memory` says, or half of what is free.
@@ -226,7 +251,9 @@ def sweep(
             parts.append(runner.run(images, labels, keep_embeddings))
     if not parts:
         raise ArgumentError("sweep: expected at least one batch, got an empty loader")
-    return _result(parts, class_names, names, runner.interventions.donors, keep_predictions, keep_embeddings)
+    return _result(
+        parts, class_names, names, runner.interventions.donors, keep_predictions, keep_margins, keep_embeddings
+    )
 
 
 @dataclass
@@ -234,6 +261,7 @@ class _BatchResult:
     """One batch's outcome; row 0 of the first dimension is the intact model."""
 
     labels: np.ndarray  # [batch]
+    logits: np.ndarray  # float32 [batch, classes], the intact model's
     second: np.ndarray  # [batch], the intact model's second best class
     predictions: np.ndarray  # [1 + conditions, batch]
     margins: np.ndarray  # float32 [1 + conditions, batch]
@@ -247,12 +275,14 @@ def _result(
     names: tuple[str, ...],
     bank: DonorBank | None,
     keep_predictions: bool,
+    keep_margins: bool,
     keep_embeddings: bool,
 ) -> SweepResult:
     labels = np.concatenate([part.labels for part in parts])
     predictions = np.concatenate([part.predictions for part in parts], 1)
     accuracy = per_class_accuracy(predictions, labels, len(classes))
-    per_class_margin = per_class_mean(np.concatenate([part.margins for part in parts], 1), labels, len(classes))
+    margins = np.concatenate([part.margins for part in parts], 1)
+    per_class_margin = per_class_mean(margins, labels, len(classes))
     embeddings = (
         np.concatenate([part.embeddings for part in parts if part.embeddings is not None], 1)
         if keep_embeddings
@@ -272,6 +302,8 @@ def _result(
         donors=None if bank is None else bank.indices[of_bank],
         donor_labels=None if bank is None else bank.labels[of_bank],
         predictions=predictions[1:] if keep_predictions else None,
+        baseline_logits=np.concatenate([part.logits for part in parts]) if keep_margins else None,
+        margins=margins[1:] if keep_margins else None,
         baseline_embeddings=None if embeddings is None else embeddings[0],
         embeddings=None if embeddings is None else embeddings[1:],
     )
@@ -315,6 +347,7 @@ class BatchRunner:
         ]
         return _BatchResult(
             labels=labels.cpu().numpy(),
+            logits=np.concatenate([chunk.logits for chunk in chunks]),
             second=np.concatenate([chunk.second for chunk in chunks]),
             predictions=np.concatenate([chunk.predictions for chunk in chunks], 1),
             margins=np.concatenate([chunk.margins for chunk in chunks], 1),
@@ -400,6 +433,7 @@ class BatchRunner:
         first, second = cache.logits.topk(2, dim=1).indices.cpu().numpy().T
         part = _BatchResult(
             labels=labels.cpu().numpy(),
+            logits=cache.logits.float().cpu().numpy(),
             second=second,
             predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
             margins=np.broadcast_to(margin(cache.logits, labels).cpu().numpy(), shape).copy(),

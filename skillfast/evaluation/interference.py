@@ -7,9 +7,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import binom, false_discovery_control
+from scipy.stats import t
 
 from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
+from skillfast.metrics import per_class_accuracy, per_class_mean
 from skillfast.results.bench import (
     AngleDifference,
     AngleIntervals,
@@ -27,79 +28,234 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 """Share of false discoveries among the pairs that are called significant."""
+RELEVANT = 0.01
+"""Smallest shift of a margin that counts, of the root mean square margin: 0.3 points where 90 % are right."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Every image's margin, the true logit minus the best other one, under what is compared.
+
+    Attributes:
+        removed: [K, n], with skill i removed.
+        random: [draws, K, n], with as many random neurons removed.
+        oracle: [K, n], with class i's logit removed.
+        intact: [n].
+    """
+
+    removed: np.ndarray
+    random: np.ndarray
+    oracle: np.ndarray
+    intact: np.ndarray
+
+    @classmethod
+    def of(cls, removed: np.ndarray, random: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> Margins:
+        """From the margins without skills and random neurons, and the intact model's logits.
+
+        Args:
+            removed: [K, n].
+            random: [draws, K, n].
+            logits: [n, K].
+            labels: int64 [n]; an image of class i keeps its own logit in row i of the oracle's margins, which of two
+                classes are infinite.
+        """
+        n, k = logits.shape
+        rest = np.array(logits, dtype=np.float64)
+        true = rest[np.arange(n), labels].copy()
+        rest[np.arange(n), labels] = -np.inf
+        order = np.argsort(-rest, axis=1)
+        first, second = (np.take_along_axis(rest, order[:, i : i + 1], 1)[:, 0] for i in (0, 1))
+        oracle = true - np.where(order[:, 0] == np.arange(k)[:, None], second, first)
+        return cls(removed, random, oracle, true - first)
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What each removal does to each class's accuracy: row = removed, column = class; NaN for one without images.
+    """What each removal does to each class: row = removed, column = class; NaN for one without images.
+
+    A class is helped, or hurt, where its images' mean margin rises, or falls, by more than hardly changes a decision,
+    against the intact model and against the random draws. Margins tell more than decisions, of which few change.
 
     Attributes:
         change: float64 [K, K], the removal matrix.
         beyond_oracle: float64 [K, K], accuracy under the removal minus that under the oracle's.
-        p_gain: float64 [K, K], that the class is helped, and more than by the oracle: the larger p of two exact
-            one-sided McNemar tests over its images, against the intact model and against the oracle.
-        p_loss: float64 [K, K], that the class is hurt, and more than by the oracle, by the same tests.
+        shift: float64 [K, K], mean margin under the removal minus that under the random draws.
+        shift_beyond_oracle: float64 [K, K], mean margin under the removal minus that under the oracle's.
+        p_gain: float64 [K, K], that the class is helped: the larger p of two one-sided paired t tests.
+        p_loss: float64 [K, K], that the class is hurt, by the same tests.
+        p_beyond: float64 [K, K], that the class is helped, and more than by the oracle.
     """
 
     change: np.ndarray
     beyond_oracle: np.ndarray
+    shift: np.ndarray
+    shift_beyond_oracle: np.ndarray
     p_gain: np.ndarray
     p_loss: np.ndarray
+    p_beyond: np.ndarray
 
     @classmethod
-    def of(cls, predictions: np.ndarray, oracle: np.ndarray, baseline: np.ndarray, labels: np.ndarray) -> Effects:
-        """From predictions int64 [K, n] under each removal and under the oracle's, intact ones [n] and labels [n]."""
-        member = (labels[:, None] == np.arange(len(predictions))).astype(np.float64)  # [n, K]
-        right = predictions == labels
-        found = []
-        for reference in (baseline == labels, oracle == labels):
-            gains, losses = (right & ~reference) @ member, (reference & ~right) @ member  # [K, K] images
-            with np.errstate(invalid="ignore"):
-                change = (gains - losses) / member.sum(0)
-            # images right in both or wrong in both say nothing; of the others half are gains if nothing is to be found
-            found.append((change, *(binom.sf(count - 1, gains + losses, 0.5) for count in (gains, losses))))
-        (change, *p_intact), (beyond, *p_oracle) = found
-        return cls(change, beyond, *map(np.maximum, p_intact, p_oracle))
+    def of(
+        cls, predictions: np.ndarray, oracle: np.ndarray, baseline: np.ndarray, labels: np.ndarray, margins: Margins
+    ) -> Effects:
+        """Compare removals with the intact model, the oracle and random draws.
+
+        Args:
+            predictions: int64 [K, n], with skill i removed.
+            oracle: int64 [K, n], with class i's logit removed.
+            baseline: int64 [n], of the intact model.
+            labels: int64 [n].
+            margins: Margins of the n images.
+        """
+        k = len(predictions)
+        accuracy = per_class_accuracy(predictions, labels, k)
+        with np.errstate(invalid="ignore"):  # the oracle of two classes is infinite
+            intact, beyond = (_paired(margins.removed - other, labels, k) for other in (margins.intact, margins.oracle))
+        random = _against_draws(margins, labels, k)
+        least = RELEVANT * np.sqrt(per_class_mean(np.square(margins.intact, dtype=np.float64), labels, k))  # [K]
+        gain = random.p_above(least)
+        return cls(
+            change=accuracy - per_class_accuracy(baseline, labels, k),
+            beyond_oracle=accuracy - per_class_accuracy(oracle, labels, k),
+            shift=random.mean,
+            shift_beyond_oracle=beyond.mean,
+            p_gain=np.maximum(gain, intact.p_above(least)),
+            p_loss=np.maximum(random.p_below(least), intact.p_below(least)),
+            p_beyond=np.maximum(gain, beyond.p_above(least)),
+        )
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Mean shifts [K, K] with their variances and degrees of freedom."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    freedom: np.ndarray
+
+    def p_above(self, least: np.ndarray) -> np.ndarray:
+        """One-sided p that the mean is above `least` [K]; 1 where the mean is not finite."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = t.sf((self.mean - least) / np.sqrt(self.variance), self.freedom)
+        return np.where(np.isfinite(p), p, 1.0)
+
+    def p_below(self, least: np.ndarray) -> np.ndarray:
+        """One-sided p that the mean is below minus `least` [K]; 1 where the mean is not finite."""
+        return _Shift(-self.mean, self.variance, self.freedom).p_above(least)
+
+
+def _paired(shift: np.ndarray, labels: np.ndarray, k: int) -> _Shift:
+    """Mean shift of each class's images: shift [..., n] -> [..., K]; the variance of one image is infinite."""
+    n = np.bincount(labels, minlength=k)
+    mean = per_class_mean(shift, labels, k)
+    squares = per_class_mean(np.square(shift - mean[..., labels]), labels, k)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = np.where(n > 1, squares / (n - 1), np.inf)
+    return _Shift(mean, variance, np.broadcast_to(np.maximum(n - 1.0, 1), mean.shape))
+
+
+def _against_draws(margins: Margins, labels: np.ndarray, k: int) -> _Shift:
+    """Each removal's mean shift beyond the random draws', as if it were one more draw.
+
+    A draw shifts all images of a class at once, so the draws vary beyond the images; that part is estimated over all
+    rows of a class, and a removal is compared with the mean of the draws (Satterthwaite's degrees of freedom).
+    """
+    draws = len(margins.random)
+    images = _paired(margins.removed - margins.random.mean(0, dtype=np.float64), labels, k)
+    if draws == 1:
+        return images
+    one = _paired(margins.random - margins.random.mean(0, dtype=np.float64), labels, k)
+    between = np.square(one.mean).sum((0, 1)) / (k * (draws - 1))  # [K], variance of a draw's mean shift
+    within = one.variance.sum((0, 1)) / (k * (draws - 1))  # what of it the choice of images explains
+    more = np.maximum(between - within, 0) * (1 + 1 / draws)
+    variance = images.variance + more
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = variance**2 / (images.variance**2 / images.freedom + more**2 / (k * (draws - 1)))
+    return _Shift(images.mean, variance, np.where(variance > 0, freedom, 1))
 
 
 def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[Pair]]:
-    """Pairs that compete (each removal helps the other class) or are linked (each hurts it), beyond the oracle.
+    """Pairs that compete (each removal helps the other class) or are linked (each hurts it), beyond random draws.
 
-    Both directions must hold, so a pair's p is the larger one (intersection-union test); Benjamini-Hochberg runs over
-    all pairs and both kinds together.
+    Both directions must hold, so a pair's p is the larger one (intersection-union test). False discoveries are
+    controlled over all pairs and both kinds together by `replicated_q`. The oracle frees images of other classes, too,
+    so a pair competes only where it does so beyond the oracle, by the same correction; the others are kept apart.
 
     Args:
         effects: Effects of the removals.
         classes: Class names.
 
     Returns:
-        For `"competition"` and `"linkage"` every pair of that kind: `classes` [a, b], `change` and `beyond_oracle` in
-        accuracy (of b without a, of a without b), `p`, `q` and `significant`. Significant ones first, then by the
-        weakest of these effects, largest first.
+        `"competition"`, `"linkage"` and `"oracle_explains"`: every pair of that kind, significant ones first, then by
+        the weaker of the two shifts, largest first. `"oracle_explains"` has significant ones alone.
     """
     defined = np.flatnonzero(~np.isnan(np.diagonal(effects.change)))
     if len(defined) < 2:
-        return {"competition": [], "linkage": []}
+        return {"competition": [], "linkage": [], "oracle_explains": []}
     i, j = np.array(list(combinations(defined, 2))).T  # [pairs] each
-    p = np.stack([np.maximum(test[i, j], test[j, i]) for test in (effects.p_gain, effects.p_loss)])  # [2, pairs]
-    q = false_discovery_control(p.ravel()).reshape(p.shape)
-    found = {}
-    for row, (kind, sign) in enumerate((("competition", 1), ("linkage", -1))):
-        both = np.minimum(sign * effects.change, sign * effects.beyond_oracle)  # [K, K]
-        weakest = np.minimum(both[i, j], both[j, i])  # [pairs]
-        order = np.lexsort((-weakest, q[row] > LEVEL))
-        found[kind] = [
-            _pair(int(i[c]), int(j[c]), effects, classes, float(p[row, c]), float(q[row, c]))
-            for c in order[weakest[order] > 0]
-        ]
-    return found
+    (p, q), (strict_p, strict_q) = (
+        _both_directions(np.stack([[test[i, j], test[j, i]] for test in (gain, effects.p_loss)], 1))
+        for gain in (effects.p_gain, effects.p_beyond)
+    )
+    explained = (q[0] <= LEVEL) & (strict_q[0] > LEVEL)
+    weakest = {
+        kind: np.minimum(sign * shift[i, j], sign * shift[j, i])
+        for kind, sign, shift in (
+            ("competition", 1, np.minimum(effects.shift, effects.shift_beyond_oracle)),
+            ("linkage", -1, effects.shift),
+            ("oracle_explains", 1, effects.shift),
+        )
+    }
+
+    def made(kind: str, ps: np.ndarray, qs: np.ndarray, kept: np.ndarray) -> list[Pair]:
+        order = np.lexsort((-weakest[kind], qs > LEVEL))
+        return [_pair(int(i[c]), int(j[c]), effects, classes, float(ps[c]), float(qs[c])) for c in order if kept[c]]
+
+    return {
+        "competition": made("competition", strict_p[0], strict_q[0], weakest["competition"] > 0),
+        "linkage": made("linkage", strict_p[1], strict_q[1], weakest["linkage"] > 0),
+        "oracle_explains": made("oracle_explains", p[0], q[0], explained),
+    }
+
+
+def _both_directions(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The larger p of two directions [2, kinds, pairs], and its q: [kinds, pairs] each."""
+    return p.max(0), replicated_q(p.reshape(2, -1)).reshape(p.shape[1:])
+
+
+def replicated_q(p: np.ndarray) -> np.ndarray:
+    """Share of false discoveries if claims that need two findings are made down to each claim's larger p.
+
+    Benjamini and Hochberg's procedure counts every claim that could be false; a claim whose smaller p is large could
+    hardly be made, so it is not counted (AdaFilter; Wang, Gui, Su, Sabatti and Owen, Annals of Statistics 2022).
+
+    Args:
+        p: float64 [2, claims], p of either finding.
+
+    Returns:
+        float64 [claims], at most 1.
+    """
+    either, both = p.min(0), p.max(0)
+    order = np.argsort(both, kind="stable")
+    tried = np.searchsorted(np.sort(either), both[order], side="right")
+    made = np.searchsorted(both[order], both[order], side="right")
+    q = np.empty(len(both))
+    q[order] = np.minimum.accumulate((both[order] * tried / made)[::-1])[::-1]
+    return np.minimum(q, 1)
 
 
 def _pair(a: int, b: int, effects: Effects, classes: Sequence[str], p: float, q: float) -> Pair:
+    def both(matrix: np.ndarray) -> list[float]:
+        return [float(matrix[a, b]), float(matrix[b, a])]
+
+    beyond = both(effects.shift_beyond_oracle)
+
     return Pair(
         classes=[classes[a], classes[b]],
-        change=[float(effects.change[a, b]), float(effects.change[b, a])],
-        beyond_oracle=[float(effects.beyond_oracle[a, b]), float(effects.beyond_oracle[b, a])],
+        change=both(effects.change),
+        beyond_oracle=both(effects.beyond_oracle),
+        margin=both(effects.shift),
+        margin_beyond_oracle=beyond if np.isfinite(beyond).all() else None,
         p=p,
         q=q,
         significant=q <= LEVEL,
@@ -114,6 +270,7 @@ def interference(
     labels: np.ndarray,
     overlap: np.ndarray,
     classes: Sequence[str],
+    margins: Margins,
     control: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Interference:
     """How skills interfere: angles, pairs of classes and overlaps.
@@ -127,6 +284,7 @@ def interference(
         labels: int64 [n].
         overlap: float64 [K, K], Jaccard index of the skills' neurons.
         classes: Class names.
+        margins: Margins of the n images.
         control: Angles with as many neurons removed at random, [draws, K, K], and without each group of images
             [draws, K, groups, K]; None where not measured.
 
@@ -134,7 +292,7 @@ def interference(
         The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
     """
     k = len(classes)
-    pairs = find_pairs(Effects.of(predictions, oracle, baseline, labels), classes)
+    pairs = find_pairs(Effects.of(predictions, oracle, baseline, labels, margins), classes)
     other = ~np.eye(k, dtype=bool)
     angles = None if turns is None else turns[0]
     turned = {} if turns is None else _turned(*turns)
@@ -144,10 +302,11 @@ def interference(
         difference=None if control is None or turns is None else _difference(turns, control),
         competition=[pair for pair in pairs["competition"] if pair.significant],
         linkage=[pair for pair in pairs["linkage"] if pair.significant],
+        oracle_explains=pairs["oracle_explains"],
         strongest=Strongest(
             angle=None if angles is None else _strongest_angle(np.where(other, angles, np.nan), classes),
             overlap=_strongest_overlap(np.where(other, overlap, np.nan), classes),
-            **{kind: found[0] if found else None for kind, found in pairs.items()},
+            **{kind: next(iter(pairs[kind]), None) for kind in ("competition", "linkage")},
         ),
         overlap=overlap.tolist(),
         reasons=_reasons(angles, labels, classes),

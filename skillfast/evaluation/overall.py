@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skillfast.evaluation.resampling import Bootstrap, interval
+from skillfast.evaluation.intervals import Strata, difference_limits
 from skillfast.results.bench import Overall, OverallRemoval
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ def overall_accuracy(
     labels: np.ndarray,
     skills: Sequence[Skill],
     n_neurons: int,
-    bootstrap: Bootstrap,
 ) -> Overall:
     """Accuracy over all examples, intact and without each skill; changes are fractions of all examples.
 
@@ -33,12 +32,12 @@ def overall_accuracy(
         labels: int64 [n].
         skills: The K skills.
         n_neurons: Number of neurons in the model's sites.
-        bootstrap: Resamples of the n examples.
     """
     right = labels == intact
     change = (predictions == labels).astype(np.float64) - right
     drawn = ((controls == labels).astype(np.float64) - right).mean(-1)  # [draws, K]
-    spread = _resampled(change, labels, bootstrap)
+    counts = np.bincount(labels)
+    strata = Strata(labels, counts / counts.sum())
     removals = [
         OverallRemoval(
             skill=skill.name,
@@ -46,7 +45,7 @@ def overall_accuracy(
             share=len(skill) / n_neurons,
             accuracy=float((predictions[i] == labels).mean()),
             change=float(change[i].mean()),
-            ci95=interval(spread[i]),
+            ci95=_interval(change[i], strata),
             random_changes=drawn[:, i].tolist(),
         )
         for i, skill in enumerate(skills)
@@ -56,10 +55,8 @@ def overall_accuracy(
     )
 
 
-def _resampled(change: np.ndarray, labels: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Resampled mean of each row over all examples: change [K, n] -> [K, replicates]."""
-    parts = [
-        len(members) / len(labels) * (change[:, members] @ weights)
-        for members, weights in zip(bootstrap.members, bootstrap.weights, strict=True)
-    ]
-    return np.sum(parts, axis=0)
+def _interval(change: np.ndarray, strata: Strata) -> list[float]:
+    """95 % interval of the mean of a change of -1, 0 or 1 per example [n]."""
+    values = np.stack([change > 0, change < 0])
+    gained, lost = np.clip(strata.mean(values), 0, 1).tolist()
+    return list(difference_limits(gained, lost, strata.covariance(values), strata.effective))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from skillfast.results.bench import BenchResults, Effect, Selectivity
+    from skillfast.results.bench import BenchResults, Selectivity
 
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -18,7 +18,7 @@ UNDEFINED_RATIO = f"{UNDEFINED} (denominator is{NO_BREAK}0)"
 
 
 class Term(NamedTuple):
-    """One key of `selectivity`: its unit (`points` or `ratio`) and its definition in plain words."""
+    """One key of `selectivity`: its unit (`points`, `share`, `bracket`, `ratio`) and what it means in plain words."""
 
     key: str
     unit: str
@@ -32,19 +32,36 @@ TERMS = (
         "Accuracy that a class loses when its own skill is removed, averaged over the classes "
         "(the diagonal of the matrix with its sign turned).",
     ),
+    Term(
+        "regret",
+        "points",
+        "How far the accuracy of the other classes stays behind what the oracle leaves them, below 0 where it is "
+        "better. Right on average for any number of examples.",
+    ),
+    Term(
+        "gross_loss",
+        "points",
+        "Share of the other classes' examples that were right and become wrong. Gains are not counted against them.",
+    ),
+    Term(
+        "harm",
+        "bracket",
+        "What the other classes lose for good, a gain counting as 0: between what is counted in half of the changed "
+        "examples for classes that lose in the other half (too little; 0 on average without harm) and what is "
+        "seen (too much). The noise floor is what would be seen if every change were chance.",
+    ),
+    Term("agreement", "share", "Share of the decisions on other classes' examples that are the oracle's."),
     Term("other_change", "points", "Mean change of all other classes. Gains and losses may cancel each other."),
+    Term(
+        "other_abs_change",
+        "points",
+        "Mean size of the other classes' changes, whichever their direction; chance makes it larger.",
+    ),
     Term(
         "ratio", "ratio", "target_drop divided by the size of other_change. Flattering where gains and losses cancel."
     ),
-    Term("other_abs_change", "points", "Mean size of the other classes' changes, whichever their direction."),
-    Term("strict_ratio", "ratio", "target_drop divided by other_abs_change: no cancelling."),
-    Term(
-        "other_harm",
-        "points",
-        "Mean loss of the other classes, a gain counting as 0. A perfect removal frees examples that were "
-        "wrongly given to the class, so others gain: that is no damage.",
-    ),
-    Term("harm_ratio", "ratio", "target_drop divided by other_harm: what the removal takes per point of damage."),
+    Term("strict_ratio", "ratio", "target_drop divided by other_abs_change, which chance makes larger."),
+    Term("harm_ratio", "ratio", "target_drop divided by the harm that is seen, which chance makes larger."),
 )
 UNITS = {term.key: term.unit for term in TERMS}
 
@@ -102,14 +119,25 @@ def interval(pair: Sequence[float | None] | None, write: Callable[[float | None]
     return f"({write(pair[0])} to {write(pair[1])})"
 
 
-def term_value(values: Effect, key: str, undefined: str = UNDEFINED_RATIO) -> str:
+def term_value(values: Selectivity, key: str, undefined: str = UNDEFINED_RATIO) -> str:
     """One key of an effect, in its unit."""
-    return times(getattr(values, key), undefined) if UNITS[key] == "ratio" else points(getattr(values, key))
+    if key == "harm":
+        ends = points(values.harm.cross_fitted), points(values.harm.plug_in)
+        return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+    value = getattr(values, key)
+    return {"ratio": lambda: times(value, undefined), "share": lambda: percent(value), "points": lambda: points(value)}[
+        UNITS[key]
+    ]()
 
 
 def term_interval(values: Selectivity, key: str) -> str:
-    """The 95 % interval of one key of an effect, in its unit."""
-    return interval(getattr(values.ci95, key), _ratio if UNITS[key] == "ratio" else points)
+    """The 95 % interval of one key of an effect, in its unit; of a ratio the lower limit."""
+    if key == "harm":
+        return interval(values.harm.ci95, points)
+    if UNITS[key] == "ratio":
+        limit = getattr(values.at_least, key)
+        return "" if finite(limit) is None else f"(at least {_ratio(limit)})"
+    return interval(getattr(values.ci95, key, None), percent if UNITS[key] == "share" else points)
 
 
 def number_of(count: float) -> str:

@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from skillfast.results.evaluation import EvaluationResults
     from skillfast.statistics.scores import NeuronScores
 
+EXPLAINED = "95 % intervals in brackets; regret: behind the oracle on other classes; harm: a low to a high estimate"
 COLUMNS = (("skills", "selectivity"), ("oracle", "oracle"), ("random control", "random_control"))
 # the rows of a summary: key of selectivity, and how a reader calls it
 ROWS = (
     ("target_drop", "target drop, points"),
-    ("ratio", "ratio"),
-    ("strict_ratio", "strict ratio"),
-    ("harm_ratio", "harm ratio"),
+    ("regret", "regret, points"),
+    ("gross_loss", "gross loss, points"),
+    ("harm", "harm, points"),
 )
 KINDS = (("mlp", "MLP"), ("attn", "attention"), ("head", "classifier head"))
 
@@ -63,12 +64,13 @@ def summary_table(results: BenchResults) -> Table:
     """Make the table that `skillfast bench` prints at its end; see `skillfast.report.summary_table`."""
     title = Text(f"{model_name(results)} on {data_name(results)}: {percent(results.baseline.accuracy)} right on "
                  f"{number_of(results.dataset.n_test)} test examples")  # fmt: skip
-    table = Table(title=title, title_justify="left", caption="95 % intervals in brackets", caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=EXPLAINED, caption_justify="left")
     table.add_column("")
     for name, _ in COLUMNS:
         table.add_column(name)
     for key, name in ROWS:
         table.add_row(name, *(_cell(getattr(results, source), key) for _, source in COLUMNS))
+    table.add_row("harm by chance alone", *(points(getattr(results, source).harm.noise_floor) for _, source in COLUMNS))
     found = results.layer_contribution
     for i, (kind, name) in enumerate(_kinds(found)):
         if i == 0:
@@ -111,8 +113,8 @@ def _comparison_rows() -> list[tuple[str, Callable[[BenchResults], str | Text]]]
         ("baseline accuracy", lambda results: percent(results.baseline.accuracy)),
         *((name, term("selectivity", key)) for key, name in ROWS),
         ("target drop of the oracle", term("oracle", "target_drop")),
-        ("harm ratio of the oracle", term("oracle", "harm_ratio")),
         ("target drop of the random control", term("random_control", "target_drop")),
+        ("regret of the random control", term("random_control", "regret")),
         *((f"share of {name}", share(kind)) for kind, name in KINDS),
         ("seconds in all", lambda results: f"{results.cost.seconds.total:,.1f}"),
     ]

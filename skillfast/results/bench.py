@@ -28,6 +28,7 @@ Angle = Annotated[float, Meta(ge=0, le=180, description="degrees")] | None
 Changes = Annotated[list[Annotated[list[Change], Meta(min_length=2)]], Meta(min_length=2)]
 TwoNames = Annotated[list[str], Meta(min_length=2, max_length=2)]
 TwoChanges = Annotated[list[Change], Meta(min_length=2, max_length=2)]
+TwoNumbers = Annotated[list[float], Meta(min_length=2, max_length=2)]
 Names = Annotated[list[str], Meta(min_length=1)]
 FILE = "results.json"
 Seconds = Annotated[float, Meta(ge=0)]
@@ -205,48 +206,75 @@ class Correlations(Record, frozen=True):
     metrics: Annotated[dict[str, MetricCorrelations], Meta(min_length=1)]
 
 
-class Effect(Record, frozen=True):
+class Harm(Record, frozen=True):
+    """What other classes lose net in the long run, between two estimates; a gain counts as 0.
+
+    Attributes:
+        plug_in: The net losses that are seen: more than the harm on average, for chance makes every second class lose.
+        cross_fitted: Losses in one half of the changed examples where the other half loses: at most the harm on
+            average, and 0 where there is none.
+        noise_floor: What `plug_in` would be at this number of examples if each change were a gain or a loss by chance.
+        ci95: Interval of the harm (Imbens and Manski).
+    """
+
+    plug_in: Fraction
+    cross_fitted: Change
+    noise_floor: Fraction
+    ci95: Interval
+
+
+class EffectIntervals(Record, frozen=True):
+    """95 % intervals of an effect; null where a value is known without any data."""
+
+    target_drop: Interval
+    regret: Interval
+    agreement: Interval
+    gross_loss: Interval
+    other_change: Interval
+
+
+class RatioLimits(Record, frozen=True):
+    """Lower 95 % limits of the ratios: the drop's lower end over the denominator's upper end; null without a drop."""
+
+    ratio: float | None
+    strict_ratio: float | None
+    harm_ratio: float | None
+
+
+class Selectivity(Record, frozen=True):
     """What the removals do to their own classes and to the others.
 
     Attributes:
         target_drop: What a class loses when its own skill is removed, the mean over classes.
+        regret: How far the accuracy on the other classes stays behind the oracle's; below 0 where it is better.
+        agreement: Share of decisions on other classes' examples that are the oracle's.
+        gross_loss: Share of other classes' examples that were right and become wrong, gains not counted against them.
+        harm: Net losses of the other classes.
         other_change: Mean change of the other classes.
         ratio: target_drop over |other_change|; null where that is 0.
-        other_abs_change: Mean |change| of the other classes.
+        other_abs_change: Mean |change| of the other classes, of which part is chance, as of `harm.plug_in`.
         strict_ratio: target_drop over other_abs_change; null where that is 0.
-        other_harm: Mean loss of the other classes, a gain counting as 0.
-        harm_ratio: target_drop over other_harm; null where that is 0.
+        harm_ratio: target_drop over harm.plug_in; null where that is 0.
+        ci95: Intervals.
+        at_least: Limits of the ratios.
     """
 
     target_drop: Change
+    regret: Change
+    agreement: Fraction
+    gross_loss: Fraction
+    harm: Harm
     other_change: Change
-    ratio: float | None
     other_abs_change: Fraction
+    ratio: float | None
     strict_ratio: float | None
-    other_harm: Fraction
     harm_ratio: float | None
-
-
-class EffectIntervals(Record, frozen=True):
-    """95 % bootstrap intervals of an effect; null where there is none."""
-
-    target_drop: Interval
-    other_change: Interval
-    ratio: Interval
-    other_abs_change: Interval
-    strict_ratio: Interval
-    other_harm: Interval
-    harm_ratio: Interval
-
-
-class Selectivity(Effect, frozen=True):
-    """An effect with its intervals."""
-
     ci95: EffectIntervals
+    at_least: RatioLimits
 
 
 class Oracle(Selectivity, frozen=True):
-    """The effect of removing each class's logit, and its removal matrix."""
+    """The effect of removing each class's logit, and its removal matrix: a reference without regret or harm."""
 
     removal_matrix: Changes
 
@@ -307,40 +335,61 @@ class RandomControl(Selectivity, frozen=True, kw_only=True):
 
 
 class CandidateEffect(Record, frozen=True):
-    """A way to choose skills, and its effect on the validation and the test part; `keep` is a mask's weight."""
+    """A way to choose skills, and its effect on the validation and the test part.
+
+    Attributes:
+        method: A statistic, attribution or a mask.
+        contrastive: Whether by the score minus the other classes' best.
+        share: Size as a share of all neurons.
+        keep: Weight of the other classes in a mask.
+        limit: Largest upper end of the regret at which it is taken; null where there is no other candidate.
+        validation: Effect on the part that chooses.
+        test: Effect on the part that chooses nothing.
+    """
 
     method: Name
     contrastive: bool
     share: Share
     keep: float | None
-    validation: Effect
+    limit: float | None
+    validation: Selectivity
     test: Selectivity
+
+
+class SizeControl(Record, frozen=True):
+    """The effect of as many random neurons as candidates of a size have on the validation part."""
+
+    share: Share
+    validation: Selectivity
 
 
 class SelectionOracle(Record, frozen=True):
     """The oracle's effect on the validation part."""
 
-    validation: Effect
+    validation: Selectivity
 
 
 class SelectionResult(Record, frozen=True):
-    """Which candidate was chosen, and what each does.
+    """Which candidates were chosen, and what each does.
 
     Attributes:
-        rule: By which one was chosen.
-        chosen: Place of the chosen one among the candidates.
-        published: Place of the one with the published drop and ratio on the validation part and the least harm; null
-            where none has them.
+        rule: By which they were chosen.
+        margin: Regret beyond the random control's that a choice may risk.
+        chosen: Place of each class's one among the candidates, in the classes' order.
         candidates: All that were tried.
-        gap: The chosen one's effect on the test part minus that on the validation part.
-        oracle: What no removal can be better than.
+        controls: Random neurons that the limits come from, by size.
+        validation: Effect of the chosen ones on the validation part.
+        gap: Effect of the chosen ones on the test part minus that on the validation part.
+        oracle: The reference.
     """
 
     rule: Name
-    chosen: Count
-    published: Count | None
+    margin: Share
+    chosen: Annotated[list[Count], Meta(min_length=2)]
     candidates: Annotated[list[CandidateEffect], Meta(min_length=1)]
-    gap: dict[str, float | None]
+    controls: list[SizeControl]
+    validation: Selectivity
+    gap: dict[str, float]
     oracle: SelectionOracle
 
 
@@ -545,11 +594,24 @@ class Information(Record, frozen=True):
 
 
 class Pair(Record, frozen=True):
-    """Two classes: what b gains when a is removed, then what a gains when b is removed."""
+    """Two classes: what b gains when a is removed, then what a gains when b is removed.
+
+    Attributes:
+        classes: a and b.
+        change: Change of accuracy.
+        beyond_oracle: Change of accuracy minus the oracle's.
+        margin: Mean shift of the margin (the true logit minus the best other one's) beyond random draws; decides.
+        margin_beyond_oracle: Mean shift beyond the oracle's; null of two classes, where that is infinite.
+        p: The larger of the two directions.
+        q: After Benjamini-Hochberg's correction over all pairs and both kinds.
+        significant: Whether q is at most 0.05.
+    """
 
     classes: TwoNames
     change: TwoChanges
     beyond_oracle: TwoChanges
+    margin: TwoNumbers
+    margin_beyond_oracle: TwoNumbers | None
     p: Fraction
     q: Fraction
     significant: bool
@@ -636,8 +698,9 @@ class Interference(Record, frozen=True, kw_only=True):
         ci95: Intervals of the angles.
         random_control: The means with as many neurons removed at random.
         difference: The means minus the random control's.
-        competition: Pairs of which each removal helps the other class beyond the oracle, significantly.
-        linkage: Pairs of which each removal hurts the other class beyond the oracle, significantly.
+        competition: Pairs of which each removal helps the other class beyond random draws and oracle, significantly.
+        linkage: Pairs of which each removal hurts the other class beyond random draws, significantly.
+        oracle_explains: Pairs of which each removal helps the other class beyond random draws, but not the oracle.
         strongest: The largest of each kind.
         overlap: [K][K], Jaccard index of the skills' neurons.
         reasons: Why values are missing.
@@ -653,6 +716,7 @@ class Interference(Record, frozen=True, kw_only=True):
     difference: AngleDifference | None = None
     competition: list[Pair] | None = None
     linkage: list[Pair] | None = None
+    oracle_explains: list[Pair] | None = None
     strongest: Strongest | None = None
     overlap: Annotated[list[Annotated[list[Fraction | None], Meta(min_length=2)]], Meta(min_length=2)]
     reasons: InterferenceReasons | None = None
@@ -721,7 +785,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         overall: Accuracy over all test examples.
         removal_matrix: [K][K], change in accuracy of class j when skill i is removed.
         selectivity: What the removals do to their own classes and to the others.
-        oracle: The best that any removal can look like.
+        oracle: The reference: each class's logit removed.
         random_control: What as many other neurons do, drawn at random.
         matched_control: What as many other neurons cost a class that are about as active as the skill's.
         replacements: What classes lose where something else than 0 takes the neurons' place; absent where neurons are

@@ -17,7 +17,7 @@ from skillfast.evaluation import selectivity, shapley
 from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.embeddings import standard_metrics
-from skillfast.evaluation.interference import interference
+from skillfast.evaluation.interference import Margins, interference
 from skillfast.evaluation.overall import overall_accuracy
 from skillfast.evaluation.probes import information
 from skillfast.evaluation.replacements import replacements
@@ -89,15 +89,14 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         stage("baseline", lambda: _announce_baseline(session))
         scores = stage("trace", lambda: subject.trace("select", quiet=quiet), Kept.by(NeuronScores.load))
         chosen = _choose(session, scores)
-        skills = dict(chosen.skills[chosen.chosen])
+        skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
         own = stage("shares", lambda: _shares(session, removals, swept.labels), OWN_PREDICTIONS)
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
-        seed = session.config.run.seed
-        on_test = stage("trade_off", lambda: _effects(session, chosen.skills, "test", intervals=seed), JSON)
+        on_test = stage("trade_off", lambda: _try(session, chosen.skills, "test"), Kept.by(SweepResult.load))
         replaced = None
         if config.ablate.scale == 0:
             replaced = stage("replace", lambda: replaced_predictions(session, removals.skills, swept.labels), JSON)
@@ -107,7 +106,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             labels, intact = swept.labels, swept.top2[:, 0]
             four = np.concatenate([zero[labels, np.arange(len(labels))][None], np.array(replaced)])
             found["replacements"] = replacements(four, intact, labels, subject.splits.classes)
-        found["selection"] = chosen.to_json(on_test["candidates"])
+        found["selection"] = chosen.to_json(on_test)
         if scores.pearson is not None:
             held_out = stage(
                 "trace_test",
@@ -157,26 +156,30 @@ def _choose(session: Session, scores: NeuronScores) -> selection.Selection:
     most = config.select.max_site_share
     ranked = selection.rank(session, scores, tried, max_site_share=most, scale=config.ablate.scale)
     skills = selection.cut(ranked, tried, max_site_share=most)
-    validation = session.stage("choose", lambda: _effects(session, skills, "validate"), JSON)
-    chosen = selection.choose(tried, skills, validation)
+    sites = choose_sites(session.subject.model, config.trace.sites)
+    controls = selection.size_controls(tried, skills, sites, config.run.seed)
+    swept = session.stage("choose", lambda: _try(session, skills, "validate", controls), Kept.by(SweepResult.load))
+    chosen = selection.choose(tried, skills, swept, tuple(controls))
     if len(tried) > 1:
-        n = len(session.subject.splits.validate)
-        session.say(f"chosen on {n} validation examples: {chosen.candidate}")
+        session.say(f"chosen on {len(session.subject.splits.validate)} validation examples: {chosen}")
     return chosen
 
 
-def _effects(
-    session: Session, skills: Sequence[Mapping[str, Skill]], part: str, *, intervals: int | None = None
-) -> selection.Effects:
-    """What each candidate's removals do to a part of the data."""
+def _try(
+    session: Session,
+    skills: Sequence[Mapping[str, Skill]],
+    part: str,
+    controls: Mapping[float, Sequence[Mapping[str, Skill]]] = {},
+) -> SweepResult:
+    """Remove each candidate's skills on a part of the data."""
     subject = session.subject
-    return selection.effects(
+    return selection.try_on(
         subject.model,
         subject.loader(part),
         skills,
+        controls,
         scale=session.config.ablate.scale,
         classes=subject.splits.classes,
-        intervals=intervals,
         quiet=session.quiet,
     )
 
@@ -191,6 +194,7 @@ def _sweep(session: Session, removals: Removals) -> SweepResult:
         conditions,
         classes=subject.splits.classes,
         keep_predictions=True,
+        keep_margins=True,
         keep_embeddings=fit_at_once(subject.model, len(conditions), len(subject.splits.test)),
         quiet=session.quiet,
     )
@@ -259,7 +263,7 @@ def _results(
     whole, controls = map(predicted, (removals.whole, removals.controls))
     seed = subject.config.run.seed
     bootstrap = Bootstrap(labels, seed=seed)
-    oracle = selectivity.oracle_predictions(swept.top2, k)[None]
+    oracle = selectivity.oracle_predictions(swept.top2, k)
 
     def under_own(predictions: np.ndarray) -> np.ndarray:  # [rows, K, n] -> [rows, n]
         return predictions[:, labels, np.arange(len(labels))]
@@ -270,6 +274,13 @@ def _results(
     own_controls = np.concatenate([under_own(controls), own_controls])
     drops, resampled = selectivity.own_drops(subsets, intact, labels, bootstrap)
     block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
+    assert swept.baseline_logits is not None
+    margins = Margins.of(
+        swept.margins_of(condition.name for condition in removals.whole),
+        swept.margins_of(condition.name for condition in removals.controls).reshape(-1, k, len(labels)),
+        swept.baseline_logits,
+        labels,
+    )
     turns, control = None, None
     seen: dict[str, Any] = {}
     if embedded is not None:
@@ -291,17 +302,15 @@ def _results(
             "per_class": swept.baseline.tolist(),
             "n_test_per_class": np.bincount(labels, minlength=k).tolist(),
         },
-        "overall": overall_accuracy(
-            whole[0], controls, intact, labels, skills, sum(site.width for site in sites), bootstrap
-        ),
+        "overall": overall_accuracy(whole[0], controls, intact, labels, skills, sum(site.width for site in sites)),
         "removal_matrix": selectivity.removal_matrix(whole[0], intact, labels).tolist(),
-        "selectivity": selectivity.selectivity(whole, intact, labels, bootstrap),
+        "selectivity": selectivity.selectivity(whole, oracle, intact, labels),
         "oracle": {
-            **structs.asdict(selectivity.selectivity(oracle, intact, labels, bootstrap)),
-            "removal_matrix": selectivity.removal_matrix(oracle[0], intact, labels).tolist(),
+            **structs.asdict(selectivity.oracle_selectivity(oracle, intact, labels)),
+            "removal_matrix": selectivity.removal_matrix(oracle, intact, labels).tolist(),
         },
         "random_control": {
-            **structs.asdict(selectivity.selectivity(controls, intact, labels, bootstrap)),
+            **structs.asdict(selectivity.selectivity(controls, oracle, intact, labels)),
             "draws": len(controls),
             "own": own_control(own_controls, intact, labels, bootstrap, seed),
         },
@@ -312,7 +321,7 @@ def _results(
         },
         **seen,
         "interference": interference(
-            turns, whole[0], oracle[0], intact, labels, overlap(skills), subject.splits.classes, control
+            turns, whole[0], oracle, intact, labels, overlap(skills), classes, margins, control
         ),
     }
 

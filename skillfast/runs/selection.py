@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from skillfast.ablation.interventions import Condition
 from skillfast.ablation.sweep import sweep
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.resampling import Bootstrap
-from skillfast.evaluation.selectivity import effect, oracle_predictions, selectivity
-from skillfast.results.records import to_json
+from skillfast.evaluation.selectivity import class_terms, oracle_predictions, oracle_selectivity, selectivity
 from skillfast.runs.kept import Kept
 from skillfast.skills.attribution import attribute
 from skillfast.skills.learned_mask import KEEP, learn_masks
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
+from skillfast.skills.skill import random_skills
 from skillfast.vocabulary import MAX_SITE_SHARE, STATISTICS
 
 if TYPE_CHECKING:
@@ -25,23 +25,22 @@ if TYPE_CHECKING:
 
     import torch
 
+    from skillfast.ablation.sweep import SweepResult
+    from skillfast.models.sites import Site
+    from skillfast.results.bench import Selectivity
     from skillfast.runs.session import Session
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
-Effects = dict[str, Any]
-
 SIZES = (1 / 3, 1)  # of the share: 1 % and 3 % by default
 KEEPS = (1.0, 5.0, 20.0)  # weights of the other classes when a mask is learned: from more drop to less harm
-WANTED_DROP, WANTED_RATIO = 0.5, 40.0
-WANTED_STRICT, OF_ORACLE = 20.0, 0.8
-PUBLISHED_DROP, PUBLISHED_RATIO = 0.094, 56.4  # of the published page, which gives no harm beside them
-HARM_WEIGHT = 20.0
+CONTROL_DRAWS = 2
+MARGIN = 0.02
+"""Regret beyond the random control's that a choice may risk, as a share of other classes' images."""
 RULE = (
-    f"on the validation part, the largest target_drop - {HARM_WEIGHT:g} x other_harm among those with target_drop at "
-    f"least {WANTED_DROP:g}, harm_ratio at least {WANTED_RATIO:g} and strict_ratio at least {WANTED_STRICT:g} or "
-    f"{OF_ORACLE:g} of the oracle's, whichever is less; where none has all three, among those with the first two; "
-    "where none has these, among all"
+    "on the validation part, the largest target_drop among the candidates whose regret's upper 95 % end is at most the "
+    "regret of as many random neurons plus the margin, or the lowest such end where there is none; per class, where "
+    "either half of that part, chosen on the other, drops more that way within the same limit on average"
 )
 
 
@@ -81,36 +80,51 @@ class Selection:
     Attributes:
         candidates: In the order tried.
         skills: One mapping of class name -> skill per candidate.
-        validation: The terms and ratios of selectivity of each on the validation part.
-        oracle: Terms of the oracle on that part.
-        chosen: Index of the best by `RULE`.
+        validation: The effect of each on the validation part.
+        limits: Largest upper end of the regret at which each is taken, None where there is nothing to choose from.
+        controls: Share of all neurons -> the effect of as many random neurons on that part.
+        oracle: The oracle's effect on that part.
+        chosen: By `RULE`, the index of each class's candidate, in the classes' order.
+        combined: The effect of the chosen ones on that part.
     """
 
     candidates: tuple[Candidate, ...]
     skills: tuple[Mapping[str, Skill], ...]
-    validation: tuple[dict[str, float | None], ...]
-    oracle: dict[str, float | None]
-    chosen: int
+    validation: tuple[Selectivity, ...]
+    limits: tuple[float | None, ...]
+    controls: Mapping[float, Selectivity]
+    oracle: Selectivity
+    chosen: tuple[int, ...]
+    combined: Selectivity
 
     @property
-    def candidate(self) -> Candidate:
-        """The one that was chosen."""
-        return self.candidates[self.chosen]
+    def removed(self) -> dict[str, Skill]:
+        """Class name -> the skill of its chosen candidate."""
+        return {name: self.skills[i][name] for i, name in zip(self.chosen, self.skills[0], strict=True)}
 
-    def to_json(self, test: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+    def __str__(self) -> str:
+        of = {i: [name for j, name in zip(self.chosen, self.skills[0], strict=True) if i == j] for i in self.chosen}
+        if len(of) == 1:
+            return str(self.candidates[self.chosen[0]])
+        return "; ".join(f"{self.candidates[i]} for {', '.join(names)}" for i, names in of.items())
+
+    def to_json(self, test: SweepResult) -> dict[str, Any]:
         """The selection object of results.json.
 
         Args:
-            test: The terms and ratios of each candidate on the test part, in order.
+            test: What `try_on` gives for the test part.
         """
-        found = zip(self.candidates, self.validation, test, strict=True)
-        before, after = self.validation[self.chosen], test[self.chosen]
+        on_test = effects(test, self.skills)
+        combined = _effect(test, predictions_of(test, self.skills)[list(self.chosen), range(len(self.chosen))])
+        found = zip(self.candidates, self.limits, self.validation, on_test, strict=True)
         return {
             "rule": RULE,
-            "chosen": self.chosen,
-            "published": published(self.validation),
-            "candidates": [{**c.to_json(), "validation": v, "test": t} for c, v, t in found],
-            "gap": {name: _difference(after[name], before[name]) for name in before},
+            "margin": MARGIN,
+            "chosen": list(self.chosen),
+            "candidates": [{**c.to_json(), "limit": most, "validation": v, "test": t} for c, most, v, t in found],
+            "controls": [{"share": share, "validation": effect} for share, effect in self.controls.items()],
+            "validation": self.combined,
+            "gap": _gap(combined, self.combined),
             "oracle": {"validation": self.oracle},
         }
 
@@ -220,86 +234,220 @@ def cut(
     )  # fmt: skip
 
 
-def choose(tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], validation: Effects) -> Selection:
-    """The best candidate by `RULE`.
+def size_controls(
+    tried: Sequence[Candidate], skills: Sequence[Mapping[str, Skill]], sites: Sequence[Site], seed: int
+) -> dict[float, list[dict[str, Skill]]]:
+    """Random skills to judge the candidates of each size by, with as many neurons per site as the last of that size.
 
     Args:
         tried: The candidates.
-        skills: Skills of each candidate, from `cut`.
-        validation: `effects` on the validation part.
+        skills: Skills of each, from `cut`.
+        sites: The model's.
+        seed: Seed of the draws.
+
+    Returns:
+        Share of all neurons -> draws of class name -> skill; empty for one candidate, which nothing is compared with.
     """
-    found = validation["candidates"]
-    return Selection(tuple(tried), tuple(skills), tuple(found), validation["oracle"], best(found, validation["oracle"]))
+    if len(tried) == 1:
+        return {}
+    rng = np.random.default_rng(seed)
+    found = {}
+    for share, like in {candidate.share: made for candidate, made in zip(tried, skills, strict=True)}.items():
+        drawn = {name: random_skills(skill, sites, CONTROL_DRAWS, rng) for name, skill in like.items()}
+        found[share] = [{name: draws[d] for name, draws in drawn.items()} for d in range(CONTROL_DRAWS)]
+    return found
 
 
-def effects(
+def try_on(
     model: torch.nn.Module,
     loader: Iterable[Any],
     skills: Sequence[Mapping[str, Skill]],
+    controls: Mapping[float, Sequence[Mapping[str, Skill]]] = {},
     *,
     scale: float = 0.0,
     classes: Sequence[str] | None = None,
-    intervals: int | None = None,
     quiet: bool = True,
-) -> Effects:
-    """What every candidate's skills do to a part when they are removed; what they do to the test part chooses nothing.
+) -> SweepResult:
+    """Remove every candidate's skills on a part of the data.
 
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels).
         skills: The candidates', from `cut`.
+        controls: From `size_controls`.
         scale: Factor on the activations of removed neurons.
         classes: Class names; from the loader's dataset or the model by default.
-        intervals: Seed of the resamples of the images that 95 % intervals come from; None for no intervals. Every
-            class must have images.
         quiet: Show no progress bar.
 
     Returns:
-        As JSON: under `candidates` the terms and ratios of selectivity of each, under `oracle` those of the oracle.
+        Predictions of all; `effects` says what they mean.
     """
+    sets = [*skills, *(made for draws in controls.values() for made in draws)]
     conditions = [
-        [Condition(skill, scale=scale, name=f"{i}: {skill.name}") for skill in made.values()]
-        for i, made in enumerate(skills)
+        Condition(skill, scale=scale, name=_name(i, name))
+        for i, made in enumerate(sets)
+        for name, skill in made.items()
     ]
-    swept = sweep(model, loader, [*chain(*conditions)], classes=classes, keep_predictions=True, quiet=quiet)
-    k, intact = len(swept.classes), swept.top2[:, 0]
-    parts = [swept.predictions_of(condition.name for condition in row) for row in conditions]  # each [K, n]
-    if intervals is None:
-        found = [to_json(effect(part, intact, swept.labels)) for part in parts]
-    else:
-        bootstrap = Bootstrap(swept.labels, seed=intervals)
-        found = [to_json(selectivity(part[None], intact, swept.labels, bootstrap)) for part in parts]
-    oracle = effect(oracle_predictions(swept.top2, k), intact, swept.labels)
-    return {"candidates": found, "oracle": to_json(oracle)}
+    return sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
 
 
-def best(found: Sequence[Mapping[str, Any]], oracle: Mapping[str, Any]) -> int:
-    """Index of the best effect by `RULE`; the first of equals."""
-    strict = min(WANTED_STRICT, OF_ORACLE * (oracle["strict_ratio"] or WANTED_STRICT / OF_ORACLE))
-
-    def selective(terms: Mapping[str, Any]) -> bool:
-        return terms["target_drop"] >= max(WANTED_DROP, WANTED_RATIO * terms["other_harm"])
-
-    two = [i for i, terms in enumerate(found) if selective(terms)]
-    three = [i for i in two if found[i]["target_drop"] >= strict * found[i]["other_abs_change"]]
-    return max(
-        three or two or range(len(found)),
-        key=lambda i: found[i]["target_drop"] - HARM_WEIGHT * found[i]["other_harm"],
-    )
+def predictions_of(swept: SweepResult, sets: Sequence[Iterable[str]], first: int = 0) -> np.ndarray:
+    """int64 [len(sets), K, n]: predictions of `try_on` under the sets from the `first` one on, by their class names."""
+    rows = [swept.predictions_of(_name(first + i, name) for name in made) for i, made in enumerate(sets)]
+    return np.stack(rows)
 
 
-def published(found: Sequence[Mapping[str, Any]]) -> int | None:
-    """Index of the effect with the published drop and ratio that does the least harm for its drop; None where none has.
+def _name(index: int, name: str) -> str:
+    return f"{index}: {name}"
 
-    That ratio's denominator is a mean in which harm to one class cancels gains of another.
+
+def effects(swept: SweepResult, skills: Sequence[Mapping[str, Skill]]) -> list[Selectivity]:
+    """What each candidate's skills do; what they do to the test part chooses nothing.
+
+    Args:
+        swept: What `try_on` gives.
+        skills: The candidates', from `cut`.
     """
-    reached = [
-        i
-        for i, terms in enumerate(found)
-        if terms["target_drop"] >= max(PUBLISHED_DROP, PUBLISHED_RATIO * abs(terms["other_change"]))
-    ]
-    return min(reached, key=lambda i: found[i]["other_harm"] / found[i]["target_drop"]) if reached else None
+    return [_effect(swept, part) for part in predictions_of(swept, skills)]
 
 
-def _difference(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before
+def _effect(swept: SweepResult, predictions: np.ndarray) -> Selectivity:
+    """The effect of predictions [K, n], or of draws of them [draws, K, n]."""
+    oracle = oracle_predictions(swept.top2, len(swept.classes))
+    return selectivity(predictions.reshape(-1, *oracle.shape), oracle, swept.top2[:, 0], swept.labels)
+
+
+def choose(
+    tried: Sequence[Candidate],
+    skills: Sequence[Mapping[str, Skill]],
+    swept: SweepResult,
+    shares: Sequence[float] = (),
+) -> Selection:
+    """The best candidate by `RULE`, or the best of each class.
+
+    Args:
+        tried: The candidates.
+        skills: Skills of each candidate, from `cut`.
+        swept: What `try_on` gives for the validation part.
+        shares: Sizes of the `size_controls` that were tried, in their order.
+    """
+    k, classes = len(swept.classes), list(skills[0])
+    drawn = predictions_of(swept, [classes] * (CONTROL_DRAWS * len(shares)), len(skills)) if shares else np.empty(0)
+    trial = _Trial(
+        tuple(candidate.share for candidate in tried),
+        predictions_of(swept, skills),
+        dict(zip(shares, drawn.reshape(-1, CONTROL_DRAWS, k, len(swept.labels)), strict=True)) if shares else {},
+        oracle_predictions(swept.top2, k),
+        swept.top2[:, 0],
+        swept.labels,
+    )
+    found, controls = trial.effects(), trial.control_effects()
+    chosen = [0] * k
+    limits: list[float | None] = [None] * len(tried)
+    if shares:
+        limits = [controls[candidate.share].regret + MARGIN for candidate in tried]
+        chosen = trial.per_class() if _pays(trial) else [trial.together()] * k
+    return Selection(
+        tuple(tried), tuple(skills), tuple(found), tuple(limits), controls,
+        oracle_selectivity(trial.oracle, trial.intact, trial.labels), tuple(chosen), trial.effect(chosen),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Predictions on some examples without each candidate's skills.
+
+    Attributes:
+        shares: Size of each of the C candidates.
+        predictions: int64 [C, K, n].
+        controls: Size -> int64 [draws, K, n], with as many random neurons removed.
+        oracle: int64 [K, n].
+        intact: int64 [n].
+        labels: int64 [n].
+    """
+
+    shares: tuple[float, ...]
+    predictions: np.ndarray
+    controls: Mapping[float, np.ndarray]
+    oracle: np.ndarray
+    intact: np.ndarray
+    labels: np.ndarray
+
+    def on(self, kept: np.ndarray) -> _Trial:
+        """Predictions on some of the examples, bool [n]."""
+        drawn = {share: draws[..., kept] for share, draws in self.controls.items()}
+        examples = self.predictions[..., kept], self.oracle[..., kept], self.intact[kept], self.labels[kept]
+        return _Trial(self.shares, examples[0], drawn, *examples[1:])
+
+    def _judged(self, draws: np.ndarray) -> Selectivity:
+        return selectivity(draws, self.oracle, self.intact, self.labels)
+
+    def effects(self) -> list[Selectivity]:
+        """The effect of each candidate."""
+        return [self._judged(rows[None]) for rows in self.predictions]
+
+    def effect(self, chosen: Sequence[int]) -> Selectivity:
+        """The effect of one candidate per class."""
+        return self._judged(self.predictions[chosen, np.arange(len(chosen))][None])
+
+    def control_effects(self) -> dict[float, Selectivity]:
+        """The effect of the random controls of each size."""
+        return {share: self._judged(draws) for share, draws in self.controls.items()}
+
+    def limits(self) -> np.ndarray:
+        """Largest upper end of the regret at which each candidate is taken, float64 [C]."""
+        controls = self.control_effects()
+        return np.array([controls[share].regret + MARGIN for share in self.shares])
+
+    def together(self) -> int:
+        """The best candidate for all classes; the first of equals."""
+        ends = [(found.target_drop, found.ci95.regret) for found in self.effects()]
+        return best(np.array([drop for drop, _ in ends]), np.array([end[1] for _, end in ends if end]), self.limits())
+
+    def per_class(self) -> list[int]:
+        """The best candidate of each class; that of all classes for a class without examples."""
+        drops, _, highest = class_terms(self.predictions, self.oracle, self.intact, self.labels)  # [C, K]
+        limits, default = self.limits(), self.together()
+        none = np.isnan(drops[0])
+        return [default if none[i] else best(drops[:, i], highest[:, i], limits) for i in range(drops.shape[1])]
+
+
+def best(drops: np.ndarray, highest: np.ndarray, limits: np.ndarray) -> int:
+    """Index of the largest drop whose regret is within its limit, else of the lowest regret.
+
+    Args:
+        drops: float64 [C].
+        highest: float64 [C], upper ends of the regrets.
+        limits: float64 [C], what these may be.
+
+    Returns:
+        Of equal drops the one of the lower regret, then the first.
+    """
+    within = highest <= limits
+    kept = np.flatnonzero(within) if within.any() else np.flatnonzero(highest == highest.min())
+    return int(kept[np.lexsort((highest[kept], -drops[kept]))[0]])
+
+
+def _pays(trial: _Trial) -> bool:
+    """Whether choosing per class drops more on the half of each class's examples that did not choose."""
+    counts = np.bincount(trial.labels)
+    if counts[counts > 0].min() < 2:
+        return False
+    half = np.empty(len(trial.labels), dtype=np.int64)
+    for label in np.flatnonzero(counts):
+        half[trial.labels == label] = np.arange(counts[label]) % 2
+    gains, excess = [], []
+    for of in (0, 1):
+        here, there = trial.on(half == of), trial.on(half != of)
+        each = here.per_class()
+        one, many = there.effect([here.together()] * len(each)), there.effect(each)
+        gains.append(many.target_drop - one.target_drop)
+        excess.append(many.regret - there.limits()[each].mean())
+    return sum(gains) > 0 and sum(excess) <= 0
+
+
+def _gap(test: Selectivity, validation: Selectivity) -> dict[str, float]:
+    """How far the test part differs; of harm the estimate that does not depend on the number of examples."""
+    terms = ("target_drop", "regret", "agreement", "gross_loss", "other_change")
+    found = {name: getattr(test, name) - getattr(validation, name) for name in terms}
+    return {**found, "harm": test.harm.cross_fitted - validation.harm.cross_fitted}

@@ -227,6 +227,7 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
     bare = SweepResult.load(tmp_path)
     assert bare["deer"].predictions is bare["deer"].embeddings is bare.baseline_embeddings is None
     assert "pass keep_predictions=True" in one_line(ArgumentError, bare.predictions_of, ["deer"])
+    assert "pass keep_margins=True" in one_line(ArgumentError, bare.margins_of, ["deer"])
     text = one_line(
         ArgumentError, skillfast.sweep, vit, batches, [Condition(frog), Condition(deer), Condition(deer, KINDS)]
     )
@@ -247,7 +248,7 @@ def test_conditions_in_one_stack_do_not_mix():
 
 def test_margins_and_embeddings_are_those_of_the_model(vit, batches):
     skill = Skill("s", {"blocks.1.mlp": list(range(30)), "head": [3]})
-    result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
+    result = skillfast.sweep(vit, batches, [Condition(skill)], keep_margins=True, keep_embeddings=True)
     labels = torch.cat([y for _, y in batches])
     head = vit.get_submodule("head")
     for embeddings, margin, context in (
@@ -261,15 +262,20 @@ def test_margins_and_embeddings_are_those_of_the_model(vit, batches):
                 with skillfast.ablate(vit, context):
                     logits = torch.cat([vit(x) for x, _ in batches])
             np.testing.assert_allclose(head(torch.from_numpy(embeddings)), logits, rtol=1e-3, atol=1e-2)
+            if context is None:
+                np.testing.assert_allclose(result.baseline_logits, logits, rtol=1e-3, atol=1e-2)
         true = logits.gather(1, labels[:, None])[:, 0]
         other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
         want = [float((true - other)[labels == c].mean()) for c in range(5)]
         np.testing.assert_allclose(margin, want, rtol=1e-3, atol=1e-2)
+        if context is skill:
+            np.testing.assert_allclose(result.margins_of(["s"])[0], true - other, rtol=1e-3, atol=1e-2)
     assert result.embeddings.dtype == np.float32
     assert (result.embeddings[0][:, 3] == 0).all()
     bare = skillfast.sweep(vit, batches, [Condition(skill)])
     assert bare.embeddings is None
     assert bare.baseline_embeddings is None
+    assert bare.margins is bare.baseline_logits is None
     assert bare.predictions is None
 
 

@@ -105,7 +105,9 @@ REQUIRED = [
     "schema", "environment", "config", "model", "dataset", "baseline", "removal_matrix", "selectivity", "oracle",
     "random_control", "cost", "environment.torch", "config.seed", "config.max_site_share", "model.sites",
     "model.trained.from", "dataset.n_test", "baseline.per_class", "selectivity.ratio", "selectivity.ci95",
-    "selectivity.ci95.harm_ratio", "oracle.removal_matrix", "oracle.target_drop", "random_control.draws",
+    "selectivity.regret",
+    "selectivity.harm.cross_fitted", "selectivity.at_least.harm_ratio", "oracle.removal_matrix",
+    "oracle.target_drop", "random_control.draws",
     "layer_contribution.ci95", "cost.seconds.sweep", "cost.peak_device_bytes", "interference.overlap",
     "interference.linkage", "interference.strongest.angle", "standard_metrics.rank_preservation",
     "standard_metrics.per_class",
@@ -143,7 +145,7 @@ def test_schema_refuses_a_misspelt_key(path):
         ("baseline.per_class", ["0.9", 0.8]),
         ("removal_matrix", [[-88.0, 0.0], [0.0, -90.0]]),
         ("removal_matrix", [-0.88, 0.0]),
-        ("selectivity.other_harm", -0.1),
+        ("selectivity.harm.plug_in", -0.1),
         ("selectivity.target_drop", None),
         ("selectivity.ratio", "56.4"),
         ("selectivity.ci95", None),
@@ -171,7 +173,8 @@ def test_schema_refuses_a_wrong_value(path, value):
 def test_schema_takes_null_ratios_and_intervals():
     results, _ = both()
     for key in ("ratio", "strict_ratio", "harm_ratio"):
-        results["selectivity"][key] = results["selectivity"]["ci95"][key] = None
+        results["selectivity"][key] = results["selectivity"]["at_least"][key] = None
+    results["selectivity"]["ci95"]["regret"] = results["selectivity"]["harm"]["ci95"] = None
     validator("results").validate(results)
 
 
@@ -231,6 +234,7 @@ def test_page_says_the_result():
     words = Elements(rendered(results, skills)).words
     assert "costs that class 87.2 percentage points of accuracy, while the other classes lose 0.41 on average" in words
     assert "213\N{MULTIPLICATION SIGN}" in words
+    assert "no removal" not in words  # the oracle is a reference, not a bound
     assert "skillfast bench --no-pretrained --finetune all --dataset digits" in words
 
 
@@ -253,7 +257,7 @@ def test_undefined_is_said(nothing):
     results, skills = both()
     for source in ("selectivity", "oracle", "random_control"):
         for key in ("ratio", "strict_ratio", "harm_ratio"):
-            results[source][key], results[source]["ci95"][key] = nothing, None
+            results[source][key], results[source]["at_least"][key] = nothing, None
     results, skills = typed(results, skills)
     results.removal_matrix[0][1] = nothing  # what no file holds: records are not checked as they change
     results.baseline.per_class[2] = nothing
@@ -297,7 +301,11 @@ def test_page_names_the_strongest_interference():
     assert (
         "The strongest competition: airplane and truck. Without the skill of airplane, truck changes by +5.00" in words
     )
+    assert "points and its margin by +0.81 beyond random neurons; without that of truck, airplane by +4.00" in words
     assert "Chance alone can do that (q = 0.62)." in words
+    assert "explained by the oracle" not in words
+    results["interference"]["oracle_explains"] = results["interference"]["competition"]
+    assert "explained by the oracle airplane truck +0.81 (+5.00)" in Elements(rendered(results, skills)).words
     assert "The other class that turns most is truck, by 19.9° without the skill of airplane." in words
     results["interference"]["strongest"] = dict.fromkeys(results["interference"]["strongest"])
     results["interference"]["competition"] = []
@@ -596,12 +604,18 @@ def shown(table):
 
 def test_summary_table():
     results, skills = both()
-    results["selectivity"] |= {"target_drop": 0.8725, "ratio": None}
-    results["selectivity"]["ci95"] |= {"target_drop": [0.85, 0.89], "ratio": None}
+    results["selectivity"] |= {"target_drop": 0.8725, "regret": -0.0012}
+    results["selectivity"]["ci95"] |= {"target_drop": [0.85, 0.89], "regret": [-0.0044, 0.002]}
+    results["selectivity"]["harm"] = {
+        "plug_in": 0.0072, "cross_fitted": -0.0003, "noise_floor": 0.0066, "ci95": [0.0, 0.0093],
+    }  # fmt: skip
     text = shown(report.summary_table(typed(results, skills)[0]))
     assert "87.2 (85.0 to 89.0)" in text
     assert "96.0 % right on 500 test examples" in text
-    assert "not defined" in text
+    assert "\N{MINUS SIGN}0.12 (\N{MINUS SIGN}0.44 to 0.20)" in text
+    assert "\N{MINUS SIGN}0.03 to 0.72 (0 to 0.93)" in text
+    assert "harm by chance alone │ 0.66" in text
+    assert "ratio" not in text  # none is a headline
     assert "share of MLP" in text
     assert "share of" not in shown(report.summary_table(typed(*both(optional=False))[0]))
 
@@ -612,5 +626,5 @@ def test_comparison_table():
     other["model"]["name"] = "[bold]another"
     named = {name: records.made(BenchResults, found) for name, found in (("runs/[a]", results), ("runs/b", other))}
     text = shown(report.comparison_table(named))
-    for word in ("runs/[a]", "runs/b", "[bold]another", "harm ratio of the oracle", "share of attention"):
+    for word in ("runs/[a]", "runs/b", "[bold]another", "regret of the random control", "share of attention"):
         assert word in text

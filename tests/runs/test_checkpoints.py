@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "i
 def opened(folder, said=None, clock=None, *, resume=True, **identity):
     say = (lambda _: None) if said is None else said.append
     kept = Checkpoints(folder, identity, resume=resume, say=say)
-    return Session(None, clock or Clock(), True, say, kept)
+    return Session(None, None, clock or Clock(), True, say, kept)
 
 
 def never():
@@ -181,7 +181,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
         (images.training, "finetune", []),
         (subject.Subject, "trace", ["train"]),
         (protocol.selection, "attribute", ["train", "trace"]),
-        (protocol.selection, "effects", ["train", "trace", "select: attribution"]),
+        (protocol.selection, "try_on", ["train", "trace", "select: attribution"]),
         (protocol, "_sweep", ["train", "trace", "select: attribution", "choose"]),
         (protocol, "compare_embeddings", ["train", "trace", "select: attribution", "choose", "sweep", "shares"]),
         (

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import numpy as np
 import planted
@@ -11,11 +10,10 @@ from conftest import one_line
 
 import skillfast
 from skillfast import BenchConfig
+from skillfast.ablation.sweep import SweepResult
 from skillfast.data import Splits
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError
-from skillfast.evaluation import selectivity as removal
-from skillfast.evaluation.resampling import Bootstrap
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import selection
@@ -69,43 +67,82 @@ def chosen(splits):
     return chosen_on(splits)
 
 
-def effect(drop, harm, gain=0.0):
-    return {"target_drop": drop, "other_harm": harm, "other_abs_change": harm + gain}
-
-
 @pytest.mark.parametrize(
     ("found", "want"),
     [
-        ([effect(0.6, 0.003), effect(0.7, 0.015), effect(0.9, 0.03)], 0),  # 0.7 has a ratio of 47, at fivefold harm
-        ([effect(0.6, 0.01), effect(0.9, 0.02), effect(0.99, 0.03)], 1),  # the last has a ratio of 33
-        ([effect(0.1, 0.0), effect(0.5, 0.0125)], 1),  # no harm, but hardly a drop either
-        ([effect(0.1, 0.0), effect(0.45, 0.02)], 0),  # none has both: harm counts twentyfold
-        ([effect(0.1, 0.0), effect(0.45, 0.01)], 1),
-        ([effect(0.0, 0.0), effect(0.0, 0.0)], 0),
-        ([effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.02)], 1),  # strict 11 and 24 of 20
-        ([effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.04)], 0),  # neither, so the drop counts
+        ([(0.6, 0.01), (0.9, 0.02), (0.7, 0.01)], 1),  # the most drop within the limit
+        ([(0.6, 0.01), (0.9, 0.03), (0.7, 0.02)], 2),
+        ([(0.6, 0.05), (0.9, 0.04), (0.7, 0.03)], 2),  # none within: the least regret
+        ([(0.6, 0.01), (0.6, 0.01)], 0),
+        ([(0.1, -0.01), (0.0, -0.02)], 0),
+        ([(0.6, 0.02), (0.6, 0.01), (0.2, 0.0)], 1),  # of equal drops the one of less regret
     ],
 )
 def test_the_rule(found, want):
-    assert selection.best(found, {"strict_ratio": None}) == want
-    assert selection.best(found, {"strict_ratio": 30.0}) == want
+    drops, highest = np.array(found).T
+    assert selection.best(drops, highest, np.full(len(found), 0.02)) == want
 
 
-def test_the_rule_wants_no_more_than_the_oracle_allows():
-    found = [effect(0.9, 0.001, gain=0.08), effect(0.6, 0.005, gain=0.02)]
-    assert selection.best(found, {"strict_ratio": 13.0}) == 0  # of which 0.8 are 10.4
-    assert "40" in selection.RULE
+def test_the_rule_allows_each_size_its_own_regret():
+    assert selection.best(np.array([0.6, 0.9]), np.array([0.02, 0.03]), np.array([0.02, 0.04])) == 1
+    assert selection.best(np.array([0.6, 0.9]), np.array([0.02, 0.03]), np.array([0.03, 0.02])) == 0
 
 
-def test_the_published_point_is_the_one_of_least_harm():
-    found = [
-        {"target_drop": 0.09, "other_change": 0.0, "other_harm": 0.0},  # too little
-        {"target_drop": 0.6, "other_change": -0.01, "other_harm": 0.03},  # 60 times, by harm that gains cancel
-        {"target_drop": 0.3, "other_change": 0.005, "other_harm": 0.002},  # 60 times
-        {"target_drop": 0.6, "other_change": 0.011, "other_harm": 0.0},  # 54.5 times
-    ]
-    assert selection.published(found) == 2
-    assert selection.published(found[:1] + found[3:]) is None
+def trials(rng, drops, regrets, n=100):
+    """What `choose` asks a sweep for: candidates that cost class j `drops[c][j]` and all others `regrets[c][i]` each.
+
+    Two sets of random neurons of one size, which change nothing, come after the candidates.
+    """
+    drops, regrets = np.array(drops), np.array(regrets)
+    k = drops.shape[1]
+    labels = np.arange(k).repeat(n)
+    own = labels == np.arange(k)[:, None]
+    lost = rng.random((len(drops), k, k * n)) < np.where(own, drops[:, labels][:, None], regrets[:, :, None])
+    predictions = np.where(lost, (labels + 1) % k, labels)
+    names = [chr(97 + j) for j in range(k)]
+    rows = [*predictions.reshape(-1, k * n), *np.tile(labels, (2 * k, 1))]
+    tried = [Candidate("pearson", False, 0.03) for _ in drops]
+    accuracy = np.zeros((len(rows), k))
+    swept = SweepResult(
+        classes=tuple(names), names=tuple(f"{i // k}: {names[i % k]}" for i in range(len(rows))), labels=labels,
+        baseline=accuracy[0], per_class_accuracy=accuracy, baseline_margin=accuracy[0], per_class_margin=accuracy,
+        top2=np.stack([labels, (labels + 2) % k], 1), predictions=np.stack(rows),
+    )  # fmt: skip
+    skills = [{name: skillfast.Skill(name, {"head": [c]}) for name in names} for c in range(len(drops))]
+    return tried, skills, swept, (0.03,)
+
+
+def test_one_candidate_is_chosen_for_all_classes_where_none_is_better_by_class():
+    found = selection.choose(*trials(np.random.default_rng(0), [[0.5] * 4, [0.9] * 4], [[0.0] * 4, [0.0] * 4]))
+    assert found.chosen == (1, 1, 1, 1)
+    assert found.combined == found.validation[1]
+    assert found.limits == (selection.MARGIN, selection.MARGIN)  # random neurons cost nothing
+    assert str(found) == "pearson, 0.03 of all neurons"
+    assert {name: s.neurons["head"].tolist() for name, s in found.removed.items()} == {name: [1] for name in "abcd"}
+
+
+def test_candidates_are_chosen_by_class_where_that_drops_more():
+    drops, regrets = [[0.9, 0.9, 0.2, 0.2], [0.2, 0.2, 0.9, 0.9]], [[0.0] * 4, [0.0] * 4]
+    found = selection.choose(*trials(np.random.default_rng(0), drops, regrets))
+    assert found.chosen == (0, 0, 1, 1)
+    assert found.combined.target_drop == pytest.approx(0.9, abs=0.05)
+    assert str(found) == "pearson, 0.03 of all neurons for a, b; pearson, 0.03 of all neurons for c, d"
+    assert [s.neurons["head"].tolist() for s in found.removed.values()] == [[0], [0], [1], [1]]
+
+
+def test_regret_beyond_the_random_controls_is_not_chosen():
+    drops, regrets = [[0.5] * 4, [0.9] * 4], [[0.0] * 4, [0.1] * 4]
+    found = selection.choose(*trials(np.random.default_rng(0), drops, regrets))
+    assert found.chosen == (0, 0, 0, 0)
+    by_class = selection.choose(*trials(np.random.default_rng(0), drops, [[0.0] * 4, [0.0, 0.0, 0.2, 0.2]]))
+    assert by_class.chosen == (1, 1, 0, 0)
+
+
+def test_chance_does_not_choose_by_class():
+    """Candidates that are alike: by class would always fit the validation part better, not the other half of it."""
+    alike = [[0.8] * 5] * 4, [[0.005] * 5] * 4
+    chosen = [selection.choose(*trials(np.random.default_rng(trial), *alike)).chosen for trial in range(8)]
+    assert sum(len(set(one)) > 1 for one in chosen) <= 5
 
 
 def test_candidates():
@@ -122,49 +159,24 @@ def test_candidates():
     assert str(Candidate("attribution", True, 0.005)) == "contrastive attribution, 0.005 of all neurons"
 
 
-def test_effect_equals_selectivity():
-    rng = np.random.default_rng(0)
-    labels, intact, predictions = (rng.integers(0, 3, shape) for shape in (60, 60, (3, 60)))
-    want = to_json(removal.selectivity(predictions[None], intact, labels, Bootstrap(labels, 5)))
-    assert to_json(removal.effect(predictions, intact, labels)) == pytest.approx(
-        {k: v for k, v in want.items() if k != "ci95"}
-    )
-
-
-def test_changes_that_cancel_have_no_ratio():
-    labels = np.arange(4).repeat(10)
-    intact = np.where(np.arange(40) % 10 < 5, labels, (labels + 1) % 4)
-    predictions = np.stack([intact] * 4)
-    predictions[0, 10:13], predictions[1, 26:29] = 3, 2  # one class loses 0.3, another gains 0.3
-    found = to_json(removal.effect(predictions, intact, labels))
-    assert found["other_change"] == pytest.approx(0, abs=1e-15)
-    assert found["ratio"] is None
-    assert found["strict_ratio"] == 0
-
-
 def test_the_planted_skills_are_chosen(splits, chosen):
     made, found = chosen
-    best = found.validation[found.chosen]
-    assert (best["target_drop"], best["other_harm"]) == (pytest.approx(5 / 6), 0)  # "none" has no neurons
-    assert found.oracle["target_drop"] == 1
-    skills = found.skills[found.chosen]
-    assert list(skills) == list(CLASSES)
+    best = found.combined
+    assert (best.target_drop, best.harm.plug_in) == (pytest.approx(5 / 6), 0)  # "none" has no neurons
+    assert best.regret == 0
+    assert found.oracle.target_drop == 1
+    assert list(found.removed) == list(CLASSES)
     for label, sites in planted.PLANTED.items():
         want = {(site, i) for site, neurons in sites.items() for i in neurons}
-        assert want <= {(s, int(i)) for s, index in skills[CLASSES[label]].neurons.items() for i in index}
-    on_test = selection.effects(made.model, made.loader("test"), found.skills)["candidates"]
-    written = json.loads(json.dumps(found.to_json(on_test)))
-    assert written["chosen"] == found.chosen
-    assert written["candidates"][found.chosen]["test"]["target_drop"] == pytest.approx(5 / 6)
-    assert written["gap"]["target_drop"] == pytest.approx(0)
-    assert written["gap"]["harm_ratio"] is None  # no harm on either part
-
-
-def test_masks_of_other_weights_start_from_the_middle_one(chosen):
-    found = chosen[1]
-    made = zip(found.candidates, found.skills, strict=True)
-    starts = {c.keep: skills["a"].settings["start_keep"] for c, skills in made if c.method == "mask"}
-    assert starts == {1.0: 5.0, 5.0: None, 20.0: 5.0}
+        assert want <= {(s, int(i)) for s, index in found.removed[CLASSES[label]].neurons.items() for i in index}
+    assert set(found.controls) == {candidate.share for candidate in found.candidates}
+    assert [found.controls[c.share].regret + selection.MARGIN for c in found.candidates] == list(found.limits)
+    written = to_json(found.to_json(selection.try_on(made.model, made.loader("test"), found.skills)))
+    assert written["chosen"] == list(found.chosen)
+    assert written["candidates"][found.chosen[0]]["test"]["target_drop"] == pytest.approx(5 / 6)
+    assert written["validation"]["target_drop"] == pytest.approx(5 / 6)
+    assert written["gap"] == pytest.approx(dict.fromkeys(written["gap"], 0))
+    assert not any(word in written["rule"] for word in ("40", "56", "20"))  # no figure of ours
 
 
 def test_the_choice_does_not_see_the_test_part(splits, chosen):
@@ -181,19 +193,14 @@ def test_permuted_labels_select_nothing(splits):
     """Where labels say nothing, what is chosen does no more to its class than neurons drawn at random."""
     blind = Splits("planted", CLASSES, permuted(splits.select), permuted(splits.validate, 1), permuted(splits.test, 2))
     made, found = chosen_on(blind)
-    on_test = selection.effects(made.model, made.loader("test"), found.skills)["candidates"][found.chosen]
+    sites = skillfast.trace(made.model, made.loader("test"), sites=("mlp", "attn")).sites
     rng = np.random.default_rng(0)
-    drawn = [
-        random_skills(s, skillfast.trace(made.model, made.loader("test"), sites=("mlp", "attn")).sites, 1, rng)
-        for s in found.skills[found.chosen].values()
-    ]
-    swept = skillfast.sweep(
-        made.model, made.loader("test"), [skillfast.Condition(s) for (s,) in drawn], keep_predictions=True
-    )
-    control = to_json(removal.effect(swept.predictions, swept.top2[:, 0], swept.labels))
+    drawn = {name: random_skills(skill, sites, 1, rng)[0] for name, skill in found.removed.items()}
+    sets = [dict(found.removed), drawn]
+    on_test, control = selection.effects(selection.try_on(made.model, made.loader("test"), sets), sets)
     noise = 3 * np.sqrt(2 * 0.25 / 90)  # three standard errors of a difference, at most
-    assert abs(on_test["target_drop"] - control["target_drop"]) < noise
-    assert abs(on_test["target_drop"] + on_test["other_change"]) < noise  # the own class fares as the others do
+    assert abs(on_test.target_drop - control.target_drop) < noise
+    assert abs(on_test.target_drop + on_test.other_change) < noise  # the own class fares as the others do
 
 
 def test_a_method_by_name_is_one_candidate(splits):
@@ -201,6 +208,9 @@ def test_a_method_by_name_is_one_candidate(splits):
     assert found.candidates == (Candidate("attribution", True, 0.003),)
     assert {s.method for s in found.skills[0].values()} == {"attribution"}
     assert found.skills[0]["a"].settings["contrastive"] is True
+    assert found.controls == {}  # nothing is compared
+    assert found.limits == (None,)
+    assert found.chosen == (0,) * len(CLASSES)
 
 
 def test_what_cannot_be_is_refused(batches):

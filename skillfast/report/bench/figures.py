@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, term_value, times
+from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, term_value
 from skillfast.report.parts import (
     DIVERGING,
     MAX_WRITTEN,
@@ -147,10 +146,16 @@ def _dot(values: Selectivity, key: str, unit: float, row: str, hue: str) -> dict
 def _dots(results: BenchResults, key: str, unit: float) -> Figure:
     """One quantity for skills, oracle and random control: a dot each, with its 95 % interval."""
     dots = {row: _dot(getattr(results, source), key, unit, row, hue) for source, row, hue in METHODS}
-    layout = base(
+    notes = [_note(row, UNDEFINED) for row, dot in dots.items() if dot is None]
+    return {"data": [dot for dot in dots.values() if dot is not None], "layout": _rows(list(dots), annotations=notes)}
+
+
+def _rows(names: list[str], **more: Any) -> dict[str, Any]:
+    """The layout of a small figure with a row per method."""
+    return base(
         xaxis=amounts(rangemode="tozero", zeroline=True),
         yaxis=down(
-            list(dots),
+            names,
             showgrid=True,
             gridcolor=colour("--line"),
             # transparent ticks keep the labels off a dot at 0
@@ -158,38 +163,37 @@ def _dots(results: BenchResults, key: str, unit: float) -> Figure:
             ticklen=8,
             tickcolor="rgba(0,0,0,0)",
         ),
-        annotations=[_note(row, UNDEFINED) for row, dot in dots.items() if dot is None],
+        **more,
     )
-    return {"data": [dot for dot in dots.values() if dot is not None], "layout": layout}
 
 
-def _ends(dot: dict[str, Any]) -> tuple[float, float]:
-    """Where the interval of a dot begins and ends."""
-    value, error = dot["x"][0], dot["error_x"]
-    return value - error["arrayminus"][0], value + error["array"][0]
-
-
-def _on_log_axis(figure: Figure) -> Figure:
-    """A ratio spans decades; what a logarithm cannot show keeps its row as a note."""
-    kept = [dot for dot in figure["data"] if dot["x"][0] > 0]
-    notes = [_note(dot["y"][0], times(dot["x"][0])) for dot in figure["data"] if dot["x"][0] <= 0]
-    shown = [x for dot in kept for x in (*_ends(dot), dot["x"][0]) if x > 0] or [1.0]
-    low, high = math.floor(math.log10(min(shown))), math.floor(math.log10(max(shown))) + 1
-    for dot in kept:
-        below = dot["error_x"]["arrayminus"]
-        # an interval that reaches 0 or less ends at the axis
-        below[0] = min(below[0], dot["x"][0] - 10**low)
-    layout = figure["layout"]
-    xaxis = layout["xaxis"] | {"type": "log", "range": [low, high], "dtick": 1, "ticksuffix": "\N{MULTIPLICATION SIGN}"}
-    return {"data": kept, "layout": layout | {"xaxis": xaxis, "annotations": layout["annotations"] + notes}}
+def _brackets(results: BenchResults) -> Figure:
+    """Harm for skills, oracle and random control: from the low to the high estimate, with the interval beyond them."""
+    data = []
+    for source, row, hue in METHODS:
+        found = getattr(results, source).harm
+        low, high = 100 * found.cross_fitted, 100 * found.plug_in
+        least, most = (low, high) if found.ci95 is None else (100 * end for end in found.ci95)
+        data.append(
+            {
+                "type": "scatter", "mode": "lines+markers", "x": [low, high], "y": [row, row], "showlegend": False,
+                "marker": {"size": 11, "color": colour(hue)}, "line": {"width": 5, "color": colour(hue)},
+                "cliponaxis": False,
+                "error_x": {"type": "data", "symmetric": False, "thickness": 2, "width": 5,
+                            "array": [0.0, max(most - high, 0.0)], "arrayminus": [max(low - least, 0.0), 0.0]},
+                "hovertemplate": f"{row}: {term_value(getattr(results, source), 'harm')}, "
+                f"{points(found.noise_floor)} by chance alone<extra></extra>",
+            }
+        )  # fmt: skip
+    return {"data": data, "layout": _rows([row for _, row, _ in METHODS])}
 
 
 def selectivity(results: BenchResults) -> dict[str, Figure]:
-    """What the removed class loses, what the others lose, and the one per the other: a small figure each."""
+    """What the removed class loses, and how the others fare beside the oracle and for good: a small figure each."""
     return {
         "selectivity-drop": _dots(results, "target_drop", 100),
-        "selectivity-harm": _dots(results, "other_harm", 100),
-        "selectivity-ratio": _on_log_axis(_dots(results, "harm_ratio", 1)),
+        "selectivity-regret": _dots(results, "regret", 100),
+        "selectivity-harm": _brackets(results),
     }
 
 

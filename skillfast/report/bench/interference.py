@@ -76,12 +76,18 @@ def angles(results: BenchResults) -> Figure:
 
 def _pair(kind: str, pair: Pair) -> str:
     """One pair as a sentence."""
-    (a, b), (on_b, on_a) = pair.classes, pair.change
+    (a, b), (on_b, on_a), (to_b, to_a) = pair.classes, pair.change, pair.margin
     text = (
         f"The strongest {kind}: {a} and {b}. Without the skill of {a}, {b} changes by {points(on_b, signed=True)} "
-        f"points; without that of {b}, {a} by {points(on_a, signed=True)}."
+        f"points and its margin by {_shift(to_b)} beyond random neurons; without that of {b}, {a} by "
+        f"{points(on_a, signed=True)} points and {_shift(to_a)}."
     )
     return text if pair.significant else f"{text} Chance alone can do that (q = {pair.q:.2g})."
+
+
+def _shift(margin: float) -> str:
+    """A shift of a margin, in logits."""
+    return f"{margin:+.2f}".replace("-", MINUS)
 
 
 def angles_say(results: BenchResults) -> str:
@@ -138,7 +144,7 @@ def pairs_say(results: BenchResults) -> list[str]:
 
 
 def pair_rows(results: BenchResults) -> list[tuple[str, ...]]:
-    """The pairs that count, else the strongest: kind, classes, changes beside those beyond the oracle's, q."""
+    """The pairs that count, else the strongest: kind, classes, shifts of margins beside changes in accuracy, q."""
     found = results.interference
     assert found is not None
     assert found.strongest is not None
@@ -146,12 +152,13 @@ def pair_rows(results: BenchResults) -> list[tuple[str, ...]]:
     for kind, significant, strongest in (
         ("competition", found.competition, found.strongest.competition),
         ("linkage", found.linkage, found.strongest.linkage),
+        ("explained by the oracle", found.oracle_explains, None),
     ):
         pairs = significant or [pair for pair in [strongest] if pair]
         for pair in pairs[:MOST_PAIRS]:
             changes = [
-                f"{points(change, signed=True)} ({points(beyond, signed=True)})"
-                for change, beyond in zip(pair.change, pair.beyond_oracle, strict=True)
+                f"{_shift(margin)} ({points(change, signed=True)})"
+                for margin, change in zip(pair.margin, pair.change, strict=True)
             ]
             q = f"{pair.q:.2g}" + ("" if pair.significant else ", not significant")
             rows.append((kind, *pair.classes, *changes, q))

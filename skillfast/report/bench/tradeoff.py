@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import finite, percent, plain, points, term_value
+from skillfast.report.formatting import UNDEFINED, finite, percent, plain, points, term_value
 from skillfast.report.parts import Figure, amounts, base, colour
 
 if TYPE_CHECKING:
-    from skillfast.results.bench import BenchResults, CandidateEffect, Effect, SelectionResult
+    from skillfast.results.bench import BenchResults, CandidateEffect, Selectivity
 
 NAMES = {
     "pearson": "Pearson correlation",
@@ -36,11 +36,28 @@ def method_of(results: BenchResults) -> str:
     if found is None:
         method = plain(results.config["method"])
         return NAMES.get(method, method)
-    return name_of(found.candidates[found.chosen])
+    names = dict.fromkeys(name_of(found.candidates[i]) for i in found.chosen)
+    return f"{' or '.join(names)}, by class" if len(names) > 1 else next(iter(names))
+
+
+def _chosen(results: BenchResults) -> str:
+    """What was chosen, with its size, in words."""
+    found = results.selection
+    assert found is not None
+    classes: dict[int, list[str]] = {}
+    for i, name in zip(found.chosen, results.dataset.classes, strict=True):
+        classes.setdefault(i, []).append(name)
+
+    def sized(i: int) -> str:
+        return f"{name_of(found.candidates[i])} with {percent(found.candidates[i].share)} of all neurons"
+
+    if len(classes) == 1:
+        return sized(found.chosen[0])
+    return "; ".join(f"{sized(i)} for {', '.join(names)}" for i, names in classes.items())
 
 
 def trade_off(results: BenchResults) -> Figure:
-    """Harm to others against the target's drop, in percentage points: a line per method, a point per size."""
+    """Regret of the others against the target's drop, in percentage points: a line per method, a point per size."""
     assert results.selection is not None
     tried = results.selection.candidates
     lines = list(dict.fromkeys(name_of(candidate) for candidate in tried))
@@ -55,24 +72,24 @@ def trade_off(results: BenchResults) -> Figure:
                     "name": line,
                     "legendgroup": line,
                     "showlegend": part == "test",
-                    "x": [_points(_on(c, part).other_harm) for c in found],
+                    "x": [_points(_on(c, part).regret) for c in found],
                     "y": [_points(_on(c, part).target_drop) for c in found],
                     "text": [f"{percent(c.share)} of all neurons, {part} examples" for c in found],
                     "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
                     "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
                     **({} if part == "validation" else _whiskers(found)),
-                    "hovertemplate": "%{text}<br>loses %{y:.1f}, harms others by %{x:.2f} points"
+                    "hovertemplate": "%{text}<br>loses %{y:.1f}, regret of the others %{x:.2f} points"
                     "<extra>%{fullData.name}</extra>",
                 }
             )
     layout = base(
-        xaxis=amounts("harm to each other class, points", rangemode="tozero"),
+        xaxis=amounts("regret of each other class, points", rangemode="tozero"),
         yaxis=amounts("the removed class loses, points", rangemode="tozero"),
     )
     return {"data": data, "layout": layout}
 
 
-def _on(candidate: CandidateEffect, part: str) -> Effect:
+def _on(candidate: CandidateEffect, part: str) -> Selectivity:
     return candidate.validation if part == "validation" else candidate.test
 
 
@@ -91,62 +108,42 @@ def _whiskers(found: list[CandidateEffect]) -> dict[str, Any]:
             "width": 2,
         }
 
-    return {"error_x": along("other_harm"), "error_y": along("target_drop")}
+    return {"error_x": along("regret"), "error_y": along("target_drop")}
 
 
 def say(results: BenchResults) -> list[str]:
     """What was chosen, and how far the test part is from the validation part, in sentences."""
     found = results.selection
     assert found is not None
-    chosen = found.candidates[found.chosen]
-    gap, seen, validation = found.gap, chosen.validation, results.dataset.n_validate
+    gap, seen, validation = found.gap, found.validation, results.dataset.n_validate
     many = len(found.candidates)
     first = (
-        f"Of {many} combinations of method and size, {name_of(chosen)} with {percent(chosen.share)} of all neurons "
-        f"was chosen on the {validation:,} validation examples, before any test example was looked at."
+        f"Of {many} combinations of method and size, {_chosen(results)} was chosen on the {validation:,} validation "
+        "examples, before any test example was looked at: the most loss whose regret is, at the upper end of its "
+        f"interval, at most {points(found.margin)} points above that of as many random neurons."
         if many > 1
-        else f"The method was given: {name_of(chosen)} with {percent(chosen.share)} of all neurons."
+        else f"The method was given: {_chosen(results)}."
     )
-    loss, harm = (points(gap[key], signed=True) for key in ("target_drop", "other_harm"))
+    loss, regret = (points(gap[key], signed=True) for key in ("target_drop", "regret"))
     second = (
-        f"On the validation examples it costs the removed class {points(seen.target_drop)} points and harms "
-        f"each other class by {points(seen.other_harm)}; on the test examples the loss differs by {loss} and the "
-        f"harm by {harm} points."
+        f"On the validation examples it costs the removed class {points(seen.target_drop)} points at a regret of "
+        f"{points(seen.regret)}; on the test examples the loss differs by {loss} and the regret by {regret} points."
     )
-    return [first, second, *_published(found)]
-
-
-def _published(found: SelectionResult) -> list[str]:
-    """Whether the published page's point was reached, and at what harm; nothing for one combination."""
-    if len(found.candidates) == 1:
-        return []
-    page = "The published page's point, a loss of 9.4 points at 56.4 times the mean change of the others,"
-    if found.published is None:
-        return [f"{page} was reached by no combination on the validation part."]
-    reached = found.candidates[found.published]
-    test = reached.test
-    values = ", ".join(
-        f"{words} {term_value(test, key, 'not defined')}"
-        for words, key in (("a loss of (points)", "target_drop"), ("ratio", "ratio"), ("harm ratio", "harm_ratio"))
-    )
-    text = (
-        f"{page} was reached on the validation part, with the least harm, by {name_of(reached)} with "
-        f"{percent(reached.share)} of all neurons. On the test part: {values}. In that mean, harm to one class "
-        "cancels what another gains; the harm ratio lets nothing cancel."
-    )
-    return [text]
+    return [first, second]
 
 
 def rows(results: BenchResults) -> list[list[str]]:
-    """Per candidate: method, size, and on either part the drop, the harm and their ratio."""
-    keys = ("target_drop", "other_harm", "harm_ratio")
+    """Per candidate: method, size, and on either part the drop, the regret and the gross loss; then the limit."""
+    keys = ("target_drop", "regret", "gross_loss")
     found = results.selection
     assert found is not None
     return [
         [
-            name_of(c) + (" (chosen)" if i == found.chosen else ""),
+            name_of(c) + (" (chosen)" if i in found.chosen else ""),
             percent(c.share),
-            *(term_value(_on(c, part), key, "no harm") for part, _, _ in PARTS for key in keys),
+            *(term_value(_on(c, part), key) for part, _, _ in PARTS for key in keys),
+            points(c.validation.ci95.regret[1]) if c.validation.ci95.regret else UNDEFINED,
+            UNDEFINED if c.limit is None else points(c.limit),
         ]
         for i, c in enumerate(found.candidates)
     ]

@@ -77,8 +77,7 @@ def summary(results: BenchResults) -> list[str]:
         f"Removing the neurons of one class {effect}{others}.",
         (
             f"Removing as many neurons drawn at random {_lost(random.target_drop)}; the oracle, which deletes the "
-            f"class from the model's output and is the best that any removal can look like, "
-            f"{_lost(oracle.target_drop)}."
+            f"class from the model's output, {_lost(oracle.target_drop)}."
         ),
     ]
 
@@ -101,14 +100,13 @@ def tiles(results: BenchResults) -> list[dict[str, str]]:
     """The headline numbers, each beside the oracle's and the random control's."""
     found: list[Selectivity] = [results.selectivity, results.oracle, results.random_control]
 
-    def tile(name: str, key: str, unit: str) -> dict[str, str]:
+    def tile(name: str, key: str) -> dict[str, str]:
         value, oracle, random = (term_value(values, key, UNDEFINED) for values in found)
-        bounds = term_interval(found[0], key)
-        # "12.3 points" reads, "not defined points" does not
-        unit = "" if value == UNDEFINED else unit
-        return {"name": name, "value": value, "unit": unit, "interval": bounds,
+        return {"name": name, "value": value, "unit": "points", "interval": term_interval(found[0], key),
                 "beside": f"oracle {oracle}, random {random}"}  # fmt: skip
 
+    harm = tile("Each other class is harmed by", "harm")
+    harm["beside"] = f"{points(found[0].harm.noise_floor)} by chance alone; random {term_value(found[2], 'harm')}"
     baseline = {
         "name": "Accuracy before any removal",
         "value": percent(results.baseline.accuracy),
@@ -117,9 +115,9 @@ def tiles(results: BenchResults) -> list[dict[str, str]]:
         "beside": f"{len(results.dataset.classes)} classes, {results.dataset.n_test:,} test examples",
     }
     return [
-        tile("The removed class loses", "target_drop", "points"),
-        tile("Each other class is harmed by", "other_harm", "points"),
-        tile("Loss per point of harm", "harm_ratio", ""),
+        tile("The removed class loses", "target_drop"),
+        tile("Others stay behind the oracle by", "regret"),
+        harm,
         baseline,
     ]
 
@@ -150,7 +148,10 @@ def definitions(results: BenchResults, skills: Skills) -> list[tuple[str, str]]:
 def _written(values: Selectivity, key: str) -> tuple[str, str]:
     """Value and, on a second line, its interval or why there is none."""
     value = term_value(values, key, UNDEFINED)
-    return value, DENOMINATOR if value == UNDEFINED else term_interval(values, key)
+    bounds = DENOMINATOR if value == UNDEFINED else term_interval(values, key)
+    if key == "harm" and bounds:
+        bounds = f"{bounds} noise floor {points(values.harm.noise_floor)}"
+    return value, bounds
 
 
 def replacement_rows(results: BenchResults) -> list[tuple[str, list[str]]]:
