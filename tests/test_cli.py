@@ -86,6 +86,12 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "red", "--components", "mlp,attn")
     assert result.exit_code == 0, result.output
     assert "skill red" in result.output
+    loud = [option for option in TINY if option != "--quiet"]
+    result = run("ablate", *loud, *data, "--skills", bench_output, "--skill", "red", "--mode", "resample")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"(\d+) donors drawn from \1 examples to select on", result.output)
+    result = run("ablate", *TINY, *data, "--skills", bench_output, "--mode", "constant")
+    assert result.exit_code == 2
     result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "pink")
     assert result.exit_code == 2
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
