@@ -355,7 +355,8 @@ def _draws(
 def _in_turn(values: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
     """As many of the values as asked for, every one once before any again."""
     rounds = -(-n // len(values))
-    return torch.cat([values[torch.randperm(len(values), generator=generator)] for _ in range(rounds)])[:n]
+    turns = [values[torch.randperm(len(values), generator=generator)] for _ in range(rounds)]
+    return torch.cat([values[:0], *turns])[:n]  # none where a mask has no turn
 
 
 def _parts(draws: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,7 @@ from tiny_models import save_model
 
 import skillfast
 from skillfast import Condition, Skill
+from skillfast.ablation.interventions import _rows_of_calls
 from skillfast.data import load_digits, loader
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
@@ -198,3 +199,24 @@ def test_images_of_another_size_have_no_donors(batches):
         assert "of examples of another size" in one_line(ArgumentError, model, larger)
     text = one_line(ArgumentError, drawn, model, [*batches, (larger, torch.zeros(4))], n_donors=41)
     assert "expected examples of one number of tokens, got [17] and [37] at blocks.0.mlp" in text
+
+
+def test_a_mask_with_padding_does_not_tell_examples_apart():
+    class Masked(torch.nn.Module):
+        def forward(self, x, attention_mask=None):
+            seen.append(rows())
+            return x
+
+    class Bank:
+        def rows_of(self, model, first):
+            return first[:, 0]
+
+    seen, model, x = [], Masked(), torch.tensor([[4, 1], [5, 2]])
+    with _rows_of_calls(model, Bank()) as rows:
+        model(x)
+        model(x, attention_mask=torch.ones(2, 2))
+        text = one_line(ArgumentError, model, x, attention_mask=torch.tensor([[1, 1], [1, 0]]))
+        assert rows() is None
+    assert [row.tolist() for row in seen] == [[4, 5], [4, 5]]
+    assert "got an attention mask with padding" in text
+    assert not model._forward_pre_hooks

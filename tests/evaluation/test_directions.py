@@ -122,6 +122,7 @@ def test_angles_do_not_see_units_or_rotations(clouds):
     found, left_out = angles(7 * embeddings @ turn + 3, 7 * after @ turn + 3, labels, 4)
     np.testing.assert_allclose(found, want)
     np.testing.assert_allclose(left_out, without)
+    np.testing.assert_allclose(angles(embeddings + 1e6, after + 1e6, labels, 4)[0], want, rtol=1e-6)  # nor an offset
 
 
 def test_what_has_no_direction_has_no_angle():

@@ -1,11 +1,11 @@
-"""Mutation testing: change one expression, run the tests that execute it, see whether one of them fails.
+"""Mutation testing: change one expression, run the tests of its module, see whether one of them fails.
 
 mutmut's operators and a few of our own make the changes; one of every (line, operator) can be drawn. Not counted:
 changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
 `device=`. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
-function is put in its place there (what runs at import is imported anew). Tests that take longer than `COSTLY` are not
-run; lines that only such tests execute are reported as not covered, and count as survivors (not where the search for
-tests was cut short).
+function is put in its place there (what runs at import is imported anew). Its tests are those of its package, first the
+files that name its module, until one fails or `BUDGET` is spent; tests that are marked slow or need the trained default
+model are left out. What is known of each mutant is kept in build/mutants/results.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
-import coverage
 import libcst as cst
 import pytest
 import tomllib
@@ -48,14 +47,17 @@ if TYPE_CHECKING:
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
-RESULTS = WORK / "results.json"
+RESULTS = WORK / "results.jsonl"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
-RUNS = [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")]
-TESTS = {part: [f"tests/{part}"] for part in SCOPE}
-TESTS |= {"backends/reference.py": ["tests/ops"], "evaluation": ["tests/evaluation", *RUNS]}
-COSTLY, RUN = 5.0, 20.0  # seconds of CPU of one test, and of all tests of a mutant
-VARIANTS = 2  # cases of a parametrized test that are tried first; the others only on what survives these
+ELSEWHERE = {  # tests of a package that do not lie in its folder
+    "backends": ["tests/ops"],
+    "evaluation": [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")],
+    "statistics": ["tests/tracing"],
+    "tracing": ["tests/statistics/test_streaming.py", "tests/statistics/test_inputs.py"],
+}
+BUDGET = 30.0  # seconds of CPU for the tests of a mutant
+COSTLY = {"default_run", "trained_digits"}  # fixtures that take longer than that
 LARGEST = 0.05  # share that may survive
 PROGRESS = os.fdopen(os.dup(1), "w")
 SILENT = {"__repr__", "__str__", "describe", "warn", "track"}
@@ -191,104 +193,27 @@ def import_all() -> None:
             importlib.import_module(".".join(["skillfast", *path.relative_to(PACKAGE).with_suffix("").parts]))
 
 
-class Mapper:
-    """Which test executes which lines, and what it costs with the fixtures that it needs, in seconds of CPU.
+def tests_of(path: str) -> list[str]:
+    """Files of tests for a module: those that name it first, then those that are called as it is."""
+    _, package, *_, name = Path(path).with_suffix("").parts
+    dotted = ".".join(Path(path).with_suffix("").parts)
+    parent = dotted.rpartition(".")[0]
+    named = re.compile(rf"\b{re.escape(dotted)}\b|\b{re.escape(parent)} import .*\b{name}\b")
+    places = [ROOT / place for place in (f"tests/{package}", *ELSEWHERE.get(package, []))]
+    files = {file for place in places for file in ([place] if place.suffix else place.glob("test_*.py"))}
+    own = re.compile("|".join(part.rstrip("s") for part in Path(path).with_suffix("").parts[2:]))
 
-    Args:
-        kept: Test file -> where what is found of it goes; not of one that time cut short.
-        stop: When to begin no other test.
-    """
+    def place(file: Path) -> tuple[bool, bool, str]:
+        return not named.search(file.read_text()), not own.search(file.stem), str(file)
 
-    def __init__(self, kept: dict[str, Path], stop: float) -> None:
-        self.kept, self.stop, self.inner, self.done = kept, stop, 0.0, set()
-        self.cov = coverage.Coverage(data_file=None, config_file=False, source=[str(PACKAGE)], messages=False)
-        self.fixtures, self.cost, self.names, self.bad = Counter(), {}, {}, set()
-
-    def around(self, tests: Callable[[], int]) -> None:
-        self.cov.start()
-        import_all()  # so that what runs at import belongs to no test
-        tests()
-        self.cov.stop()
-        result = self.result()
-        for file in self.done:
-            cost = {test: cost for test, cost in result["cost"].items() if test.split("::")[0] == file}
-            lines = {
-                path: {n: [test for test in found if test in cost] for n, found in of.items()}
-                for path, of in result["lines"].items()
-            }
-            self.kept[file].write_text(json.dumps({"cost": cost, "lines": lines}))
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        variants = defaultdict(list)
-        for item in items:
-            variants[item.nodeid.split("[")[0]].append(item)
-        rng = random.Random(0)
-        chosen = {i for found in variants.values() for i in rng.sample(found, min(VARIANTS, len(found)))}
-        items[:] = [item for item in items if item in chosen]
-        self.done = self.kept.keys() - {item.nodeid.split("::")[0] for item in items}
-        signal.signal(signal.SIGPROF, lambda *_: pytest.fail("too costly"))
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request):
-        if fixturedef.scope == "function":
-            return (yield)
-        start = sum(os.times()[:4])
-        self.cov.switch_context(f"fixture {fixturedef.argname}")
-        result = yield
-        self.cov.switch_context(self.item)
-        spent = sum(os.times()[:4]) - start
-        self.inner += spent
-        self.fixtures[fixturedef.argname] += spent
-        return result
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item, nextitem):
-        self.item, self.inner, start = item.nodeid, 0.0, sum(os.times()[:4])
-        self.cov.switch_context(item.nodeid)
-        signal.setitimer(signal.ITIMER_PROF, 2 * COSTLY)
-        result = yield
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        self.names[item.nodeid] = list(item.fixturenames)
-        self.cost[item.nodeid] = sum(os.times()[:4]) - start - self.inner
-        file = item.nodeid.split("::")[0]
-        if nextitem is None or nextitem.nodeid.split("::")[0] != file:
-            self.done.add(file)
-        if time.time() > self.stop:
-            item.session.shouldstop = "time is up"
-        return result
-
-    def pytest_runtest_logreport(self, report):
-        if report.outcome != "passed":
-            self.bad.add(report.nodeid)
-
-    def result(self) -> dict:
-        cost = {t: c + sum(self.fixtures[f] for f in self.names[t]) for t, c in self.cost.items() if t not in self.bad}
-        users = defaultdict(list)
-        for test in cost:
-            for name in [test, *(f"fixture {f}" for f in self.names[test])]:
-                users[name].append(test)
-        data, lines = self.cov.get_data(), {}
-        for file in data.measured_files():
-            path = str(Path("skillfast") / Path(file).relative_to(PACKAGE))
-            by_line = data.contexts_by_lineno(file)
-            lines[path] = {n: sorted({t for c in by_line[n] for t in users[c]}) for n in by_line}
-        return {"cost": cost, "lines": lines}
+    return [str(file.relative_to(ROOT)) for file in sorted(files, key=place) if "triton" not in file.name]
 
 
 class Runner:
-    """Tries mutants in forks of a process that has collected all tests; without a place to fork, tries one here."""
+    """Tries mutants in forks of a process that has collected all tests; with a folder, tries the only one here."""
 
-    def __init__(
-        self, mutants: list[dict], cost: dict[str, float], args: argparse.Namespace, here: Path | None
-    ) -> None:
-        self.mutants, self.cost, self.args, self.here = mutants, cost, args, here
-
-    def around(self, tests: Callable[[], int]) -> None:
-        if self.here:
-            (self.here / "test.txt").write_text("at import")
-        tests()
-        found = [{key: m[key] for key in ("outcome", "test") if key in m} for m in self.mutants]
-        (WORK / "found.json").write_text(json.dumps(found))
+    def __init__(self, mutants: list[dict], args: argparse.Namespace, here: Path | None = None) -> None:
+        self.mutants, self.args, self.here = mutants, args, here
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if self.here:
@@ -298,11 +223,13 @@ class Runner:
         for function in gc.get_objects():
             if type(function) is FunctionType and function.__code__.co_filename.startswith(str(PACKAGE)):
                 live[function.__code__].append(function)
+        gc.freeze()  # so that the forks share its memory
 
         def start(mutant: dict, folder: Path) -> int:
             pid = os.fork()
             if not pid:
-                put_in_place(mutant, live)
+                for function, code in replaced(mutant, live):
+                    function.__code__ = code
                 self.run_tests(session, mutant, folder)
             return pid
 
@@ -310,25 +237,22 @@ class Runner:
         return True
 
     def run_tests(self, session: pytest.Session, mutant: dict, folder: Path) -> None:
-        """The mutant's tests until one fails, each under a limit of CPU time; does not return."""
+        """The mutant's tests until one fails or the budget is spent; does not return."""
         status = 1
         try:
             redirect(folder)
             session.config._tmp_path_factory._given_basetemp = folder / "tmp"
             session.config._tmp_path_factory._basetemp = None
-            items = {item.nodeid: item for item in session.items}
-            chosen = [items[test] for test in mutant["tests"] if test in items]
-            cost = {test.split("[")[0]: self.cost[test] for test in mutant["tests"]}
-            more = [i for i in session.items if i.nodeid.split("[")[0] in cost and i.nodeid not in mutant["tests"]]
-            sums = itertools.accumulate(cost[i.nodeid.split("[")[0]] for i in more)
-            chosen += [item for item, total in zip(more, sums, strict=True) if total < RUN / 2]
+            items = [item for item in session.items if not COSTLY & set(item.fixturenames)]
+            chosen = [item for file in mutant["tests"] for item in items if item.nodeid.startswith(f"{file}::")]
+            stop = sum(os.times()[:4]) + BUDGET
+            signal.setitimer(signal.ITIMER_PROF, 2 * BUDGET)  # of a loop that does not end
             for item, following in itertools.zip_longest(chosen, chosen[1:]):
                 (folder / "test.txt").write_text(item.nodeid)
-                signal.setitimer(signal.ITIMER_PROF, 10 + 5 * cost[item.nodeid.split("[")[0]])
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                if session.testsfailed:
+                if session.testsfailed or sum(os.times()[:4]) > stop:
                     break
-            status = int(session.testsfailed > 0 or not chosen)
+            status = int(session.testsfailed > 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -369,16 +293,11 @@ def nested(code: CodeType) -> Iterator[CodeType]:
 def replaced(mutant: dict, live: dict[CodeType, list[FunctionType]]) -> list[tuple[FunctionType, CodeType]] | None:
     """Functions in memory with their changed code; None where that does not make the mutant."""
     path, pairs = str(target(mutant)), differing(*codes(mutant))
-    if not pairs or any(old not in live or any(code in live for code in nested(old)) for old, _ in pairs):
+    if pairs is None or any(old not in live or any(code in live for code in nested(old)) for old, _ in pairs):
         return None
     if any(old.co_freevars != new.co_freevars for old, new in pairs):
         return None
     return [(f, new) for old, new in pairs for f in live[old] if f.__code__.co_filename == path]
-
-
-def put_in_place(mutant: dict, live: dict[CodeType, list[FunctionType]]) -> None:
-    for function, code in replaced(mutant, live) or ():
-        function.__code__ = code
 
 
 def codes(mutant: dict) -> tuple[CodeType, CodeType]:
@@ -391,20 +310,25 @@ def target(mutant: dict) -> Path:
     return PACKAGE / Path(mutant["file"]).relative_to("skillfast")
 
 
-def fork(plugin: Mapper | Runner, tests: list[str], folder: Path, mutant: dict | None = None) -> int:
+def fork(runner: Runner, folder: Path, mutant: dict | None = None) -> int:
     """A fork of this process that imports everything, with a module's changed code if one is given; its id."""
     pid = os.fork()
     if pid:
         return pid
     try:
         redirect(folder)
+        (folder / "test.txt").write_text("at import")
         original = SourceFileLoader.get_code
         SourceFileLoader.get_code = lambda self, name: (
             compile(mutant["code"], self.path, "exec")
             if mutant and Path(self.path) == target(mutant)
             else original(self, name)
         )
-        plugin.around(lambda: run_pytest(plugin, tests, folder))
+        options = f"-q -p no:cacheprovider --capture=sys --timeout=300 --hypothesis-seed=0 --basetemp={folder / 'tmp'}"
+        options += " -W ignore::pytest.PytestAssertRewriteWarning"
+        files = sorted({file for m in runner.mutants for file in m["tests"]})
+        collected = pytest.main([*files, *options.split(), "-m", "not slow and not gpu"], [runner])
+        os._exit(1 if mutant else int(collected))  # a mutant that comes here could not be imported
     except BaseException:
         traceback.print_exc()
     finally:
@@ -413,14 +337,8 @@ def fork(plugin: Mapper | Runner, tests: list[str], folder: Path, mutant: dict |
         os._exit(1)
 
 
-def run_pytest(plugin: object, tests: list[str], folder: Path) -> int:
-    options = f"-q -p no:cacheprovider --capture=sys --timeout=300 --hypothesis-seed=0 --basetemp={folder / 'tmp'}"
-    options += " --ignore-glob=*triton* -W ignore::pytest.PytestAssertRewriteWarning"
-    return pytest.main([*tests, *options.split(), "-m", "not slow and not gpu"], [plugin])
-
-
 def try_all(mutants: list[dict], start: Callable[[dict, Path], int], args: argparse.Namespace) -> None:
-    """Sets the outcome of each mutant and the test that noticed it, a few at a time."""
+    """Notes the outcome of each mutant and the test that noticed it, a few at a time."""
     running, waiting = {}, list(mutants)
     folders = [WORK / str(n) for n in range(args.workers)]
     while waiting or running:
@@ -433,63 +351,13 @@ def try_all(mutants: list[dict], start: Callable[[dict, Path], int], args: argpa
         mutant, folder = running.pop(pid)
         folders.append(folder)
         outcomes = {0: "survived", -signal.SIGPROF: "timeout"}
-        mutant["outcome"] = outcomes.get(os.waitstatus_to_exitcode(status), "killed")
-        mutant["test"] = (folder / "test.txt").read_text()
-        line = f"{mutant['outcome']} {mutant['file']}:{mutant['line']} {mutant['operator']} {mutant['test']}"
-        print(line + f"\n{mutant['change']}" * (mutant["outcome"] == "survived"), file=PROGRESS, flush=True)
-
-
-def statements(source: str) -> dict[int, range]:
-    """Lines of the statement, or of its header, that each line belongs to."""
-    spans = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            span = range(node.lineno, max(node.lineno, body[0].lineno - 1 if body else node.end_lineno) + 1)
-            spans.update(dict.fromkeys(span, span))
-    return spans
-
-
-def tests_for(mutant: dict, known: dict, spans: dict[int, range]) -> list[str]:
-    """Tests that execute the mutant's statement, cheapest first; of one that runs at import, those of its file."""
-    lines, cost = known["lines"].get(mutant["file"], {}), known["cost"]
-    executed = [lines[str(line)] for line in spans[mutant["line"]] if str(line) in lines]
-    tests = set().union(*executed)
-    if executed and not tests:
-        tests = set().union(*lines.values())
-    chosen, total = [], 0.0
-    for test in sorted(tests, key=lambda t: (cost[t], t)):
-        total += cost[test]
-        if cost[test] <= COSTLY and total <= RUN:
-            chosen.append(test)
-    return chosen
-
-
-def coverage_map(tests: list[str], seconds: float) -> dict:
-    """What `Mapper` finds in each test file; kept until a source, that file or what tests share changes."""
-    files = sorted(
-        {file for test in tests for file in [*(ROOT / test).rglob("test_*.py"), *ROOT.glob(test)] if file.is_file()}
-    )
-    sources = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")])
-    common, kept = hashlib.sha256(b"".join(p.read_bytes() for p in sources)), {}
-    for file in files:
-        digest = common.copy()
-        digest.update(repr(file).encode() + file.read_bytes())
-        kept[str(file.relative_to(ROOT))] = WORK / "map" / f"{digest.hexdigest()[:16]}.json"
-    missing = {file: path for file, path in kept.items() if not path.exists()}
-    if missing:
-        os.waitpid(fork(Mapper(missing, time.time() + seconds), list(missing), WORK / "map"), 0)
-    known = {
-        "cost": {},
-        "lines": defaultdict(lambda: defaultdict(list)),
-        "cut": not all(p.exists() for p in kept.values()),
-    }
-    for found in [json.loads(path.read_text()) for path in kept.values() if path.exists()]:
-        known["cost"] |= found["cost"]
-        for path, lines in found["lines"].items():
-            for line, names in lines.items():
-                known["lines"][path][line] += names
-    return known
+        outcome = outcomes.get(os.waitstatus_to_exitcode(status), "killed")
+        test = (folder / "test.txt").read_text()
+        known = {k: v for k, v in mutant.items() if k not in ("code", "tests")}
+        with args.results.open("a") as file:
+            file.write(json.dumps(known | {"outcome": outcome, "test": test}) + "\n")
+        line = f"{outcome} {mutant['file']}:{mutant['line']} {mutant['operator']} {test}"
+        print(line + f"\n{mutant['change']}" * (outcome == "survived"), file=PROGRESS, flush=True)
 
 
 def changed_lines(base: str) -> dict[str, set[int]]:
@@ -504,109 +372,96 @@ def changed_lines(base: str) -> dict[str, set[int]]:
     return found
 
 
+def key(mutant: dict) -> tuple[str, str, str]:
+    """What tells a mutant, wherever it stands in its file."""
+    return mutant["file"], mutant["function"], mutant["change"].strip()
+
+
+def outcomes(results: Path) -> dict[tuple[str, str, str], str]:
+    """The last outcome of every mutant that was tried."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {key(m): m["outcome"] for m in map(json.loads, lines)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-n", type=int, default=300, help="how many mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--changed", metavar="COMMIT", help="only lines that differ from this commit")
     parser.add_argument("--only", default="", help="of those only what is in files whose path matches this")
-    parser.add_argument("--tests", nargs="*", help="folders or files of tests to choose from")
-    parser.add_argument("--again", action="store_true", help="only those that were not noticed the last time")
+    parser.add_argument("--again", action="store_true", help="only those that no test has noticed so far")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--map-seconds", type=float, default=3600, help="when to stop looking for tests")
-    parser.add_argument("--seconds", type=float, default=36000, help="when to stop trying mutants")
+    parser.add_argument("--seconds", type=float, default=36000, help="when to begin no other mutant")
     parser.add_argument("--intact", action="store_true", help="change nothing: every one has to survive")
     args = parser.parse_args()
+    args.stop, args.results = time.time() + args.seconds, WORK / "intact.jsonl" if args.intact else RESULTS
     changed = changed_lines(args.changed) if args.changed else None
-    parts = {part: sorted((ROOT / "skillfast" / part).rglob("*.py")) or [ROOT / "skillfast" / part] for part in SCOPE}
-    paths = {str(file.relative_to(ROOT)): part for part, files in parts.items() for file in files}
-    paths = {path: part for path, part in paths.items() if changed is None or path in changed}
-    mutants = list(itertools.islice(drawn(list(paths), changed, args.seed), args.n))
-    mutants = [m for m in mutants if re.search(args.only, m["file"])]
-    if args.again:
-        last = {key(m): m["outcome"] for m in json.loads(RESULTS.read_text())}
-        mutants = [m for m in mutants if last.get(key(m)) not in ("killed", "timeout")]
+    files = [file for part in SCOPE for file in sorted((ROOT / "skillfast" / part).rglob("*.py"))]
+    paths = [str(file.relative_to(ROOT)) for file in [*files, ROOT / "skillfast" / SCOPE[-1]]]
+    paths = [path for path in paths if changed is None or path in changed]
+    mutants = list(itertools.islice(drawn(paths, changed, args.seed), args.n))
+    known = outcomes(args.results)
+    mutants = [
+        mutant
+        for mutant in mutants
+        if re.search(args.only, mutant["file"]) and not (args.again and known.get(key(mutant)) in ("killed", "timeout"))
+    ]
     if not mutants:
         print("no line to change")
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
+    args.results.write_text("".join(f"{line}\n" for line in lines_without(args.results, mutants)))
     for name in PRELOADED:
         importlib.import_module(name)
-    stop = time.time() + args.seconds
-    for part in parts:
-        some = [m for m in mutants if paths[m["file"]] == part]
-        if some:
-            try_part(some, args.tests or TESTS[part], stop, args)
-            if not args.intact:
-                keep(some)
-    return report(mutants)
-
-
-def try_part(mutants: list[dict], tests: list[str], stop: float, args: argparse.Namespace) -> None:
-    """Sets the outcomes of mutants that the same tests may notice."""
-    known = coverage_map(tests, args.map_seconds)
-    args.stop = stop
-    spans = {path: statements((ROOT / path).read_text()) for path in {m["file"] for m in mutants}}
     for mutant in mutants:
-        mutant["tests"] = tests_for(mutant, known, spans[mutant["file"]])
-        mutant["outcome"] = "no time" if mutant["tests"] or known["cut"] else "not covered"
+        mutant["tests"] = tests_of(mutant["file"])
         if args.intact:
             mutant["code"] = (ROOT / mutant["file"]).read_text()
-    covered = [m for m in mutants if m["tests"]]
-    rest = [m for m in covered if differing(*codes(m)) is not None]
+    if os.waitpid(fork(Runner(mutants, args), WORK), 0)[1]:
+        raise SystemExit(f"mutants: expected tests that can be collected, got errors; see {WORK / 'output.txt'}")
 
     def start(mutant: dict, folder: Path) -> int:
-        return fork(Runner([mutant], known["cost"], args, folder), files_of([mutant]), folder, mutant)
+        return fork(Runner([mutant], args, folder), folder, mutant)
 
-    if rest:
-        os.waitpid(fork(Runner(rest, known["cost"], args, None), files_of(rest), WORK), 0)
-        for mutant, found in zip(rest, json.loads((WORK / "found.json").read_text()), strict=True):
-            mutant.update(found)
-    try_all([m for m in covered if m["outcome"] == "no time"], start, args)
-
-
-def files_of(mutants: list[dict]) -> list[str]:
-    return sorted({test.split("::")[0] for mutant in mutants for test in mutant["tests"]})
+    try_all([m for m in mutants if key(m) not in outcomes(args.results)], start, args)
+    known = outcomes(args.results)
+    for mutant in mutants:
+        mutant["outcome"] = known.get(key(mutant), "no time")
+    return report(mutants, limit_accepted=not args.changed)
 
 
-def key(mutant: dict) -> tuple[str, str, str]:
-    """What tells a mutant, wherever it stands in its file."""
-    return mutant["file"], mutant["function"], mutant["change"].strip()
+def lines_without(results: Path, mutants: list[dict]) -> list[str]:
+    """What is known of other mutants than these."""
+    these = {key(mutant) for mutant in mutants}
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [line for line in lines if key(json.loads(line)) not in these]
 
 
-def keep(mutants: list[dict]) -> None:
-    """Adds the outcomes to those of earlier runs."""
-    last = {key(m): m for m in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    last |= {key(m): {k: v for k, v in m.items() if k not in ("code", "tests")} for m in mutants}
-    RESULTS.write_text(json.dumps(list(last.values()), indent=1))
+def report(mutants: list[dict], limit_accepted: bool) -> int:
+    """Prints the table and what survived; 1 if that is too much.
 
-
-def report(mutants: list[dict]) -> int:
-    """Prints the table and what survived; 1 if that is too much."""
+    Of a sample accepted ones count; of changed lines those alone that nobody has judged.
+    """
     listed = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivor", [])
     verdicts = {key(entry): entry["verdict"] for entry in listed}
-    for mutant in sorted(mutants, key=lambda m: (m["file"], m["line"])):
-        mutant["verdict"] = verdicts.get(key(mutant), "not judged")
-        if mutant["outcome"] in ("survived", "not covered"):
-            place = f"{mutant['file']}:{mutant['line']} {mutant['function']}"
-            print(
-                f"\n{mutant['outcome']} {len(mutant['tests'])} tests, {mutant['verdict']}: {place}\n{mutant['change']}"
-            )
-    kinds = ("killed", "timeout", "survived", "not covered", "no time", "equivalent")
     table = defaultdict(Counter)
-    for mutant in mutants:
-        alive = mutant["outcome"] in ("survived", "not covered")
-        kind = "equivalent" if alive and mutant["verdict"] == "equivalent" else mutant["outcome"]
+    for mutant in sorted(mutants, key=lambda m: (m["file"], m["line"])):
+        kind = mutant["outcome"]
+        if kind == "survived":
+            verdict = verdicts.get(key(mutant), "not judged")
+            print(f"\n{verdict}: {mutant['file']}:{mutant['line']} {mutant['function']}\n{mutant['change']}")
+            kind = verdict if verdict in ("equivalent", "accepted") else kind
         table[mutant["file"]][kind] += 1
         table["all"][kind] += 1
+    kinds = ("killed", "timeout", "survived", "accepted", "equivalent", "no time")
     print(f"\n{'':46}" + "".join(f"{kind:>12}" for kind in kinds))
     for file, counts in sorted(table.items()):
         print(f"{file:46}" + "".join(f"{counts[kind]:12}" for kind in kinds))
     counts = table["all"]
-    alive = counts["survived"] + counts["not covered"]
-    tried = alive + counts["killed"] + counts["timeout"]
+    tried = counts["survived"] + counts["accepted"] + counts["killed"] + counts["timeout"]
+    alive = counts["survived"] + counts["accepted"] * limit_accepted
     print(
-        f"{alive} of {tried} mutants that are not equivalent survive, {alive / max(1, tried):.1%} (limit {LARGEST:.0%})"
+        f"{alive} of {tried} mutants survive, {alive / max(1, tried):.1%} (limit {LARGEST:.0%}); equivalent ones aside"
     )
     return int(alive > LARGEST * tried)
 

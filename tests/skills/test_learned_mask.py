@@ -140,6 +140,32 @@ def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch
     np.testing.assert_allclose(rates, np.linspace(0.4, 0.12, 5))
 
 
+def test_own_images_and_others_weigh_as_keep_says(setting, monkeypatch):
+    """With losses of 1 the others' images count as `keep` times the class's own, however many there are of either."""
+    totals, of = {"own": 0.0, "others": 0.0}, []
+    backward = torch.Tensor.backward
+
+    def one(whose):
+        def loss(logits, *_):
+            of[:] = [whose]
+            return 0 * logits.sum(1) + 1
+
+        return loss
+
+    def recorded(tensor, *args):
+        if not args:
+            totals[of[0]] += float(tensor.detach())
+        return backward(tensor, *args)
+
+    monkeypatch.setattr(learned_mask, "target_loss", one("own"))
+    monkeypatch.setattr(learned_mask, "kept_loss", one("others"))
+    monkeypatch.setattr(learned_mask, "OWN_SHARE", 0.25)
+    monkeypatch.setattr(torch.Tensor, "backward", recorded)
+    learned(*setting, steps=1, keep=3.0, batch_size=16)
+    assert totals["others"] == pytest.approx(3 * totals["own"])
+    assert totals["own"] > 0
+
+
 def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
     model, loader, attributions = setting
     learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
