@@ -289,6 +289,13 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
     }  # fmt: skip
     if optional:
         results["replacements"] = _replacements(classes, rng)
+        results["verdicts"] = {
+            name: {"target_drop": 0.9, "ci95": [0.8, 0.95], "others_lose_at_most": 0.11, "visible_alone": 0.1,
+                   "harm": {"plug_in": 0.004, "cross_fitted": -0.001, "noise_floor": 0.003, "ci95": [0.0, 0.01]},
+                   "visible_of_all": 0.2, "harmed": [classes[-1]] if i == 0 else [],
+                   "verdict": ("harmful", "undecided", "not above")[min(i, 2)]}
+            for i, name in enumerate(classes)
+        }  # fmt: skip
         results["layer_contribution"] = _contribution(classes, blocks, rng)
         results["standard_metrics"] = _standard_metrics(classes, found, rng)
         results["interference"] = _interference(classes, rng)

@@ -273,6 +273,30 @@ class Selectivity(Record, frozen=True):
     at_least: RatioLimits
 
 
+class Verdict(Record, frozen=True):
+    """What is known of one removal.
+
+    Attributes:
+        target_drop: What its class loses.
+        ci95: Interval of target_drop.
+        harm: What the other classes lose net, on average.
+        others_lose_at_most: No other class loses more: a bound for all of them at once, with 95 % confidence.
+        visible_alone: Smallest loss of a class that a test of it alone finds in 80 % of the cases; null where none is.
+        visible_of_all: The smallest that is found so often as the first of all pairs of classes.
+        harmed: Classes of which a test finds that they lose, at 5 % over all others.
+        verdict: Harmful; else not above the bound, if that is no larger than what would have been seen; else undecided.
+    """
+
+    target_drop: Change
+    ci95: Interval
+    harm: Harm
+    others_lose_at_most: Change
+    visible_alone: Fraction | None
+    visible_of_all: Fraction | None
+    harmed: list[str]
+    verdict: Literal["harmful", "not above", "undecided"]
+
+
 class Oracle(Selectivity, frozen=True):
     """The effect of removing each class's logit, and its removal matrix: a reference without regret or harm."""
 
@@ -785,6 +809,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         overall: Accuracy over all test examples.
         removal_matrix: [K][K], change in accuracy of class j when skill i is removed.
         selectivity: What the removals do to their own classes and to the others.
+        verdicts: By class, what is known of its removal; absent where a class has fewer than two examples.
         oracle: The reference: each class's logit removed.
         random_control: What as many other neurons do, drawn at random.
         matched_control: What as many other neurons cost a class that are about as active as the skill's.
@@ -807,6 +832,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     overall: Overall | None = None
     removal_matrix: Changes
     selectivity: Selectivity
+    verdicts: dict[str, Verdict] | None = None
     oracle: Oracle
     random_control: RandomControl
     matched_control: OwnControl

@@ -22,6 +22,7 @@ from skillfast.evaluation.overall import overall_accuracy
 from skillfast.evaluation.probes import information
 from skillfast.evaluation.replacements import replacements
 from skillfast.evaluation.resampling import Bootstrap
+from skillfast.evaluation.verdicts import verdicts
 from skillfast.models.sites import choose_sites, fingerprint
 from skillfast.results import records
 from skillfast.results.bench import FILE, BenchResults
@@ -305,6 +306,7 @@ def _results(
         "overall": overall_accuracy(whole[0], controls, intact, labels, skills, sum(site.width for site in sites)),
         "removal_matrix": selectivity.removal_matrix(whole[0], intact, labels).tolist(),
         "selectivity": selectivity.selectivity(whole, oracle, intact, labels),
+        "verdicts": verdicts(whole[0], intact, labels, classes) if np.bincount(labels, minlength=k).min() > 1 else None,
         "oracle": {
             **structs.asdict(selectivity.oracle_selectivity(oracle, intact, labels)),
             "removal_matrix": selectivity.removal_matrix(oracle, intact, labels).tolist(),

@@ -53,6 +53,7 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "definitions": words.definitions(results, skills),
         "matrix": matrix,
         "selectivity": words.selectivity_rows(results),
+        "verdicts": words.verdict_rows(results) if results.verdicts else None,
         "draws": results.random_control.draws,
         "controls_say": words.controls_say(results),
         "replaced": words.replacements_say(results) if results.replacements else None,

@@ -25,7 +25,7 @@ from skillfast.report.formatting import (
 from skillfast.results.records import to_json
 
 if TYPE_CHECKING:
-    from skillfast.results.bench import BenchResults, Cost, OwnControl, Selectivity
+    from skillfast.results.bench import BenchResults, Cost, OwnControl, Selectivity, Verdict
     from skillfast.results.skills import Skills
 
 STAGES = {
@@ -191,6 +191,30 @@ def selectivity_rows(results: BenchResults) -> list[dict[str, Any]]:
             "values": [_written(values, term.key) for values in found],
         }
         for term in TERMS
+    ]
+
+
+def verdict_rows(results: BenchResults) -> list[list[str]]:
+    """Per class: drop and interval, harm, bound for all others, smallest visible harms, verdict."""
+    assert results.verdicts is not None
+
+    def said(found: Verdict) -> str:
+        if found.verdict == "harmful":
+            return f"harmful to {', '.join(found.harmed)}"
+        return found.verdict if found.verdict == "undecided" else f"not above {points(found.others_lose_at_most)}"
+
+    return [
+        [
+            name,
+            f"{points(found.target_drop)} {interval(found.ci95, points)}",
+            f"{points(found.harm.cross_fitted)} to {points(found.harm.plug_in)}",
+            points(found.harm.noise_floor),
+            points(found.others_lose_at_most),
+            points(found.visible_alone),
+            points(found.visible_of_all),
+            said(found),
+        ]
+        for name, found in results.verdicts.items()
     ]
 
 

@@ -1,0 +1,83 @@
+"""What a test set can see, and what is said of each removal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from skillfast.evaluation.power import loss_p, power, smallest_visible
+from skillfast.evaluation.verdicts import verdicts
+
+K = 5
+NAMES = list("abcde")
+
+
+@pytest.mark.parametrize(("n", "chance", "level"), [(54, 0.01, 0.05), (100, 0.02, 0.05 / 90), (500, 0.01, 0.05 / 90)])
+def test_predicted_power_is_that_of_simulation(n, chance, level):
+    rng = np.random.default_rng(0)
+    for harm in (0.0, 0.05, 0.15):
+        losses, gains, _ = rng.multinomial(n, [chance + harm, chance, 1 - 2 * chance - harm], size=4000).T
+        assert power(n, chance, harm, level) == pytest.approx((loss_p(losses, gains) <= level).mean(), abs=0.03)
+
+
+def test_the_p_is_mcnemars():
+    for losses, gains in ((0, 0), (3, 1), (5, 0), (2, 6)):
+        want = binomtest(losses, losses + gains, alternative="greater").pvalue if losses + gains else 1
+        assert loss_p(np.array(losses), np.array(gains)) == pytest.approx(want)
+
+
+def test_the_smallest_visible_harm_has_a_power_of_80_percent():
+    for n, level in ((54, 0.05), (200, 0.05 / 90)):
+        assert power(n, 0.01, smallest_visible(n, 0.01, level), level) == pytest.approx(0.8, abs=0.01)
+    assert smallest_visible(54, 0.01, 0.05) > smallest_visible(540, 0.01, 0.05)
+    assert smallest_visible(54, 0.01, 0.05) < smallest_visible(54, 0.01, 0.05 / 90)
+    assert smallest_visible(4, 0.01, 0.05 / 90) is None
+
+
+def removals(rng, harm, n=100, flips=0.01):
+    """Each removal takes its class whole; removal i takes `harm[i, j]` of class j besides; chance flips either way."""
+    labels = np.arange(K).repeat(n)
+    known = rng.random(K * n) < 0.9
+    intact = np.where(known, labels, (labels + 1) % K)
+    chance = rng.random((K, K * n))
+    lost = known & (chance < (flips + harm[:, labels]) / 0.9)
+    predictions = np.where(lost, (labels + 1) % K, np.where(~known & (chance < flips / 0.1), labels, intact))
+    return np.where(labels == np.arange(K)[:, None], (labels + 1) % K, predictions), intact, labels
+
+
+def test_planted_harm_is_called_harmful_and_nothing_else_is():
+    harm = np.zeros((K, K))
+    harm[1, 3] = 0.3
+    found = verdicts(*removals(np.random.default_rng(0), harm), NAMES)
+    assert found["b"].verdict == "harmful"
+    assert found["b"].harmed == ["d"]
+    assert found["b"].harm.ci95[0] > 0.02
+    for name in "acde":
+        assert found[name].verdict == "not above"
+        assert found[name].others_lose_at_most <= found[name].visible_of_all
+        assert found[name].harmed == []
+    assert found["a"].target_drop == pytest.approx(0.9, abs=0.1)
+    low, high = found["a"].ci95
+    assert low < found["a"].target_drop < high
+
+
+def test_what_is_said_of_all_others_is_seldom_wrong():
+    """Of 100 removals without harm hardly 5 are called harmful, and of 80 with harm few bounds are too low."""
+    harm = np.full((K, K), 0.0)
+    harm[:, 2] = 0.04
+    wrong, low = 0, 0
+    for trial in range(20):
+        rng = np.random.default_rng(trial)
+        none = verdicts(*removals(rng, np.zeros((K, K))), NAMES)
+        wrong += sum(found.verdict == "harmful" for found in none.values())
+        some = verdicts(*removals(rng, harm), NAMES)
+        low += sum(found.others_lose_at_most < 0.04 for name, found in some.items() if name != "c")
+    assert wrong <= 9
+    assert low <= 8
+
+
+def test_few_examples_decide_nothing():
+    found = verdicts(*removals(np.random.default_rng(0), np.zeros((K, K)), n=6), NAMES)
+    assert {one.verdict for one in found.values()} == {"undecided"}
+    assert found["a"].visible_of_all is None
