@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from skillfast.models.sites import module_device, refuse_training, unwrap_compil
 from skillfast.progress import Forecast, track
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from skillfast.ablation.donors import DonorBank
     from skillfast.statistics.scores import NeuronScores
@@ -153,6 +153,27 @@ class SweepResult:
         if self.embeddings is None:
             raise ArgumentError("embeddings: expected a sweep that kept them, got none; pass keep_embeddings=True")
         return self.embeddings[[self._row(name) for name in names]]
+
+    def renamed(self, names: Mapping[str, str]) -> SweepResult:
+        """The result of some of the conditions alone, under other names; without embeddings.
+
+        Args:
+            names: Name of a condition here -> its name there, in the order wanted.
+
+        Raises:
+            ArgumentError: An unknown name.
+        """
+        rows = [self._row(name) for name in names]
+        return replace(
+            self,
+            names=tuple(names.values()),
+            per_class_accuracy=self.per_class_accuracy[rows],
+            per_class_margin=self.per_class_margin[rows],
+            predictions=None if self.predictions is None else self.predictions[rows],
+            margins=None if self.margins is None else self.margins[rows],
+            baseline_embeddings=None,
+            embeddings=None,
+        )
 
     def _row(self, name: str) -> int:
         try:

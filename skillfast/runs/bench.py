@@ -97,7 +97,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
-        on_test = stage("trade_off", lambda: _try(session, chosen.skills, "test"), Kept.by(SweepResult.load))
+        on_test = stage("trade_off", lambda: _try_on_test(session, chosen, removals, swept), Kept.by(SweepResult.load))
         replaced = None
         if config.ablate.scale == 0:
             replaced = stage("replace", lambda: replaced_predictions(session, removals.skills, swept.labels), JSON)
@@ -183,6 +183,13 @@ def _try(
         classes=subject.splits.classes,
         quiet=session.quiet,
     )
+
+
+def _try_on_test(session: Session, chosen: selection.Selection, removals: Removals, swept: SweepResult) -> SweepResult:
+    """Remove each candidate's skills on the test part; a lone candidate's are what `swept` has removed."""
+    if len(chosen.skills) > 1:
+        return _try(session, chosen.skills, "test")
+    return swept.renamed({condition.name: selection.name_of(0, condition.skill.name) for condition in removals.whole})
 
 
 def _sweep(session: Session, removals: Removals) -> SweepResult:

@@ -284,7 +284,7 @@ def try_on(
     """
     sets = [*skills, *(made for draws in controls.values() for made in draws)]
     conditions = [
-        Condition(skill, scale=scale, name=_name(i, name))
+        Condition(skill, scale=scale, name=name_of(i, name))
         for i, made in enumerate(sets)
         for name, skill in made.items()
     ]
@@ -293,11 +293,12 @@ def try_on(
 
 def predictions_of(swept: SweepResult, sets: Sequence[Iterable[str]], first: int = 0) -> np.ndarray:
     """int64 [len(sets), K, n]: predictions of `try_on` under the sets from the `first` one on, by their class names."""
-    rows = [swept.predictions_of(_name(first + i, name) for name in made) for i, made in enumerate(sets)]
+    rows = [swept.predictions_of(name_of(first + i, name) for name in made) for i, made in enumerate(sets)]
     return np.stack(rows)
 
 
-def _name(index: int, name: str) -> str:
+def name_of(index: int, name: str) -> str:
+    """What `try_on` calls the condition of a set's skill: the set's position, and the class."""
     return f"{index}: {name}"
 
 

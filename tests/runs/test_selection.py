@@ -18,6 +18,7 @@ from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import selection
 from skillfast.runs.cost import Clock
+from skillfast.runs.removals import Removals
 from skillfast.runs.selection import Candidate
 from skillfast.runs.session import Session
 from skillfast.runs.subject import Subject, Training
@@ -179,6 +180,13 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     assert not any(word in written["rule"] for word in ("40", "56", "20"))  # no figure of ours
 
 
+def test_masks_of_other_weights_start_from_the_middle_one(chosen):
+    found = chosen[1]
+    made = zip(found.candidates, found.skills, strict=True)
+    starts = {c.keep: skills["a"].settings["start_keep"] for c, skills in made if c.method == "mask"}
+    assert starts == {1.0: 5.0, 5.0: None, 20.0: 5.0}
+
+
 def test_the_choice_does_not_see_the_test_part(splits, chosen):
     """Neither its labels nor its images."""
     blank = TensorImages(torch.full_like(splits.test.images, torch.nan), permuted(splits.test).labels, CLASSES)
@@ -201,6 +209,26 @@ def test_permuted_labels_select_nothing(splits):
     noise = 3 * np.sqrt(2 * 0.25 / 90)  # three standard errors of a difference, at most
     assert abs(on_test.target_drop - control.target_drop) < noise
     assert abs(on_test.target_drop + on_test.other_change) < noise  # the own class fares as the others do
+
+
+def test_a_lone_candidate_is_removed_once(splits):
+    """Its effect on the test part is that of the sweep that removes it, under the trade-off's names."""
+    made, found = chosen_on(splits, method="attribution")
+    scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
+    session = Session(made, None, Clock(), True, lambda _: None)
+    removals = Removals.of(made, list(found.removed.values()), scores)
+    swept = protocol._sweep(session, removals)
+    forwards = []
+    handle = made.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    reused = protocol._try_on_test(session, found, removals, swept)
+    assert not forwards
+    handle.remove()
+    want = protocol._try(session, found.skills, "test")
+    assert reused.names == want.names
+    np.testing.assert_array_equal(reused.predictions, want.predictions)
+    np.testing.assert_array_equal(reused.per_class_accuracy, want.per_class_accuracy)
+    assert reused.embeddings is None
+    assert found.to_json(reused) == found.to_json(want)
 
 
 def test_a_method_by_name_is_one_candidate(splits):
