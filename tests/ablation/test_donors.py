@@ -171,7 +171,7 @@ def test_what_has_no_donor_is_refused(vit, batches):
     first = Condition(Skill("first", {"blocks.0.mlp": [0]}), mode="resample")
     text = one_line(ArgumentError, skillfast.sweep, make_vit(depth=2), batches, [first], donors=bank)
     assert "expected some of the model's architecture" in text
-    text = one_line(ArgumentError, drawn, vit, [(batches[0][0][:1].repeat(3, 1, 1, 1), torch.zeros(3))])
+    text = one_line(ArgumentError, drawn, vit, [(batches[0][0][:1].repeat(3, 1, 1, 1), torch.zeros(3).long())])
     assert "expected at least 2 different examples, got 1" in text
     assert "expected at least 2, got 1" in one_line(ArgumentError, drawn, vit, batches, n_donors=1)
     text = one_line(ArgumentError, drawn, vit, batches, memory_budget=10_000)
@@ -197,7 +197,7 @@ def test_images_of_another_size_have_no_donors(batches):
     larger = torch.randn(4, 3, 24, 24)
     with skillfast.ablate(model, SKILL, mode="resample", donors=bank), torch.no_grad():
         assert "of examples of another size" in one_line(ArgumentError, model, larger)
-    text = one_line(ArgumentError, drawn, model, [*batches, (larger, torch.zeros(4))], n_donors=41)
+    text = one_line(ArgumentError, drawn, model, [*batches, (larger, torch.zeros(4).long())], n_donors=41)
     assert "expected examples of one number of tokens, got [17] and [37] at blocks.0.mlp" in text
 
 

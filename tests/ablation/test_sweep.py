@@ -82,7 +82,9 @@ def some_conditions(model, seed=0):
 
 def donors_of(model, images, conditions):
     """Donors drawn from a batch, and whose activations each of its images gets."""
-    bank = skillfast.donors(model, [(images, torch.zeros(len(images)))], [c.skill for c in conditions], n_donors=5)
+    bank = skillfast.donors(
+        model, [(images, torch.zeros(len(images)).long())], [c.skill for c in conditions], n_donors=5
+    )
     return bank, images[bank.indices[bank.rows_of(model, images)]]
 
 
