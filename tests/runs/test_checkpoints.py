@@ -10,6 +10,7 @@ from conftest import make_vit
 import skillfast
 from skillfast import BenchConfig, NeuronRanking, SweepResult
 from skillfast.data.splits import TensorImages
+from skillfast.progress import Forecast
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import images, subject
@@ -240,3 +241,11 @@ def test_another_share_trains_again(small, tmp_path, monkeypatch):
     report = skillfast.bench(BenchConfig.of(**small, share=0.02, output=str(tmp_path)), say=said.append)
     assert report.results.cost.resumed == []
     assert any("had another share: starting anew" in line for line in said)
+
+
+def test_what_a_stage_foretells_bears_its_name():
+    said = []
+    session = Session(None, None, Clock(), True, said.append)
+    session.stage("select", lambda: Forecast("60 steps", 60), part="mask keep 5")
+    Forecast("nobody is told", 1)
+    assert said == ["select: mask keep 5: 60 steps"]
