@@ -269,8 +269,7 @@ def _results(
         return swept.predictions_of(condition.name for condition in conditions).reshape(-1, k, len(labels))
 
     whole, controls = map(predicted, (removals.whole, removals.controls))
-    seed = subject.config.run.seed
-    bootstrap = Bootstrap(labels, seed=seed)
+    bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
     oracle = selectivity.oracle_predictions(swept.top2, k)
 
     def under_own(predictions: np.ndarray) -> np.ndarray:  # [rows, K, n] -> [rows, n]
@@ -321,9 +320,9 @@ def _results(
         "random_control": {
             **structs.asdict(selectivity.selectivity(controls, oracle, intact, labels)),
             "draws": len(controls),
-            "own": own_control(own_controls, intact, labels, bootstrap, seed),
+            "own": own_control(own_controls, intact, labels),
         },
-        "matched_control": own_control(matched, intact, labels, bootstrap, seed + 1),
+        "matched_control": own_control(matched, intact, labels),
         "layer_contribution": {
             **structs.asdict(shapley.layer_contribution(drops, resampled, classes)),
             "per_block": shapley.per_block(blocks, *block_drops, subject.splits.classes),

@@ -41,13 +41,15 @@ def test_the_interval_of_a_control_holds_the_spread_of_its_draws():
         chance = np.clip(rng.normal(0.2, 0.1, (draws, classes)), 0, 1)  # that a draw costs an image its class
         fragile = rng.random(len(labels)) < 0.5  # images that a draw can cost at all
         lost = (rng.random((draws, len(labels))) < 2 * chance[:, labels]) & fragile
-        bootstrap = Bootstrap(labels, 200, trial)
-        found = own_control(np.where(lost, (labels + 1) % classes, labels), labels, labels, bootstrap, trial)
+        found = own_control(np.where(lost, (labels + 1) % classes, labels), labels, labels)
         covered.append(found.ci95[0] <= 0.2 <= found.ci95[1])
-        means = bootstrap.own_class(lost.mean(0)).mean(0)
+        means = Bootstrap(labels, 200, trial).own_class(lost.mean(0)).mean(0)
         narrow.append(np.quantile(means, 0.025) <= 0.2 <= np.quantile(means, 0.975))
         spreads.append(found.spread)
     assert 0.93 <= np.mean(covered) <= 0.99
+    none = own_control(labels[None].repeat(2, 0), labels, labels)
+    assert none.target_drop == 0
+    assert none.ci95[0] < 0 < none.ci95[1]  # no event is no certainty
     assert np.mean(narrow) < np.mean(covered) - 0.02
     assert 0.1 < np.mean(spreads) < 0.16  # 0.1, and what 30 images add
 
@@ -55,11 +57,11 @@ def test_the_interval_of_a_control_holds_the_spread_of_its_draws():
 def test_a_control_is_a_mean_over_classes_and_draws():
     labels, intact = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 0])
     predictions = np.array([[1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]])
-    found = own_control(predictions, intact, labels, Bootstrap(labels, 50), 0)
+    found = own_control(predictions, intact, labels)
     np.testing.assert_allclose(found.per_class, [0.25, (-0.25 + 0.5) / 2])
     np.testing.assert_allclose(found.target_drop, np.mean(found.per_class))
     np.testing.assert_allclose(found.spread, np.mean([np.std([0.5, 0], ddof=1), np.std([-0.25, 0.5], ddof=1)]))
-    assert own_control(predictions[:1], intact, labels, Bootstrap(labels, 50), 0).spread is None
+    assert own_control(predictions[:1], intact, labels).spread is None
 
 
 def test_fewer_than_two_classes_have_no_pairs():
