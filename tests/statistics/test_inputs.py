@@ -95,7 +95,9 @@ def test_a_constant_that_the_calibration_missed_is_one():
     g = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(300, generator=g).expand(100, -1), torch.randn(100, 1, generator=g)], 1)
     acc = NeuronStatistics(301, {"y": Continuous()}, ("pearson",))
-    acc.calibrate(torch.randn(50, 301, generator=g) + 3, {"y": torch.randn(50, generator=g)})
+    rows = torch.randn(50, 301, generator=g) + 3
+    acc.calibrate(rows, {"y": torch.randn(50, generator=g)})
+    torch.testing.assert_close(acc.state.moments.shift_x, rows.mean(0))
     acc.update(x, {"y": torch.randn(100, generator=g)})
     with pytest.warns(RuntimeWarning, match=r"constant_neuron \(300 neurons\)"):
         scores = acc.compute()
