@@ -197,6 +197,18 @@ def _information(classes: list[str]) -> dict[str, Any]:
             "steps": 30}  # fmt: skip
 
 
+def _identifiability(classes: list[str]) -> dict[str, Any]:
+    """The second class flagged for its control, the third for its overlap."""
+    rows = {
+        name: {"drop": 0.8, "control": 0.14 if i == 1 else 0.03, "overlap": 0.2 if i == 2 else 0.66,
+               "chance_overlap": 0.015, "second_drop": 0.15, "flagged": i in (1, 2)}
+        for i, name in enumerate(classes)
+    }  # fmt: skip
+    return {"drop": 0.8, "control": 0.04, "overlap": 0.61, "chance_overlap": 0.015, "second_drop": 0.15,
+            "per_class": rows, "method": "attribution", "share": 0.03, "groups": 3, "n_examples": 600,
+            "control_limit": 0.1, "overlap_limit": 0.3}  # fmt: skip
+
+
 def _selection(k: int, rng: random.Random) -> dict[str, Any]:
     ways = [("pearson", False), ("pearson", True), ("attribution", False), ("attribution", True), ("mask", False)]
     tried = [
@@ -301,6 +313,7 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         results["interference"] = _interference(classes, rng)
         results["selection"] = _selection(n_classes, rng)
         results["information"] = _information(classes)
+        results["identifiability"] = _identifiability(classes)
         results["overall"] = _overall(classes, rng)
         results["correlations"] = _correlations(classes, sites)
     return results

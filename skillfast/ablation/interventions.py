@@ -226,6 +226,17 @@ class Interventions:
             part.index_add_(-1, change.neurons.to(part.device), (1 - change.scale) * other)
         return changed
 
+    def apply_each(self, site: Site, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Activations [batch, ..., D], each example's changed by a condition of its own, without donors.
+
+        Args:
+            site: Where.
+            x: What flows there.
+            condition: int64 [batch], position of each example's condition; as many as there are for none.
+        """
+        tables = self._tables(site, x, tuple(range(len(self.conditions) + 1)))  # the last one changes nothing
+        return ops.neuron_scale(x, tables.scale, tables.shift, condition)
+
     def _tables(self, site: Site, x: torch.Tensor, conditions: tuple[int, ...]) -> _Tables:
         """The tables of these conditions where the activations are, kept for the next batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

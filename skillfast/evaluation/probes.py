@@ -15,7 +15,7 @@ from skillfast.results.bench import ClassInformation, Information, InformationIn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PER_CLASS, MOST = 60, 2000  # examples that probes are fitted on
+PER_CLASS, MOST = 40, 2000  # examples that probes are fitted on
 SHOTS = 5  # examples of a class that it is relearned from
 OTHERS = 45  # of other classes beside them, at most
 DRAWS = 5  # of these examples

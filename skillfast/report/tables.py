@@ -94,6 +94,10 @@ def _add_evidence(table: Table, results: BenchResults) -> None:
             table.add_row(
                 name, f"{percent(getattr(found, key))} {interval(getattr(found.ci95, key), percent)}".rstrip(), "", ""
             )
+    if (controls := results.identifiability) is not None:
+        flagged = sum(values.flagged for values in controls.per_class.values())
+        own, arbitrary = points(controls.drop), points(controls.control)
+        table.add_row("chosen for a class; arbitrary group", f"{own}; {arbitrary} ({flagged} flagged)", "", "")
     if correlated is not None and (label := correlated.metrics.get("label")):
         table.add_row(f"top-{correlated.top} |r| with label", plain(finite(label.test)), "", "")
 

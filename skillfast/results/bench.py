@@ -752,6 +752,59 @@ class Interference(Record, frozen=True, kw_only=True):
                 raise ValueError(f"expected the key {missing[0]} beside {name} at interference, got none")
 
 
+class ClassIdentifiability(Record, frozen=True):
+    """What is chosen for a class, beside what is chosen for no class, on other examples, and of other neurons.
+
+    Attributes:
+        drop: Accuracy that the class loses by the set that is chosen for it, beyond what other examples lose by it.
+        control: What arbitrary groups of as many examples of all classes lose by sets that are chosen for them, beyond
+            what other examples lose; the mean over a few groups.
+        overlap: Jaccard index of the sets that are chosen on two halves of the class's examples.
+        chance_overlap: Jaccard index that random sets of these sizes per site have on average.
+        second_drop: What the class loses on the test part by a second set, as large as its skill and disjoint from it.
+        flagged: Whether the control is above its limit or the overlap below.
+    """
+
+    drop: float | None
+    control: float | None
+    overlap: Fraction | None
+    chance_overlap: Fraction | None
+    second_drop: Change | None
+    flagged: bool
+
+
+class Identifiability(Record, frozen=True):
+    """Whether skills are the classes' own: means over the classes, and each class's.
+
+    Attributes:
+        drop: Mean over the classes.
+        control: Mean over the groups.
+        overlap: Mean over the classes.
+        chance_overlap: Mean over the classes.
+        second_drop: Mean over the classes.
+        per_class: By class.
+        method: How sets are chosen here.
+        share: Size of the sets, as a share of all neurons.
+        groups: Arbitrary groups for each class.
+        n_examples: Examples of the select part that they are chosen on.
+        control_limit: A class is flagged whose control is above this.
+        overlap_limit: A class is flagged whose overlap is below this.
+    """
+
+    drop: float | None
+    control: float | None
+    overlap: Fraction | None
+    chance_overlap: Fraction | None
+    second_drop: Change | None
+    per_class: dict[str, ClassIdentifiability]
+    method: Literal["attribution"]
+    share: Share
+    groups: Positive
+    n_examples: Positive
+    control_limit: Fraction
+    overlap_limit: Fraction
+
+
 class PhaseSeconds(Record, frozen=True, kw_only=True):
     """Seconds per stage, in the order of the run; those of an interrupted run included."""
 
@@ -764,6 +817,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     sweep: Seconds
     shares: Seconds | None = None
     embeddings: Seconds | None = None
+    identifiability: Seconds | None = None
     trade_off: Seconds | None = None
     replace: Seconds | None = None
     trace_test: Seconds | None = None
@@ -818,6 +872,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
         layer_contribution: Where the skills live.
         standard_metrics: Metrics of embeddings before and after; absent without embeddings.
         information: Whether classes are gone or hidden; absent without embeddings.
+        identifiability: Whether skills are the classes' own.
         interference: How the skills interfere.
         selection: Which candidate was chosen.
         correlations: How closely the best neurons follow each metric.
@@ -840,6 +895,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     layer_contribution: LayerContribution | None = None
     standard_metrics: StandardMetrics | None = None
     information: Information | None = None
+    identifiability: Identifiability | None = None
     interference: Interference | None = None
     selection: SelectionResult | None = None
     correlations: Correlations | None = None

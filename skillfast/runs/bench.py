@@ -30,6 +30,7 @@ from skillfast.runs import selection
 from skillfast.runs.cost import trace_over_forward
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
+from skillfast.runs.identifiability import identify
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
 from skillfast.runs.replacements import replaced_predictions
@@ -97,6 +98,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
+        identified = stage("identifiability", lambda: _identifiability(session, skills, swept.top2[:, 0]), JSON)
         on_test = stage("trade_off", lambda: _try_on_test(session, chosen, removals, swept), Kept.by(SweepResult.load))
         replaced = None
         if config.ablate.scale == 0:
@@ -107,6 +109,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
             labels, intact = swept.labels, swept.top2[:, 0]
             four = np.concatenate([zero[labels, np.arange(len(labels))][None], np.array(replaced)])
             found["replacements"] = replacements(four, intact, labels, subject.splits.classes)
+        found["identifiability"] = identified
         found["selection"] = chosen.to_json(on_test)
         if scores.pearson is not None:
             held_out = stage(
@@ -235,6 +238,26 @@ def _embeddings(session: Session, removals: Removals, swept: SweepResult) -> Emb
         swept=swept,
         quiet=session.quiet,
     )
+
+
+def _identifiability(session: Session, skills: Mapping[str, Skill], intact: np.ndarray) -> dict[str, Any]:
+    """Whether the skills are the classes' own; sets are as large as a skill may be."""
+    subject, settings = session.subject, session.config.select
+    found = identify(
+        subject.model,
+        subject.loader("select"),
+        subject.loader("test"),
+        intact,
+        skills,
+        sites=[site.name for site in choose_sites(subject.model, subject.config.trace.sites)],
+        share=settings.share,
+        max_site_share=settings.max_site_share,
+        contrastive=settings.contrastive,
+        scale=subject.config.ablate.scale,
+        seed=subject.config.run.seed,
+        quiet=session.quiet,
+    )
+    return records.to_json(found)
 
 
 def _time_tracing(subject: Subject) -> dict[str, float | int]:

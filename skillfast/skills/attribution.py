@@ -17,6 +17,8 @@ from skillfast.skills.ranking import NeuronRanking
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    import numpy as np
+
 
 def attribute(
     model: torch.nn.Module,
@@ -48,14 +50,60 @@ def attribute(
     Source: Molchanov et al., "Importance estimation for neural network pruning", 2019 (without taking the square).
     """
     model = unwrap_compiled(model)
+    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
+    return _attributed(model, loader, sites, len(names), [f"label:{name}" for name in names], None, quiet)
+
+
+def attribute_groups(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    members: np.ndarray,
+    columns: Sequence[str],
+    *,
+    sites: Sequence[str] | None = None,
+    n_classes: int,
+    quiet: bool = True,
+) -> NeuronRanking:
+    """What `attribute` gives, averaged over any groups of images: each image's log-odds are of its own class.
+
+    Args:
+        model: In evaluation mode, on the device where it shall run.
+        loader: Batches of (images, labels), not shuffled.
+        members: bool [n, groups], the images of each group, in the loader's order; an image may be in several.
+        columns: A column per group, `metric:name`.
+        sites: Kinds or names of sites; None: all.
+        n_classes: How many classes there are.
+        quiet: Show no progress bar.
+
+    Returns:
+        The attribution of every neuron to every group; NaN for a group without images.
+
+    Raises:
+        ArgumentError: An unknown site, labels that are no class indices, an empty loader, or another number of images
+            than have groups.
+        ModelError: A model in training mode or without known sites.
+    """
+    return _attributed(unwrap_compiled(model), loader, sites, n_classes, columns, torch.from_numpy(members), quiet)
+
+
+def _attributed(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    sites: Sequence[str] | None,
+    n_classes: int,
+    columns: Sequence[str],
+    members: torch.Tensor | None,
+    quiet: bool,
+) -> NeuronRanking:
+    """The attributions of groups of images; without `members` those of the classes."""
     refuse_training(model, "attribute")
     chosen = choose_sites(model, sites)
-    names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
     with torch.inference_mode(False), torch.enable_grad():
-        total = torch.zeros(sum(site.width for site in chosen), len(names), dtype=torch.float64)
-        counts = torch.zeros(len(names), dtype=torch.int64)
+        total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64)
+        counts = torch.zeros(len(columns), dtype=torch.int64)
+        done = 0
         for batch in track(loader, "attribution", quiet=quiet):
-            found = class_batch(batch, len(names), next(model.parameters()).device)
+            found = class_batch(batch, n_classes, next(model.parameters()).device)
             labels = found.labels
             with neuron_inputs(model, chosen) as inputs:
                 own = log_odds(found.logits(model), labels).sum()
@@ -63,14 +111,25 @@ def attribute(
             rows = torch.cat(
                 [_over_tokens(inputs[s.name].detach(), g) for s, g in zip(chosen, gradients, strict=True)], dim=1
             )  # [batch, n_neurons]
-            member = torch.nn.functional.one_hot(labels, len(names)).to(rows)  # [batch, n_classes]
-            total += (rows.T @ member).cpu()
+            member = (
+                torch.nn.functional.one_hot(labels, n_classes)
+                if members is None
+                else members[done : done + len(labels)].to(rows.device)
+            )  # [batch, n_columns]
+            done += len(labels)
+            if len(member) < len(labels):
+                break
+            total += (rows.T @ member.to(rows)).cpu()
             counts += member.sum(0).long().cpu()
     if not int(counts.sum()):
         raise ArgumentError("attribute: expected at least one image, got an empty loader; check its batches")
+    if members is not None and done != len(members):
+        raise ArgumentError(
+            f"members: expected a row for each image of the loader, got {len(members)}; give one for each"
+        )
     return NeuronRanking(
         method="attribution",
-        columns=tuple(f"label:{name}" for name in names),
+        columns=tuple(columns),
         values=(total / torch.where(counts > 0, counts, torch.nan)).numpy(),
         sites=chosen,
         n_observations=counts.numpy(),

@@ -7,7 +7,7 @@ from msgspec import structs
 from report_sample import sample_results
 
 from skillfast.report import summary_table
-from skillfast.report.bench import information
+from skillfast.report.bench import identifiability, information
 from skillfast.report.formatting import UNDEFINED
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
@@ -43,3 +43,23 @@ def test_the_terminal_says_both(results):
     found = dict(zip(cells[0], cells[1], strict=True))
     assert str(found["information lost (refitted probe)"]).startswith("18.0")
     assert str(found["readout lost"]).startswith("85.0")
+
+
+def test_flagged_classes_are_named_with_why(results):
+    mean, *rows = identifiability.rows(results)
+    assert mean[-1] == "2 of 10"
+    assert [row[-1] for row in rows[:4]] == [
+        "",
+        "control above 10.0\N{NO-BREAK SPACE}%",
+        "halves share less than 30.0\N{NO-BREAK SPACE}%",
+        "",
+    ]
+    first, second, last = identifiability.say(results)
+    assert "cost it 80.0 points more than other examples" in first
+    assert "share 61.0" in second
+    assert last == "Flagged: automobile, bird."
+    calm = {name: structs.replace(row, flagged=False) for name, row in results.identifiability.per_class.items()}
+    quiet = structs.replace(results, identifiability=structs.replace(results.identifiability, per_class=calm))
+    assert identifiability.say(quiet)[-1] == "No class is flagged."
+    cells = [list(column.cells) for column in summary_table(results).columns]
+    assert "2 flagged" in str(dict(zip(cells[0], cells[1], strict=True))["chosen for a class; arbitrary group"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import DataError
 from skillfast.report import pages
-from skillfast.report.bench import evidence, figures, information, interference, tradeoff, words
+from skillfast.report.bench import evidence, figures, identifiability, information, interference, tradeoff, words
 from skillfast.report.formatting import cell, data_name, model_name, percent
 from skillfast.report.parts import MAX_WRITTEN
 
@@ -69,6 +69,9 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "embeddings": embeddings,
         "first_removal": len(embeddings) - len(classes),
         "embeddings_say": interference.embeddings_say(results) if results.standard_metrics else [],
+        "identifiability": (identifiability.say(results), identifiability.rows(results))
+        if results.identifiability
+        else None,
         "information": (information.say(results), information.rows(results)) if results.information else None,
         "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if results.selection else None,
         "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.overall else None,

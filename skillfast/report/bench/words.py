@@ -40,6 +40,7 @@ STAGES = {
     "sweep": "removing them",
     "shares": "removing parts of them",
     "embeddings": "comparing embeddings",
+    "identifiability": "choosing for other groups and halves",
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
 }

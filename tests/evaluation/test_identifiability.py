@@ -1,0 +1,106 @@
+"""Controls of how skills are chosen, on planted models."""
+
+from __future__ import annotations
+
+import numpy as np
+import planted
+import pytest
+import torch
+from conftest import one_line
+
+from skillfast import Skill, ablate, attribute
+from skillfast.ablation.assigned import predict_assigned
+from skillfast.data import TensorImages, loader
+from skillfast.errors import ArgumentError
+from skillfast.evaluation.identifiability import drops, identifiability
+from skillfast.runs.identifiability import identify
+from skillfast.skills.attribution import attribute_groups
+
+CLASSES = tuple("abcd-")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return [loader(TensorImages(*planted.evidence(n, seed), classes=CLASSES), 64) for n, seed in ((300, 1), (200, 2))]
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_each_example_runs_under_its_own_skill(vit, batches, scale):
+    skills = [Skill("a", {"blocks.0.mlp": range(60)}), Skill("b", {"blocks.2.attn": range(12), "head": [3, 4]})]
+    assigned = np.random.default_rng(0).integers(-1, 2, 37)
+    images = torch.cat([x for x, _ in batches])
+    with torch.inference_mode():
+        want = vit(images).argmax(1).numpy()
+        for i, skill in enumerate(skills):
+            with ablate(vit, skill, scale=scale):
+                want = np.where(assigned == i, vit(images).argmax(1).numpy(), want)
+    np.testing.assert_array_equal(predict_assigned(vit, batches, skills, assigned, scale=scale), want)
+    for wrong in (assigned[:-1], np.append(assigned, 0)):
+        assert "for each example" in one_line(ArgumentError, predict_assigned, vit, batches, skills, wrong)
+
+
+def test_attributions_of_any_groups(vit, batches):
+    """Of the classes those of `attribute`; a group of all images has the mean over them."""
+    labels = torch.cat([y for _, y in batches]).numpy()
+    members = np.concatenate([labels[:, None] == np.arange(5), np.ones((37, 1), bool), np.zeros((37, 1), bool)], 1)
+    columns = [f"group:{i}" for i in range(7)]
+    found = attribute_groups(vit, batches, members, columns, n_classes=5)
+    want = attribute(vit, batches, classes=5)
+    np.testing.assert_allclose(found.values[:, :5], want.values, rtol=1e-5)
+    mean = want.values @ np.bincount(labels) / 37
+    np.testing.assert_allclose(found.values[:, 5], mean, rtol=1e-4, atol=1e-6)
+    assert np.isnan(found.values[:, 6]).all()
+    message = one_line(ArgumentError, attribute_groups, vit, batches, members[:30], columns, n_classes=5)
+    assert "for each image" in message
+
+
+def controls(model, parts, skills, share):
+    intact = predict_assigned(model, parts[1], [], np.full(200, -1))
+    return identify(model, *parts, intact, skills, sites=["blocks.0.mlp"], share=share, max_site_share=1.0)
+
+
+def test_planted_skills_are_the_classes_own(parts):
+    """One of 12 neurons: halves agree, arbitrary groups lose nothing beyond others, nothing stands beside the skill."""
+    skills = {name: Skill(name, {"blocks.0.mlp": [k, 4 + k]} if k < 4 else {}) for k, name in enumerate(CLASSES)}
+    found = controls(planted.Copies(), parts, skills, 1 / 12)
+    for name in "abcd":
+        values = found.per_class[name]
+        assert values.drop > 0.95
+        assert values.overlap == 1
+        assert values.chance_overlap == pytest.approx((1 / 12) / (2 - 1 / 12))
+        assert values.second_drop < 0.05
+    assert found.n_examples == 200
+
+
+def test_arbitrary_groups_are_told_from_classes(parts):
+    """A set chosen for a group of all classes takes one class from the group and from others alike."""
+    skills = {name: Skill(name, {"blocks.0.mlp": [k]} if k < 4 else {}) for k, name in enumerate(CLASSES)}
+    found = controls(planted.Copies(), parts, skills, 1 / 12)
+    values = [found.per_class[name] for name in CLASSES]
+    assert abs(np.mean([value.control for value in values])) < 0.1
+    assert np.mean([value.drop for value in values[:4]]) > 10 * abs(np.mean([value.control for value in values]))
+
+
+def test_a_second_set_that_does_as_much_is_found(parts):
+    """The head needs both copies: the skill is one of them, and the other costs the class as much."""
+    model = planted.Copies()
+    with torch.no_grad():
+        model.head.weight[:, 4:8] = model.head.weight[:, :4]
+        model.head.bias[4] = 3
+    skills = {name: Skill(name, {"blocks.0.mlp": [k]} if k < 4 else {}) for k, name in enumerate(CLASSES)}
+    found = controls(model, parts, skills, 1 / 12)
+    assert min(found.per_class[name].second_drop for name in "abcd") > 0.9
+    assert found.per_class["-"].second_drop == 0
+
+
+def test_drops_and_flags():
+    right, removed = np.array([1, 1, 0, 1, 1], bool), np.array([0, 1, 1, 1, 0], bool)
+    found = drops(right, removed, np.array([0, 0, 0, 2, 2]), 4)
+    np.testing.assert_allclose(found, [0, np.nan, 0.5, np.nan])
+    control, overlap = np.array([0.1, 0.11, 0.0, np.nan]), np.array([0.3, 0.9, 0.29, np.nan])
+    result = identifiability(
+        np.ones(4), control, overlap, np.full(4, 0.02), np.zeros(4), "abcd", share=0.03, groups=3, n_examples=9
+    )
+    assert [result.per_class[name].flagged for name in "abcd"] == [False, True, True, False]
+    assert result.control == pytest.approx(0.07)
+    assert result.per_class["d"].control is None
