@@ -55,14 +55,14 @@ def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequen
         spread_rest = 1 - _alone(spread) / spread[0]
     shares = _shares(total)
     per_class = {name: Shares(**_shares(drops[:, i])) for i, name in enumerate(classes)}
-    ci95 = {kind: interval(spread_shares[i]) for i, kind in enumerate(KINDS)}
+    ci95 = {kind: _ends(spread_shares[i], spread[0]) for i, kind in enumerate(KINDS)}
     return LayerContribution(
         mlp=shares["mlp"],
         attn=shares["attn"],
         head=shares["head"],
         non_additivity=float(1 - _alone(total) / total[0]) if total[0] > 0 else None,
         per_class=per_class,
-        ci95=ShareIntervals(**ci95, non_additivity=interval(spread_rest)),
+        ci95=ShareIntervals(**ci95, non_additivity=_ends(spread_rest, spread[0])),
     )
 
 
@@ -134,13 +134,18 @@ def per_block(
         BlockShare(
             block=block,
             share=shares[b],
-            ci95=interval(ends[b]),
+            ci95=_ends(ends[b], spread[0]),
             bottom_up=orders[0][b],
             top_down=orders[1][b],
             per_class={name: row[b] for name, row in zip(classes, by_class, strict=True)},
         )
         for b, block in enumerate(blocks)
     ]
+
+
+def _ends(shares: np.ndarray, whole: np.ndarray) -> list[float] | None:
+    """95 % interval of resampled shares [replicates]; None where the whole [replicates] may be 0."""
+    return interval(shares) if np.quantile(whole, 0.025) > 0 else None
 
 
 def _share(values: np.ndarray, whole: float) -> list[float | None]:

@@ -90,6 +90,15 @@ def test_layer_contribution():
     assert nothing.mlp is nothing.non_additivity is nothing.ci95.mlp is nothing.ci95.non_additivity is None
 
 
+def test_shares_of_a_loss_that_may_be_none_have_no_interval():
+    drops = worth(0.3, 0.1, 0.1)[:, None]
+    resampled = drops[..., None] + np.linspace(-0.6, 0.6, 41)
+    found = to_json(contribution.layer_contribution(drops, resampled, ["a"]))
+    assert found["mlp"] == pytest.approx(0.6)
+    assert found["ci95"]["mlp"] is None
+    assert to_json(contribution.layer_contribution(drops, drops[..., None] + [0.0, 0.1], ["a"]))["ci95"]["mlp"]
+
+
 @pytest.mark.filterwarnings("ignore:some scores are not defined")
 def test_shares_of_a_planted_skill():
     """Class 3 lives in one MLP neuron and two attention neurons that can each carry it: Shapley gives them halves."""
