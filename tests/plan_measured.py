@@ -18,6 +18,7 @@ def main(config: str, settings: dict) -> None:
 
     import skillfast
     from skillfast.memory.config import PlanConfig
+    from skillfast.memory.plan import kinds_of
     from skillfast.models.huggingface import load_config, skeleton
 
     chosen = PlanConfig(**settings)
@@ -32,7 +33,7 @@ def main(config: str, settings: dict) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
     generator = torch.Generator().manual_seed(int(warm.isnan()))
-    tracer = skillfast.Tracer(model, chosen.kinds(), statistics=chosen.statistics, bins=chosen.bins, pool="last")
+    tracer = skillfast.Tracer(model, kinds_of(chosen), statistics=chosen.statistics, bins=chosen.bins, pool="last")
     with tracer, torch.no_grad():
         for _ in range(settings["examples"] // chosen.batch_size):
             ids = torch.randint(0, 100, (chosen.batch_size, chosen.tokens), generator=generator)

@@ -94,7 +94,10 @@ def _bytes_of(batch: Any) -> int:
 
 
 def _random_batches(batches: Sequence[Any], rows: int, exact_rows: int, seed: int) -> list[Any]:
-    """Random batches of a list with `rows` rows, or none where all of it is scored exactly."""
+    """Random batches of a list with `rows` rows, or none where all of it is scored exactly.
+
+    There are more of them, up to `_LEAST_BATCHES`, as far as an accumulator keeps their rows.
+    """
     if sum(map(_rows_of, batches)) <= exact_rows:
         return []
     order = list(batches)
@@ -102,7 +105,7 @@ def _random_batches(batches: Sequence[Any], rows: int, exact_rows: int, seed: in
     chosen: list[Any] = []
     count = 0
     for batch in order:
-        if count >= rows and len(chosen) >= _LEAST_BATCHES:
+        if count >= rows and (len(chosen) >= _LEAST_BATCHES or count + _rows_of(batch) > exact_rows):
             break
         chosen.append(batch)
         count += _rows_of(batch)

@@ -86,7 +86,7 @@ def config_of(model_type: str, **sizes: object):
         ("BertForSequenceClassification", "bert", ()),
         ("ViTForImageClassification", "vit", ()),
         ("Qwen3MoeForCausalLM", "qwen3_moe", ("experts.gate_up_proj", "experts.down_proj", "mlp.gate")),
-        ("DeepseekV3ForCausalLM", "deepseek_v3", ("experts.gate_up_proj", "shared_experts.down_proj", "mlp.gate")),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", ("experts.gate_up_proj", "mlp.gate")),
         ("T5ForConditionalGeneration", "t5", ("EncDecAttention.o", "EncDecAttention.q")),
     ],
 )

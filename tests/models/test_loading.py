@@ -31,8 +31,13 @@ def tiny(num_classes: int = 3, **more):
     return create_model(NAME, num_classes, model_kwargs=TINY, **more)
 
 
-def message_of(*args, **kwargs) -> str:
-    return one_line(ModelError, create_model, *args, **kwargs)
+def message_of(*args, error: type[Exception] = ModelError, **kwargs) -> str:
+    return one_line(error, create_model, *args, **kwargs)
+
+
+def refused(name: str) -> str:
+    """What is said of a name: it is a wrong argument."""
+    return message_of(name, 10, error=ArgumentError)
 
 
 @pytest.fixture
@@ -75,14 +80,14 @@ def test_data_config_follows_size_and_channels():
 
 
 def test_unknown_models():
-    text = message_of("vit_tinny_patch16_224", 10)
+    text = refused("vit_tinny_patch16_224")
     assert "got an unknown one; closest: vit_tiny_patch16_224" in text
-    assert "got an unknown one; timm.list_models() lists them" in message_of("zzz", 10)
-    assert "got an unknown one" in message_of("timm/vit", 10)
-    text = message_of(f"{NAME}.nope", 10)
+    assert "got an unknown one; timm.list_models() lists them" in refused("zzz")
+    assert "got an unknown one" in refused("timm/vit")
+    text = refused(f"{NAME}.nope")
     assert f"expected a pretrained tag of {NAME}, got 'nope'; it has augreg_in21k, augreg_in21k_ft_in1k" in text
-    assert "got a Hugging Face model; language models are hf:NAME with --dataset text" in message_of("hf:gpt2", 10)
-    assert "got a folder; language models are hf:NAME" in message_of("/", 10)
+    assert "got a Hugging Face model; language models are hf:NAME with --dataset text" in refused("hf:gpt2")
+    assert "got a folder; language models are hf:NAME" in refused("/")
 
 
 def test_arguments_that_do_not_fit():

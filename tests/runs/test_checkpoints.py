@@ -196,6 +196,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
                 "sweep",
                 "shares",
                 "embeddings",
+                "identifiability",
                 "trade_off",
                 "replace",
                 "trace_test",
