@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tarfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).parents[1]
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # older Pythons have no such argument
 CORE = ("ablation", "models", "ops", "statistics", "tracing")
 
 

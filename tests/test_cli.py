@@ -14,7 +14,7 @@ import click
 import jsonschema
 import pytest
 from click.testing import CliRunner
-from conftest import make_pictures
+from conftest import SAFELY, make_pictures
 
 from skillfast.cli import main
 from skillfast.options import Command, Numbers, _given_once
@@ -308,4 +308,4 @@ def _unpack(archive, target, counts):
         for member in tar:
             part, _, name = member.name.partition("/")
             if member.isfile() and int(Path(name).stem) < counts[part]:
-                tar.extract(member, target, filter="data")
+                tar.extract(member, target, **SAFELY)

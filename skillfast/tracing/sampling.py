@@ -44,7 +44,7 @@ class Order:
     distributed: bool
 
 
-def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Order:
+def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0, *, most: int | None = None) -> Order:
     """Decide how to read a loader.
 
     A loader that shuffles is read as it is. A map-style data set or a list of batches in a fixed order is calibrated on
@@ -56,10 +56,11 @@ def plan(loader: Iterable[Any], rows: int, exact_rows: int, seed: int = 0) -> Or
         rows: How many rows should set the edges.
         exact_rows: Up to this many rows no edges are needed.
         seed: Seed of the choice of items.
+        most: How many rows an accumulator takes to set edges from; None for any number.
     """
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Sequence):
-            return Order(loader, _random_batches(loader, rows, exact_rows, seed), distributed=False)
+            return Order(loader, _random_batches(loader, rows, exact_rows, seed, most), distributed=False)
         return Order(_shuffled(loader, rows, seed), (), distributed=False)
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:  # items that are batches already
         return Order(_shuffled(loader, rows, seed), (), distributed=False)
@@ -93,10 +94,12 @@ def _bytes_of(batch: Any) -> int:
     return sum(map(_bytes_of, parts))
 
 
-def _random_batches(batches: Sequence[Any], rows: int, exact_rows: int, seed: int) -> list[Any]:
+def _random_batches(
+    batches: Sequence[Any], rows: int, exact_rows: int, seed: int, most: int | None = None
+) -> list[Any]:
     """Random batches of a list with `rows` rows, or none where all of it is scored exactly.
 
-    There are more of them, up to `_LEAST_BATCHES`, as far as an accumulator keeps their rows.
+    There are more of them, up to `_LEAST_BATCHES`, as far as `most` rows allow.
     """
     if sum(map(_rows_of, batches)) <= exact_rows:
         return []
@@ -105,7 +108,8 @@ def _random_batches(batches: Sequence[Any], rows: int, exact_rows: int, seed: in
     chosen: list[Any] = []
     count = 0
     for batch in order:
-        if count >= rows and (len(chosen) >= _LEAST_BATCHES or count + _rows_of(batch) > exact_rows):
+        many = len(chosen) >= _LEAST_BATCHES or (most is not None and count + _rows_of(batch) > most)
+        if count >= rows and many:
             break
         chosen.append(batch)
         count += _rows_of(batch)

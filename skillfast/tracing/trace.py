@@ -104,7 +104,8 @@ def trace(
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counter = _BatchCounter(tracer, model, run, mask)
     per = TOKENS if pool == "none" else 1
-    order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per)
+    most = None if pool == "none" else exact_rows(bins)
+    order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per, most=most)
     valid = sampling.ValidRows(loader)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import one_line
+from conftest import SAFELY, one_line
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -330,7 +330,7 @@ def test_half_trained_checkpoint_needs_its_own_normalisation(shared: Path, tmp_p
     with tarfile.open(archive, "r|gz") as tar:
         for member in tar:
             if member.isfile() and int(Path(member.name).stem) < (20 if member.name.startswith("test") else 2):
-                tar.extract(member, tmp_path, filter="data")
+                tar.extract(member, tmp_path, **SAFELY)
     kwargs = {"img_size": 32, "patch_size": 4, "depth": 6}
     loaded = create_model(NAME, 10, checkpoint=checkpoint, model_kwargs=kwargs)
     assert not loaded.head_replaced

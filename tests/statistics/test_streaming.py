@@ -310,7 +310,7 @@ def test_a_trace_in_any_order(pictures, kind):
 
 
 def test_only_an_unshuffled_loader_is_calibrated(pictures):
-    plans = {kind: sampling.plan(loader, 128, 256) for kind, loader in loaders(pictures).items()}
+    plans = {kind: sampling.plan(loader, 128, 256, most=256) for kind, loader in loaders(pictures).items()}
     calibrated = {kind: sum(len(y) for _, y in plan.calibration) for kind, plan in plans.items()}
     assert calibrated == {"shuffled": 0, "sorted": 128, "list": 250}
     assert sampling.plan(loaders(pictures)["sorted"], 128, 1200).calibration == ()

@@ -24,6 +24,7 @@ def test_a_list_gives_random_batches_until_their_rows_are_enough():
         assert len(chosen) == len(set(chosen)) == count
     assert chosen != sorted(chosen)
     assert chosen != [int(batch[0]) for batch in _random_batches(batches, 100, 39, 1)]
+    assert len(_random_batches(batches, 1, 39, 0, most=19)) == 4  # more than one, as far as 19 rows allow
     assert plan(batches, 8, 40).calibration == []
     assert len(plan(batches, 33, 39).calibration) == 9
 
