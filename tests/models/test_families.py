@@ -78,7 +78,7 @@ CASES = {
     "jamba": (
         "JambaForCausalLM", "JambaConfig",
         {**TEXT, "num_key_value_heads": 2, "attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1,
-         "use_mamba_kernels": False}, (40, 24, 24), 4, 2,
+         "use_mamba_kernels": False, "use_cache": False}, (40, 24, 24), 4, 2,
     ),
     "lfm2": (
         "Lfm2ForCausalLM", "Lfm2Config",
