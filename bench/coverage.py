@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import skillfast
 from skillfast.errors import ModelError
+from skillfast.models.weights import first_line
 
 
 def certified(model_type: str) -> dict[str, object]:
@@ -30,10 +31,6 @@ def certified(model_type: str) -> dict[str, object]:
         return {"answer": "no sites" if no_sites else "not certified", "reason": first_line(error)}
     answer = "whole" if found.complete else "in part" if found.missing else "not exercised"
     return {"answer": answer, **found.to_json(), "cpu_seconds": round(time.process_time() - start, 2)}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def main(path: str) -> None:

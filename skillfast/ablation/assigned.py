@@ -11,9 +11,8 @@ import torch
 from skillfast.ablation.interventions import Condition, Interventions
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import read_batch
-from skillfast.models.sites import module_device, refuse_compiled
+from skillfast.models.sites import module_device, refuse_compiled, refuse_training
 from skillfast.progress import track
-from skillfast.tracing.trace import refuse_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

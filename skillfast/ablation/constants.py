@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from skillfast.ablation.forward_trace import logits_of
-from skillfast.models.batches import labelled_batch
+from skillfast.models.batches import labelled_batch, logits_of
 from skillfast.models.sites import find_sites, module_device
 from skillfast.progress import track
 

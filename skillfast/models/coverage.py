@@ -14,13 +14,13 @@ import torch
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.shrink import is_configured, shrunk
 from skillfast.models.sites import DECLARED, find_sites, input_width, refuse_compiled, unwrap_compiled
+from skillfast.models.weights import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from skillfast.models.sites import Site
 
-EXAMPLES, TOKENS = 4, 24  # of the inputs that are made; many tokens, so that every expert is reached
 SCALE = 0.5  # of random weights, over the square root of what each output sums
 _NOT_IN_BLOCKS = (torch.nn.Embedding,)
 
@@ -190,9 +190,9 @@ def _run(model: torch.nn.Module, batch: Any) -> Any:
     try:
         return model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(batch)
     except Exception as error:  # of whatever the model checks
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{type(model).__name__}: expected a forward on the inputs, got {reason}; pass batch=, what it takes"
+            f"{type(model).__name__}: expected a forward on the inputs, got {first_line(error)}; "
+            "pass batch=, what it takes"
         ) from error
 
 

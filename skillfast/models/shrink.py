@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LAYERS = 4  # kept at least, where the model has as many
 HIDDEN, INNER, HEADS, HEAD_WIDTH, VOCABULARY, EXPERTS = 64, 96, 4, 16, 256, 4
-EXAMPLES, TOKENS = 4, 32
+EXAMPLES, TOKENS = 4, 32  # of the inputs that are made: many tokens, so that every expert is reached
 MOST_WEIGHTS = 100_000_000  # of a copy
 
 _LAYER_COUNTS = (
@@ -30,7 +30,7 @@ _SIZES: dict[str, int] = {
             "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
             "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
             "ffn_hidden_size", "shared_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp",
-            "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width", "ffn_hidden_size",
+            "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width",
         ),
         INNER,
     ),
