@@ -103,11 +103,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 #ifdef SKILLFAST_HAS_CUDA
   m.attr("HAS_CUDA") = true;
   m.def("neuron_scale_cuda",
-        [](const FlowTuple& flow, uintptr_t scale, uintptr_t shift, uintptr_t condition, int device, uintptr_t stream) {
+        [](const FlowTuple& flow, uintptr_t scale, uintptr_t shift, uintptr_t condition, uintptr_t stream) {
           const char* error = nullptr;
           {
             py::gil_scoped_release release;
-            error = neuron_scale_cuda(neuron_scale_args(flow, scale, shift, condition), device, at<void>(stream));
+            error = neuron_scale_cuda(neuron_scale_args(flow, scale, shift, condition), at<void>(stream));
           }
           if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
         });

@@ -89,8 +89,8 @@ bool set_cpu_isa(const char* name);  // for tests; false where it was not built 
 const char* cpu_threads_runtime();   // "openmp" where the process already runs one, else "std"
 
 #ifdef SKILLFAST_HAS_CUDA
-// Runs on `stream` of `device`; returns null, or CUDA's message for what failed.
-const char* neuron_scale_cuda(const NeuronScaleArgs& args, int device, void* stream);
+// Runs on `stream` of the current device; returns null, or CUDA's message for what failed.
+const char* neuron_scale_cuda(const NeuronScaleArgs& args, void* stream);
 #endif
 
 }  // namespace skillfast

@@ -19,8 +19,8 @@ def bins_update_kernel(
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Integers, so that neither the order of the atomics nor the tiling changes the table."""
-    r = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (r < n)[:, None] & (d < width)[None, :]
     neuron = d.to(tl.int64)[None, :]
     values = tl.load(x + r.to(tl.int64)[:, None] * stride_row + neuron, mask=inside, other=0.0).to(tl.float32)
@@ -49,7 +49,8 @@ def launch(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tens
     x = unit_stride(x)
     bins, weights = edges.shape[1] + 1, hats.shape[1]
     block_n, block_d = 16, 64
-    grid = (triton.cdiv(width, block_d), triton.cdiv(n, block_n))
+    # Rows on axis 0, which takes 2^31 blocks: programs that run together then meet in the tables of few neurons.
+    grid = (triton.cdiv(n, block_n), triton.cdiv(width, block_d))
     bins_update_kernel[grid](
         x, edges, channels.contiguous(), hats.contiguous(), table, n, width, bins, channels.shape[1],
         table.shape[1] // bins - weights, weights, x.stride(0),

@@ -43,15 +43,20 @@ class Categorical:
         """Names of the score columns of a metric of this name: `name:class` for each class."""
         return [f"{name}:{label}" for label in self.classes]
 
+    @property
+    def expected(self) -> str:
+        """Which values there are, in words."""
+        return f"class indices in [0, {len(self.classes)})"
+
+    def fits(self, values: torch.Tensor) -> torch.Tensor:
+        """Which of the values float64 [n] are class indices: bool [n]."""
+        return (values == values.floor()) & (values >= 0) & (values < len(self.classes))
+
     def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Indices [n] as float64 [n]; raises ArgumentError on an index out of range."""
         index = values.double()
-        whole = bool((torch.isfinite(index) & (index == index.floor())).all())
-        if index.numel() and not (whole and int(index.min()) >= 0 and int(index.max()) < len(self.classes)):
-            raise ArgumentError(
-                f"metric {name!r}: expected class indices in [0, {len(self.classes)}), got {index.min():g} to "
-                f"{index.max():g}"
-            )
+        if not bool(self.fits(index).all()):
+            raise ArgumentError(f"metric {name!r}: expected {self.expected}, got {index.min():g} to {index.max():g}")
         return index
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
@@ -67,10 +72,16 @@ class Binary:
         """Names of the score columns of a metric of this name: the name alone."""
         return [name]
 
+    expected = "0 and 1"  # in words
+
+    def fits(self, values: torch.Tensor) -> torch.Tensor:
+        """Which of the values float64 [n] are 0 or 1: bool [n]."""
+        return (values == 0) | (values == 1)
+
     def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values [n] as float64 [n]; raises ArgumentError on anything but 0 and 1."""
         checked = values.double()
-        if not bool(((checked == 0) | (checked == 1)).all()):
+        if not bool(self.fits(checked).all()):
             raise ArgumentError(f"metric {name!r}: expected 0 and 1, got other values; use Continuous() for them")
         return checked
 
@@ -87,10 +98,16 @@ class Continuous:
         """Names of the score columns of a metric of this name: the name alone."""
         return [name]
 
+    expected = "finite values"  # in words
+
+    def fits(self, values: torch.Tensor) -> torch.Tensor:
+        """Which of the values float64 [n] are finite: bool [n]."""
+        return torch.isfinite(values)
+
     def check(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values [n] as float64 [n]; raises ArgumentError on a value that is not finite."""
         checked = values.double()
-        if not bool(torch.isfinite(checked).all()):
+        if not bool(self.fits(checked).all()):
             raise ArgumentError(f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out")
         return checked
 
@@ -183,22 +200,27 @@ def classification_values(logits: torch.Tensor, labels: torch.Tensor) -> dict[st
 
     Args:
         logits: [n, classes].
-        labels: int64 [n].
+        labels: int64 [n], on the CPU or where the logits are.
 
     Returns:
-        label, correct, confidence and loss, each [n].
+        label, correct, confidence and loss, each [n] on the logits' device. Labels on a GPU are not waited for: one out
+        of range comes back as it is, for whoever counts it to refuse, and its loss is another class's.
 
     Raises:
-        ArgumentError: Labels of another number than the logits' rows, or out of range.
+        ArgumentError: Labels of another number than the logits' rows, or, on the CPU, out of range.
     """
+    at_once = labels.device.type == "cpu"
     if labels.shape != logits.shape[:1] or (
-        len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]
+        at_once and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]
     ):
+        extent = f" from {int(labels.min())} to {int(labels.max())}" if at_once and labels.numel() else ""
         raise ArgumentError(
             f"labels: expected {len(logits)} class indices in [0, {logits.shape[1]}), the model's outputs, got shape "
-            f"{list(labels.shape)}" + (f" from {int(labels.min())} to {int(labels.max())}" if labels.numel() else "")
+            f"{list(labels.shape)}{extent}"
         )
-    return {name: FUNCTIONS[name](logits, labels) for name in METRICS}
+    known = labels.to(logits.device, non_blocking=True)
+    inside = known if at_once else known.clamp(0, logits.shape[1] - 1)  # an index out of range ends a CUDA process
+    return {name: FUNCTIONS[name](logits, known if name == "label" else inside) for name in METRICS}
 
 
 def token_log_probabilities(

@@ -69,6 +69,13 @@ def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
         _refuse(f"{op} {name}", "a contiguous tensor", f"strides {tensor.stride()}")
 
 
+def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """A kernel reads every operand through an address that only `x`'s device knows."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            _refuse(f"{op} {name}'s device", x.device, tensor.device, "move it to x's device")
+
+
 def _check_capture(op: str, x: Tensor, activation: str, mask: Tensor | None) -> int:
     """Checks what the capture ops share, and gives the number of tokens."""
     _check_activations(op, x)
@@ -120,6 +127,7 @@ def act_mask_pool(
         ArgumentError: Shapes or dtypes that do not fit together, an unknown activation or pool.
     """
     _check_capture("act_mask_pool", x, activation, mask)
+    _check_devices("act_mask_pool", x, mask=mask, center=center)
     if pool not in CAPTURE_POOLS:
         _refuse("act_mask_pool pool", f"one of {', '.join(CAPTURE_POOLS)}", repr(pool))
     if center is not None:
@@ -158,6 +166,8 @@ def act_pool_accumulate(
     """
     op = "act_pool_accumulate"
     tokens = _check_capture(op, x, activation, mask)
+    sum_x, sum_xx, sum_xy = sums
+    _check_devices(op, x, y=y, center=center, mask=mask, sum_x=sum_x, sum_xx=sum_xx, sum_xy=sum_xy)
     if x.dtype == torch.float64:
         _refuse(f"{op} x", "float32, bfloat16 or float16", "float64", "use act_mask_pool")
     batch, width = x.shape[0], x.shape[-1]
@@ -187,6 +197,7 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
         ArgumentError: Shapes or dtypes that do not fit together, or a condition out of range (checked on the CPU).
     """
     _check_activations("neuron_scale", x)
+    _check_devices("neuron_scale", x, scale=scale, shift=shift, condition=condition)
     if scale.dim() != 2 or scale.shape[1] != x.shape[-1]:
         expected = f"[conditions, {x.shape[-1]}] to fit x {list(x.shape)}"
         _refuse("neuron_scale scale", expected, f"shape {list(scale.shape)}")
@@ -223,6 +234,7 @@ def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx:
     """
     if x.dim() != 2:
         _refuse("comoments_update x", "[n, D]", f"shape {list(x.shape)}")
+    _check_devices("comoments_update", x, y=y, shift=shift, sum_x=sum_x, sum_xx=sum_xx, sum_xy=sum_xy)
     n, width = x.shape
     if y.dim() != 2 or y.shape[0] != n:
         _refuse("comoments_update y", f"[{n}, M]", f"shape {list(y.shape)}")
@@ -251,6 +263,7 @@ def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table:
     """
     if x.dim() != 2:
         _refuse("bins_update x", "[n, D]", f"shape {list(x.shape)}")
+    _check_devices("bins_update", x, edges=edges, channels=channels, hats=hats, table=table)
     n, width = x.shape
     if edges.dim() != 2 or edges.shape[0] != width or not 1 <= edges.shape[1] < MAX_BINS:
         _refuse("bins_update edges", f"[{width}, C - 1] with C from 2 to {MAX_BINS}", f"shape {list(edges.shape)}")

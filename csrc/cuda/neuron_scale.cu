@@ -76,25 +76,12 @@ void launch(const NeuronScaleArgs& args, cudaStream_t stream) {
   }
 }
 
-// The device that was current, back again on every way out.
-struct DeviceGuard {
-  int previous = 0;
-  cudaError_t error;
-  explicit DeviceGuard(int device) {
-    error = cudaGetDevice(&previous);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(previous); }
-};
-
 }  // namespace
 
-const char* neuron_scale_cuda(const NeuronScaleArgs& args, int device, void* stream) {
+const char* neuron_scale_cuda(const NeuronScaleArgs& args, void* stream) {
   const int64_t rows = args.flow.batch * args.flow.tokens;
   if (rows == 0 || args.flow.width == 0) return nullptr;
   if (rows > 0x7fffffff) return "more than 2^31 - 1 rows in one call";
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   switch (args.flow.dtype) {
     case DType::float32:

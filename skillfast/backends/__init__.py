@@ -1,9 +1,10 @@
 """The one seam between an op and the code that runs it.
 
-A backend is a module with `IMPLEMENTATIONS: dict[op name, callable]` and `unavailable(op, device, dtype)`, which says
-why it cannot run that op there, or None where it can. `implementation` chooses: an explicit backend (`use_backend`, or
-the environment variable SKILLFAST_BACKEND) never falls back; the automatic choice takes the first of `PREFERENCE` that
-is available, and says so once where that is not the first.
+A backend is a module with `IMPLEMENTATIONS: dict[op name, callable]`, `implements(op, device)`, whether it has code for
+that op on that kind of device, and `unavailable(op, device, dtype)`, which says why it cannot run it there, or None
+where it can. `implementation` chooses: an explicit backend (`use_backend`, or the environment variable
+SKILLFAST_BACKEND) never falls back; the automatic choice takes the first of `PREFERENCE` that is available, and says so
+once where one before it has the op for that device and cannot be used.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
                 _told.add((op, name))
                 warnings.warn(f"{op} runs on backend {name!r}: {'; '.join(reasons)}", RuntimeWarning, stacklevel=3)
             return _counted(op, name)
-        reasons.append(f"{name}: {reason}")
+        if _backend(name).implements(op, device):
+            reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op}: no backend for {device.type} and {dtype}: {'; '.join(reasons)}")
 
 

@@ -49,9 +49,9 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
     _held, flow = _flow(x, out)
     scale, shift, condition = scale.contiguous(), _contiguous(shift), _contiguous(condition)
     if x.is_cuda:
-        index = x.device.index
-        stream = torch.cuda.current_stream(index).cuda_stream
-        _core.neuron_scale_cuda(flow, _at(scale), _at(shift), _at(condition), index, stream)
+        with torch.cuda.device(x.device):  # torch's own runtime and the extension's meet in the driver's context
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            _core.neuron_scale_cuda(flow, _at(scale), _at(shift), _at(condition), stream)
     else:
         _core.neuron_scale(flow, _at(scale), _at(shift), _at(condition), torch.get_num_threads())
     return out
@@ -122,6 +122,11 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "act_pool_accumulate": act_pool_accumulate,
 }
 _ON_CUDA = ("neuron_scale",)
+
+
+def implements(op: str, device: torch.device) -> bool:
+    """Whether the C++ and CUDA sources have `op` for that kind of device."""
+    return op in IMPLEMENTATIONS if device.type == "cpu" else device.type == "cuda" and op in _ON_CUDA
 
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

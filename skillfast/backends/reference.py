@@ -130,6 +130,11 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
+def implements(op: str, device: torch.device) -> bool:  # noqa: ARG001
+    """Whether there is code for `op` here: torch runs everywhere."""
+    return op in IMPLEMENTATIONS
+
+
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:  # noqa: ARG001
     """None: torch runs everywhere; or why `op` is missing here."""
     return None if op in IMPLEMENTATIONS else f"it has no {op}"

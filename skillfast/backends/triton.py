@@ -33,6 +33,11 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def implements(op: str, device: torch.device) -> bool:
+    """Whether there is a kernel for `op` on that kind of device."""
+    return op in IMPLEMENTATIONS and device.type == "cuda"
+
+
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run `op` there, or None."""
     if importlib.util.find_spec("triton") is None:

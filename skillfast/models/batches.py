@@ -40,10 +40,13 @@ class Batch:
         """The batch with every tensor of its inputs changed."""
         return Batch(_mapped(self.inputs, change), self.labels)
 
+    def inputs_to(self, device: torch.device) -> Batch:
+        """The batch with its inputs on a device, and its labels where they are."""
+        return self.changed(lambda x: x.to(device, non_blocking=True))
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        moved = self.changed(lambda x: x.to(device))
-        return Batch(moved.inputs, self.labels.to(device))
+        return Batch(self.inputs_to(device).inputs, self.labels.to(device, non_blocking=True))
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """What the model answers: [batch, classes].

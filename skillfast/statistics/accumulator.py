@@ -93,7 +93,7 @@ class NeuronStatistics:
 
     def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
         """The metrics' values for n observations, checked: float64 [n, metrics] on the state's device."""
-        return inputs.check_values(self.settings.metrics, metrics, n, self.device)
+        return inputs.check_values(self.settings.metrics, metrics, n, self.device, self.state.faults)
 
     def _activations(self, activations: ArrayLike | torch.Tensor) -> torch.Tensor:
         x = inputs.check_activations(activations, self.settings.n_neurons, self.device)
@@ -296,6 +296,8 @@ class NeuronStatistics:
         ours, theirs = self.state, other.state
         if replace(theirs.settings, buffer_rows=ours.settings.buffer_rows) != ours.settings:
             raise ArgumentError(f"merge: expected {_told(ours.settings)}, got {_told(theirs.settings)}")
+        for state in (ours, theirs):
+            state.refuse_faults()
         if ours.replicates is not None:
             ours.numbering.merge(theirs.numbering)
         ours.wide |= theirs.wide
@@ -315,6 +317,7 @@ class NeuronStatistics:
     def _start_again(self, empty: State) -> None:
         """Go on with an empty state's shift and edges; numbers that were given out stay given out."""
         empty.settings, empty.numbering, empty.wide = self.settings, self.state.numbering, self.state.wide
+        empty.faults |= self.state.faults
         self.state = empty
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
@@ -324,6 +327,7 @@ class NeuronStatistics:
             ArgumentError: The processes count into other bins; `calibrate` each with the same rows.
         """
         self.state.wide = any(distributed.gather(self.state.wide, group))
+        distributed.share_faults(self.state, group)
         if all(distributed.gather(self.state.keeping, group)):
             parts = distributed.gather(self.state.buffer.contents, group)
             self._start_again(self.state.like(self.device))

@@ -39,6 +39,12 @@ def check_same_edges(state: State, group: dist.ProcessGroup | None) -> None:
         )
 
 
+def share_faults(state: State, group: dist.ProcessGroup | None) -> None:
+    """Note in every process which metrics had values that do not fit them in any: all refuse them then, or none."""
+    for faults in gather(state.faults.tolist(), group):
+        state.faults |= torch.tensor(faults, device=state.faults.device)
+
+
 def reduce(state: State, group: dist.ProcessGroup | None) -> None:
     """Sum all processes' states in place; their buffers are empty and their edges the same."""
     before = state.moments

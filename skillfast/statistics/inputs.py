@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """Anything array-like as a detached tensor; a read-only array (a memory map) is copied, torch cannot share it."""
     if isinstance(values, torch.Tensor):
-        return values.detach().to(device)
+        return values.detach().to(device, non_blocking=True)
     try:
         array = np.ascontiguousarray(values)
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, non_blocking=True)
     except (TypeError, ValueError) as error:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ArgumentError(f"values: expected numbers, array-like, got {kind} ({error})") from error
@@ -40,29 +40,43 @@ def check_activations(activations: ArrayLike | torch.Tensor, n_neurons: int, dev
 
 
 def check_values(
-    metrics: Mapping[str, Metric], given: Mapping[str, ArrayLike | torch.Tensor], n: int, device: torch.device
+    metrics: Mapping[str, Metric],
+    given: Mapping[str, ArrayLike | torch.Tensor],
+    n: int,
+    device: torch.device,
+    faults: torch.Tensor,
 ) -> torch.Tensor:
-    """Each metric's values for n observations: float64 [n, metrics]."""
+    """Each metric's values for n observations: float64 [n, metrics] on the device.
+
+    Values on the CPU are checked at once. Those on a GPU are not waited for: what does not fit becomes 0, and is noted
+    in `faults`, bool [metrics] on the device, for `State.refuse_faults`.
+    """
     if set(given) != set(metrics):
         raise ArgumentError(f"metrics: expected values for {sorted(metrics)}, got {sorted(given)}")
     parts = []
-    for name, metric in metrics.items():
-        values = as_tensor(given[name], device)
+    for i, (name, metric) in enumerate(metrics.items()):
+        values = as_tensor(given[name])
         if values.shape != (n,):
             raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(values.shape)}")
         if values.is_complex():
             raise ArgumentError(f"metric {name!r}: expected real numbers, got {values.dtype}")
-        parts.append(metric.check(name, values))
+        if values.device.type == "cpu":
+            parts.append(metric.check(name, values).to(device, non_blocking=True))
+            continue
+        wide = values.to(device).double()
+        right = metric.fits(wide)
+        faults[i] |= ~right.all()
+        parts.append(torch.where(right, wide, 0.0))
     return torch.stack(parts, 1)
 
 
 def check_groups(groups: ArrayLike | torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
-    """Group numbers as float64 [n]."""
-    column = as_tensor(groups, device).double()
+    """Group numbers as float64 [n] on the device; those on a GPU are waited for."""
+    column = as_tensor(groups).double()
     whole = (column == column.floor()) & (column.abs() < 2**53)  # what float64 tells apart
     if column.shape != (n,) or not bool(whole.all()):
         raise ArgumentError(
             f"groups: expected {n} whole numbers below 2^53, got other values or shape {list(column.shape)}; "
             "number the groups"
         )
-    return column
+    return column.to(device, non_blocking=True)

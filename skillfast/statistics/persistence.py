@@ -22,6 +22,7 @@ SCHEMA = "skillfast.statistics/1"
 
 def to_dict(state: State) -> dict[str, Any]:
     """Settings and copies of all tensors of a state, for `from_dict`."""
+    state.refuse_faults()
     settings, numbering, replicates, table = state.settings, state.numbering, state.replicates, state.table
     rows, values = state.buffer.contents
     return {

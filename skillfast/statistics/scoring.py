@@ -30,6 +30,7 @@ def scores(state: State, rate: float = 1.0) -> NeuronScores:
         state: At least one row is counted, and all rows of its buffer are in the co-moments.
         rate: With which probability each row of a larger set was counted, to which the bounds then refer.
     """
+    state.refuse_faults()
     moments, statistics, columns = state.moments, state.settings.statistics, state.settings.columns
     mean, variance, _, variance_y = moments.mean_and_variance()
     n = moments.count.double()

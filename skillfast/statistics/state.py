@@ -133,6 +133,7 @@ class State:
         replicates: Weighted sums of the bootstrap; None without it.
         buffer: Rows that wait or are kept.
         numbering: Numbers of the observations that have no group.
+        faults: bool [metrics], which had values that do not fit them; of those that were not waited for.
         table: Counts over frozen bin edges; None before the edges are set, and without statistics that need them.
         shifted: Whether the co-moments have their shift.
         wide: Whether float64 rows came, which the float32 shift does not meet exactly.
@@ -144,6 +145,7 @@ class State:
     replicates: Replicates | None
     buffer: RowBuffer
     numbering: Numbering
+    faults: torch.Tensor
     table: BinTable | None = None
     shifted: bool = False
     wide: bool = False
@@ -164,6 +166,7 @@ class State:
                 replicates=replicates,
                 buffer=RowBuffer.empty(settings, 0, torch.float32, device),
                 numbering=Numbering.of_process(),
+                faults=torch.zeros(len(settings.metrics), dtype=torch.bool, device=device),
             )
 
     def like(self, device: torch.device) -> State:
@@ -193,6 +196,17 @@ class State:
         tensors += [] if self.replicates is None else self.replicates.tensors().values()
         tensors += [] if self.table is None else self.table.tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def refuse_faults(self) -> None:
+        """Raises ArgumentError where a value did not fit its metric; waits for the device."""
+        if self.device.type == "cpu":
+            return  # every value was checked as it came
+        for (name, metric), wrong in zip(self.settings.metrics.items(), self.faults.tolist(), strict=True):
+            if wrong:
+                raise ArgumentError(
+                    f"metric {name!r}: expected {metric.expected}, got others in a batch that came on {self.device}; "
+                    "mend them and start again"
+                )
 
     def with_groups(self, checked: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Checked values with a last column of groups float64 [n]; without groups every row is one by itself."""

@@ -29,6 +29,46 @@ if TYPE_CHECKING:
 MOST_HALVINGS = 5  # of the share of tokens in the sample: once rows are counted in bins, it is 1 / 32
 
 
+def on_device(index: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host's array on a device, without waiting for it."""
+    return torch.from_numpy(index).to(device, non_blocking=True)
+
+
+class TokenMask:
+    """Which tokens of a batch are real, on the host, which plans by it, and once on every device that computes.
+
+    Args:
+        real: bool [batch, tokens], False for padding; on a GPU, its copy to the host is waited for where it is needed.
+    """
+
+    def __init__(self, real: torch.Tensor) -> None:
+        self.shape = tuple(real.shape)
+        self._on = {real.device: real}
+        self._index: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The mask on a device."""
+        if device not in self._on:
+            self._on[device] = next(iter(self._on.values())).to(device, non_blocking=device.type != "cpu")
+        return self._on[device]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """The mask on the host."""
+        return self.on(torch.device("cpu"))
+
+    @property
+    def n_real(self) -> int:
+        """How many tokens are real."""
+        return int(self.real.sum())
+
+    def index(self, device: torch.device) -> torch.Tensor:
+        """int64 [n_real] on a device: which of the batch * tokens are real."""
+        if device not in self._index:
+            self._index[device] = self.real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        return self._index[device]
+
+
 @dataclass
 class TokenSample:
     """Which tokens the ranks see: those whose hash lies below a limit, which is halved whenever they become too many.
@@ -111,6 +151,7 @@ class TokenStatistics:
             self._sampled = NeuronStatistics(
                 n_neurons, metrics, ranked, bins=bins, seed=seed, buffer_rows=buffer_rows, device=device
             )
+        self.counted = False  # whether any token was; known without asking the device
         self.has_pearson = "pearson" in statistics
         self._sample = TokenSample(seed, exact_rows(bins))
         self._coming = self._sample.kept  # hashes of the tokens that were picked and wait to be counted
@@ -137,11 +178,6 @@ class TokenStatistics:
         return self._sums.moments.shift_x
 
     @property
-    def counted(self) -> bool:
-        """Whether any token was counted."""
-        return self.n_observations > 0
-
-    @property
     def n_observations(self) -> int:
         """Tokens counted so far."""
         return int(self._sums.moments.count)
@@ -153,10 +189,10 @@ class TokenStatistics:
 
     def check(self, values: Mapping[str, torch.Tensor], n: int) -> torch.Tensor:
         """The metrics' values of n observations, checked: float64 [n, metrics]."""
-        return inputs.check_values(self._sums.settings.metrics, values, n, self.device)
+        return inputs.check_values(self._sums.settings.metrics, values, n, self.device, self._sums.faults)
 
     def check_tokens(
-        self, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: torch.Tensor | None
+        self, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: TokenMask | None
     ) -> torch.Tensor:
         """Metrics of every token, checked: float64 [batch, tokens, metrics]; 0 where the mask leaves a token out."""
         if self._sums.replicates is not None:
@@ -164,22 +200,23 @@ class TokenStatistics:
                 "n_bootstrap: expected metrics with one value per example, got values told before the forward; leave "
                 "out n_bootstrap, or give them to step()"
             )
-        here = torch.ones(batch, tokens, dtype=torch.bool, device=self.device) if mask is None else mask
         flat = {}
-        for name, value in values.items():
-            tensor = value.to(self.device)
+        for name, tensor in values.items():
             if tensor.shape not in ((batch,), (batch, tokens)):
                 raise ArgumentError(
                     f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape "
-                    f"{list(value.shape)}; give one per example, or one per token of the blocks"
+                    f"{list(tensor.shape)}; give one per example, or one per token of the blocks"
                 )
-            flat[name] = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens))[here]
-        checked = torch.zeros(batch, tokens, len(self._sums.settings.metrics), dtype=torch.float64, device=self.device)
-        checked[here] = self.check(flat, int(here.sum()))
+            wide = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens)).flatten()
+            flat[name] = wide if mask is None else wide.index_select(0, mask.index(wide.device))
+        real = self.check(flat, batch * tokens if mask is None else mask.n_real)
+        checked = real
+        if mask is not None:
+            checked = real.new_zeros(batch * tokens, real.shape[1]).index_copy_(0, mask.index(self.device), real)
         if not self._sums.shifted:
-            self._sums.moments.shift_y.copy_(self._sums.settings.expand(checked[here]).mean(0))
+            self._sums.moments.shift_y.copy_(self._sums.settings.expand(real).mean(0))
             self._sums.shifted = True
-        return checked
+        return checked.view(batch, tokens, -1)
 
     def shifted_columns(self, checked: torch.Tensor) -> torch.Tensor:
         """Metric columns about their shift: float32 [batch, tokens, M]."""
@@ -188,10 +225,13 @@ class TokenStatistics:
         return columns.float().view(batch, tokens, -1)
 
     def add_accumulated(
-        self, checked: torch.Tensor, mask: torch.Tensor | None, added: Sequence[tuple[slice, tuple[torch.Tensor, ...]]]
+        self, checked: torch.Tensor, mask: TokenMask | None, added: Sequence[tuple[slice, tuple[torch.Tensor, ...]]]
     ) -> None:
         """Count tokens whose sums with the metrics exist already, by the neurons' columns."""
-        values = checked.flatten(0, 1) if mask is None else checked[mask]
+        values = checked.flatten(0, 1)
+        if mask is not None:
+            values = values.index_select(0, mask.index(self.device))
+        self.counted = True
         moments = self._sums.moments
         shifted = self._sums.settings.expand(values) - moments.shift_y
         moments.count += len(values)
@@ -213,6 +253,9 @@ class TokenStatistics:
             checked: float64 [n, metrics].
             groups: int64 [n], or None.
         """
+        if not len(counts):
+            return
+        self.counted = True
         state = self._sums
         values = state.with_groups(
             checked, None if groups is None else inputs.check_groups(groups, len(checked), self.device)
@@ -226,11 +269,11 @@ class TokenStatistics:
         if state.replicates is not None:
             state.replicates.add_sums(sums, counts, shifted, values[:, -1].long())
 
-    def pick(self, batch: int, tokens: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def pick(self, batch: int, tokens: int, mask: TokenMask | None) -> np.ndarray | None:
         """int64, which of the batch * tokens tokens the ranks see; None without ranks."""
         if self._sampled is None:
             return None
-        real = np.ones((batch, tokens), dtype=bool) if mask is None else mask.cpu().numpy()
+        real = np.ones((batch, tokens), dtype=bool) if mask is None else mask.real.numpy()
         hashes = self._sample.hashes(real)
         if self._sampled.keeping:
             self._thin(hashes[real])
@@ -238,7 +281,7 @@ class TokenStatistics:
         self._coming = hashes[chosen]
         if self._sampled.keeping and len(self._sample.kept) + len(self._coming) > self._sample.capacity:
             self._start_counting()
-        return torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
+        return np.flatnonzero(chosen)
 
     def _thin(self, coming: np.ndarray) -> None:
         """Keep fewer rows where those to come would be too many."""
@@ -260,26 +303,24 @@ class TokenStatistics:
         assert self._sampled is not None
         return self._sampled.reserve(n)
 
-    def commit(self, rows: torch.Tensor, picked: torch.Tensor, checked: torch.Tensor, keep: torch.Tensor) -> None:
+    def commit(self, rows: torch.Tensor, picked: np.ndarray, checked: torch.Tensor, keep: np.ndarray | None) -> None:
         """Count the rows of tokens that were picked.
 
         Args:
             rows: [n, D], as they were reserved.
             picked: int64 [n], from `pick`.
             checked: float64 [batch, tokens, metrics].
-            keep: bool [batch], which examples count.
+            keep: bool [batch], which examples count; None for all.
         """
         assert self._sampled is not None
         batch, tokens, _ = checked.shape
-        example = picked // tokens
-        values = checked[example, picked % tokens]
-        if not bool(keep.all()):
-            of_row = keep[example]
-            kept = rows[of_row]
+        if keep is not None:
+            of_row = keep[picked // tokens]
+            kept = rows.index_select(0, on_device(np.flatnonzero(of_row), self.device))
             rows[: len(kept)] = kept
-            values = values[of_row]
-            self._coming = self._coming[of_row.cpu().numpy()]
-        self._sampled.commit(values)
+            picked, self._coming = picked[of_row], self._coming[of_row]
+        example, place = (on_device(index, self.device) for index in (picked // tokens, picked % tokens))
+        self._sampled.commit(checked[example, place])
         self._sample.examples += batch
         if self._sampled.keeping:
             self._sample.kept = np.concatenate([self._sample.kept, self._coming])
@@ -297,6 +338,8 @@ class TokenStatistics:
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""
+        self.counted = True
+        distributed.share_faults(self._sums, group)
         distributed.reduce(self._sums, group)
         if self._sampled is None:
             return

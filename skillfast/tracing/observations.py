@@ -12,6 +12,7 @@ from skillfast import ops
 from skillfast.backends.capture import as_tokens
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.statistics.inputs import as_tensor
+from skillfast.statistics.tokens import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
     from skillfast.statistics.accumulator import NeuronStatistics
     from skillfast.statistics.scores import NeuronScores
-    from skillfast.statistics.tokens import TokenStatistics
+    from skillfast.statistics.tokens import TokenMask, TokenStatistics
     from skillfast.vocabulary import Activation, Pool
 
 
@@ -28,11 +29,11 @@ class Expected:
     """What is known of a forward before it runs.
 
     Attributes:
-        mask: bool [batch, tokens], False for padding; or None.
+        mask: Which of the [batch, tokens] tokens are real; or None.
         values: Metrics, each [batch] or, with tokens as observations, [batch, tokens].
     """
 
-    mask: torch.Tensor | None = None
+    mask: TokenMask | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def mask_for(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
@@ -40,12 +41,12 @@ class Expected:
         if self.mask is None or x.dim() == 2:
             return None
         batch, tokens, _ = as_tokens(x).shape
-        if tuple(self.mask.shape) != (batch, tokens):
+        if self.mask.shape != (batch, tokens):
             raise ArgumentError(
                 f"mask: expected one for the {batch} x {tokens} tokens of {site.name}, got shape "
                 f"{list(self.mask.shape)}; give the mask of what runs through the blocks"
             )
-        return self.mask.to(x.device)
+        return self.mask.on(x.device)
 
 
 def pooled_row(
@@ -102,17 +103,24 @@ class _Rows:
         self.fired = set()
 
 
-def _kept(valid: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
+def _kept(valid: torch.Tensor | None, n: int) -> np.ndarray | None:
+    """Which of n samples count, on the host, which must know how many they are; None for all."""
     if valid is None:
         return None
-    keep = torch.as_tensor(valid, device=device)
+    keep = torch.as_tensor(valid)
     if keep.shape != (n,) or keep.dtype != torch.bool:
         raise ArgumentError(f"valid: expected {n} booleans, got shape {list(keep.shape)} of {keep.dtype}")
-    return keep
+    return keep.cpu().numpy()
 
 
-def _values_of(values: Mapping[str, Any], n: int, device: torch.device) -> dict[str, torch.Tensor]:
-    tensors = {name: as_tensor(value, device) for name, value in values.items()}
+def _selected(value: Any, index: np.ndarray) -> torch.Tensor:
+    """Rows of anything array-like, where it is."""
+    tensor = as_tensor(value)
+    return tensor.index_select(0, on_device(index, tensor.device))
+
+
+def _values_of(values: Mapping[str, Any], n: int) -> dict[str, torch.Tensor]:
+    tensors = {name: as_tensor(value) for name, value in values.items()}
     for name, value in tensors.items():
         if value.shape != (n,):
             raise ArgumentError(f"metric {name!r}: expected {n} values, got shape {list(value.shape)}")
@@ -150,13 +158,14 @@ class PooledRows(_Rows):
             return
         for name in self.columns.keys() - self.fired:
             self._rows[:, self.columns[name]] = torch.nan  # never a row of an earlier batch
-        n, device = self.batch, self.statistics.device
-        keep = _kept(valid, n, device)
+        n = self.batch
+        keep = _kept(valid, n)
         if keep is not None:
-            values = {name: value[keep] for name, value in _values_of(values, n, device).items()}
-            kept = self._rows[keep]
+            index = np.flatnonzero(keep)
+            values = {name: _selected(value, index) for name, value in _values_of(values, n).items()}
+            kept = _selected(self._rows, index)
             self._rows[: len(kept)] = kept
-            groups = None if groups is None else torch.as_tensor(groups, device=device)[keep]
+            groups = None if groups is None else _selected(groups, index)
             n = len(kept)
         self.statistics.commit(self.statistics.check(values, n), groups)
         self.discard()
@@ -194,11 +203,12 @@ class TokenRows(_Rows):
         self._forget()
 
     def _forget(self) -> None:
-        self._tokens: tuple[int, torch.Tensor | None] | None = None  # tokens per sample, mask
+        self._tokens: tuple[int, TokenMask | None] | None = None  # tokens per sample, mask
         self._sums: torch.Tensor | None = None  # [2, batch, sum of widths]: sums and sums of squares about the center
         self._added: dict[str, tuple[torch.Tensor, ...]] = {}  # site -> sum_x, sum_xx, sum_xy of this forward
         self._values: torch.Tensor | None = None  # float64 [batch, tokens, metrics], where they were expected
-        self._picked: torch.Tensor | None = None  # int64 [n], of batch * tokens
+        self._picked: np.ndarray | None = None  # int64 [n], of batch * tokens
+        self._picked_there: torch.Tensor | None = None  # the same on the device
         self._sample: torch.Tensor | None = None  # [n, sum of widths], a view of the sampled rows' buffer
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
@@ -207,7 +217,7 @@ class TokenRows(_Rows):
         mask = self.expected.mask_for(site, x)
         tokens = as_tokens(x).shape[1]
         if first:
-            self._begin(x.shape[0], tokens, mask)
+            self._begin(x.shape[0], tokens, None if mask is None else self.expected.mask)
         if self._tokens is None or self._tokens[0] != tokens:
             raise ModelError(
                 f"{site.name}: expected the {self._tokens and self._tokens[0]} tokens of the sites before it, got "
@@ -228,12 +238,12 @@ class TokenRows(_Rows):
             y, sums = ops.act_mask_pool(x, activation, "moments", mask=mask, center=about, write=write)
             self._sums[:, :, columns] = sums.to(self._sums.dtype)
         if self._sample is not None:
-            assert self._picked is not None
+            assert self._picked_there is not None
             flowing = as_tokens(y if write else x)  # only an identity is not written
-            self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked)
+            self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked_there)
         return y
 
-    def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
+    def _begin(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
         """Room for a forward."""
         statistics = self.statistics
         self._tokens = (tokens, mask)
@@ -243,8 +253,8 @@ class TokenRows(_Rows):
             self._sums = torch.empty(2, batch, statistics.n_neurons, device=statistics.device)
         picked = statistics.pick(batch, tokens, mask)
         if picked is not None:
-            self._picked = picked
-            self._sample = statistics.reserve(picked.numel())
+            self._picked, self._picked_there = picked, on_device(picked, statistics.device)
+            self._sample = statistics.reserve(len(picked))
 
     def _accumulate(
         self,
@@ -279,7 +289,7 @@ class TokenRows(_Rows):
             return
         n, device = self.batch, self.statistics.device
         tokens, mask = self._tokens
-        counts = torch.full((n,), tokens, device=device) if mask is None else mask.sum(1)
+        counts = np.full(n, tokens) if mask is None else mask.real.sum(1).numpy()
         missing = self.columns.keys() - self.fired
         if self._values is not None:
             if values or valid is not None:
@@ -297,19 +307,22 @@ class TokenRows(_Rows):
             assert self._sums is not None
             for name in missing:
                 self._sums[:, :, self.columns[name]] = torch.nan
-            checked = self.statistics.check(_per_sample(values, n, device), n)[:, None].expand(-1, tokens, -1)
-            keep = _kept(valid, n, device)
+            each = self.statistics.check(_per_sample(values, n), n)
+            checked = each[:, None].expand(-1, tokens, -1)
+            keep = _kept(valid, n)
             if keep is not None:
                 counts = counts * keep
-            here = counts > 0
-            self.statistics.add_sums(
-                self._sums[:, here], counts[here], checked[here, 0],
-                None if groups is None else torch.as_tensor(groups, device=device)[here],
-            )  # fmt: skip
+            sums = self._sums
+            if not counts.all():
+                here = np.flatnonzero(counts)
+                sums = sums.index_select(1, on_device(here, device))
+                each = _selected(each, here)
+                groups = None if groups is None else _selected(groups, here)
+            self.statistics.add_sums(sums, on_device(counts[counts > 0], device), each, groups)
         if self._sample is not None and self._picked is not None:
             for name in missing:
                 self._sample[:, self.columns[name]] = torch.nan
-            self.statistics.commit(self._sample, self._picked, checked, counts > 0)
+            self.statistics.commit(self._sample, self._picked, checked, None if counts.all() else counts > 0)
         self.discard()
 
     def _add_nothing(self, name: str, device: torch.device) -> None:
@@ -334,12 +347,12 @@ class TokenRows(_Rows):
         return self.statistics.scores()
 
 
-def _per_sample(values: Mapping[str, Any], n: int, device: torch.device) -> dict[str, torch.Tensor]:
-    tensors = {name: as_tensor(value, device) for name, value in values.items()}
+def _per_sample(values: Mapping[str, Any], n: int) -> dict[str, torch.Tensor]:
+    tensors = {name: as_tensor(value) for name, value in values.items()}
     per_token = [name for name, value in tensors.items() if value.dim() > 1]
     if per_token:
         raise ArgumentError(
             f"metric {per_token[0]!r}: expected {n} values, one per example, got shape "
             f"{list(tensors[per_token[0]].shape)}; tell values per token to tracer.expect() before the forward"
         )
-    return _values_of(tensors, n, device)
+    return _values_of(tensors, n)

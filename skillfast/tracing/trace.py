@@ -34,9 +34,9 @@ MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the call
 
 def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The default `forward`: gives the logits, and label, correct, confidence and loss of the batch."""
-    found = read_batch(batch).to(module_device(model))
-    logits = found.logits(model)
-    return logits, classification_values(logits, found.labels)
+    found = read_batch(batch)
+    logits = found.inputs_to(module_device(model)).logits(model)
+    return logits, classification_values(logits, found.labels)  # labels are checked where they are
 
 
 def _own_mask(batch: Any) -> torch.Tensor | None:

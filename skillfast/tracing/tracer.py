@@ -18,7 +18,7 @@ from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bootstrap import adjusted
 from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
-from skillfast.statistics.tokens import TokenStatistics
+from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading
 from skillfast.tracing.observations import Expected, PooledRows, TokenRows
 from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
@@ -187,7 +187,7 @@ class Tracer:
                 raise ArgumentError(
                     f"mask: expected [batch, tokens], got shape {list(tensor.shape)}; 1 for real tokens"
                 )
-            self._expected.mask = tensor != 0
+            self._expected.mask = TokenMask(tensor != 0)
         self._expected.values = {name: torch.as_tensor(value) for name, value in values.items()}
 
     def _expect_nothing(self) -> None:

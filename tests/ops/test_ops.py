@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from itertools import product
 
 import pytest
@@ -216,6 +217,24 @@ def test_the_automatic_choice_says_once_where_it_fell_back(monkeypatch):
     with pytest.warns(RuntimeWarning, match="neuron_scale runs on backend 'reference': native: .* not built") as told:
         _ = [ops.neuron_scale(x, scale) for _ in range(2)]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_on_cuda_only_what_could_run_there_and_cannot_is_told(monkeypatch, built):
+    """The extension has one op for CUDA; that Triton runs the others is no loss to tell of."""
+    from types import SimpleNamespace
+
+    from skillfast.backends import native
+
+    monkeypatch.setattr(native, "_core", SimpleNamespace(HAS_CUDA=built))
+    monkeypatch.setattr(backends, "_told", set())
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for op in ("comoments_update", "bins_update", "act_mask_pool", "act_pool_accumulate", "neuron_scale"):
+            backends.implementation(op, x)
+    want = [] if built else ["neuron_scale runs on backend 'triton': native: the C++ extension was built without nvcc"]
+    assert [str(warning.message) for warning in told] == want
 
 
 def test_the_environment_chooses_a_backend(monkeypatch):

@@ -16,7 +16,7 @@ from skillfast.statistics.bins import estimates
 from skillfast.statistics.bins import overflow as spilling
 from skillfast.statistics.bins.edges import _with_tails, atomic_bins, build_edges, calibration_rows, next_value
 from skillfast.statistics.bins.layout import BinLayout, hat_positions, hat_weights
-from skillfast.statistics.bins.scores import exact, finalise, fit_continuous
+from skillfast.statistics.bins.scores import column_ranks, exact, finalise, fit_continuous, sorted_ranks
 from skillfast.statistics.bins.table import BinTable
 
 BINS = 128
@@ -504,3 +504,11 @@ def test_tails_lie_beyond_either_end_each_four_times_as_far():
     inside = torch.tensor([[3.0, torch.inf]])  # fewer edges are needed
     found = _with_tails(inside, values, torch.tensor([11]), 2)
     assert found.tolist() == [[-2.5, -0.625, 3, 10.625, 12.5, torch.inf]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 300])
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_ranks_by_one_sort_are_those_of_scipy(n, levels):
+    """The ranks of a GPU's rows, which are not copied to the host to be ranked."""
+    rows = torch.randint(-levels, levels, (n, 17), generator=torch.Generator().manual_seed(n)).double() / 7
+    torch.testing.assert_close(sorted_ranks(rows), column_ranks(rows), rtol=0, atol=0)

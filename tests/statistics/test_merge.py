@@ -336,7 +336,7 @@ def ranking(x, loss, n, stream, *, calibrated):
             picked = acc.pick(len(few), tokens, None)
             acc.reserve(len(picked)).copy_(x[few].flatten(0, 1)[picked])
             checked = loss[few][:, None, None].expand(-1, tokens, 1)
-            acc.commit(acc._sampled.state.buffer.rows[:0], picked, checked, torch.ones(len(few), dtype=torch.bool))
+            acc.commit(acc._sampled.state.buffer.rows[:0], picked, checked, None)
             acc._sums.moments.count += len(few) * tokens
 
     if calibrated:

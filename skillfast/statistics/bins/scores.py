@@ -64,6 +64,27 @@ def average_ranks(values: torch.Tensor) -> torch.Tensor:
     return (rank[index] - (values.shape[0] - 1) / 2.0).double()
 
 
+def column_ranks(rows: torch.Tensor) -> torch.Tensor:
+    """Centred ranks [N, d] within each column of finite rows [N, d], ties averaged, float64."""
+    if rows.device.type == "cpu":  # scipy sorts faster there
+        return torch.from_numpy(rankdata(rows.numpy(), axis=0)) - (len(rows) + 1) / 2
+    return sorted_ranks(rows)
+
+
+def sorted_ranks(rows: torch.Tensor) -> torch.Tensor:
+    """`column_ranks` by one sort on the rows' own device."""
+    ascending, order = rows.T.contiguous().sort(1)
+    last = ascending.shape[1] - 1
+    place = torch.arange(last + 1, device=rows.device)
+    starts = torch.ones_like(ascending, dtype=torch.bool)  # of a run of equal values
+    starts[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    ends = starts.roll(-1, 1)
+    first = torch.where(starts, place, 0).cummax(1).values
+    final = torch.where(ends, place, last).flip(1).cummin(1).values.flip(1)
+    centred = (first + final - last).double() / 2
+    return torch.empty_like(centred).scatter_(1, order, centred).T
+
+
 def fit_continuous(
     layout: BinLayout, values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
 ) -> dict[str, estimates.RankFit]:
@@ -196,12 +217,7 @@ def _exact_slice(
     rows: torch.Tensor, y: torch.Tensor, ranked_y: torch.Tensor, labels: torch.Tensor, scores: BinScores, part: slice
 ) -> None:
     n = rows.shape[0]
-    ranks = (
-        torch.from_numpy(rankdata((rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy(), axis=0)).to(
-            rows.device
-        )
-        - (n + 1) / 2
-    )  # [N, d]
+    ranks = column_ranks(rows if rows.dtype == torch.float64 else rows.float())
     covariance = ranks.T @ ranked_y
     scale = ranks.square().sum(0).sqrt()[:, None] * ranked_y.square().sum(0).sqrt()
     scores.spearman[part] = torch.where(scale > 0, (covariance / scale).clamp(-1, 1), torch.nan)

@@ -1,0 +1,153 @@
+"""A CUDA device for tests on machines without one: CPU tensors that say they are on `cuda:0`.
+
+Inside `FakeCuda()` every tensor made or moved there is a `CudaTensor` around a CPU tensor. As on the device, an op that
+mixes both raises, and what makes the host wait (a value read, a copy that is not asynchronous, a result whose size
+depends on data) is counted by its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda", 0)
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "item"}
+SIZED_BY_DATA = {
+    "nonzero", "nonzero_numpy", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave",
+}  # fmt: skip
+STAND_INS = (
+    (torch.cuda, "_lazy_init", lambda: None),
+    (torch.cuda, "mem_get_info", lambda _=None: (1 << 36, 1 << 36)),
+    # Views made by a mode are no views to inference mode.
+    (torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext()),
+)
+MOVES = {"_to_copy", "copy_", "_copy_from"}
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor that says it is on the device; ops on it run in the mode alone."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=DEVICE,
+        )  # fmt: skip
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} on the fake device outside of FakeCuda()")
+
+    def tolist(self):
+        return self.cpu().tolist()  # torch has none for subclasses
+
+    def __repr__(self):
+        return f"CudaTensor({self.held!r})"
+
+
+def is_cuda(device):
+    return device is not None and torch.device(device).type == "cuda"
+
+
+class FakeCuda(TorchDispatchMode):
+    """Runs ops on `CudaTensor`s as the device would, and counts in `waits` what the host waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.moved_bytes = 0
+        self.ops: Counter[str] = Counter()
+
+    def __enter__(self):
+        self._real = [(owner, name, getattr(owner, name)) for owner, name, _ in STAND_INS]
+        for owner, name, stand_in in STAND_INS:
+            setattr(owner, name, stand_in)
+        torch._C._ensureCUDADeviceGuardSet()  # torch switches devices around some ops, by a driver that is not there
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        for owner, name, real in self._real:
+            setattr(owner, name, real)
+        return super().__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func.__name__.split(".")[0]
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        there = [leaf for leaf in tensors if isinstance(leaf, CudaTensor)]
+        wanted = kwargs.get("device")
+        if not there and not is_cuda(wanted):
+            return func(*args, **kwargs)
+        if name in MOVES:
+            return self._move(func, name, args, kwargs, there)
+        mixed = [leaf for leaf in tensors if not isinstance(leaf, CudaTensor) and leaf.dim()]
+        if there and mixed:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, got cuda:0 and cpu")
+        self.ops[name] += 1
+        if name in READS or name in SIZED_BY_DATA or self._by_mask(name, args):
+            self.waits[name] += 1
+        held = tree_unflatten([leaf.held if isinstance(leaf, CudaTensor) else leaf for leaf in leaves], spec)
+        if wanted is not None:
+            held[1]["device"] = torch.device("cpu")
+        result = func(*held[0], **held[1])
+        return self._wrapped(func, result, leaves)
+
+    @staticmethod
+    def _by_mask(name, args):
+        """Whether an index is a bool mask, whose count the host must know."""
+        if name not in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+            return False
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+
+    def _move(self, func, name, args, kwargs, there):
+        if name == "_to_copy":
+            source, target = args[0], kwargs.get("device")
+            crossing = target is not None and is_cuda(target) != isinstance(source, CudaTensor)
+            to_cuda = is_cuda(target) if target is not None else isinstance(source, CudaTensor)
+            held = source.held if isinstance(source, CudaTensor) else source
+            result = func(held, **{**kwargs, "device": None if target is None else torch.device("cpu")})
+            if crossing and result is held:
+                result = held.clone()
+            made = CudaTensor(result) if to_cuda else result
+        else:
+            target, source = args[:2]
+            crossing = isinstance(source, CudaTensor) != isinstance(target, CudaTensor) and source.dim() > 0
+            to_cuda = isinstance(target, CudaTensor)
+            plain = [a.held if isinstance(a, CudaTensor) else a for a in (target, source)]
+            func(*plain, *args[2:], **kwargs)
+            made = target
+        if crossing:
+            self.moved_bytes += made.numel() * made.element_size()
+            asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            if not (to_cuda and asynchronous):
+                self.waits["copy to the device" if to_cuda else "copy to the host"] += 1
+        return made
+
+    @staticmethod
+    def _wrapped(func, result, leaves):
+        """The result on the device; an argument that was written in place is returned as it is."""
+        own = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, CudaTensor)}
+        return tree_map_only(torch.Tensor, lambda held: own[id(held)] if id(held) in own else CudaTensor(held), result)
+
+
+def to_cuda(module):
+    """A module whose parameters and buffers are on the fake device, as `module.cuda()` leaves them."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = torch.nn.Parameter(CudaTensor(parameter.detach()), requires_grad=False)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = CudaTensor(buffer)
+    return module

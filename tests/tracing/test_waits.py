@@ -1,0 +1,158 @@
+"""No step waits for the device, on a fake one that counts what would make the host wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit
+from fake_cuda import DEVICE, CudaTensor, FakeCuda, to_cuda
+
+from skillfast import Categorical, Continuous, NeuronStatistics, Tracer, ops
+from skillfast.errors import ArgumentError
+from skillfast.tracing.trace import classification_forward, trace
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/ops/test_gpu.py")
+METRICS = {"label": Categorical(5), "loss": Continuous()}
+
+
+@pytest.fixture
+def fake():
+    with FakeCuda() as mode:
+        yield mode
+
+
+def unfused():
+    """A model whose attention runs the same ops on every device."""
+    model = make_vit()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+@pytest.fixture
+def vit():
+    return unfused()
+
+
+@pytest.fixture
+def on_cuda(fake):
+    return to_cuda(unfused())
+
+
+def scores_of(model, batches, run, **settings):
+    with torch.inference_mode():
+        tracer = Tracer(model, METRICS, **settings)
+        with tracer:
+            for i, (images, labels) in enumerate(batches):
+                run(tracer, model, images.to(DEVICE) if isinstance(model.pos_embed, CudaTensor) else images, labels, i)
+        return tracer.compute()
+
+
+def same(got, want):
+    for name, array in want.arrays().items():
+        np.testing.assert_allclose(got.arrays()[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "max", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_waits_for_nothing(fake, on_cuda, vit, batches, pool, masked):
+    """Values from the device and from the host, with padding and with rows that are left out."""
+    tokens = vit.pos_embed.shape[1]
+    masks = [torch.rand(len(y), tokens) > 0.3 for _, y in batches]
+    waited = []
+
+    def run(tracer, model, images, labels, i):
+        if masked:
+            tracer.expect(mask=masks[i])
+        logits = model(images)
+        before = fake.waits.copy()
+        loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device, non_blocking=True), reduction="none")
+        tracer.step(label=labels, loss=loss, valid=torch.arange(len(labels)) != 1 if i == 2 else None)
+        waited.append(fake.waits - before)
+
+    got = scores_of(on_cuda, batches, run, pool=pool, sites=("mlp", "attn"))
+    assert fake.ops["act_mask_pool"] > 0
+    assert waited == [{}] * len(batches)
+    same(got, scores_of(vit, batches, run, pool=pool, sites=("mlp", "attn")))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_metrics_of_each_token_wait_for_nothing(fake, on_cuda, vit, batches, masked):
+    tokens = vit.pos_embed.shape[1]
+    masks = [torch.rand(len(y), tokens) > 0.3 for _, y in batches]
+    values = [torch.randn(len(y), tokens) for _, y in batches]
+    waited = []
+
+    def run(tracer, model, images, labels, i):
+        before = fake.waits.copy()
+        loss = values[i].to(images.device, non_blocking=True)
+        tracer.expect(masks[i] if masked else None, label=labels, loss=loss)
+        model(images)
+        tracer.step()
+        waited.append(fake.waits - before)
+
+    got = scores_of(on_cuda, batches, run, pool="none", sites=("mlp", "attn"), statistics=("pearson", "spearman"))
+    assert fake.ops["act_pool_accumulate"] > 0
+    assert waited == [{}] * len(batches)
+    want = scores_of(vit, batches, run, pool="none", sites=("mlp", "attn"), statistics=("pearson", "spearman"))
+    same(got, want)
+
+
+def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_cuda, vit, batches):
+    """With host batches, as a loader gives them; the edges are set, and the scores are read, once."""
+    seen = []
+
+    def forward(model, batch):
+        seen.append(sum(fake.waits.values()))
+        return classification_forward(model, batch)
+
+    got = trace(on_cuda, batches, forward=forward, classes=5)
+    passes = seen[-len(batches) :]
+    assert passes[0] == passes[-1], "a batch waited"
+    same(got, trace(vit, batches, classes=5))
+
+
+def test_what_does_not_fit_a_metric_is_refused_at_the_end(fake):
+    """On the device nothing is read when it comes; in the end it is told as on the host, by the metric's name."""
+    x = torch.randn(6, 3).to(DEVICE)
+    for label, loss, name in ((7, 0.0, "label"), (1, torch.nan, "loss"), (0.5, 0.0, "label")):
+        statistics = NeuronStatistics(3, METRICS, device=DEVICE)
+        given = {"label": torch.tensor([0, 1, 2, 3, 4, label]), "loss": torch.tensor([1.0, 2, 3, 4, 5, loss])}
+        with pytest.raises(ArgumentError, match=f"metric '{name}': expected"):
+            statistics.update(x, given)  # from the host: at once
+        waits = fake.waits.copy()
+        there = {key: value.to(DEVICE, non_blocking=True) for key, value in given.items()}
+        statistics.update(x, there)
+        assert fake.waits == waits
+        for read in (statistics.compute, statistics.state_dict, lambda s=statistics: s.like().merge(s)):
+            with pytest.raises(ArgumentError, match=f"metric '{name}': expected .* got others in a batch that came on"):
+                read()
+
+
+def test_ops_refuse_operands_of_two_devices(fake):
+    x, scale = torch.randn(4, 3, 8), torch.ones(2, 8)
+    there = x.to(DEVICE)
+    for arguments in ((there, scale), (x, scale.to(DEVICE)), (there, scale.to(DEVICE), None, torch.zeros(4).long())):
+        with pytest.raises(ArgumentError, match=r"'s device: expected (cuda:0|cpu), got (cuda:0|cpu); move it"):
+            ops.neuron_scale(*arguments)
+    with pytest.raises(ArgumentError, match="act_mask_pool mask's device"):
+        ops.act_mask_pool(there, mask=torch.ones(4, 3, dtype=torch.bool))
+    y, shift, sums = torch.randn(12, 2), torch.zeros(8), [torch.zeros(8).double(), torch.zeros(8).double()]
+    with pytest.raises(ArgumentError, match="comoments_update sum_xy's device"):
+        ops.comoments_update(x.flatten(0, 1), y, shift, *sums, torch.zeros(2, 8).double().to(DEVICE))
+
+
+def test_the_fake_device_tells_what_waits(fake):
+    """The control of this file: each of these makes a host wait."""
+    x = torch.arange(6.0).to(DEVICE, non_blocking=True)
+    assert not fake.waits
+    for read in (
+        lambda: x.sum().item(), lambda: bool((x > 1).any()), lambda: x[x > 1], lambda: x.nonzero(), lambda: x.cpu(),
+        lambda: torch.ones(2).to(DEVICE), lambda: x.tolist(), lambda: torch.equal(x, x), lambda: x.masked_select(x > 1),
+    ):  # fmt: skip
+        before = sum(fake.waits.values())
+        read()
+        assert sum(fake.waits.values()) > before
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(6)
