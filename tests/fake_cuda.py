@@ -31,16 +31,21 @@ MOVES = {"_to_copy", "copy_", "_copy_from"}
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor that says it is on the device; ops on it run in the mode alone."""
+    """A tensor that says it is on the device; ops on it run in the mode alone.
+
+    To torch's own C++ it is a CPU tensor, so that autograd looks for no driver; hence moves are told apart here.
+    """
 
     held: torch.Tensor
+    device = DEVICE
+    is_cuda = True
+    is_cpu = False
 
     @staticmethod
     def __new__(cls, held):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=DEVICE,
-        )  # fmt: skip
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
+        )
         made.held = held
         return made
 
@@ -48,11 +53,36 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} on the fake device outside of FakeCuda()")
 
-    def tolist(self):
-        return self.cpu().tolist()  # torch has none for subclasses
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.cpu:
+                return _to(args[0], "cpu")
+            if func is torch.Tensor.cuda:
+                return _to(args[0], DEVICE)
+            if func in (torch.Tensor.to, torch.Tensor.type_as):
+                return _to(*args, **(kwargs or {}))
+            if func is torch.Tensor.tolist:
+                return _to(args[0], "cpu").tolist()  # torch has none for subclasses
+            if func is torch.nn.functional.one_hot:  # its C++ would make a CPU tensor for what is one there
+                return (args[0][..., None] == torch.arange(args[1], device=DEVICE)).long()
+            return func(*args, **(kwargs or {}))
 
     def __repr__(self):
         return f"CudaTensor({self.held!r})"
+
+
+def _to(tensor, *args, copy=False, **kwargs):
+    """`tensor.to(...)` between the host and the device."""
+    if args and isinstance(args[0], torch.Tensor):
+        device, dtype, non_blocking = args[0].device, args[0].dtype, kwargs.get("non_blocking", False)
+    else:
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    crosses = device is not None and is_cuda(device) != isinstance(tensor, CudaTensor)
+    if not (crosses or copy or dtype not in (None, tensor.dtype)):
+        return tensor
+    where = {"device": device} if crosses else {}
+    return aten._to_copy(tensor, dtype=dtype, non_blocking=non_blocking, **where)
 
 
 def is_cuda(device):
@@ -72,12 +102,14 @@ class FakeCuda(TorchDispatchMode):
         self._real = [(owner, name, getattr(owner, name)) for owner, name, _ in STAND_INS]
         for owner, name, stand_in in STAND_INS:
             setattr(owner, name, stand_in)
-        torch._C._ensureCUDADeviceGuardSet()  # torch switches devices around some ops, by a driver that is not there
+        self._lifts = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies from the host in sight of the mode
         return super().__enter__()
 
     def __exit__(self, *args):
         for owner, name, real in self._real:
             setattr(owner, name, real)
+        torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_vit
+from fake_cuda import FakeCuda, to_cuda
 
 import skillfast
 from skillfast import Categorical, Condition, Skill, Tracer
@@ -60,25 +61,42 @@ def test_half_precision(batches, dtype, pool):
         np.testing.assert_allclose(scores[site.name].std, rows.std(0, correction=0), atol=1e-4 * scale)
 
 
-def spread(model):
-    """The model over two devices: the CPU and the GPU."""
-    accelerate = pytest.importorskip("accelerate")
-    names = [name for name, _ in model.named_children() if name != "blocks"]
-    places = dict.fromkeys(names, 0) | {f"blocks.{i}": "cpu" if i == 1 else 0 for i in range(len(model.blocks))}
-    places |= {name: 0 for name, _ in model.named_parameters(recurse=False)}
-    return accelerate.dispatch_model(model, places, main_device=0)
+def spread(model, to_cuda):
+    """The model over two devices: a block of it runs on the CPU, the rest on the GPU.
+
+    accelerate's `dispatch_model` would keep that block's weights on the CPU and run it on the GPU all the same.
+    """
+    hooks = pytest.importorskip("accelerate.hooks")
+    moved = to_cuda(model)
+    moved.blocks[1] = make_vit().blocks[1]
+    hooks.add_hook_to_module(
+        moved.blocks[1], hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True, offload=False)
+    )
+    return moved
 
 
-@pytest.mark.gpu
-def test_a_model_over_two_devices(vit, batches):
+def check_two_devices(model, vit, batches):
+    for block in (*model.blocks, *vit.blocks):
+        block.attn.fused_attn = False  # the same ops on both
     scores, swept = outcome(vit, batches)
-    model = spread(make_vit())
     tracer = Tracer(model, {"label": Categorical(5)})
     devices = {rows.statistics.device.type for rows in tracer._groups()}
     assert devices == {"cpu", "cuda"}
     got, again = outcome(model, batches)
     np.testing.assert_allclose(got.mean, scores.mean, atol=1e-4)
+    np.testing.assert_allclose(got.pearson, scores.pearson, atol=1e-3)
     assert (again.predictions == swept.predictions).mean() > 0.95
+
+
+@pytest.mark.gpu
+def test_a_model_over_two_devices(vit, batches):
+    check_two_devices(spread(make_vit(), torch.nn.Module.cuda), vit, batches)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_model_over_two_devices_of_which_one_is_fake(vit, batches):
+    with FakeCuda():
+        check_two_devices(spread(make_vit(), to_cuda), vit, batches)
 
 
 @pytest.mark.gpu
