@@ -50,7 +50,7 @@ def test_bench_on_pictures_of_ones_own(bench_output):
     jsonschema.validate(results, records.schema(BenchResults))
     found = results["selection"]
     chosen = [found["candidates"][i] for i in found["chosen"]]
-    assert len(found["candidates"]) == 14
+    assert len(found["candidates"]) == 12
     assert results["config"]["method"] == "auto"
     skills = json.loads((bench_output / "skills.json").read_text())["skills"]
     assert [(s["method"], s["settings"]["share"]) for s in skills] == [(c["method"], c["share"]) for c in chosen]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from skillfast.models.adam import Adam
 from skillfast.models.batches import labelled_batch, logits_of
 from skillfast.models.sites import find_sites, module_device
 from skillfast.progress import track
@@ -63,7 +64,7 @@ def optimal_constants(
     sites = {site.name: site for site in find_sites(model)}
     names = [name for name in sites if any(name in skill.neurons for skill in skills)]
     learned = {name: _Learned(sites[name], skills, bank) for name in names}
-    optimiser = torch.optim.Adam([site.moved for site in learned.values()], lr=RATE)
+    optimiser = Adam([site.moved for site in learned.values()])
     generator = torch.Generator().manual_seed(seed)
     device = module_device(model)
     handles = [
@@ -77,10 +78,7 @@ def optimal_constants(
             for site in learned.values():
                 site.without = without.to(site.moved.device)
             loss = cross_entropy(logits_of(model(inputs)).float(), labels)
-            gradients = torch.autograd.grad(loss, [site.moved for site in learned.values()])
-            for site, gradient in zip(learned.values(), gradients, strict=True):
-                site.moved.grad = gradient
-            optimiser.step()
+            optimiser.step(torch.autograd.grad(loss, [site.moved for site in learned.values()]), RATE)
     finally:
         for handle in handles:
             handle.remove()

@@ -175,6 +175,33 @@ class SweepResult:
             embeddings=None,
         )
 
+    def joined(self, other: SweepResult) -> SweepResult:
+        """The conditions of both results, these first; without margins and embeddings.
+
+        Args:
+            other: Other conditions on the same examples.
+
+        Raises:
+            ArgumentError: Other examples, or predictions that one of them did not keep.
+        """
+        if not np.array_equal(self.labels, other.labels):
+            raise ArgumentError(
+                f"sweeps: expected the same examples in both, got {len(self.labels)} and {len(other.labels)} of other "
+                "classes; sweep the same loader"
+            )
+        both = (self.predictions_of(self.names), other.predictions_of(other.names))
+        return replace(
+            self,
+            names=self.names + other.names,
+            per_class_accuracy=np.concatenate([self.per_class_accuracy, other.per_class_accuracy]),
+            per_class_margin=np.concatenate([self.per_class_margin, other.per_class_margin]),
+            predictions=np.concatenate(both),
+            baseline_logits=None,
+            margins=None,
+            baseline_embeddings=None,
+            embeddings=None,
+        )
+
     def _row(self, name: str) -> int:
         try:
             return self.names.index(name)

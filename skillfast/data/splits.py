@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -122,6 +123,25 @@ def part_of(loader: DataLoader[Any], rows: Sequence[int]) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         generator=torch.Generator(),  # iterating leaves the global random state alone
     )
+
+
+def few_per_class(labels: np.ndarray, seed: int, per_class: int, most: int | None = None) -> list[int]:
+    """Indices of some examples of each class, as many of each as there are, drawn at random, in their order.
+
+    Args:
+        labels: int64 [n].
+        seed: Seed of the draws.
+        per_class: How many of each class, at most.
+        most: How many in all, at most, but for two of each class.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    each = per_class if most is None else min(per_class, max(2, most // len(present)))
+    rng = np.random.default_rng(seed)
+    drawn = [
+        rng.choice(np.flatnonzero(labels == label), size=min(each, count), replace=False)
+        for label, count in zip(present, counts, strict=True)
+    ]
+    return np.sort(np.concatenate(drawn)).tolist()
 
 
 def join(batches: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ def own_control(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray)
     lost, gained = (float(share) for share in strata.mean(values).mean(-1))
     return OwnControl(
         draws=len(predictions),
+        n_examples=len(labels),
         target_drop=float(per_draw.mean()),
         per_class=per_draw.mean(0).tolist(),
         spread=float(per_draw.std(0, ddof=1).mean()) if len(predictions) > 1 else None,

@@ -15,7 +15,7 @@ from skillfast.results.bench import ClassInformation, Information, InformationIn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PER_CLASS, MOST = 40, 2000  # examples that probes are fitted on
+FOLDS = 3  # of the examples: what reads one is fitted on the others
 SHOTS = 5  # examples of a class that it is relearned from
 OTHERS = 45  # of other classes beside them, at most
 DRAWS = 5  # of these examples
@@ -30,12 +30,12 @@ class Readings:
     """What is predicted of the test examples from embeddings under removals.
 
     Attributes:
-        intact: int64 [n], by a probe that is fitted on the intact model's embeddings.
+        intact: int64 [n], by a probe that is fitted on the intact model's embeddings of other examples.
         refitted: int64 [removals, n], by one that is fitted on those under the removal.
         relearned: int64 [removals, draws, n], by the model's classifier after some steps on a few examples of the
             target and of others; no draws for a classifier that is not linear.
         without: int64 [removals, draws, n], after as many steps on the others alone.
-        n_fitted: Examples that probes are fitted on.
+        n_fitted: Examples that a probe is fitted on, at least.
     """
 
     intact: np.ndarray
@@ -49,8 +49,11 @@ class Readings:
 class Reader:
     """Reads classes from embeddings: by a probe, and by the model's own classifier after a few steps.
 
+    Each third of the examples is read by what was fitted on the other two, so that nothing but the embeddings of the
+    examples themselves is needed.
+
     Attributes:
-        labels: int64 [m], classes of the examples that are fitted on.
+        labels: int64 [n], classes of the examples.
         n_classes: K.
         head: The model's classifier; None where it is not linear.
         seed: Seed of the draws of a few examples.
@@ -61,36 +64,50 @@ class Reader:
     head: Head | None
     seed: int = 0
 
-    def read(
-        self, fitted: np.ndarray, embeddings: np.ndarray, target: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the test examples under one removal.
+    @property
+    def n_fitted(self) -> int:
+        """Examples that a probe is fitted on, at least."""
+        return min(int(fitted.sum()) for fitted in self._folds())
+
+    def probe(self, embeddings: np.ndarray) -> np.ndarray:
+        """Predictions int64 [n] of a linear probe, from embeddings [n, E] of the examples."""
+        found = np.empty(len(self.labels), np.int64)
+        for fitted in self._folds():
+            found[~fitted] = probe_predictions(embeddings[fitted], self.labels[fitted], embeddings[~fitted])
+        return found
+
+    def tuned(self, embeddings: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions of the model's classifier after a few steps, with examples of a class and without.
 
         Args:
-            fitted: [m, E], embeddings to fit on.
-            embeddings: [n, E], of the test examples.
-            target: The class whose skill is removed.
+            embeddings: [n, E], of the examples, under the removal of the class's skill.
+            target: The class.
 
         Returns:
-            Predictions as in `Readings`: refitted [n], relearned [draws, n], without [draws, n].
+            int64 [draws, n] each; no draws for a classifier that is not linear, or a class without examples.
         """
-        refitted = probe_predictions(fitted, self.labels, embeddings)
-        tuned: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+        if self.head is None or not (self.labels == target).any():
+            return np.empty((0, len(self.labels)), np.int64), np.empty((0, len(self.labels)), np.int64)
+        relearned, without = np.empty((2, DRAWS, len(self.labels)), np.int64)
         rng = np.random.default_rng([self.seed, target])
-        if self.head is not None and (self.labels == target).any():
-            for _ in range(DRAWS):
-                own, others = self._few(target, rng)
-                for rows, found in zip((np.concatenate([own, others]), others), tuned, strict=True):
-                    found.append(tuned_predictions(self.head, fitted[rows], self.labels[rows], embeddings))
-        relearned, without = (np.array(found, np.int64).reshape(-1, len(embeddings)) for found in tuned)
-        return refitted, relearned, without
+        for fitted in self._folds():
+            for draw in range(DRAWS):
+                own, others = self._few(np.flatnonzero(fitted), target, rng)
+                for rows, found in ((np.concatenate([own, others]), relearned), (others, without)):
+                    few = embeddings[rows], self.labels[rows]
+                    found[draw, ~fitted] = tuned_predictions(self.head, *few, embeddings[~fitted])
+        return relearned, without
 
-    def _few(self, target: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a few examples of the target, and of as many of each of some other classes."""
-        others = rng.permutation(np.setdiff1d(self.labels, target))[: OTHERS // SHOTS]
-        own, *rest = (
-            rng.permutation(np.flatnonzero(self.labels == label))[:SHOTS] for label in (target, *others.tolist())
-        )
+    def _folds(self) -> list[np.ndarray]:
+        """Bool [n] for each fold: the examples that are not in it."""
+        dealt = deal(self.labels, FOLDS)
+        return [dealt != fold for fold in range(int(dealt.max()) + 1)]
+
+    def _few(self, rows: np.ndarray, target: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Of these rows a few of the target, and as many of each of some other classes."""
+        labels = self.labels[rows]
+        others = rng.permutation(np.setdiff1d(labels, target))[: OTHERS // SHOTS]
+        own, *rest = (rng.permutation(rows[labels == label])[:SHOTS] for label in (target, *others.tolist()))
         return own, np.concatenate([np.empty(0, np.int64), *rest])
 
 

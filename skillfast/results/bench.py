@@ -308,6 +308,7 @@ class OwnControl(Record, frozen=True, kw_only=True):
 
     Attributes:
         draws: How many there are for each class.
+        n_examples: Test examples that they were run on.
         target_drop: What a class loses, the mean over classes and draws.
         per_class: The mean over draws, by class.
         spread: Standard deviation of what a class loses between its draws, the mean over classes.
@@ -315,6 +316,7 @@ class OwnControl(Record, frozen=True, kw_only=True):
     """
 
     draws: Positive
+    n_examples: Positive
     target_drop: Change
     per_class: Annotated[list[Change], Meta(min_length=2)]
     spread: Annotated[float, Meta(ge=0)] | None = None
@@ -366,18 +368,20 @@ class CandidateEffect(Record, frozen=True):
         contrastive: Whether by the score minus the other classes' best.
         share: Size as a share of all neurons.
         keep: Weight of the other classes in a mask.
+        drop: What it takes from its own classes on the part that chooses.
         limit: Largest upper end of the regret at which it is taken; null where there is no other candidate.
-        validation: Effect on the part that chooses.
-        test: Effect on the part that chooses nothing.
+        validation: Effect on the part that chooses; null where it takes too little for its cost to others to matter.
+        test: Effect on the part that chooses nothing; null where there is none on the other part.
     """
 
     method: Name
     contrastive: bool
     share: Share
     keep: float | None
+    drop: Change
     limit: float | None
-    validation: Selectivity
-    test: Selectivity
+    validation: Selectivity | None
+    test: Selectivity | None
 
 
 class SizeControl(Record, frozen=True):
@@ -462,12 +466,14 @@ class LayerContribution(Shares, frozen=True):
         per_class: Class -> the shares in its own drop.
         ci95: Intervals of the shares.
         per_block: In the order of the forward.
+        n_by_block: Test examples that these come from; the other shares come from all.
     """
 
     non_additivity: float | None
     per_class: dict[str, Shares]
     ci95: ShareIntervals
     per_block: list[BlockShare] | None = None
+    n_by_block: Positive | None = None
 
 
 class EmbeddingIntervals(Record, frozen=True):
@@ -601,7 +607,7 @@ class Information(Record, frozen=True):
         relearned_without: Mean over the classes.
         ci95: Intervals of the means.
         per_class: By the class whose skill is removed.
-        n_fitted: Examples of the select part that probes are fitted on.
+        n_fitted: Test examples that a probe is fitted on, at least: two thirds of them, which read the others.
         shots: Examples of the class that it is relearned from.
         steps: Gradient steps on them.
     """

@@ -35,7 +35,7 @@ from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
 from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.session import open_session
-from skillfast.runs.shares import OWN_PREDICTIONS, own_predictions
+from skillfast.runs.shares import OwnPredictions, predict_parts
 from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 
@@ -94,7 +94,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
-        own = stage("shares", lambda: _shares(session, removals, swept.labels), OWN_PREDICTIONS)
+        own = stage("shares", lambda: _shares(session, removals, swept.labels), Kept.by(OwnPredictions.load))
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
@@ -162,26 +162,37 @@ def _choose(session: Session, scores: NeuronScores) -> selection.Selection:
     skills = selection.cut(ranked, tried, max_site_share=most)
     sites = choose_sites(session.subject.model, config.trace.sites)
     controls = selection.size_controls(tried, skills, sites, config.run.seed)
-    swept = session.stage("choose", lambda: _try(session, skills, "validate", controls), Kept.by(SweepResult.load))
-    chosen = selection.choose(tried, skills, swept, tuple(controls))
+    first, rest = [*range(len(tried))], list[int]()
+    drops = None
+    if len(tried) > 1:
+        drops = session.stage("choose", lambda: _own_drops(session, skills), JSON, part="own classes")
+        first, rest = selection.running(drops)
+    kept, sets = Kept.by(SweepResult.load), selection.sets_of(tried, skills, controls, first)
+    swept = session.stage("choose", lambda: _try(session, sets, "validate"), kept)
+    chosen = selection.choose(tried, skills, swept, drops)
+    if rest and not chosen.within:
+        more = selection.sets_of(tried, skills, controls, rest, first)
+        swept = swept.joined(session.stage("choose", lambda: _try(session, more, "validate"), kept, part="others"))
+        chosen = selection.choose(tried, skills, swept)
     if len(tried) > 1:
         session.say(f"chosen on {len(session.subject.splits.validate)} validation examples: {chosen}")
     return chosen
 
 
-def _try(
-    session: Session,
-    skills: Sequence[Mapping[str, Skill]],
-    part: str,
-    controls: Mapping[float, Sequence[Mapping[str, Skill]]] = {},
-) -> SweepResult:
-    """Remove each candidate's skills on a part of the data."""
+def _own_drops(session: Session, skills: Sequence[Mapping[str, Skill]]) -> list[float]:
+    """What each candidate takes from its own classes on the validation part."""
+    subject = session.subject
+    loader, scale = subject.loader("validate"), session.config.ablate.scale
+    return selection.own_drops(subject.model, loader, skills, scale=scale, quiet=session.quiet)
+
+
+def _try(session: Session, sets: Mapping[str, Mapping[str, Skill]], part: str) -> SweepResult:
+    """Remove sets of skills on a part of the data."""
     subject = session.subject
     return selection.try_on(
         subject.model,
         subject.loader(part),
-        skills,
-        controls,
+        sets,
         scale=session.config.ablate.scale,
         classes=subject.splits.classes,
         quiet=session.quiet,
@@ -189,10 +200,12 @@ def _try(
 
 
 def _try_on_test(session: Session, chosen: selection.Selection, removals: Removals, swept: SweepResult) -> SweepResult:
-    """Remove each candidate's skills on the test part; a lone candidate's are what `swept` has removed."""
-    if len(chosen.skills) > 1:
-        return _try(session, chosen.skills, "test")
-    return swept.renamed({condition.name: selection.name_of(0, condition.skill.name) for condition in removals.whole})
+    """Remove the candidates' skills on the test part; the chosen ones are what `swept` has removed."""
+    here = swept.renamed({
+        condition.name: selection.name_of(i, condition.skill.name)
+        for i, condition in zip(chosen.chosen, removals.whole, strict=True)
+    })  # fmt: skip
+    return here.joined(_try(session, chosen.left, "test")) if chosen.left else here
 
 
 def _sweep(session: Session, removals: Removals) -> SweepResult:
@@ -211,15 +224,16 @@ def _sweep(session: Session, removals: Removals) -> SweepResult:
     )
 
 
-def _shares(session: Session, removals: Removals, labels: np.ndarray) -> np.ndarray:
+def _shares(session: Session, removals: Removals, labels: np.ndarray) -> OwnPredictions:
     """The test part's predictions with parts of each class's own skill removed, or of its controls."""
     subject = session.subject
-    return own_predictions(
+    return predict_parts(
         subject.model,
         subject.loader("test"),
         labels,
-        [*removals.components, *removals.blocks, *removals.own_controls, *removals.matched_controls],
+        removals,
         classes=subject.splits.classes,
+        seed=session.config.run.seed,
         quiet=session.quiet,
     )
 
@@ -232,7 +246,6 @@ def _embeddings(session: Session, removals: Removals, swept: SweepResult) -> Emb
         subject.loader("test"),
         removals.whole,
         removals.few_controls,
-        subject.loader("select"),
         classes=subject.splits.classes,
         seed=session.config.run.seed,
         swept=swept,
@@ -278,10 +291,10 @@ def _results(
     session: Session,
     removals: Removals,
     swept: SweepResult,
-    own: np.ndarray,
+    own: OwnPredictions,
     embedded: EmbeddingChanges | None,
 ) -> dict[str, Any]:
-    """results.json without its cost; `own` is what `_shares` gives."""
+    """results.json without its cost."""
     subject = session.subject
     skills, classes = removals.skills, subject.splits.classes
     k, labels, intact = len(skills), swept.labels, swept.top2[:, 0]
@@ -292,18 +305,21 @@ def _results(
         return swept.predictions_of(condition.name for condition in conditions).reshape(-1, k, len(labels))
 
     whole, controls = map(predicted, (removals.whole, removals.controls))
-    bootstrap = Bootstrap(labels, seed=subject.config.run.seed)
+    seed = subject.config.run.seed
     oracle = selectivity.oracle_predictions(swept.top2, k)
 
-    def under_own(predictions: np.ndarray) -> np.ndarray:  # [rows, K, n] -> [rows, n]
-        return predictions[:, labels, np.arange(len(labels))]
+    def under_own(predictions: np.ndarray, rows: np.ndarray) -> np.ndarray:  # [draws, K, n] -> [draws, len(rows)]
+        return predictions[:, labels[rows], rows]
 
-    rows = [len(removals.components), len(removals.blocks), len(removals.own_controls)]
-    subsets, by_block, own_controls, matched = np.split(own, np.cumsum(rows))  # [parts, n] each
-    subsets, by_block = (np.concatenate([under_own(whole), part]) for part in (subsets, by_block))
-    own_controls = np.concatenate([under_own(controls), own_controls])
-    drops, resampled = selectivity.own_drops(subsets, intact, labels, bootstrap)
-    block_drops = selectivity.own_drops(by_block, intact, labels, bootstrap)
+    def lost(parts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each class loses by its whole skill, then by parts of it [parts, len(rows)], and resampled."""
+        every = np.concatenate([under_own(whole, rows), parts])
+        return selectivity.own_drops(every, intact[rows], labels[rows], Bootstrap(labels[rows], seed=seed))
+
+    drops, resampled = lost(own.components, np.arange(len(labels)))
+    block_drops = lost(own.blocks, own.block_rows)
+    some = own.control_rows
+    own_controls = np.concatenate([under_own(controls, some), own.controls])
     assert swept.baseline_logits is not None
     margins = Margins.of(
         swept.margins_of(condition.name for condition in removals.whole),
@@ -343,12 +359,13 @@ def _results(
         "random_control": {
             **structs.asdict(selectivity.selectivity(controls, oracle, intact, labels)),
             "draws": len(controls),
-            "own": own_control(own_controls, intact, labels),
+            "own": own_control(own_controls, intact[some], labels[some]),
         },
-        "matched_control": own_control(matched, intact, labels),
+        "matched_control": own_control(own.matched, intact[some], labels[some]),
         "layer_contribution": {
             **structs.asdict(shapley.layer_contribution(drops, resampled, classes)),
             "per_block": shapley.per_block(blocks, *block_drops, subject.splits.classes),
+            "n_by_block": len(own.block_rows),
         },
         **seen,
         "interference": interference(

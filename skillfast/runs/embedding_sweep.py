@@ -11,17 +11,14 @@ import torch
 
 from skillfast import files
 from skillfast.ablation.sweep import SweepResult, sweep
-from skillfast.data.splits import part_of
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
-from skillfast.evaluation.probes import MOST, PER_CLASS, Head, Reader, Readings, probe_predictions
+from skillfast.evaluation.probes import Head, Reader, Readings
 from skillfast.models.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from torch.utils.data import DataLoader
 
     from skillfast.ablation.interventions import Condition
     from skillfast.models.sites import Site
@@ -128,7 +125,6 @@ def compare_embeddings(
     loader: Iterable[Any],
     removals: Sequence[Condition],
     controls: Sequence[Condition],
-    fit_on: DataLoader[Any],
     *,
     classes: Sequence[str],
     seed: int = 0,
@@ -143,7 +139,6 @@ def compare_embeddings(
         loader: Batches of (images, labels), the same in each pass.
         removals: The removal of each class's skill, K of them.
         controls: Other removals, of which nothing is read.
-        fit_on: Batches of the examples that probes are fitted on, of a dataset with `labels`; some of each class.
         classes: Class names.
         seed: Seed of the choice of anchors and of examples.
         bytes_at_once: Embeddings to hold, and as much again while they are put together; a pass over the loader for as
@@ -157,44 +152,38 @@ def compare_embeddings(
     head = next((site for site in find_sites(model) if site.kind == "head"), None)
     if head is None:
         return None
-    fitted_on = part_of(fit_on, few_per_class(np.asarray(fit_on.dataset.labels), seed))  # type: ignore[attr-defined]
 
-    def embedded(data: Iterable[Any], some: Sequence[Condition]) -> SweepResult:
-        return sweep(model, data, some, classes=classes, keep_embeddings=True, quiet=quiet)
+    def embedded(some: Sequence[Condition]) -> SweepResult:
+        return sweep(model, loader, some, classes=classes, keep_embeddings=True, quiet=quiet)
 
     have = swept if swept is not None and swept.embeddings is not None else None
-    intact, fitted = have or embedded(loader, []), embedded(fitted_on, [])
+    intact = have or embedded([])
     before, labels = intact.baseline_embeddings, intact.labels
     assert before is not None
-    assert fitted.baseline_embeddings is not None
     metrics = EmbeddingMetrics(before, labels, seed=seed)
-    reader = Reader(fitted.labels, len(classes), linear_head(model, head, len(classes)), seed)
+    reader = Reader(labels, len(classes), linear_head(model, head, len(classes)), seed)
     comparisons, turned, read = [], [], []
     conditions = [*removals, *controls]
-    step = max(1, bytes_at_once // (before.nbytes + fitted.baseline_embeddings.nbytes))
+    step = max(1, bytes_at_once // before.nbytes)
     for start in range(0, len(conditions), step):
         some = conditions[start : start + step]
-        after = (have or embedded(loader, some)).embeddings_of(condition.name for condition in some)
-        for condition, rows in zip(some, after, strict=True):
+        after = (have or embedded(some)).embeddings_of(condition.name for condition in some)
+        for i, (condition, rows) in enumerate(zip(some, after, strict=True), start):
             written = written_by(condition, head)
             comparisons.append(metrics.compare(rows, written))
             kept = np.delete(np.arange(before.shape[1]), written)
             turned.append(angles(before[:, kept], rows[:, kept], labels, len(classes)))
-        if some := conditions[start : min(start + step, len(removals))]:
-            refit = embedded(fitted_on, some).embeddings
-            assert refit is not None
-            read += [
-                reader.read(one, other, start + i) for i, (one, other) in enumerate(zip(refit, after, strict=False))
-            ]
+            if i < len(removals):
+                read.append((reader.probe(rows), *reader.tuned(rows, i)))
     names = tuple(condition.name for condition in conditions)
     found, left_out = (np.stack(rows) for rows in zip(*turned, strict=True))
     refitted, relearned, without = (np.stack(rows) for rows in zip(*read, strict=True))
     readings = Readings(
-        intact=probe_predictions(fitted.baseline_embeddings, fitted.labels, before),
+        intact=reader.probe(before),
         refitted=refitted,
         relearned=relearned,
         without=without,
-        n_fitted=len(fitted.labels),
+        n_fitted=reader.n_fitted,
     )
     return EmbeddingChanges(names, metrics, tuple(comparisons), found, left_out, readings)
 
@@ -203,18 +192,6 @@ def fit_at_once(model: torch.nn.Module, conditions: int, examples: int) -> bool:
     """Whether the embeddings of so many conditions and the intact model's may be held together."""
     head = next((site for site in find_sites(model) if site.kind == "head"), None)
     return head is not None and 4 * (1 + conditions) * examples * head.width <= BYTES_AT_ONCE
-
-
-def few_per_class(labels: np.ndarray, seed: int) -> list[int]:
-    """Indices of the examples that probes are fitted on: as many of each class, drawn at random, in their order."""
-    present, counts = np.unique(labels, return_counts=True)
-    most = min(PER_CLASS, max(2, MOST // len(present)))
-    rng = np.random.default_rng(seed)
-    drawn = [
-        rng.choice(np.flatnonzero(labels == label), size=min(most, count), replace=False)
-        for label, count in zip(present, counts, strict=True)
-    ]
-    return np.sort(np.concatenate(drawn)).tolist()
 
 
 def linear_head(model: torch.nn.Module, head: Site, n_classes: int) -> Head | None:

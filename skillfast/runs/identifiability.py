@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skillfast.ablation.assigned import predict_assigned
-from skillfast.data.splits import part_of
+from skillfast.data.splits import few_per_class, part_of
 from skillfast.evaluation.identifiability import drops, identifiability
 from skillfast.evaluation.tasks import overlaps
-from skillfast.runs.embedding_sweep import few_per_class
 from skillfast.skills.attribution import attribute_groups
 from skillfast.skills.select import select
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from skillfast.skills.ranking import NeuronRanking
     from skillfast.skills.skill import Skill
 
+PER_CLASS, MOST = 40, 2000  # examples that sets are chosen on
 GROUPS = 3  # arbitrary groups for each class: what one loses is noisy
 HALVES, CLASS = ("first half", "second half"), "class"
 
@@ -68,7 +68,7 @@ def identify(
     classes, k = list(skills), len(skills)
     rng = np.random.default_rng(seed)
     labels = np.asarray(select_on.dataset.labels)  # type: ignore[attr-defined]
-    rows = few_per_class(labels, seed)
+    rows = few_per_class(labels, seed, PER_CLASS, MOST)
     few, labels = part_of(select_on, rows), labels[rows]
     groups = [rng.permutation(labels) for _ in range(GROUPS)]  # as large as the classes, and of all of them
     ranking = _ranking(model, few, labels, groups, _halves(labels, rng), classes, sites, quiet)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
-ON_ALL = 4  # random draws per skill that run on the examples of all classes
+ON_ALL = 2  # random draws per skill that run on the examples of all classes
 FEW = 1  # random draws per skill of what is dear to measure
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from skillfast.ablation.constants import mean_constants, optimal_constants
+from skillfast.ablation.constants import STEPS, mean_constants, optimal_constants
 from skillfast.ablation.donors import donors
 from skillfast.ablation.interventions import Condition
 from skillfast.errors import ArgumentError
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from skillfast.skills.skill import Skill
 
 DONORS = 64  # fewer than for a sweep of its own: their neurons of all skills are kept at once
-ROWS = 128  # examples per step of fitting constants
+ROWS = 128  # examples per step of fitting constants, at most
+PASSES = 3  # over the select part while they are fitted, at most
 
 
 def replaced_predictions(session: Session, skills: Sequence[Skill], labels: np.ndarray) -> list[list[int]] | None:
@@ -47,7 +48,7 @@ def replaced_predictions(session: Session, skills: Sequence[Skill], labels: np.n
         return None
     shuffled: DataLoader[tuple[torch.Tensor, torch.Tensor]] = DataLoader(
         select.dataset,
-        ROWS,
+        max(1, min(ROWS, PASSES * len(select.dataset) // STEPS)),  # type: ignore[arg-type]
         shuffle=True,
         collate_fn=select.collate_fn,
         generator=torch.Generator().manual_seed(seed),

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skillfast.ablation.assigned import predict_assigned
 from skillfast.ablation.interventions import Condition
 from skillfast.ablation.sweep import sweep
 from skillfast.errors import ArgumentError
+from skillfast.evaluation.identifiability import drops
 from skillfast.evaluation.selectivity import class_terms, oracle_predictions, oracle_selectivity, selectivity
 from skillfast.runs.kept import Kept
 from skillfast.skills.attribution import attribute
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     import torch
+    from torch.utils.data import DataLoader
 
     from skillfast.ablation.sweep import SweepResult
     from skillfast.models.sites import Site
@@ -33,14 +36,18 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
 
 SIZES = (1 / 3, 1)  # of the share: 1 % and 3 % by default
-KEEPS = (1.0, 5.0, 20.0)  # weights of the other classes when a mask is learned: from more drop to less harm
+KEEPS = (1.0, 5.0)  # weights of the other classes when a mask is learned: from more drop to less harm
 CONTROL_DRAWS = 2
 MARGIN = 0.02
 """Regret beyond the random control's that a choice may risk, as a share of other classes' images."""
+RUNNING = 0.5
+"""Share of the largest drop that a candidate has to take for what it costs other classes to be measured first."""
 RULE = (
     "on the validation part, the largest target_drop among the candidates whose regret's upper 95 % end is at most the "
     "regret of as many random neurons plus the margin, or the lowest such end where there is none; per class, where "
-    "either half of that part, chosen on the other, drops more that way within the same limit on average"
+    "either half of that part, chosen on the other, drops more that way within the same limit on average; regret is "
+    "measured of the candidates with at least half of the largest drop, and of the others where none of these is "
+    "within its limit"
 )
 
 
@@ -80,8 +87,10 @@ class Selection:
     Attributes:
         candidates: In the order tried.
         skills: One mapping of class name -> skill per candidate.
-        validation: The effect of each on the validation part.
-        limits: Largest upper end of the regret at which each is taken, None where there is nothing to choose from.
+        drops: What each takes from its own classes on the validation part.
+        validation: The effect of each on the validation part, None where other classes were not looked at.
+        limits: Largest upper end of the regret at which each is taken, None where that is not known or where there is
+            nothing to choose from.
         controls: Share of all neurons -> the effect of as many random neurons on that part.
         oracle: The oracle's effect on that part.
         chosen: By `RULE`, the index of each class's candidate, in the classes' order.
@@ -90,7 +99,8 @@ class Selection:
 
     candidates: tuple[Candidate, ...]
     skills: tuple[Mapping[str, Skill], ...]
-    validation: tuple[Selectivity, ...]
+    drops: tuple[float, ...]
+    validation: tuple[Selectivity | None, ...]
     limits: tuple[float | None, ...]
     controls: Mapping[float, Selectivity]
     oracle: Selectivity
@@ -102,6 +112,23 @@ class Selection:
         """Class name -> the skill of its chosen candidate."""
         return {name: self.skills[i][name] for i, name in zip(self.chosen, self.skills[0], strict=True)}
 
+    @property
+    def left(self) -> dict[str, dict[str, Skill]]:
+        """The skills that were measured and not chosen: a candidate's position, as text -> class name -> skill."""
+        chosen = dict(zip(self.skills[0], self.chosen, strict=True))
+        found = {
+            str(i): {name: skill for name, skill in made.items() if chosen[name] != i}
+            for i, made in enumerate(self.skills)
+            if self.validation[i] is not None
+        }
+        return {key: made for key, made in found.items() if made}
+
+    @property
+    def within(self) -> bool:
+        """Whether any candidate's regret is within its limit."""
+        ends = ((effect.ci95.regret, most) for effect, most in zip(self.validation, self.limits, strict=True) if effect)
+        return any(end is not None and most is not None and end[1] <= most for end, most in ends)
+
     def __str__(self) -> str:
         of = {i: [name for j, name in zip(self.chosen, self.skills[0], strict=True) if i == j] for i in self.chosen}
         if len(of) == 1:
@@ -112,16 +139,21 @@ class Selection:
         """The selection object of results.json.
 
         Args:
-            test: What `try_on` gives for the test part.
+            test: What `try_on` gives for the test part, of the candidates that have an effect on validation.
         """
-        on_test = effects(test, self.skills)
-        combined = _effect(test, predictions_of(test, self.skills)[list(self.chosen), range(len(self.chosen))])
-        found = zip(self.candidates, self.limits, self.validation, on_test, strict=True)
+        on_test = [effect and _effect(test, predictions_of(test, self.skills, [i])[0])
+                   for i, effect in enumerate(self.validation)]  # fmt: skip
+        own = [name_of(i, name) for i, name in zip(self.chosen, self.skills[0], strict=True)]
+        combined = _effect(test, test.predictions_of(own))
+        found = zip(self.candidates, self.drops, self.limits, self.validation, on_test, strict=True)
         return {
             "rule": RULE,
             "margin": MARGIN,
             "chosen": list(self.chosen),
-            "candidates": [{**c.to_json(), "limit": most, "validation": v, "test": t} for c, most, v, t in found],
+            "candidates": [
+                {**c.to_json(), "drop": drop, "limit": most, "validation": v, "test": t}
+                for c, drop, most, v, t in found
+            ],
             "controls": [{"share": share, "validation": effect} for share, effect in self.controls.items()],
             "validation": self.combined,
             "gap": _gap(combined, self.combined),
@@ -163,7 +195,7 @@ def rank(
     """What the candidates rank by, by `Candidate.ranking`, made from the select part alone.
 
     Attributions and each learned mask are stages of their own, since masks take the longest of all. Masks of the
-    middle weight start from the attributions, those of other weights from these masks.
+    largest weight start from the attributions, those of other weights from these masks.
 
     Args:
         session: The run.
@@ -185,10 +217,8 @@ def rank(
         part="attribution",
     )
     found["attribution"] = attributions
-    weights = sorted({(c.keep, c.ranking) for c in tried if c.keep is not None})
-    middle = len(weights) // 2
-    masks: NeuronRanking | None = None  # of the middle weight, which comes first
-    for weight, name in (*weights[middle : middle + 1], *weights[:middle], *weights[middle + 1 :]):
+    masks: NeuronRanking | None = None  # of the largest weight, which comes first
+    for weight, name in sorted({(c.keep, c.ranking) for c in tried if c.keep is not None}, reverse=True):
         learn = partial(
             learn_masks,
             model,
@@ -258,23 +288,89 @@ def size_controls(
     return found
 
 
+def own_drops(
+    model: torch.nn.Module,
+    loader: DataLoader[Any],
+    skills: Sequence[Mapping[str, Skill]],
+    *,
+    scale: float = 0.0,
+    quiet: bool = True,
+) -> list[float]:
+    """What each candidate's skills take from their own classes, the mean over the classes.
+
+    Every example runs under its own class's skill alone: a forward of the data for each candidate.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels), of a dataset with `labels`, not shuffled.
+        skills: The candidates', from `cut`.
+        scale: Factor on the activations of removed neurons.
+        quiet: Show no progress bars.
+    """
+    labels = np.asarray(loader.dataset.labels)  # type: ignore[attr-defined]
+    none = np.full(len(labels), -1)
+    right = predict_assigned(model, loader, [], none, quiet=quiet) == labels
+    found = []
+    for made in skills:
+        after = predict_assigned(model, loader, [*made.values()], labels, scale=scale, quiet=quiet) == labels
+        found.append(float(np.nanmean(drops(right, after, labels, len(made)))))
+    return found
+
+
+def running(found: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Candidates to measure the cost of first, and others, which matter where none of the first is within its limit.
+
+    A choice is the largest drop within a limit, so that one among the first is the best of all.
+
+    Args:
+        found: What each takes from its own classes, from `own_drops`.
+    """
+    least = RUNNING * max(0.0, *found)
+    first = [i for i, drop in enumerate(found) if drop >= least] or [*range(len(found))]
+    return first, [i for i in range(len(found)) if i not in first]
+
+
+def sets_of(
+    tried: Sequence[Candidate],
+    skills: Sequence[Mapping[str, Skill]],
+    controls: Mapping[float, Sequence[Mapping[str, Skill]]],
+    which: Sequence[int],
+    have: Sequence[int] = (),
+) -> dict[str, Mapping[str, Skill]]:
+    """Sets of skills for `try_on`: some candidates, by position, and the controls of their sizes.
+
+    Args:
+        tried: The candidates.
+        skills: Skills of each, from `cut`.
+        controls: From `size_controls`.
+        which: Positions of candidates.
+        have: Positions of candidates whose controls are had already.
+    """
+    sizes = {tried[i].share for i in which} - {tried[i].share for i in have}
+    drawn = {_control(share, d): made for share in sizes for d, made in enumerate(controls.get(share, ()))}
+    return {str(i): skills[i] for i in which} | dict(sorted(drawn.items()))
+
+
+def _control(share: float, draw: int) -> str:
+    """Key of the set that is a draw of a size's random skills."""
+    return f"random {share:.6g}, draw {draw}"
+
+
 def try_on(
     model: torch.nn.Module,
     loader: Iterable[Any],
-    skills: Sequence[Mapping[str, Skill]],
-    controls: Mapping[float, Sequence[Mapping[str, Skill]]] = {},
+    sets: Mapping[str, Mapping[str, Skill]],
     *,
     scale: float = 0.0,
     classes: Sequence[str] | None = None,
     quiet: bool = True,
 ) -> SweepResult:
-    """Remove every candidate's skills on a part of the data.
+    """Remove sets of skills on a part of the data, one skill at a time.
 
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels).
-        skills: The candidates', from `cut`.
-        controls: From `size_controls`.
+        sets: A name -> class name -> skill; of candidates the name is the position.
         scale: Factor on the activations of removed neurons.
         classes: Class names; from the loader's dataset or the model by default.
         quiet: Show no progress bar.
@@ -282,24 +378,22 @@ def try_on(
     Returns:
         Predictions of all; `effects` says what they mean.
     """
-    sets = [*skills, *(made for draws in controls.values() for made in draws)]
     conditions = [
-        Condition(skill, scale=scale, name=name_of(i, name))
-        for i, made in enumerate(sets)
+        Condition(skill, scale=scale, name=name_of(key, name))
+        for key, made in sets.items()
         for name, skill in made.items()
     ]
     return sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
 
 
-def predictions_of(swept: SweepResult, sets: Sequence[Iterable[str]], first: int = 0) -> np.ndarray:
-    """int64 [len(sets), K, n]: predictions of `try_on` under the sets from the `first` one on, by their class names."""
-    rows = [swept.predictions_of(name_of(first + i, name) for name in made) for i, made in enumerate(sets)]
-    return np.stack(rows)
+def predictions_of(swept: SweepResult, skills: Sequence[Iterable[str]], which: Sequence[int]) -> np.ndarray:
+    """int64 [len(which), K, n]: predictions of `try_on` under candidates by position, by their class names."""
+    return np.stack([swept.predictions_of(name_of(i, name) for name in skills[i]) for i in which])
 
 
-def name_of(index: int, name: str) -> str:
-    """What `try_on` calls the condition of a set's skill: the set's position, and the class."""
-    return f"{index}: {name}"
+def name_of(key: str | int, name: str) -> str:
+    """What `try_on` calls the condition of a set's skill: the set's name, and the class."""
+    return f"{key}: {name}"
 
 
 def effects(swept: SweepResult, skills: Sequence[Mapping[str, Skill]]) -> list[Selectivity]:
@@ -309,7 +403,7 @@ def effects(swept: SweepResult, skills: Sequence[Mapping[str, Skill]]) -> list[S
         swept: What `try_on` gives.
         skills: The candidates', from `cut`.
     """
-    return [_effect(swept, part) for part in predictions_of(swept, skills)]
+    return [_effect(swept, part) for part in predictions_of(swept, skills, range(len(skills)))]
 
 
 def _effect(swept: SweepResult, predictions: np.ndarray) -> Selectivity:
@@ -322,36 +416,51 @@ def choose(
     tried: Sequence[Candidate],
     skills: Sequence[Mapping[str, Skill]],
     swept: SweepResult,
-    shares: Sequence[float] = (),
+    found: Sequence[float] | None = None,
 ) -> Selection:
     """The best candidate by `RULE`, or the best of each class.
 
     Args:
         tried: The candidates.
         skills: Skills of each candidate, from `cut`.
-        swept: What `try_on` gives for the validation part.
-        shares: Sizes of the `size_controls` that were tried, in their order.
+        swept: What `try_on` gives for the validation part, of all candidates or of some.
+        found: What each takes from its own classes, from `own_drops`; of those in `swept` that is seen there.
     """
-    k, classes = len(swept.classes), list(skills[0])
-    drawn = predictions_of(swept, [classes] * (CONTROL_DRAWS * len(shares)), len(skills)) if shares else np.empty(0)
+    classes = list(skills[0])
+    here = [i for i in range(len(tried)) if name_of(i, classes[0]) in swept.names]
+    drawn = {
+        share: np.stack([
+            swept.predictions_of(name_of(_control(share, d), name) for name in classes) for d in range(CONTROL_DRAWS)
+        ])
+        for share in dict.fromkeys(candidate.share for candidate in tried)
+        if name_of(_control(share, 0), classes[0]) in swept.names
+    }  # fmt: skip
     trial = _Trial(
-        tuple(candidate.share for candidate in tried),
-        predictions_of(swept, skills),
-        dict(zip(shares, drawn.reshape(-1, CONTROL_DRAWS, k, len(swept.labels)), strict=True)) if shares else {},
-        oracle_predictions(swept.top2, k),
+        tuple(tried[i].share for i in here),
+        predictions_of(swept, skills, here),
+        drawn,
+        oracle_predictions(swept.top2, len(swept.classes)),
         swept.top2[:, 0],
         swept.labels,
     )
-    found, controls = trial.effects(), trial.control_effects()
-    chosen = [0] * k
+    judged, controls = dict(zip(here, trial.effects(), strict=True)), trial.control_effects()
+    chosen = [0] * len(classes)
     limits: list[float | None] = [None] * len(tried)
-    if shares:
-        limits = [controls[candidate.share].regret + MARGIN for candidate in tried]
-        chosen = trial.per_class() if _pays(trial) else [trial.together()] * k
+    if drawn:
+        for i in here:
+            limits[i] = controls[tried[i].share].regret + MARGIN
+        chosen = trial.per_class() if _pays(trial) else [trial.together()] * len(classes)
     return Selection(
-        tuple(tried), tuple(skills), tuple(found), tuple(limits), controls,
-        oracle_selectivity(trial.oracle, trial.intact, trial.labels), tuple(chosen), trial.effect(chosen),
-    )  # fmt: skip
+        candidates=tuple(tried),
+        skills=tuple(skills),
+        drops=tuple(judged[i].target_drop if i in judged else (found or [])[i] for i in range(len(tried))),
+        validation=tuple(judged.get(i) for i in range(len(tried))),
+        limits=tuple(limits),
+        controls=controls,
+        oracle=oracle_selectivity(trial.oracle, trial.intact, trial.labels),
+        chosen=tuple(here[i] for i in chosen),
+        combined=trial.effect(chosen),
+    )
 
 
 @dataclass(frozen=True)

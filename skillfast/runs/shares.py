@@ -2,27 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from skillfast import files
 from skillfast.ablation.sweep import sweep
-from skillfast.data.splits import part_of
+from skillfast.data.splits import few_per_class, part_of
 from skillfast.progress import Forecast, telling
-from skillfast.runs.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
     from torch.utils.data import DataLoader
 
     from skillfast.ablation.donors import DonorBank
     from skillfast.ablation.interventions import Condition
+    from skillfast.runs.removals import Removals
 
-SCHEMA, FILE = "skillfast.own_predictions/1", "own_predictions.safetensors"
+SCHEMA, FILE = "skillfast.own_predictions/2", "own_predictions.safetensors"
+FORWARDS_BY_BLOCK = 200  # of each class, however many blocks there are
+LEAST_BY_BLOCK = 5  # examples of each class, where there are as many
+CONTROLLED = 10  # examples of each class under each random control
+
+
+@dataclass(frozen=True)
+class OwnPredictions:
+    """Predictions of test examples while parts of their own class's skill, or its controls, are removed.
+
+    Attributes:
+        components: int64 [subsets, n], with the skill's neurons in some kinds of sites removed, of all examples.
+        blocks: int64 [2 (blocks - 1), m], with those in some blocks removed.
+        block_rows: int64 [m], of which examples.
+        controls: int64 [draws, c], of random controls.
+        matched: int64 [draws, c], of controls that are about as active.
+        control_rows: int64 [c], of which examples.
+    """
+
+    components: np.ndarray
+    blocks: np.ndarray
+    block_rows: np.ndarray
+    controls: np.ndarray
+    matched: np.ndarray
+    control_rows: np.ndarray
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `own_predictions.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        files.write_arrays(path, dict(vars(self)), {"schema": SCHEMA})
+        return path
+
+    @staticmethod
+    def load(directory: str | Path) -> OwnPredictions:
+        """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
+        return OwnPredictions(**files.read_arrays(Path(directory) / FILE, SCHEMA, "run again with --no-resume")[0])
+
+
+def predict_parts(
+    model: torch.nn.Module,
+    loader: DataLoader[Any],
+    labels: np.ndarray,
+    removals: Removals,
+    *,
+    classes: Sequence[str],
+    seed: int = 0,
+    quiet: bool = True,
+) -> OwnPredictions:
+    """Predict examples while parts of their own class's skill are removed, and while its controls are.
+
+    Subsets of the kinds run on all examples. Sets of blocks grow with the depth and draws are many, so that they run on
+    some examples of each class, drawn at random: 200 forwards of each class by block, 10 examples for a draw.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of (images, labels), not shuffled.
+        labels: int64 [n], the classes of the loader's examples, in their order.
+        removals: What is removed.
+        classes: Class names.
+        seed: Seed of the choice of examples.
+        quiet: Show no progress bars.
+    """
+    some = max(LEAST_BY_BLOCK, FORWARDS_BY_BLOCK // max(1, len(removals.blocks)))
+    every, by_block, controlled = (
+        np.arange(len(labels)), *(np.array(few_per_class(labels, seed, most)) for most in (some, CONTROLLED))
+    )  # fmt: skip
+    draws = [*removals.own_controls, *removals.matched_controls]
+    components, blocks, controls = (
+        own_predictions(model, loader, labels, conditions, rows, classes=classes, quiet=quiet)
+        for conditions, rows in ((removals.components, every), (removals.blocks, by_block), (draws, controlled))
+    )
+    own, matched = np.split(controls, [len(removals.own_controls)])
+    return OwnPredictions(components, blocks, by_block, own, matched, controlled)
 
 
 def own_predictions(
@@ -30,6 +103,7 @@ def own_predictions(
     loader: DataLoader[Any],
     labels: np.ndarray,
     conditions: Sequence[Sequence[Condition]],
+    rows: np.ndarray | None = None,
     *,
     classes: Sequence[str],
     donors: DonorBank | None = None,
@@ -38,44 +112,37 @@ def own_predictions(
     """Predict every example while a part of its own class's skill is removed.
 
     Shares of a skill are shares of what its own class loses, so no other class's examples are run: the cost is that of
-    `len(conditions)` forwards of the data, however many classes there are.
+    `len(conditions)` forwards of these examples, however many classes there are.
 
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels), not shuffled.
         labels: int64 [n], the classes of the loader's examples, in their order.
         conditions: [parts][K], a part of each class's skill.
+        rows: int64 [m], the examples to run; None for all.
         classes: Class names.
         donors: For conditions with `mode="resample"`.
         quiet: Show no progress bars.
 
     Returns:
-        int64 [parts, n].
+        int64 [parts, m].
     """
-    found = np.empty((len(conditions), len(labels)), np.int64)
+    rows = np.arange(len(labels)) if rows is None else rows
+    found = np.empty((len(conditions), len(rows)), np.int64)
+    if not len(conditions):
+        return found
     forecast = Forecast(
-        f"{len(conditions)} parts of each skill on its own class's examples: {found.size:,} forwards", len(labels)
+        f"{len(conditions)} parts of each skill on {len(rows):,} examples of its own class: {found.size:,} forwards",
+        len(rows),
     )
     for c in range(len(classes)):
-        rows = np.flatnonzero(labels == c)
-        if not len(rows) or not len(conditions):
+        at = np.flatnonzero(labels[rows] == c)
+        if not len(at):
             continue
-        own = part_of(loader, rows.tolist())
+        own = part_of(loader, rows[at].tolist())
         parts = [row[c] for row in conditions]
         with telling(None):
             swept = sweep(model, own, parts, donors=donors, classes=classes, keep_predictions=True, quiet=quiet)
-        found[:, rows] = swept.predictions_of(part.name for part in parts)
-        forecast.ran(len(rows))
+        found[:, at] = swept.predictions_of(part.name for part in parts)
+        forecast.ran(len(at))
     return found
-
-
-def _save(predictions: np.ndarray, folder: Path) -> None:
-    files.write_arrays(folder / FILE, {"predictions": predictions}, {"schema": SCHEMA})
-
-
-def _load(folder: Path) -> np.ndarray:
-    return files.read_arrays(folder / FILE, SCHEMA, "run again with --no-resume")[0]["predictions"]
-
-
-OWN_PREDICTIONS = Kept(_save, _load)
-"""How they are kept for resuming."""

@@ -14,6 +14,7 @@ from skillfast.backends.capture import accumulation_dtype
 from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
+from skillfast.models.adam import Adam
 from skillfast.models.batches import labelled_batch
 from skillfast.models.sites import fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import Forecast, track
@@ -198,14 +199,13 @@ class _Learner:
     ) -> torch.Tensor:
         """Strengths [len(classes), n_neurons] of these classes' masks."""
         strength = self._initial(classes, start).requires_grad_()
-        adam = torch.optim.Adam([strength], lr=RATE, betas=(0.9, 0.99))
+        adam = Adam([strength], betas=(0.9, 0.99))
         n_own = max(1, round(OWN_SHARE * batch_size))
         own = _draws(self.labels, classes, steps, n_own, generator, own=True)
         others = _draws(self.labels, classes, steps, batch_size - n_own, generator, own=False)
         first, last = TEMPERATURES
         for step in track(range(steps), "learned masks", quiet=quiet):
             done = step / max(1, steps - 1)
-            adam.param_groups[0]["lr"] = RATE * (1 - 0.7 * done)
             removed = soft_top(strength, self.widths, self.most, self.count, first * (last / first) ** done)
             gates = (1 - (1 - scale) * removed.detach()).requires_grad_()
             for rows, mask in _parts(own, step):
@@ -217,9 +217,8 @@ class _Learner:
                 lost = kept_loss(logits, self.intact[rows].to(logits), classes[mask].to(logits.device))
                 (len(classes) * keep * lost.sum() / others.shape[-1]).backward()
             assert gates.grad is not None
-            adam.zero_grad()
-            removed.backward(gates.grad * (scale - 1))
-            adam.step()
+            (gradient,) = torch.autograd.grad(removed, strength, gates.grad * (scale - 1))
+            adam.step([gradient], RATE * (1 - 0.7 * done))
             forecast.ran(1)
         return strength.detach()
 

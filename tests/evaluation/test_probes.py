@@ -12,10 +12,11 @@ from sklearn.linear_model import LogisticRegression
 
 from skillfast import Condition, Skill, ablate
 from skillfast.data import TensorImages, loader
+from skillfast.data.splits import few_per_class
 from skillfast.evaluation.jackknife import deal
-from skillfast.evaluation.probes import Readings, information, probe_predictions, told_apart, tuned_predictions
+from skillfast.evaluation.probes import Reader, Readings, information, probe_predictions, told_apart, tuned_predictions
 from skillfast.models.sites import find_sites
-from skillfast.runs.embedding_sweep import compare_embeddings, few_per_class, linear_head
+from skillfast.runs.embedding_sweep import compare_embeddings, linear_head
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +90,14 @@ def test_a_class_that_merges_with_another_is_not_told_apart():
 
 @pytest.fixture(scope="module")
 def copies():
-    parts = [TensorImages(*planted.evidence(n, seed), classes=list("abcd-")) for n, seed in ((300, 1), (1000, 2))]
-    return planted.Copies(), *(loader(part, 256) for part in parts)
+    return planted.Copies(), loader(TensorImages(*planted.evidence(2000, 2), classes=list("abcd-")), 256)
 
 
 def lost(copies, skills):
     """What the removal of each of five skills takes."""
-    model, select, test = copies
+    model, test = copies
     conditions = [Condition(skill) for skill in skills]
-    found = compare_embeddings(model, test, conditions, [], select, classes=list("abcd-"))
+    found = compare_embeddings(model, test, conditions, [], classes=list("abcd-"))
     labels = test.dataset.labels.numpy()
     with torch.inference_mode():
         baseline = model(test.dataset.images).argmax(1).numpy()
@@ -116,7 +116,7 @@ def test_an_erasure_is_gone(copies):
         assert values.information_lost >= 0.9
         assert values.relearned < 0.1
     assert found.per_class["-"].information_lost == 0  # nothing was removed
-    assert found.n_fitted == 200
+    assert found.n_fitted == 1333  # what reads a third are the other two
 
 
 def test_what_only_the_head_cannot_read_is_hidden(copies):
@@ -182,11 +182,25 @@ def test_classes_without_examples_have_no_share():
 
 def test_a_probe_sees_as_many_of_each_class():
     labels = np.random.default_rng(4).permutation(np.arange(4).repeat([100, 80, 30, 1]))
-    rows = few_per_class(labels, 0)
+    rows = few_per_class(labels, 0, 40, 2000)
     assert np.bincount(labels[rows]).tolist() == [40, 40, 30, 1]
     assert rows == sorted(rows)
-    assert rows != few_per_class(labels, 1)
-    assert len(few_per_class(np.arange(100).repeat(40), 0)) == 2000
+    assert rows != few_per_class(labels, 1, 40, 2000)
+    assert len(few_per_class(np.arange(100).repeat(40), 0, 40, 2000)) == 2000
+
+
+def test_what_reads_an_example_was_not_fitted_on_it():
+    """Labels that the embeddings do not tell are read no better than by chance, though a probe could fit them."""
+    rng = np.random.default_rng(5)
+    labels, embeddings = rng.permutation(np.arange(4).repeat(50)), rng.normal(size=(200, 100))
+    reader = Reader(labels, 4, (rng.normal(size=(4, 100)), np.zeros(4)))
+    assert (probe_predictions(embeddings, labels, embeddings) == labels).mean() > 0.6
+    assert (reader.probe(embeddings) == labels).mean() < 0.4
+    relearned, without = reader.tuned(embeddings, 1)
+    assert relearned.shape == without.shape == (5, 200)
+    assert max((rows == labels).mean() for rows in (*relearned, *without)) < 0.4
+    marked = embeddings + 9 * np.eye(100)[labels]
+    assert (reader.probe(marked) == labels).mean() > 0.95
 
 
 def test_the_head_is_read_where_it_is_linear(vit):

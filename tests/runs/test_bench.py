@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -28,7 +29,7 @@ from skillfast.results.records import to_json
 from skillfast.results.skills import Skills
 from skillfast.runs import removals, selection
 from skillfast.runs.cost import trace_over_forward
-from skillfast.runs.shares import own_predictions
+from skillfast.runs.shares import OwnPredictions, own_predictions, predict_parts
 from skillfast.skills.skill import random_skills
 
 
@@ -230,6 +231,38 @@ def test_shares_by_block_of_planted_skills():
     shares = [[entry["per_class"][name] for entry in found] for name in "01234"]
     assert shares == [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0.5, 0, 0.5], [0, 0, 1]]
     assert [entry["share"] for entry in found] == pytest.approx([0.3, 0.4, 0.3])
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_blocks_and_draws_run_on_some_examples_of_each_class(tmp_path):
+    images, labels = planted.images(300)
+    model, shown = planted.model(), labels < 5
+    skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
+    sites, classes = find_sites(model), list("01234")
+    draws = removals.control_conditions(skills, sites, 3, 0.0, 0)
+    blocks = [
+        [dataclasses.replace(condition, name=f"{condition.name} {i}") for condition in row]
+        for i in range(3)
+        for row in removals.block_conditions(skills, sites, 0.0)
+    ]
+    whole, components = [skillfast.Condition(skill) for skill in skills], removals.component_conditions(skills, 0.0)
+    made = removals.Removals(skills, whole, components, blocks, [], [], draws[:1], draws[1:])
+    loader, of = DataLoader(TensorDataset(images[shown], labels[shown]), batch_size=64), labels[shown].numpy()
+    forwards = []
+    handle = model.head.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    found = predict_parts(model, loader, of, made, classes=classes)
+    handle.remove()
+    assert (len(found.components), len(found.blocks), len(found.controls), len(found.matched)) == (6, 12, 1, 2)
+    assert np.bincount(of[found.block_rows]).tolist() == [16] * 5  # 12 x 16 forwards of each class, of 200
+    assert np.bincount(of[found.control_rows]).tolist() == [10] * 5
+    assert sum(forwards) < 6 * 250 + 12 * 80 + 3 * 50 + 1000  # 21 x 250 otherwise; and what verifying routes takes
+    every = own_predictions(model, loader, of, [*made.components, *made.blocks, *draws], classes=classes)
+    np.testing.assert_array_equal(found.components, every[:6])
+    np.testing.assert_array_equal(found.blocks, every[6:18, found.block_rows])
+    np.testing.assert_array_equal(np.concatenate([found.controls, found.matched]), every[18:, found.control_rows])
+    found.save(tmp_path)
+    for name, rows in vars(OwnPredictions.load(tmp_path)).items():
+        np.testing.assert_array_equal(rows, getattr(found, name))
 
 
 @pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman")])

@@ -94,6 +94,7 @@ def trials(rng, drops, regrets, n=100):
 
     Two sets of random neurons of one size, which change nothing, come after the candidates.
     """
+    sets = [*map(str, range(len(drops))), "random 0.03, draw 0", "random 0.03, draw 1"]
     drops, regrets = np.array(drops), np.array(regrets)
     k = drops.shape[1]
     labels = np.arange(k).repeat(n)
@@ -105,12 +106,12 @@ def trials(rng, drops, regrets, n=100):
     tried = [Candidate("pearson", False, 0.03) for _ in drops]
     accuracy = np.zeros((len(rows), k))
     swept = SweepResult(
-        classes=tuple(names), names=tuple(f"{i // k}: {names[i % k]}" for i in range(len(rows))), labels=labels,
+        classes=tuple(names), names=tuple(f"{of}: {name}" for of in sets for name in names), labels=labels,
         baseline=accuracy[0], per_class_accuracy=accuracy, baseline_margin=accuracy[0], per_class_margin=accuracy,
         top2=np.stack([labels, (labels + 2) % k], 1), predictions=np.stack(rows),
     )  # fmt: skip
     skills = [{name: skillfast.Skill(name, {"head": [c]}) for name in names} for c in range(len(drops))]
-    return tried, skills, swept, (0.03,)
+    return tried, skills, swept
 
 
 def test_one_candidate_is_chosen_for_all_classes_where_none_is_better_by_class():
@@ -146,12 +147,27 @@ def test_chance_does_not_choose_by_class():
     assert sum(len(set(one)) > 1 for one in chosen) <= 5
 
 
+def test_others_are_measured_where_the_first_are_not_within_their_limit():
+    assert selection.running([0.2, 0.9, 0.5, 0.44]) == ([1, 2], [0, 3])
+    assert selection.running([-0.1, -0.2]) == ([0, 1], [])  # nothing drops: all are looked at
+    tried, skills, swept = trials(np.random.default_rng(0), [[0.3] * 4, [0.9] * 4], [[0.0] * 4, [0.1] * 4])
+    strong = swept.renamed({name: name for name in swept.names if not name.startswith("0")})
+    alone = selection.choose(tried, skills, strong, [0.3, 0.9])
+    assert (alone.within, alone.chosen, alone.validation[0], alone.limits[0]) == (False, (1,) * 4, None, None)
+    assert alone.drops == (0.3, alone.validation[1].target_drop)
+    both = selection.choose(
+        tried, skills, strong.joined(swept.renamed({f"0: {name}": f"0: {name}" for name in "abcd"}))
+    )
+    assert both == selection.choose(tried, skills, swept)
+    assert (both.within, both.chosen) == (True, (0,) * 4)
+
+
 def test_candidates():
     auto = selection.candidates("auto", 0.03)
-    assert len(auto) == 14
+    assert len(auto) == 12
     assert {(c.method, c.contrastive, c.keep) for c in auto} == {
         ("pearson", False, None), ("pearson", True, None), ("attribution", False, None), ("attribution", True, None),
-        ("mask", False, 1.0), ("mask", False, 5.0), ("mask", False, 20.0),
+        ("mask", False, 1.0), ("mask", False, 5.0),
     }  # fmt: skip
     assert sorted({round(c.share, 9) for c in auto}) == [0.01, 0.03]
     assert selection.candidates("mask", 0.1) == (Candidate("mask", False, 0.1, 10.0),)
@@ -170,9 +186,12 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     for label, sites in planted.PLANTED.items():
         want = {(site, i) for site, neurons in sites.items() for i in neurons}
         assert want <= {(s, int(i)) for s, index in found.removed[CLASSES[label]].neurons.items() for i in index}
-    assert set(found.controls) == {candidate.share for candidate in found.candidates}
-    assert [found.controls[c.share].regret + selection.MARGIN for c in found.candidates] == list(found.limits)
-    written = to_json(found.to_json(selection.try_on(made.model, made.loader("test"), found.skills)))
+    measured = [(c, most) for c, most, v in zip(found.candidates, found.limits, found.validation, strict=True) if v]
+    assert set(found.controls) == {candidate.share for candidate, _ in measured}
+    assert all(found.controls[candidate.share].regret + selection.MARGIN == most for candidate, most in measured)
+    running = {str(i): found.skills[i] for i, effect in enumerate(found.validation) if effect}
+    assert [*running] == [str(i) for i, drop in enumerate(found.drops) if drop >= max(found.drops) / 2]
+    written = to_json(found.to_json(selection.try_on(made.model, made.loader("test"), running)))
     assert written["chosen"] == list(found.chosen)
     assert written["candidates"][found.chosen[0]]["test"]["target_drop"] == pytest.approx(5 / 6)
     assert written["validation"]["target_drop"] == pytest.approx(5 / 6)
@@ -180,11 +199,11 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     assert not any(word in written["rule"] for word in ("40", "56", "20"))  # no figure of ours
 
 
-def test_masks_of_other_weights_start_from_the_middle_one(chosen):
+def test_masks_of_the_other_weight_start_from_the_larger_one(chosen):
     found = chosen[1]
     made = zip(found.candidates, found.skills, strict=True)
     starts = {c.keep: skills["a"].settings["start_keep"] for c, skills in made if c.method == "mask"}
-    assert starts == {1.0: 5.0, 5.0: None, 20.0: 5.0}
+    assert starts == {1.0: 5.0, 5.0: None}
 
 
 def test_the_choice_does_not_see_the_test_part(splits, chosen):
@@ -205,7 +224,8 @@ def test_permuted_labels_select_nothing(splits):
     rng = np.random.default_rng(0)
     drawn = {name: random_skills(skill, sites, 1, rng)[0] for name, skill in found.removed.items()}
     sets = [dict(found.removed), drawn]
-    on_test, control = selection.effects(selection.try_on(made.model, made.loader("test"), sets), sets)
+    swept = selection.try_on(made.model, made.loader("test"), {str(i): made for i, made in enumerate(sets)})
+    on_test, control = selection.effects(swept, sets)
     noise = 3 * np.sqrt(2 * 0.25 / 90)  # three standard errors of a difference, at most
     assert abs(on_test.target_drop - control.target_drop) < noise
     assert abs(on_test.target_drop + on_test.other_change) < noise  # the own class fares as the others do
@@ -223,7 +243,7 @@ def test_a_lone_candidate_is_removed_once(splits):
     reused = protocol._try_on_test(session, found, removals, swept)
     assert not forwards
     handle.remove()
-    want = protocol._try(session, found.skills, "test")
+    want = protocol._try(session, {"0": found.skills[0]}, "test")
     assert reused.names == want.names
     np.testing.assert_array_equal(reused.predictions, want.predictions)
     np.testing.assert_array_equal(reused.per_class_accuracy, want.per_class_accuracy)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.adam import Adam
 from skillfast.models.sites import find_sites
 from skillfast.skills import learned_mask
 from skillfast.skills.learned_mask import kept_loss, soft_top, target_loss
@@ -123,18 +124,18 @@ def test_no_more_images_are_kept_than_asked_for(batches):
 
 
 def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch):
-    temperatures, rates, step = [], [], torch.optim.Adam.step
+    temperatures, rates, step = [], [], Adam.step
 
     def recorded_set(strength, widths, most, count, temperature):
         temperatures.append(temperature)
         return soft_top(strength, widths, most, count, temperature)
 
-    def recorded_step(adam, *args, **kwargs):
-        rates.append(adam.param_groups[0]["lr"])
-        return step(adam, *args, **kwargs)
+    def recorded_step(adam, gradients, rate):
+        rates.append(rate)
+        return step(adam, gradients, rate)
 
     monkeypatch.setattr(learned_mask, "soft_top", recorded_set)
-    monkeypatch.setattr(torch.optim.Adam, "step", recorded_step)
+    monkeypatch.setattr(Adam, "step", recorded_step)
     learned(*setting, steps=5)
     np.testing.assert_allclose(temperatures[1:], np.geomspace(1, 0.05, 5))  # the first tells the start
     np.testing.assert_allclose(rates, np.linspace(0.4, 0.12, 5))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from skillfast.errors import DataError
 from skillfast.report import pages
 from skillfast.report.bench import evidence, figures, identifiability, information, interference, tradeoff, words
-from skillfast.report.formatting import cell, data_name, model_name, percent
+from skillfast.report.formatting import cell, data_name, model_name, number_of, percent
 from skillfast.report.parts import MAX_WRITTEN
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "replacements": words.replacement_rows(results) if results.replacements else [],
         "contribution": words.contribution_rows(results) if results.layer_contribution else None,
         "by_block": results.layer_contribution is not None and bool(results.layer_contribution.per_block),
+        "n_by_block": number_of(results.layer_contribution.n_by_block)
+        if results.layer_contribution and results.layer_contribution.n_by_block
+        else None,
         "closest": figures.closest_pairs(results) if results.interference else None,
         "angles_say": interference.angles_say(results)
         if results.interference and results.interference.angles_deg is not None

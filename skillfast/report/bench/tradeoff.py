@@ -57,14 +57,17 @@ def _chosen(results: BenchResults) -> str:
 
 
 def trade_off(results: BenchResults) -> Figure:
-    """Regret of the others against the target's drop, in percentage points: a line per method, a point per size."""
+    """Regret of the others against the target's drop, in percentage points: a line per method, a point per size.
+
+    Candidates whose cost to others was not measured have no point.
+    """
     assert results.selection is not None
-    tried = results.selection.candidates
+    tried = [candidate for candidate in results.selection.candidates if candidate.validation]
     lines = list(dict.fromkeys(name_of(candidate) for candidate in tried))
     data = []
     for i, line in enumerate(lines):
         for part, symbol, dash in PARTS:
-            found = [c for c in tried if name_of(c) == line]
+            found = [(c, effect) for c in tried if name_of(c) == line and (effect := _on(c, part))]
             data.append(
                 {
                     "type": "scatter",
@@ -72,12 +75,12 @@ def trade_off(results: BenchResults) -> Figure:
                     "name": line,
                     "legendgroup": line,
                     "showlegend": part == "test",
-                    "x": [_points(_on(c, part).regret) for c in found],
-                    "y": [_points(_on(c, part).target_drop) for c in found],
-                    "text": [f"{percent(c.share)} of all neurons, {part} examples" for c in found],
+                    "x": [_points(effect.regret) for _, effect in found],
+                    "y": [_points(effect.target_drop) for _, effect in found],
+                    "text": [f"{percent(c.share)} of all neurons, {part} examples" for c, _ in found],
                     "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
                     "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
-                    **({} if part == "validation" else _whiskers(found)),
+                    **({} if part == "validation" else _whiskers([effect for _, effect in found])),
                     "hovertemplate": "%{text}<br>loses %{y:.1f}, regret of the others %{x:.2f} points"
                     "<extra>%{fullData.name}</extra>",
                 }
@@ -89,16 +92,16 @@ def trade_off(results: BenchResults) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _on(candidate: CandidateEffect, part: str) -> Selectivity:
+def _on(candidate: CandidateEffect, part: str) -> Selectivity | None:
     return candidate.validation if part == "validation" else candidate.test
 
 
-def _whiskers(found: list[CandidateEffect]) -> dict[str, Any]:
+def _whiskers(found: list[Selectivity]) -> dict[str, Any]:
     """95 % intervals of the test part, on both axes."""
 
     def along(key: str) -> dict[str, Any]:
-        values = [getattr(c.test, key) for c in found]
-        ends = [getattr(c.test.ci95, key) or [value] * 2 for c, value in zip(found, values, strict=True)]
+        values = [getattr(effect, key) for effect in found]
+        ends = [getattr(effect.ci95, key) or [value] * 2 for effect, value in zip(found, values, strict=True)]
         return {
             "type": "data",
             "symmetric": False,
@@ -116,11 +119,16 @@ def say(results: BenchResults) -> list[str]:
     found = results.selection
     assert found is not None
     gap, seen, validation = found.gap, found.validation, results.dataset.n_validate
-    many = len(found.candidates)
+    many, seen_whole = len(found.candidates), sum(c.validation is not None for c in found.candidates)
+    weak = (
+        f" {many - seen_whole} that took less than half as much as the best were not measured on other classes."
+        if seen_whole < many
+        else ""
+    )
     first = (
         f"Of {many} combinations of method and size, {_chosen(results)} was chosen on the {validation:,} validation "
         "examples, before any test example was looked at: the most loss whose regret is, at the upper end of its "
-        f"interval, at most {points(found.margin)} points above that of as many random neurons."
+        f"interval, at most {points(found.margin)} points above that of as many random neurons.{weak}"
         if many > 1
         else f"The method was given: {_chosen(results)}."
     )
@@ -137,12 +145,22 @@ def rows(results: BenchResults) -> list[list[str]]:
     keys = ("target_drop", "regret", "gross_loss")
     found = results.selection
     assert found is not None
+
+    def on(candidate: CandidateEffect, part: str) -> list[str]:
+        if effect := _on(candidate, part):
+            return [term_value(effect, key) for key in keys]
+        return [points(candidate.drop) if part == "validation" else UNDEFINED, *[UNDEFINED] * (len(keys) - 1)]
+
+    def most(candidate: CandidateEffect) -> str:
+        ends = candidate.validation and candidate.validation.ci95.regret
+        return points(ends[1]) if ends else UNDEFINED
+
     return [
         [
             name_of(c) + (" (chosen)" if i in found.chosen else ""),
             percent(c.share),
-            *(term_value(_on(c, part), key) for part, _, _ in PARTS for key in keys),
-            points(c.validation.ci95.regret[1]) if c.validation.ci95.regret else UNDEFINED,
+            *(value for part, _, _ in PARTS for value in on(c, part)),
+            most(c),
             UNDEFINED if c.limit is None else points(c.limit),
         ]
         for i, c in enumerate(found.candidates)

@@ -92,8 +92,9 @@ def controls_say(results: BenchResults) -> str:
         return f"{_lost(control.target_drop)}{ends}"
 
     return (
-        f"Over {random.draws} draws per class, on that class's own examples, removing them {lost(random)}; removing as "
-        f"many that are about as active as the skill's {lost(matched)}. The intervals hold the spread of the draws."
+        f"Over {random.draws} draws per class, on {random.n_examples:,} examples, each under its own class's, removing "
+        f"them {lost(random)}; removing as many that are about as active as the skill's {lost(matched)}. The intervals "
+        "hold the spread of the draws."
     )
 
 
