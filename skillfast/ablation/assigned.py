@@ -1,4 +1,4 @@
-"""Predictions of every example under one skill's removal, the skill that is assigned to it."""
+"""Predictions of every example under removals that are assigned to it, such as that of its own class's skill."""
 
 from __future__ import annotations
 
@@ -8,42 +8,47 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast.ablation.interventions import Condition, Interventions
+from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import read_batch
 from skillfast.models.sites import module_device, refuse_compiled, refuse_training
-from skillfast.progress import track
+from skillfast.progress import Forecast, track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from skillfast.ablation.donors import DonorBank
+    from skillfast.ablation.interventions import Condition
+    from skillfast.models.batches import Batch
     from skillfast.models.sites import Site
-    from skillfast.skills.skill import Skill
 
 
 def predict_assigned(
     model: torch.nn.Module,
     loader: Iterable[Any],
-    skills: Sequence[Skill],
+    rows: Sequence[Sequence[Condition]],
     assigned: np.ndarray,
     *,
-    scale: float = 0.0,
+    donors: DonorBank | None = None,
+    what: str = "",
     quiet: bool = True,
 ) -> np.ndarray:
-    """Predict every example while the skill that is assigned to it is removed.
+    """Predict every example under one condition of each row, the one that is assigned to it.
 
-    It costs one forward of the data, however many skills there are.
+    A row costs one forward of the data, however many conditions are in it: removals of 100 classes' skills, each on the
+    examples of its own class, cost as much as those of 10.
 
     Args:
         model: In evaluation mode.
         loader: Batches of (images, labels), not shuffled.
-        skills: The skills.
-        assigned: int64 [n], position of each example's skill, in the loader's order; -1 for none.
-        scale: Factor on the activations of removed neurons.
+        rows: As many conditions in each.
+        assigned: int64 [n], position of each example's condition in every row, in the loader's order; -1 for none.
+        donors: For conditions with `mode="resample"`, which all of a row have or none; these run one after the other.
+        what: What a row is, in words, to say how much will be run; nothing is said by default.
         quiet: Show no progress bar.
 
     Returns:
-        int64 [n].
+        int64 [len(rows), n].
 
     Raises:
         ArgumentError: A skill that does not fit the model, or another number of examples than are assigned.
@@ -51,31 +56,62 @@ def predict_assigned(
     """
     refuse_compiled(model)
     refuse_training(model, "predict_assigned")
-    interventions = Interventions(
-        model, [Condition(skill, scale=scale, name=str(i)) for i, skill in enumerate(skills)], None
-    )
-    wanted = torch.from_numpy(np.where(assigned < 0, len(skills), assigned)).to(module_device(model))
-    found, done = [], 0
+    wanted = torch.from_numpy(assigned).to(module_device(model))
+    n = len(rows) * len(assigned)
+    forecast = Forecast(f"{len(rows)} {what} on {len(assigned):,} examples: {n:,} forwards", n) if what and n else None
+    found, done = [np.empty((len(rows), 0), np.int64)], 0
     with torch.inference_mode():
-        for batch in track(loader, "predictions under each example's skill", quiet=quiet):
+        for batch in track(loader, f"predictions of {what or 'each example'}", quiet=quiet):
             examples = read_batch(batch).to(wanted.device)
-            rows = wanted[done : done + len(examples.labels)]
-            if len(rows) < len(examples.labels):
+            own = wanted[done : done + len(examples.labels)]
+            if len(own) < len(examples.labels):
                 break
-            with ExitStack() as stack:
-                for site in interventions.sites:
-
-                    def changed(
-                        _: torch.nn.Module, args: tuple[Any, ...], site: Site = site, rows: torch.Tensor = rows
-                    ) -> tuple[Any, ...]:
-                        return (interventions.apply_each(site, args[0], rows), *args[1:])
-
-                    stack.callback(model.get_submodule(site.path).register_forward_pre_hook(changed).remove)
-                found.append(examples.logits(model).argmax(-1).cpu().numpy())
-            done += len(rows)
+            predicted = np.empty((len(rows), len(own)), np.int64)
+            for i, conditions in enumerate(rows):
+                # made anew for each batch, since the tables of many rows and classes would not fit
+                predicted[i] = _predicted(model, examples, Interventions(model, conditions, None, donors), own)
+                if forecast is not None:
+                    forecast.ran(len(own))
+            found.append(predicted)
+            done += len(own)
         else:
             if done == len(wanted):
-                return np.concatenate([np.empty(0, np.int64), *found])
+                return np.concatenate(found, 1)
     raise ArgumentError(
-        f"assigned: expected a skill for each example of the loader, got {len(wanted)}; give one for each"
+        f"assigned: expected a condition for each example of the loader, got {len(wanted)}; give one for each"
     )
+
+
+def _predicted(model: torch.nn.Module, examples: Batch, interventions: Interventions, own: torch.Tensor) -> np.ndarray:
+    """Predictions of a batch's examples, each under its own condition."""
+    if interventions.donors is None:
+        each = torch.where(own < 0, len(interventions.conditions), own)
+        with ExitStack() as stack:
+            for site in interventions.sites:
+
+                def changed(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
+                    return (interventions.apply_each(site, args[0], each), *args[1:])
+
+                stack.callback(model.get_submodule(site.path).register_forward_pre_hook(changed).remove)
+            return examples.logits(model).argmax(-1).cpu().numpy()
+    found = torch.empty(len(own), dtype=torch.int64)
+    for condition in own.unique().tolist():
+        at = own == condition
+        found[at.cpu()] = _under(model, _some(examples, at), interventions, condition).argmax(-1).cpu()
+    return found.numpy()
+
+
+def _some(examples: Batch, at: torch.Tensor) -> Batch:
+    """The examples of a batch where `at` bool [batch] is true."""
+    return examples.changed(lambda x: x[at])
+
+
+def _under(model: torch.nn.Module, examples: Batch, interventions: Interventions, condition: int) -> torch.Tensor:
+    """Logits of examples under one condition with donors, or -1: under none."""
+    bank = interventions.donors
+    if condition < 0 or bank is None:
+        return examples.logits(model)
+    assert isinstance(examples.inputs, torch.Tensor)
+    known = bank.rows_of(model, examples.inputs)
+    with hooked(model, interventions, interventions.sites, [condition], lambda: known):
+        return examples.logits(model)

@@ -232,7 +232,6 @@ def _shares(session: Session, removals: Removals, labels: np.ndarray) -> OwnPred
         subject.loader("test"),
         labels,
         removals,
-        classes=subject.splits.classes,
         seed=session.config.run.seed,
         quiet=session.quiet,
     )

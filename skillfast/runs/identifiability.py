@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skillfast.ablation.assigned import predict_assigned
+from skillfast.ablation.interventions import Condition
 from skillfast.data.splits import few_per_class, part_of
 from skillfast.evaluation.identifiability import drops, identifiability
 from skillfast.evaluation.tasks import overlaps
@@ -80,22 +81,23 @@ def identify(
                 select(of, metric=metric, share=size, max_site_share=max_site_share, contrastive=contrastive).values()
             )
 
+    def under(data: DataLoader[Any], sets: Sequence[Skill], assigned: np.ndarray) -> np.ndarray:
+        conditions = [Condition(skill, scale=scale) for skill in sets]
+        return predict_assigned(model, data, [conditions], assigned, quiet=quiet)[0]
+
     def beyond(sets: Sequence[Skill], own: np.ndarray) -> np.ndarray:
         """What each group loses by its set, minus what others lose by it, [K]."""
         other = (own + rng.integers(1, k, len(own))) % k
-        under_own, under_other = (
-            predict_assigned(model, few, sets, assigned, scale=scale, quiet=quiet) == labels
-            for assigned in (own, other)
-        )
+        under_own, under_other = (under(few, sets, assigned) == labels for assigned in (own, other))
         return drops(right, under_own, own, k) - drops(right, under_other, other, k)
 
-    right = predict_assigned(model, few, [], np.full(len(labels), -1), quiet=quiet) == labels
+    right = under(few, [], np.full(len(labels), -1)) == labels
     second = [
         chosen(f"{CLASS}:{name}", _without(ranking, skill), len(skill) / ranking.n_neurons)[0] if len(skill) else skill
         for name, skill in skills.items()
     ]
     on_test = np.asarray(test.dataset.labels)  # type: ignore[attr-defined]
-    without_second = predict_assigned(model, test, second, on_test, scale=scale, quiet=quiet) == on_test
+    without_second = under(test, second, on_test) == on_test
     pairs = [overlaps(pair, ranking.sites) for pair in zip(*(chosen(half) for half in HALVES), strict=True)]
     halved = np.bincount(labels, minlength=k) > 1
     return identifiability(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
+from skillfast.ablation.assigned import predict_assigned
 from skillfast.ablation.constants import STEPS, mean_constants, optimal_constants
 from skillfast.ablation.donors import donors
 from skillfast.ablation.interventions import Condition
 from skillfast.errors import ArgumentError
-from skillfast.runs.shares import own_predictions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,15 +62,14 @@ def replaced_predictions(session: Session, skills: Sequence[Skill], labels: np.n
             for skill, constants in zip(skills, fitted, strict=True)
         ],
     ]
-    found = own_predictions(
+    found = predict_assigned(
         subject.model,
         subject.loader("test"),
+        conditions,
         labels,
-        [[Condition(c.skill, mode=c.mode, constants=c.constants, name=f"{c.skill.name} {i}") for c in row]
-         for i, row in enumerate(conditions)],
-        classes=subject.splits.classes,
         donors=bank,
+        what="values in place of a skill",
         quiet=quiet,
-    )  # fmt: skip
+    )
     rows: list[list[int]] = found.tolist()
     return rows

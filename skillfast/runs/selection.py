@@ -309,12 +309,10 @@ def own_drops(
     """
     labels = np.asarray(loader.dataset.labels)  # type: ignore[attr-defined]
     none = np.full(len(labels), -1)
-    right = predict_assigned(model, loader, [], none, quiet=quiet) == labels
-    found = []
-    for made in skills:
-        after = predict_assigned(model, loader, [*made.values()], labels, scale=scale, quiet=quiet) == labels
-        found.append(float(np.nanmean(drops(right, after, labels, len(made)))))
-    return found
+    right = predict_assigned(model, loader, [[]], none, quiet=quiet)[0] == labels
+    conditions = [[Condition(skill, scale=scale) for skill in made.values()] for made in skills]
+    after = predict_assigned(model, loader, conditions, labels, what="candidates of each class", quiet=quiet) == labels
+    return [float(np.nanmean(drops(right, row, labels, len(made)))) for row, made in zip(after, skills, strict=True)]
 
 
 def running(found: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skillfast import files
-from skillfast.ablation.sweep import sweep
+from skillfast.ablation.assigned import predict_assigned
 from skillfast.data.splits import few_per_class, part_of
-from skillfast.progress import Forecast, telling
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from torch.utils.data import DataLoader
 
-    from skillfast.ablation.donors import DonorBank
-    from skillfast.ablation.interventions import Condition
     from skillfast.runs.removals import Removals
 
 SCHEMA, FILE = "skillfast.own_predictions/2", "own_predictions.safetensors"
@@ -67,7 +62,6 @@ def predict_parts(
     labels: np.ndarray,
     removals: Removals,
     *,
-    classes: Sequence[str],
     seed: int = 0,
     quiet: bool = True,
 ) -> OwnPredictions:
@@ -81,7 +75,6 @@ def predict_parts(
         loader: Batches of (images, labels), not shuffled.
         labels: int64 [n], the classes of the loader's examples, in their order.
         removals: What is removed.
-        classes: Class names.
         seed: Seed of the choice of examples.
         quiet: Show no progress bars.
     """
@@ -91,58 +84,12 @@ def predict_parts(
     )  # fmt: skip
     draws = [*removals.own_controls, *removals.matched_controls]
     components, blocks, controls = (
-        own_predictions(model, loader, labels, conditions, rows, classes=classes, quiet=quiet)
-        for conditions, rows in ((removals.components, every), (removals.blocks, by_block), (draws, controlled))
+        predict_assigned(model, part_of(loader, rows.tolist()), conditions, labels[rows], what=what, quiet=quiet)
+        for conditions, rows, what in (
+            (removals.components, every, "subsets of kinds"),
+            (removals.blocks, by_block, "sets of blocks"),
+            (draws, controlled, "draws"),
+        )
     )
     own, matched = np.split(controls, [len(removals.own_controls)])
     return OwnPredictions(components, blocks, by_block, own, matched, controlled)
-
-
-def own_predictions(
-    model: torch.nn.Module,
-    loader: DataLoader[Any],
-    labels: np.ndarray,
-    conditions: Sequence[Sequence[Condition]],
-    rows: np.ndarray | None = None,
-    *,
-    classes: Sequence[str],
-    donors: DonorBank | None = None,
-    quiet: bool = True,
-) -> np.ndarray:
-    """Predict every example while a part of its own class's skill is removed.
-
-    Shares of a skill are shares of what its own class loses, so no other class's examples are run: the cost is that of
-    `len(conditions)` forwards of these examples, however many classes there are.
-
-    Args:
-        model: In evaluation mode.
-        loader: Batches of (images, labels), not shuffled.
-        labels: int64 [n], the classes of the loader's examples, in their order.
-        conditions: [parts][K], a part of each class's skill.
-        rows: int64 [m], the examples to run; None for all.
-        classes: Class names.
-        donors: For conditions with `mode="resample"`.
-        quiet: Show no progress bars.
-
-    Returns:
-        int64 [parts, m].
-    """
-    rows = np.arange(len(labels)) if rows is None else rows
-    found = np.empty((len(conditions), len(rows)), np.int64)
-    if not len(conditions):
-        return found
-    forecast = Forecast(
-        f"{len(conditions)} parts of each skill on {len(rows):,} examples of its own class: {found.size:,} forwards",
-        len(rows),
-    )
-    for c in range(len(classes)):
-        at = np.flatnonzero(labels[rows] == c)
-        if not len(at):
-            continue
-        own = part_of(loader, rows[at].tolist())
-        parts = [row[c] for row in conditions]
-        with telling(None):
-            swept = sweep(model, own, parts, donors=donors, classes=classes, keep_predictions=True, quiet=quiet)
-        found[:, at] = swept.predictions_of(part.name for part in parts)
-        forecast.ran(len(at))
-    return found

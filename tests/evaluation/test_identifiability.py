@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import one_line
 
-from skillfast import Skill, ablate, attribute
+from skillfast import Condition, Skill, ablate, attribute, donors, sweep
 from skillfast.ablation.assigned import predict_assigned
 from skillfast.data import TensorImages, loader
 from skillfast.errors import ArgumentError
@@ -34,9 +34,24 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
         for i, skill in enumerate(skills):
             with ablate(vit, skill, scale=scale):
                 want = np.where(assigned == i, vit(images).argmax(1).numpy(), want)
-    np.testing.assert_array_equal(predict_assigned(vit, batches, skills, assigned, scale=scale), want)
+    rows = [[Condition(skill, scale=scale) for skill in some] for some in (skills, skills[::-1])]
+    found = predict_assigned(vit, batches, rows, assigned)
+    np.testing.assert_array_equal(found[0], want)
+    turned = np.where(assigned < 0, -1, 1 - assigned)
+    np.testing.assert_array_equal(found[1], predict_assigned(vit, batches, rows[:1], turned)[0])
+    assert predict_assigned(vit, batches, [], assigned).shape == (0, 37)
     for wrong in (assigned[:-1], np.append(assigned, 0)):
-        assert "for each example" in one_line(ArgumentError, predict_assigned, vit, batches, skills, wrong)
+        assert "for each example" in one_line(ArgumentError, predict_assigned, vit, batches, rows, wrong)
+
+
+def test_each_example_gets_its_own_donor(vit, batches):
+    skills = [Skill("a", {"blocks.0.mlp": range(60)}), Skill("b", {"blocks.2.attn": range(12), "head": [3, 4]})]
+    bank = donors(vit, batches, skills, n_donors=8)
+    conditions = [Condition(skill, mode="resample") for skill in skills]
+    swept = sweep(vit, batches, conditions, donors=bank, classes=5, keep_predictions=True)
+    assigned = np.random.default_rng(0).integers(-1, 2, 37)
+    want = np.where(assigned < 0, swept.top2[:, 0], swept.predictions[assigned, np.arange(37)])
+    np.testing.assert_array_equal(predict_assigned(vit, batches, [conditions], assigned, donors=bank)[0], want)
 
 
 def test_attributions_of_any_groups(vit, batches):
@@ -55,7 +70,7 @@ def test_attributions_of_any_groups(vit, batches):
 
 
 def controls(model, parts, skills, share):
-    intact = predict_assigned(model, parts[1], [], np.full(200, -1))
+    intact = predict_assigned(model, parts[1], [[]], np.full(200, -1))[0]
     return identify(model, *parts, intact, skills, sites=["blocks.0.mlp"], share=share, max_site_share=1.0)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
 from skillfast import BenchConfig
+from skillfast.ablation.assigned import predict_assigned
 from skillfast.data import load_digits
 from skillfast.errors import ArgumentError
 from skillfast.evaluation import selectivity as removal
@@ -29,7 +30,7 @@ from skillfast.results.records import to_json
 from skillfast.results.skills import Skills
 from skillfast.runs import removals, selection
 from skillfast.runs.cost import trace_over_forward
-from skillfast.runs.shares import OwnPredictions, own_predictions, predict_parts
+from skillfast.runs.shares import OwnPredictions, predict_parts
 from skillfast.skills.skill import random_skills
 
 
@@ -218,12 +219,12 @@ def test_shares_by_block_of_planted_skills():
     loader = DataLoader(TensorDataset(images[shown], labels[shown]), batch_size=64)
     forwards = []
     handle = model.head.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
-    of_own = own_predictions(model, loader, labels[shown].numpy(), rows, classes=list("01234"))
+    of_own = predict_assigned(model, loader, rows, labels[shown].numpy())
     handle.remove()
     result = skillfast.sweep(model, loader, [*itertools.chain(*rows)], classes=5, keep_predictions=True)
     every = result.predictions.reshape(5, 5, -1)  # [1 + 2 (blocks - 1), K, n]
     np.testing.assert_array_equal(of_own, every[:, labels[shown], np.arange(100)])
-    assert sum(forwards) < 2 * (1 + len(rows)) * 100  # a fifth of 26 x 100, and what verifying the routes takes
+    assert sum(forwards) == len(rows) * 100  # a fifth of those of a sweep
     drops = np.stack([(of_own != labels[shown].numpy())[:, labels[shown] == k].mean(1) for k in range(5)], 1)
     blocks = contribution.occupied_blocks(skills, sites)
     assert blocks == [0, 1, 2]
@@ -238,7 +239,7 @@ def test_blocks_and_draws_run_on_some_examples_of_each_class(tmp_path):
     images, labels = planted.images(300)
     model, shown = planted.model(), labels < 5
     skills = [skillfast.Skill(str(label), sites) for label, sites in planted.PLANTED.items()]
-    sites, classes = find_sites(model), list("01234")
+    sites = find_sites(model)
     draws = removals.control_conditions(skills, sites, 3, 0.0, 0)
     blocks = [
         [dataclasses.replace(condition, name=f"{condition.name} {i}") for condition in row]
@@ -250,13 +251,13 @@ def test_blocks_and_draws_run_on_some_examples_of_each_class(tmp_path):
     loader, of = DataLoader(TensorDataset(images[shown], labels[shown]), batch_size=64), labels[shown].numpy()
     forwards = []
     handle = model.head.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
-    found = predict_parts(model, loader, of, made, classes=classes)
+    found = predict_parts(model, loader, of, made)
     handle.remove()
     assert (len(found.components), len(found.blocks), len(found.controls), len(found.matched)) == (6, 12, 1, 2)
     assert np.bincount(of[found.block_rows]).tolist() == [16] * 5  # 12 x 16 forwards of each class, of 200
     assert np.bincount(of[found.control_rows]).tolist() == [10] * 5
-    assert sum(forwards) < 6 * 250 + 12 * 80 + 3 * 50 + 1000  # 21 x 250 otherwise; and what verifying routes takes
-    every = own_predictions(model, loader, of, [*made.components, *made.blocks, *draws], classes=classes)
+    assert sum(forwards) == 6 * 250 + 12 * 80 + 3 * 50
+    every = predict_assigned(model, loader, [*made.components, *made.blocks, *draws], of)
     np.testing.assert_array_equal(found.components, every[:6])
     np.testing.assert_array_equal(found.blocks, every[6:18, found.block_rows])
     np.testing.assert_array_equal(np.concatenate([found.controls, found.matched]), every[18:, found.control_rows])
