@@ -15,6 +15,7 @@ _PUBLIC = {
     "NeuronScores": "statistics.scores",
     "NeuronStatistics": "statistics.accumulator",
     "Tracer": "tracing.tracer",
+    "prepare": "tracing.prepared",
     "correlate": "tracing.trace",
     "trace": "tracing.trace",
     "NeuronRanking": "skills.ranking",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from skillfast.skills.skill import save_skills as save_skills
     from skillfast.statistics.accumulator import NeuronStatistics as NeuronStatistics
     from skillfast.statistics.scores import NeuronScores as NeuronScores
+    from skillfast.tracing.prepared import prepare as prepare
     from skillfast.tracing.trace import correlate as correlate
     from skillfast.tracing.trace import trace as trace
     from skillfast.tracing.tracer import Tracer as Tracer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -195,16 +195,19 @@ def classification(classes: Sequence[str] | int) -> dict[str, Metric]:
     return {name: _kind(name, classes) for name in METRICS}
 
 
-def classification_values(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Values of the metrics that `metrics="classification"` names, for one batch.
+def classification_values(
+    logits: torch.Tensor, labels: torch.Tensor, names: Iterable[str] = METRICS
+) -> dict[str, torch.Tensor]:
+    """Values of metrics for one batch, by default those that `metrics="classification"` names.
 
     Args:
         logits: [n, classes].
         labels: int64 [n], on the CPU or where the logits are.
+        names: Names of `FUNCTIONS`.
 
     Returns:
-        label, correct, confidence and loss, each [n] on the logits' device. Labels on a GPU are not waited for: one out
-        of range comes back as it is, for whoever counts it to refuse, and its loss is another class's.
+        Each metric's values [n], on the logits' device. Labels on a GPU are not waited for: one out of range comes back
+        as it is, for whoever counts it to refuse, and its loss is another class's.
 
     Raises:
         ArgumentError: Labels of another number than the logits' rows, or, on the CPU, out of range.
@@ -220,7 +223,62 @@ def classification_values(logits: torch.Tensor, labels: torch.Tensor) -> dict[st
         )
     known = labels.to(logits.device, non_blocking=True)
     inside = known if at_once else known.clamp(0, logits.shape[1] - 1)  # an index out of range ends a CUDA process
-    return {name: FUNCTIONS[name](logits, known if name == "label" else inside) for name in METRICS}
+    return {name: FUNCTIONS[name](logits, known if name == "label" else inside) for name in names}
+
+
+def token_classification(classes: Sequence[str] | int | None, *, each: bool) -> dict[str, Metric]:
+    """Kinds of the metrics that `metrics="classification"` names where tokens have labels.
+
+    Args:
+        classes: The labels' classes; None leaves the label out: that of a language model is any of its words.
+        each: Whether each token is an observation; else examples are, and have their tokens' means but no label.
+    """
+    if not each:
+        return {name: Continuous() for name in METRICS if name != "label"}
+    return {name: _kind(name, classes or 2) for name in METRICS if name != "label" or classes is not None}
+
+
+def token_classification_values(
+    logits: torch.Tensor, targets: torch.Tensor, names: Iterable[str] = METRICS, *, each: bool
+) -> dict[str, torch.Tensor]:
+    """Values of metrics where tokens have labels, for one batch.
+
+    Args:
+        logits: [batch, tokens, classes].
+        targets: int64 [batch, tokens], what they are to give, below 0 for tokens that have no label; on the CPU or where
+            the logits are.
+        names: Names of `FUNCTIONS`.
+        each: Whether each token is an observation.
+
+    Returns:
+        [batch, tokens] each, 0 where there is no label; or [batch], the means over an example's labelled tokens.
+
+    Raises:
+        ArgumentError: A label out of range, or without `each` an example of which no token has a label.
+    """
+    labelled = targets >= 0
+    if targets.numel() and int(targets.max()) >= logits.shape[-1]:
+        raise ArgumentError(
+            f"labels: expected class indices below {logits.shape[-1]}, the model's outputs, got {int(targets.max())}; "
+            "check the model's classes"
+        )
+    counts = labelled.sum(1)
+    if not each and not bool((counts > 0).all()):
+        raise ArgumentError(
+            f"labels: expected a token with a label in every example, got none in {int((counts == 0).sum())}; leave "
+            "those out, or trace each token with pool='none'"
+        )
+    targets, labelled = (x.to(logits.device, non_blocking=True) for x in (targets, labelled))
+    values: dict[str, torch.Tensor] = {}
+    for name in names:
+        rows = []
+        for scores, wanted, here in zip(logits, targets, labelled, strict=True):  # never a second copy of all logits
+            found = FUNCTIONS[name](scores[here], wanted[here])
+            rows.append(torch.zeros(wanted.shape, dtype=found.dtype, device=found.device).masked_scatter(here, found))
+        values[name] = torch.stack(rows)
+    if each:
+        return values
+    return {name: value.double().sum(1) / labelled.sum(1) for name, value in values.items()}
 
 
 def token_log_probabilities(
@@ -418,10 +476,11 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 def per_class_mean(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
     """Mean over each class's samples: values [..., n] -> float64 [..., n_classes]; NaN for a class without samples."""
-    member = (labels[:, None] == np.arange(n_classes)).astype(np.float64)  # [n, n_classes]
-    counts = member.sum(0)
+    counts = np.bincount(labels, minlength=n_classes)
+    rows = values.reshape(int(np.prod(values.shape[:-1])), len(labels)).astype(np.float64)
+    sums = np.array([np.bincount(labels, row, n_classes) for row in rows]).reshape(*values.shape[:-1], n_classes)
     with np.errstate(invalid="ignore"):
-        return np.where(counts > 0, values @ member / counts, np.nan)
+        return np.where(counts > 0, sums / counts, np.nan)
 
 
 def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:

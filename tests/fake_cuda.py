@@ -103,7 +103,9 @@ class FakeCuda(TorchDispatchMode):
         for owner, name, stand_in in STAND_INS:
             setattr(owner, name, stand_in)
         self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies from the host in sight of the mode
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # torch.tensor(..., device=) copies from the host in sight of the mode
         return super().__enter__()
 
     def __exit__(self, *args):

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from skillfast.models.adam import Adam
-from skillfast.models.batches import labelled_batch, logits_of
+from skillfast.models.batches import read_batch
 from skillfast.models.sites import find_sites, module_device
 from skillfast.progress import track
 
@@ -73,11 +73,11 @@ def optimal_constants(
     batches = chain.from_iterable(repeat(loader))
     try:
         for _ in track(range(steps), "optimal constants", quiet=quiet):
-            inputs, labels = (tensor.to(device) for tensor in labelled_batch(next(batches)))
-            without = torch.randint(len(skills), (len(labels),), generator=generator)
+            batch = read_batch(next(batches)).to(device)
+            without = torch.randint(len(skills), (len(batch),), generator=generator)
             for site in learned.values():
                 site.without = without.to(site.moved.device)
-            loss = cross_entropy(logits_of(model(inputs)).float(), labels)
+            loss = cross_entropy(batch.logits(model).float(), batch.labels)
             optimiser.step(torch.autograd.grad(loss, [site.moved for site in learned.values()]), RATE)
     finally:
         for handle in handles:

@@ -16,7 +16,19 @@ import torch
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.budget import memory_limit
-from skillfast.models.batches import labelled_batch
+from skillfast.models.batches import read_batch
+from skillfast.models.inputs import (
+    MASK,
+    Inputs,
+    bytes_of,
+    call,
+    examples_in,
+    joined,
+    mapped,
+    mask_of,
+    tensors_in,
+    unpadded,
+)
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import track
 
@@ -36,7 +48,7 @@ class DonorBank:
 
     Attributes:
         indices: int64 [M], places of the donors in the data, in the order in which the loader gave them.
-        labels: int64 [M], their classes.
+        labels: int64 [M], their classes; -1 where tokens have labels.
         neurons: Site -> int64 [S], ascending: the neurons that are kept.
         activations: Site -> [M, ..., S] in the dtype of the model. Tokens are those of the donor, place by place; of
             a model that is told its padding they are one, [M, 1, S]: the mean over the donor's real tokens.
@@ -57,14 +69,14 @@ class DonorBank:
         """Number of donors."""
         return len(self.digests)
 
-    def rows_of(self, model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
         """Row of the bank that each example gets, never its own: int64 [batch] on the CPU.
 
         Args:
             model: Tells where the inputs are padding, if it is told (`token_mask`).
-            inputs: [batch, ...], what the model is called with.
+            inputs: What the model is called with, one tensor [batch, ...] or keyword arguments.
         """
-        rows = np.empty(len(inputs), dtype=np.int64)
+        rows = np.empty(examples_in(inputs), dtype=np.int64)
         for i, (digest, draw) in enumerate(_digests(model, inputs, self.seed)):
             row = draw % len(self)
             rows[i] = (row + 1) % len(self) if self.digests[row] == digest else row
@@ -84,6 +96,7 @@ def donors(
     skills: Iterable[Skill],
     *,
     n_donors: int = DONORS,
+    label_key: str | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
     quiet: bool = True,
@@ -95,9 +108,10 @@ def donors(
 
     Args:
         model: In evaluation mode.
-        loader: Batches of (inputs, labels).
+        loader: Batches of (inputs, labels), or mappings with labels and the model's arguments.
         skills: Skills whose neurons to keep; `mode="resample"` can be used for these neurons.
         n_donors: Number of donors; all where there are fewer.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         seed: Seed of the draw, and of who gets which donor.
         memory_budget: Bytes that inputs and activations of the donors may take; by default what `limited_memory`
             says, or half of what is free.
@@ -114,7 +128,7 @@ def donors(
         raise ArgumentError(f"n_donors: expected at least 2, got {n_donors}; 256 are usual")
     sites = find_sites(model)
     neurons = _union(skills, sites)
-    drawn = _drawn(model, loader, n_donors, seed, quiet)
+    drawn = _drawn(model, loader, n_donors, label_key, seed, quiet)
     if len(drawn) < 2:
         raise ArgumentError(f"donors: expected at least 2 different examples, got {len(drawn)}; give more data")
     budget = memory_limit(module_device(model)) if memory_budget is None else memory_budget
@@ -122,7 +136,7 @@ def donors(
     kept: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in neurons}
     with torch.inference_mode():
         for rows in track(list(_alike(drawn)), "donors", quiet=quiet):
-            for name, x in reader.read(torch.stack([drawn[row].inputs for row in rows])).items():
+            for name, x in reader.read(joined([drawn[row].inputs for row in rows])).items():
                 kept[name] += zip(rows, x, strict=True)
             _refuse_too_large(kept, drawn, len(rows), budget)
     activations = {name: _stacked(name, found) for name, found in kept.items()}
@@ -139,47 +153,59 @@ def donors(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """An example that was drawn: inputs without padding."""
+    """An example that was drawn: inputs of a batch of one, without padding."""
 
     digest: int
     index: int
     label: int
-    inputs: torch.Tensor
+    inputs: Inputs
 
 
-def token_mask(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
-    """Bool [batch, tokens], which tokens of the inputs are real; None for a model that is not told its padding."""
+def token_mask(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor | None:
+    """Which tokens of the inputs are real, bool [batch, tokens]; None for a model that is not told its padding."""
+    if isinstance(inputs, dict):
+        mask = mask_of(inputs)
+        return None if mask is None else mask != 0
     told = getattr(model, "token_mask", None)
     return None if told is None else told(inputs)
 
 
-def _unpadded(model: torch.nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Each example of a batch without its padding."""
+def _unpadded(model: torch.nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """Each example as a batch of one, without its padding."""
+    if isinstance(inputs, dict):
+        return unpadded(inputs)
     mask = token_mask(model, inputs)
-    return (x if mask is None else x[..., mask[i]] for i, x in enumerate(inputs))
+    return (x[None] if mask is None else x[None, ..., mask[i]] for i, x in enumerate(inputs))
 
 
-def _digests(model: torch.nn.Module, inputs: torch.Tensor, seed: int) -> Iterator[tuple[int, int]]:
+def _digests(model: torch.nn.Module, inputs: Inputs, seed: int) -> Iterator[tuple[int, int]]:
     """Two independent numbers below 2^64 for each example of a batch."""
     salt = seed.to_bytes(8, "little", signed=True)
-    for x in _unpadded(model, inputs.cpu()):
-        content = x.contiguous().flatten().view(torch.uint8).numpy().data
-        found = hashlib.blake2b(content, digest_size=16, salt=salt).digest()
-        yield int.from_bytes(found[:8], "little"), int.from_bytes(found[8:], "little")
+    for one in _unpadded(model, mapped(inputs, torch.Tensor.cpu)):
+        if isinstance(one, dict):
+            one.pop(MASK, None)  # all real, and not every call gives it
+        found = hashlib.blake2b(digest_size=16, salt=salt)
+        for x in tensors_in(one):
+            found.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest = found.digest()
+        yield int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def _drawn(model: torch.nn.Module, loader: Iterable[Any], count: int, seed: int, quiet: bool) -> list[_Drawn]:
+def _drawn(
+    model: torch.nn.Module, loader: Iterable[Any], count: int, key: str | None, seed: int, quiet: bool
+) -> list[_Drawn]:
     """The `count` examples of the smallest digests, ascending: a simple random sample, whatever their order."""
     smallest: list[tuple[int, int]] = []  # (-digest, index), the largest digest first
     kept: dict[int, _Drawn] = {}
     seen = 0
     for batch in track(loader, "drawing donors", quiet=quiet):
-        inputs, labels = labelled_batch(batch)
+        found = read_batch(batch, key, tokens=True)
+        labels = [-1] * len(found) if found.per_token else found.labels.tolist()
         for x, label, (digest, _) in zip(
-            _unpadded(model, inputs), labels.tolist(), _digests(model, inputs, seed), strict=True
+            _unpadded(model, found.inputs), labels, _digests(model, found.inputs, seed), strict=True
         ):
             if digest not in kept and (len(kept) < count or digest < -smallest[0][0]):
-                kept[digest] = _Drawn(digest, seen, int(label), x.clone())
+                kept[digest] = _Drawn(digest, seen, int(label), mapped(x, torch.Tensor.clone))
                 heapq.heappush(smallest, (-digest, seen))
                 if len(kept) > count:
                     del kept[-heapq.heappop(smallest)[0]]
@@ -191,7 +217,8 @@ def _alike(drawn: Sequence[_Drawn]) -> Iterator[list[int]]:
     """Rows of donors whose inputs have one shape, a few at a time."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, donor in enumerate(drawn):
-        by_shape.setdefault(tuple(donor.inputs.shape), []).append(row)
+        shape = tuple(size for x in tensors_in(donor.inputs) for size in x.shape)
+        by_shape.setdefault(shape, []).append(row)
     for rows in by_shape.values():
         yield from (rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
 
@@ -219,15 +246,15 @@ class _Reader:
         self.sites = sites
         self.neurons = neurons
 
-    def read(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def read(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Site -> activations [batch, ..., S], tokens averaged where the model is told its padding."""
         found: dict[str, torch.Tensor] = {}
-        pooled = token_mask(self.model, inputs) is not None
+        pooled, n = token_mask(self.model, inputs) is not None, examples_in(inputs)
 
         def keep(name: str, x: torch.Tensor) -> None:
-            if len(x) != len(inputs):
+            if len(x) != n:
                 raise ModelError(
-                    f"{name}: expected one row per sample ({len(inputs)}), got activations of shape {list(x.shape)}; "
+                    f"{name}: expected one row per sample ({n}), got activations of shape {list(x.shape)}; "
                     "models that fold tokens into the batch have no donors"
                 )
             chosen = x.index_select(-1, self.neurons[name].to(x.device))
@@ -240,7 +267,8 @@ class _Reader:
             for site in self.sites
         ]
         try:
-            self.model(inputs.to(module_device(self.model)))
+            device = module_device(self.model)
+            call(self.model, mapped(inputs, lambda x: x.to(device)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -252,7 +280,7 @@ def _refuse_too_large(
 ) -> None:
     """Raise ArgumentError where all donors will take more than the budget, by what the last ones took."""
     each = sum(x.nbytes for found in kept.values() for _, x in found[-ran:]) / ran
-    needed = int(each * len(drawn)) + sum(donor.inputs.nbytes for donor in drawn)
+    needed = int(each * len(drawn)) + sum(bytes_of(donor.inputs) for donor in drawn)
     if needed > budget:
         raise ArgumentError(
             f"memory budget: expected at least {needed / 2**20:,.0f} MiB for {len(drawn)} donors, got "

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from skillfast.memory.living import LivingBytes
 from skillfast.models.batches import logits_of
+from skillfast.models.inputs import Inputs, call, examples_in
 from skillfast.models.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -78,17 +79,17 @@ def block_path(site: Site) -> str:
     return found[1] if found else ""
 
 
-def trace_forward(model: torch.nn.Module, inputs: torch.Tensor) -> ForwardTrace:
+def trace_forward(model: torch.nn.Module, inputs: Inputs) -> ForwardTrace:
     """Run two samples through a model and note the order of its blocks and sites.
 
     Args:
         model: In evaluation mode.
-        inputs: [2, ...], on the model's device.
+        inputs: Two examples, on the model's device.
     """
     sites = find_sites(model)
     watch = _Watch(model, sites)
     with watch, LivingBytes() as memory:
-        output = logits_of(model(inputs))
+        output = logits_of(call(model, inputs), model)
     fired = [site for name in watch.fired for site in sites if site.name == name]
     blocks = tuple(dict.fromkeys(watch.entered))
     head = next((site for site in sites if site.kind == "head"), None)
@@ -110,7 +111,7 @@ def trace_forward(model: torch.nn.Module, inputs: torch.Tensor) -> ForwardTrace:
         sequential=len(watch.fired) == len(set(watch.fired)) and len(watch.entered) == len(blocks),
         tokens=watch.tokens,
         dtype=output.dtype,
-        running_bytes=memory.peak / len(inputs),
+        running_bytes=memory.peak / examples_in(inputs),
     )
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training
+from skillfast.models.batches import LABELS
+from skillfast.models.coverage import warn_incomplete
+from skillfast.models.inputs import described, examples_in
+from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training, unwrap_compiled
+from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from skillfast.ablation.donors import DonorBank
+    from skillfast.models.inputs import Inputs
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
 
@@ -237,6 +242,26 @@ class Interventions:
         tables = self._tables(site, x, tuple(range(len(self.conditions) + 1)))  # the last one changes nothing
         return ops.neuron_scale(x, tables.scale, tables.shift, condition)
 
+    def factors(self, condition: int) -> dict[Site, tuple[torch.Tensor, torch.Tensor]]:
+        """Site -> scale and shift, float64 [1, D] each, of what one condition does there.
+
+        Raises:
+            ArgumentError: Donors, which differ from example to example.
+        """
+        found = {}
+        for site in self.sites:
+            change = self.change_at(site, condition)
+            if change is None:
+                continue
+            if change.donors is not None:
+                raise ArgumentError(
+                    "mode 'resample': expected 'zero', 'mean' or 'constant' for a prepared model, got donors, which "
+                    "differ between examples; use the model that was not prepared"
+                )
+            tables = _Tables.of([change], site.width, torch.float64, torch.device("cpu"))
+            found[site] = (tables.scale, torch.zeros_like(tables.scale) if tables.shift is None else tables.shift)
+        return found
+
     def _tables(self, site: Site, x: torch.Tensor, conditions: tuple[int, ...]) -> _Tables:
         """The tables of these conditions where the activations are, kept for the next batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -328,11 +353,18 @@ def ablate(
     Raises:
         ArgumentError: A site or neuron that the model lacks, a skill of another architecture, an unknown mode, or one
             whose reference or donors are missing.
-        ModelError: A model in training mode, or wrapped by `torch.compile`.
+        ModelError: A model in training mode, or wrapped by `torch.compile` and not prepared (`prepare`).
     """
-    refuse_compiled(model)
+    known = prepared(model)
+    if known is None:
+        refuse_compiled(model)
     refuse_training(model, "ablate")
+    warn_incomplete(model)
     interventions = Interventions(model, [Condition(skill, tuple(components), scale, mode)], reference, donors)
+    if known is not None:
+        with known.changed(unwrap_compiled(model), interventions.factors(0)):
+            yield
+        return
     with ExitStack() as stack:
         rows = stack.enter_context(_rows_of_calls(model, interventions.donors))
         stack.enter_context(hooked(model, interventions, interventions.sites, [0], rows))
@@ -348,15 +380,7 @@ def _rows_of_calls(model: torch.nn.Module, bank: DonorBank | None) -> Iterator[C
         return
 
     def begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
-        mask = kwargs.get("attention_mask")
-        if first is None or (mask is not None and not bool(mask.all())):
-            got = "none" if first is None else "an attention mask with padding"
-            raise ArgumentError(
-                f"mode 'resample': expected a tensor that tells the examples apart, got {got}; use a model with "
-                "token_mask, such as TextClassifier"
-            )
-        running[:] = [bank.rows_of(model, first)]
+        running[:] = [bank.rows_of(model, _arguments(model, args, kwargs))]
 
     def end(*_: object) -> None:
         running.clear()
@@ -365,6 +389,23 @@ def _rows_of_calls(model: torch.nn.Module, bank: DonorBank | None) -> Iterator[C
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(end, always_call=True).remove)
         yield lambda: running[0] if running else None
+
+
+def _arguments(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """What tells the examples of a call apart: its one tensor, or its arguments by name without the labels."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        return args[0]
+    try:
+        names = list(inspect.signature(model.forward).parameters)
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        found = {name: value for name, value in given.items() if name not in LABELS}
+        examples_in(found)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"mode 'resample': expected a tensor that tells the examples apart, got {described(kwargs)}; call the "
+            "model with its inputs by name"
+        ) from error
+    return found
 
 
 @contextmanager

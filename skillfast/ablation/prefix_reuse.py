@@ -22,6 +22,7 @@ from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, with_fi
 from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ModelError
 from skillfast.models.batches import logits_of
+from skillfast.models.inputs import Inputs, call, examples_in, repeated, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,8 +63,8 @@ class PrefixCache:
     """What the intact forward of one batch left for the routes.
 
     Attributes:
-        inputs: [batch, ...].
-        logits: [batch, classes], the intact model's.
+        inputs: What the model was called with, one tensor [batch, ...] or keyword arguments.
+        logits: [batch, classes] or [batch, tokens, classes], the intact model's.
         embedding: [batch, E], the classifier's input; None for a model without a classifier.
         calls: Path of a block -> its arguments, flattened, and the tree that they are of.
         outputs: Path of the module around a site's projection -> its output.
@@ -71,7 +72,7 @@ class PrefixCache:
         donors: int64 [batch], each sample's row of the bank of donors; None where no condition needs one.
     """
 
-    inputs: torch.Tensor
+    inputs: Inputs
     logits: torch.Tensor
     embedding: torch.Tensor | None
     calls: dict[str, tuple[list[Any], Any]] = field(default_factory=dict)
@@ -173,7 +174,7 @@ class PrefixReuse:
                 yield from (Route(begin, narrow, whole_stem) for begin in points)
         yield Route(None)
 
-    def verify(self, inputs: torch.Tensor, plain: Callable[[int], torch.Tensor], tolerance: float) -> None:
+    def verify(self, inputs: Inputs, plain: Callable[[int], torch.Tensor], tolerance: float) -> None:
         """Choose each resume point's route: the shortest that gives the intact model's logits when nothing is changed.
 
         One route of each kind is also compared with a condition's plain forward.
@@ -228,7 +229,7 @@ class PrefixReuse:
             return 1.0
         return 0.0 if begin.block is None else 1 - begin.block / len(self.trace.blocks)
 
-    def fill_cache(self, inputs: torch.Tensor, routes: Iterable[Route] | None = None) -> PrefixCache:
+    def fill_cache(self, inputs: Inputs, routes: Iterable[Route] | None = None) -> PrefixCache:
         """Run the intact forward of a batch and keep what these routes need; None: those that `verify` chose."""
         cache = PrefixCache(inputs, torch.empty(0), None)
         if self.interventions.donors is not None:
@@ -243,7 +244,7 @@ class PrefixReuse:
 
                 head = self.model.get_submodule(self.trace.head.path)
                 stack.callback(head.register_forward_pre_hook(keep_embedding).remove)
-            cache.logits = logits_of(self.model(inputs))
+            cache.logits = logits_of(call(self.model, inputs), self.model)
         return cache
 
     def _keep(self, stack: ExitStack, cache: PrefixCache, route: Route) -> None:
@@ -298,7 +299,8 @@ class PrefixReuse:
             changed: False: change no neuron, to see whether the route gives the intact logits.
 
         Returns:
-            Logits [conditions, batch, classes], and embeddings [conditions, batch, E] or None without a classifier.
+            Logits [conditions, batch, ..., classes], and embeddings [conditions, batch, ..., E] or None without a
+            classifier.
         """
         route = self.routes[point] if cache.finite else Route(None)
         n = len(conditions)
@@ -321,7 +323,8 @@ class PrefixReuse:
             if self.trace.head is not None:
                 head = self.model.get_submodule(self.trace.head.path)
                 stack.callback(head.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
-            output = logits_of(self.model(_repeat(cache.inputs, rows) if rows else cache.inputs[:1]))
+            inputs = repeated(cache.inputs, rows) if rows else taken(cache.inputs, slice(1))
+            output = logits_of(call(self.model, inputs), self.model)
         return _unstack(output, n), _unstack(seen[0], n) if seen else None
 
     def _set_up(
@@ -363,7 +366,7 @@ class PrefixReuse:
         leaves, spec = cache.calls[block]
         if narrow:
             leaves = [leaves[0][:, :1], *leaves[1:]]
-        samples = len(cache.inputs)
+        samples = examples_in(cache.inputs)
         batched = [
             _rows(leaf) == samples if many is None else many
             for leaf, many in zip(leaves, self.trace.batched[block], strict=True)

@@ -12,15 +12,20 @@ import numpy as np
 import torch
 
 from skillfast import files
+from skillfast.ablation.batch_result import BatchResult, Observed, embedding_of
 from skillfast.ablation.forward_trace import trace_forward
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
+from skillfast.ablation.prepared_runner import PreparedRunner
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
-from skillfast.metrics import Categorical, margin, per_class_accuracy, per_class_mean
-from skillfast.models.batches import classes_of, labelled_batch, logits_of
-from skillfast.models.sites import module_device, refuse_training, unwrap_compiled
+from skillfast.metrics import Categorical, per_class_accuracy, per_class_mean
+from skillfast.models.batches import Batch, classes_of, logits_of, read_batch
+from skillfast.models.coverage import warn_incomplete
+from skillfast.models.inputs import Inputs, call, examples_in, out_of_memory, repeated, taken
+from skillfast.models.sites import module_device, refuse_training
 from skillfast.progress import Forecast, track
+from skillfast.tracing.prepared import prepared, to_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -233,6 +238,7 @@ def sweep(
     reference: NeuronScores | None = None,
     donors: DonorBank | None = None,
     classes: Sequence[str] | int | None = None,
+    label_key: str | None = None,
     keep_predictions: bool = False,
     keep_margins: bool = False,
     keep_embeddings: bool = False,
@@ -243,15 +249,17 @@ def sweep(
 
     Predictions are those of a plain loop over the conditions, but for samples whose two best logits are closer than
     the dtype tells apart. Where a model does not allow to start in the middle, the whole forward is run, with a
-    warning.
+    warning; that of a prepared model (`prepare`) always is, one condition at a time.
 
     Args:
         model: In evaluation mode.
-        loader: Batches of (images, labels).
+        loader: Batches of (inputs, labels), or mappings with labels and the model's arguments. Where tokens have
+            labels, below 0 for none, each such token is a sample; a causal language model's are the next token's.
         conditions: In the order of the result's rows, each with another name.
         reference: Scores of this model, for conditions with `mode="mean"`.
         donors: For conditions with `mode="resample"`, from `skillfast.donors`.
         classes: Class names; from the loader's dataset or the model by default.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         keep_predictions: Keep every condition's prediction of every sample.
         keep_margins: Keep every condition's margin of every sample, and the intact model's logits.
         keep_embeddings: Keep the classifier's input, of every sample under every condition.
@@ -264,8 +272,9 @@ def sweep(
             of one name, or a budget too small for one sample.
         ModelError: A model in training mode.
     """
-    model = unwrap_compiled(model)
+    model = to_run(model)
     refuse_training(model, "sweep")
+    warn_incomplete(model)
     conditions = list(conditions)
     for condition in conditions:
         if not isinstance(condition, Condition):
@@ -279,79 +288,56 @@ def sweep(
         )
     class_names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
     samples = getattr(loader, "dataset", None)
-    runner = BatchRunner(
-        model,
-        Interventions(model, conditions, reference, donors),
-        memory_budget,
-        len(samples) if isinstance(samples, Sized) else None,
+    interventions = Interventions(model, conditions, reference, donors)
+    runner: BatchRunner | PreparedRunner = (
+        BatchRunner(model, interventions, memory_budget, len(samples) if isinstance(samples, Sized) else None)
+        if prepared(model) is None
+        else PreparedRunner(model, interventions)
     )
     parts = []
     with torch.inference_mode():
         for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
-            images, labels = labelled_batch(batch)
-            if not len(labels):
+            found = read_batch(batch, label_key, tokens=True)
+            if not found.labels.numel():
                 continue
-            if not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+            wrong = not found.per_token and int(found.labels.min()) < 0
+            if wrong or int(found.labels.max()) >= len(class_names):
                 raise ArgumentError(
-                    f"labels: expected class indices in [0, {len(class_names)}), got {int(labels.min())} to "
-                    f"{int(labels.max())}"
+                    f"labels: expected class indices in [0, {len(class_names)}), got {int(found.labels.min())} to "
+                    f"{int(found.labels.max())}; check classes="
                 )
-            parts.append(runner.run(images, labels, keep_embeddings))
+            parts.append(runner.run(found, keep_embeddings, keep_logits=keep_margins))
     if not parts:
         raise ArgumentError("sweep: expected at least one batch, got an empty loader")
-    return _result(
-        parts, class_names, names, runner.interventions.donors, keep_predictions, keep_margins, keep_embeddings
-    )
-
-
-@dataclass
-class _BatchResult:
-    """One batch's outcome; row 0 of the first dimension is the intact model."""
-
-    labels: np.ndarray  # [batch]
-    logits: np.ndarray  # float32 [batch, classes], the intact model's
-    second: np.ndarray  # [batch], the intact model's second best class
-    predictions: np.ndarray  # [1 + conditions, batch]
-    margins: np.ndarray  # float32 [1 + conditions, batch]
-    embeddings: np.ndarray | None  # float32 [1 + conditions, batch, E]
-    donors: np.ndarray | None  # [batch], rows of the bank
+    whole = BatchResult.joined(parts)
+    return _result(whole, class_names, names, runner.interventions.donors, keep_predictions, keep_margins)
 
 
 def _result(
-    parts: Sequence[_BatchResult],
+    whole: BatchResult,
     classes: tuple[str, ...],
     names: tuple[str, ...],
     bank: DonorBank | None,
     keep_predictions: bool,
     keep_margins: bool,
-    keep_embeddings: bool,
 ) -> SweepResult:
-    labels = np.concatenate([part.labels for part in parts])
-    predictions = np.concatenate([part.predictions for part in parts], 1)
-    accuracy = per_class_accuracy(predictions, labels, len(classes))
-    margins = np.concatenate([part.margins for part in parts], 1)
-    per_class_margin = per_class_mean(margins, labels, len(classes))
-    embeddings = (
-        np.concatenate([part.embeddings for part in parts if part.embeddings is not None], 1)
-        if keep_embeddings
-        else None
-    )
-    rows = [part.donors for part in parts if part.donors is not None]
-    of_bank = None if bank is None else np.concatenate(rows)
+    accuracy = per_class_accuracy(whole.predictions, whole.labels, len(classes))
+    per_class_margin = per_class_mean(whole.margins, whole.labels, len(classes))
+    embeddings = whole.embeddings
     return SweepResult(
         classes=classes,
         names=names,
-        labels=labels,
+        labels=whole.labels,
         baseline=accuracy[0],
         per_class_accuracy=accuracy[1:],
         baseline_margin=per_class_margin[0],
         per_class_margin=per_class_margin[1:],
-        top2=np.stack([predictions[0], np.concatenate([part.second for part in parts])], 1),
-        donors=None if bank is None else bank.indices[of_bank],
-        donor_labels=None if bank is None else bank.labels[of_bank],
-        predictions=predictions[1:] if keep_predictions else None,
-        baseline_logits=np.concatenate([part.logits for part in parts]) if keep_margins else None,
-        margins=margins[1:] if keep_margins else None,
+        top2=np.stack([whole.predictions[0], whole.second], 1),
+        donors=None if bank is None else bank.indices[whole.donors],
+        donor_labels=None if bank is None else bank.labels[whole.donors],
+        predictions=whole.predictions[1:] if keep_predictions else None,
+        baseline_logits=whole.logits,
+        margins=whole.margins[1:] if keep_margins else None,
         baseline_embeddings=None if embeddings is None else embeddings[0],
         embeddings=None if embeddings is None else embeddings[1:],
     )
@@ -384,35 +370,18 @@ class BatchRunner:
         self._forecast: Forecast | None = None
         self._most_rows: int | None = None  # halved when memory ran out
 
-    def run(self, images: torch.Tensor, labels: torch.Tensor, keep_embeddings: bool) -> _BatchResult:
+    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool = True) -> BatchResult:
         """Run one batch under the intact model and every condition."""
-        images, labels = images.to(self.device), labels.to(self.device)
-        reuse = self._prepared(images)
-        samples, rows = self._sizes(images)
-        chunks = [
-            self._chunk(reuse, part, of_part, rows, keep_embeddings)
-            for part, of_part in zip(images.split(samples), labels.split(samples), strict=True)
-        ]
-        return _BatchResult(
-            labels=labels.cpu().numpy(),
-            logits=np.concatenate([chunk.logits for chunk in chunks]),
-            second=np.concatenate([chunk.second for chunk in chunks]),
-            predictions=np.concatenate([chunk.predictions for chunk in chunks], 1),
-            margins=np.concatenate([chunk.margins for chunk in chunks], 1),
-            embeddings=(
-                np.concatenate([chunk.embeddings for chunk in chunks if chunk.embeddings is not None], 1)
-                if keep_embeddings
-                else None
-            ),
-            donors=None
-            if self.interventions.donors is None
-            else np.concatenate([chunk.donors for chunk in chunks if chunk.donors is not None]),
-        )
+        batch = batch.to(self.device)
+        reuse = self._prepared(batch.inputs)
+        samples, rows = self._sizes(batch.inputs)
+        chunks = [self._chunk(reuse, part, rows, keep_embeddings, keep_logits) for part in batch.split(samples)]
+        return BatchResult.joined(chunks)
 
-    def _prepared(self, images: torch.Tensor) -> PrefixReuse:
+    def _prepared(self, inputs: Inputs) -> PrefixReuse:
         """The order of the model's forward and the route from each resume point, found on the first batch."""
         if self.reuse is None:
-            few = images[:2] if len(images) > 1 else images[:1].repeat(2, *(1,) * (images.dim() - 1))
+            few = taken(inputs, slice(2)) if examples_in(inputs) > 1 else repeated(inputs, 2)
             reuse = PrefixReuse(self.model, self.interventions, trace_forward(self.model, few))
             tolerance = TOLERANCE.get(reuse.trace.dtype, HALF_TOLERANCE)
             reuse.verify(few, lambda i: self._plain(few, i), tolerance)
@@ -428,7 +397,7 @@ class BatchRunner:
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            self.kept_bytes = cache.nbytes / len(few)
+            self.kept_bytes = cache.nbytes / examples_in(few)
             self.reuse = reuse
             self._forecast = self._foretold(reuse)
         return self.reuse
@@ -451,58 +420,43 @@ class BatchRunner:
         if self._forecast is not None:
             self._forecast.ran(forwards)
 
-    def _plain(self, images: torch.Tensor, condition: int) -> torch.Tensor:
+    def _plain(self, inputs: Inputs, condition: int) -> torch.Tensor:
         bank = self.interventions.donors
-        rows = None if bank is None else bank.rows_of(self.model, images)
+        rows = None if bank is None else bank.rows_of(self.model, inputs)
         with hooked(self.model, self.interventions, self.interventions.sites, [condition], lambda: rows):
-            return logits_of(self.model(images))
+            return logits_of(call(self.model, inputs), self.model)
 
-    def _sizes(self, images: torch.Tensor) -> tuple[int, int]:
+    def _sizes(self, inputs: Inputs) -> tuple[int, int]:
         """Samples at a time, and stacked rows."""
         assert self.reuse is not None
         if self.memory_budget is None:
             self.memory_budget = memory_limit(self.device)
         known = self.reuse.trace
         return rows_that_fit(
-            self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, len(images), self.device
+            self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, examples_in(inputs), self.device
         )
 
     def _chunk(
-        self, reuse: PrefixReuse, images: torch.Tensor, labels: torch.Tensor, rows: int, keep_embeddings: bool
-    ) -> _BatchResult:
-        cache = reuse.fill_cache(images)
-        self._ran(len(images))
-        if keep_embeddings and cache.embedding is None:
-            raise ArgumentError(
-                f"embeddings: expected a model with a linear classifier, got {type(self.model).__name__} without one; "
-                "leave out keep_embeddings"
-            )
-        n, shape = len(images), (1 + len(self.interventions.conditions), len(images))
-        first, second = cache.logits.topk(2, dim=1).indices.cpu().numpy().T
-        part = _BatchResult(
-            labels=labels.cpu().numpy(),
-            logits=cache.logits.float().cpu().numpy(),
-            second=second,
-            predictions=np.broadcast_to(first, shape).copy(),  # conditions that change nothing keep this
-            margins=np.broadcast_to(margin(cache.logits, labels).cpu().numpy(), shape).copy(),
-            embeddings=None,
-            donors=None if cache.donors is None else cache.donors.numpy(),
+        self, reuse: PrefixReuse, batch: Batch, rows: int, keep_embeddings: bool, keep_logits: bool
+    ) -> BatchResult:
+        cache = reuse.fill_cache(batch.inputs)
+        self._ran(len(batch))
+        observed = Observed.of(batch, cache.logits, self.model)
+        embedding = embedding_of(batch, cache.embedding, self.model) if keep_embeddings else None
+        part = BatchResult.intact(
+            observed,
+            cache.logits,
+            embedding,
+            len(self.interventions.conditions),
+            keep_logits=keep_logits,
+            donors=cache.donors,
         )
-        if keep_embeddings:
-            assert cache.embedding is not None
-            part.embeddings = np.broadcast_to(
-                cache.embedding.float().cpu().numpy(), (*shape, cache.embedding.shape[-1])
-            ).copy()
         for point, conditions in reuse.conditions_from.items():
             if point is None:
                 continue
-            for some, logits, embeddings in self._stacks(reuse, cache, point, conditions, rows // n):
-                self._ran(len(some) * n * reuse.work(point))
-                at = [1 + i for i in some]
-                part.predictions[at] = logits.argmax(-1).cpu().numpy()
-                part.margins[at] = margin(logits, labels).cpu().numpy()
-                if part.embeddings is not None and embeddings is not None:
-                    part.embeddings[at] = embeddings.float().cpu().numpy()
+            for some, changed, embeddings in self._stacks(reuse, cache, point, conditions, rows // len(batch)):
+                self._ran(len(some) * len(batch) * reuse.work(point))
+                part.set(observed, some, changed, embeddings)
         return part
 
     def _stacks(
@@ -511,21 +465,17 @@ class BatchRunner:
         """Run the conditions that begin at one point, `size` at a time; fewer once memory has run out."""
         done = 0
         while done < len(conditions):
-            size = max(1, size if self._most_rows is None else min(size, self._most_rows // len(cache.inputs)))
+            size = max(1, size if self._most_rows is None else min(size, self._most_rows // examples_in(cache.inputs)))
             some = conditions[done : done + size]
             try:
                 logits, embeddings = reuse.run(cache, point, some)
             except RuntimeError as error:
-                if not _out_of_memory(error) or len(some) == 1:
+                if not out_of_memory(error) or len(some) == 1:
                     raise
-                self._most_rows = len(some) // 2 * len(cache.inputs)
+                self._most_rows = len(some) // 2 * examples_in(cache.inputs)
                 continue
             yield some, logits, embeddings
             done += len(some)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 __all__ = ["ConditionResult", "SweepResult", "sweep"]

@@ -144,12 +144,6 @@ def few_per_class(labels: np.ndarray, seed: int, per_class: int, most: int | Non
     return np.sort(np.concatenate(drawn)).tolist()
 
 
-def join(batches: Sequence[Tensor]) -> Tensor:
-    """One batch of several `[b, ...]`; shorter texts get zeros at their end, in their mask, too: it leaves them out."""
-    width = max(batch.shape[-1] for batch in batches)
-    return torch.cat([torch.nn.functional.pad(batch, (0, width - batch.shape[-1])) for batch in batches])
-
-
 class _LikeLengths:
     """Random batches, each of examples of like lengths, so that padding is short: drawn from pools of 16 batches.
 

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.inputs import Inputs, call, described, mapped, mask_of, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Iterator
 
 LABELS = ("labels", "label")
 """Keys of a batch's labels, as the transformers and datasets libraries name them."""
-MASK = "attention_mask"
+IGNORED = -100
+"""Label of a token that has none, as in the transformers library; everything below 0 is."""
 
 
 @dataclass(frozen=True)
@@ -24,94 +26,126 @@ class Batch:
 
     Attributes:
         inputs: What the model is called with: a tensor [batch, ...], or its keyword arguments.
-        labels: int64 [batch], class indices.
+        labels: int64 [batch], class indices; or [batch, tokens], below 0 for tokens without one.
     """
 
-    inputs: torch.Tensor | dict[str, Any]
+    inputs: Inputs
     labels: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.labels)
 
     @property
     def mask(self) -> torch.Tensor | None:
         """True for real tokens [batch, tokens]: the inputs' `attention_mask`; None without one."""
-        found = self.inputs.get(MASK) if isinstance(self.inputs, dict) else None
-        return found if isinstance(found, torch.Tensor) and found.dim() == 2 else None
+        return mask_of(self.inputs)
 
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The batch with every tensor of its inputs changed."""
-        return Batch(_mapped(self.inputs, change), self.labels)
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has a label."""
+        return self.labels.dim() == 2
 
     def inputs_to(self, device: torch.device) -> Batch:
         """The batch with its inputs on a device, and its labels where they are."""
-        return self.changed(lambda x: x.to(device, non_blocking=True))
+        return Batch(mapped(self.inputs, lambda x: x.to(device, non_blocking=True)), self.labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         return Batch(self.inputs_to(device).inputs, self.labels.to(device, non_blocking=True))
 
+    def split(self, size: int) -> Iterator[Batch]:
+        """The examples in their order, `size` at a time."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield Batch(taken(self.inputs, rows), self.labels[rows])
+
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
-        """What the model answers: [batch, classes].
+        """What the model answers: [batch, classes], or [batch, tokens, classes] where tokens have labels.
 
         Raises:
-            ModelError: A model without logits, or with logits of tokens.
+            ModelError: A model without logits, or with logits of another shape.
         """
-        inputs = self.inputs
-        logits = logits_of(model(**inputs) if isinstance(inputs, dict) else model(inputs))
-        if logits.dim() != 2:
-            raise ModelError(
-                f"model: expected logits [batch, classes], got shape {list(logits.shape)} of {type(model).__name__}; "
-                "pass forward= for a model that answers for every token"
-            )
+        logits = logits_of(call(model, self.inputs), model)
+        self.check_logits(logits, model)
         return logits
 
+    def check_logits(self, logits: torch.Tensor, model: torch.nn.Module) -> None:
+        """Raises ModelError for logits but [batch, classes], or with labels of tokens [batch, tokens, classes]."""
+        if logits.shape[:-1] == self.labels.shape:
+            return
+        wanted, other = "[batch, classes]", "give it labels [batch, tokens]"
+        if self.per_token:
+            wanted, other = "[batch, tokens, classes]", "give it a label per example"
+        raise ModelError(
+            f"model: expected logits {wanted} for labels {list(self.labels.shape)}, got shape {list(logits.shape)} of "
+            f"{type(model).__name__}; {other}, or pass forward= to trace"
+        )
 
-def read_batch(batch: Any) -> Batch:
-    """A batch as people have it: (inputs, labels), or a mapping with `labels` or `label` and the model's arguments.
+    def targets(self, model: torch.nn.Module) -> torch.Tensor:
+        """The labels that the logits are to give, below 0 for none: of a causal model's tokens the next token's."""
+        if not self.per_token or not predicts_next(model):
+            return self.labels
+        last = torch.full_like(self.labels[:, :1], IGNORED)
+        return torch.cat([self.labels[:, 1:], last], 1)
+
+
+def read_batch(batch: Any, key: str | None = None, *, tokens: bool = False) -> Batch:
+    """A batch as people have it: (inputs, labels), or a mapping with labels and the model's arguments.
 
     Args:
         batch: (images, labels), (token ids, labels), a dict or transformers' `BatchEncoding`.
+        key: Key of the labels in a mapping; None for `labels` or `label`.
+        tokens: Whether labels may be those of tokens.
 
     Raises:
-        ArgumentError: Anything else, or labels that are not one class index per example.
+        ArgumentError: Anything else, or labels that are no class indices.
     """
     if isinstance(batch, Batch):
-        return batch
-    if isinstance(batch, Mapping):
-        key = next((key for key in LABELS if key in batch), None)
-        if key is None:
+        found = batch
+    elif isinstance(batch, Mapping):
+        key = key if key is not None else next((key for key in LABELS if key in batch), None)
+        if key is None or key not in batch:
             raise ArgumentError(
-                f"batch: expected a mapping with {' or '.join(LABELS)}, got {described(batch)}; rename its labels, or "
-                "pass forward="
+                f"batch: expected a mapping with {' or '.join(LABELS) if key is None else key}, got "
+                f"{described(batch)}; pass label_key=, the key of its labels, or forward= to trace"
             )
-        inputs: Any = {name: value for name, value in batch.items() if name != key}
-        labels = torch.as_tensor(batch[key])
+        inputs = {name: value for name, value in batch.items() if name != key}
+        found = Batch(inputs, _labels(batch[key]))
     elif isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], torch.Tensor | Mapping):
-        inputs = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
-        labels = torch.as_tensor(batch[1])
+        found = Batch(dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0], _labels(batch[1]))
     else:
         raise ArgumentError(
-            f"batch: expected (images, labels) or a mapping with labels, got {described(batch)}; pass forward= for "
-            "anything else"
+            f"batch: expected (images, labels) or a mapping with labels, got {described(batch)}; pass forward= to "
+            "trace for anything else, or let the loader give such"
         )
-    if labels.dim() != 1 or labels.is_floating_point():
+    labels = found.labels
+    if labels.is_floating_point() or labels.dim() not in ((1, 2) if tokens else (1,)):
+        told = f"{described(labels)} in {described(batch)}" if isinstance(batch, Mapping) else described(labels)
         raise ArgumentError(
-            f"labels: expected one class index per example, got {described(labels)}; pass metrics= and forward= for "
-            "other metrics"
+            f"labels: expected one class index per example{' or token' if tokens else ''}, got {told}; pass "
+            "label_key= for another key, or metrics= and forward= to trace other values"
         )
-    return Batch(inputs, labels)
+    return found
 
 
-def labelled_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch as one tensor and labels; raises ArgumentError where it is something else, a mapping for instance."""
-    found = read_batch(batch)
-    if not isinstance(found.inputs, torch.Tensor):
+def inputs_of(batch: Any, key: str | None = None) -> Inputs:
+    """What the model is called with, of a batch with labels or without."""
+    if isinstance(batch, Mapping) and not any(name in batch for name in (LABELS if key is None else (key,))):
+        return dict(batch)
+    return batch if isinstance(batch, torch.Tensor) else read_batch(batch, key, tokens=True).inputs
+
+
+def _labels(values: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
-            f"batch: expected (inputs, labels) of one tensor each, got {described(batch)}; wrap the model so that it "
-            "takes one tensor"
-        )
-    return found.inputs, found.labels
+            f"labels: expected class indices, got {described(values)}; let the loader give a tensor of them"
+        ) from error
 
 
-def logits_of(output: Any) -> torch.Tensor:
+def logits_of(output: Any, model: torch.nn.Module | None = None) -> torch.Tensor:
     """The logits in a model's output: a tensor, an object with `.logits` or a mapping with `logits`.
 
     Raises:
@@ -119,26 +153,33 @@ def logits_of(output: Any) -> torch.Tensor:
     """
     logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"model: expected logits or an output with .logits, got {type(output).__name__}; wrap it")
+        got = described(output) if isinstance(output, Mapping) else type(output).__name__
+        raise ModelError(
+            f"{'model' if model is None else type(model).__name__}: expected logits or an output with .logits, got "
+            f'{got}; trace what needs none with metrics={{"label": Categorical(classes)}}, or pass forward='
+        )
     return logits
 
 
-def described(value: Any) -> str:
-    """A batch in a few words: its keys and shapes."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {described(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        return f"{len(value)} parts"
-    return type(value).__name__
+def predicts_next(model: torch.nn.Module) -> bool:
+    """Whether the logits at a token are about the next one: a causal language model of the transformers library."""
+    generates = getattr(model, "can_generate", None)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return callable(generates) and bool(generates()) and not encodes
+
+
+def predicts_words(model: torch.nn.Module) -> bool:
+    """Whether the classes of a model of the transformers library are the words of its vocabulary."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    return callable(embeddings) and embeddings() is not None
 
 
 def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
     """Names of the classes.
 
     They are those of the loader's dataset (torchvision's `classes`, a label's names in the datasets library), or as
-    many numbers as a timm model has outputs, or the names in a transformers model's configuration.
+    many numbers as a timm model has outputs or a language model has words, or the names in a transformers model's
+    configuration.
 
     Raises:
         ArgumentError: Nobody knows them.
@@ -150,19 +191,16 @@ def classes_of(loader: Iterable[Any], model: torch.nn.Module) -> list[str]:
         names = next((getattr(features[key], "names", None) for key in LABELS if key in features), None)
     if names is not None:
         return [str(name) for name in names]
+    config = getattr(model, "config", None)
     count = getattr(model, "num_classes", None)
+    if count is None and predicts_words(model):
+        count = getattr(config, "vocab_size", None)
     if isinstance(count, int) and count >= 2:
         return [str(i) for i in range(count)]
-    named = getattr(getattr(model, "config", None), "id2label", None)
+    named = getattr(config, "id2label", None)
     if isinstance(named, Mapping) and len(named) >= 2:
         return [str(named[i]) for i in sorted(named)]
     raise ArgumentError(
         f"classes: expected loader.dataset.classes, model.num_classes or model.config.id2label, got none of them from "
         f"{type(loader).__name__} and {type(model).__name__}; pass classes="
     )
-
-
-def _mapped(inputs: Any, change: Any) -> Any:
-    if isinstance(inputs, dict):
-        return {name: _mapped(value, change) for name, value in inputs.items()}
-    return change(inputs) if isinstance(inputs, torch.Tensor) else inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.batches import inputs_of
 from skillfast.models.shrink import is_configured, shrunk
 from skillfast.models.sites import DECLARED, find_sites, input_width, refuse_compiled, unwrap_compiled
 from skillfast.models.weights import first_line
@@ -71,16 +73,17 @@ class Coverage:
         }  # fmt: skip
 
 
-def coverage(model: torch.nn.Module, batch: torch.Tensor | Mapping[str, torch.Tensor] | None = None) -> Coverage:
+def coverage(model: torch.nn.Module, batch: Any = None, *, label_key: str | None = None) -> Coverage:
     """Certify that the sites of a model hold everything that its blocks do, or name what acts past them.
 
     Args:
         model: Any model with known or declared sites; it stays as it is. One on torch's `meta` device will do where
             `batch` is not given.
-        batch: What the model is called with: a tensor, or a mapping of keyword arguments. None: a copy with random
-            weights is run on random inputs: of a model of the transformers library a small copy that is made from its
-            configuration (few layers of each type, small widths), so that one too large for this machine is certified
-            in seconds; of any other model a copy of its own size.
+        batch: As `trace` takes it, with labels or without: a tensor, or a mapping of keyword arguments. None: a copy
+            with random weights is run on random inputs: of a model of the transformers library a small copy that is
+            made from its configuration (few layers of each type, small widths), so that one too large for this machine
+            is certified in seconds; of any other model a copy of its own size.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
 
     Returns:
         What the sites cover.
@@ -93,7 +96,7 @@ def coverage(model: torch.nn.Module, batch: torch.Tensor | Mapping[str, torch.Te
     refuse_compiled(model)
     find_sites(model)  # a model without sites is told so before anything is run
     if batch is not None:
-        return _covered(model, batch, "the batch that was given")
+        return _covered(model, inputs_of(batch, label_key), "the batch that was given")
     inputs: Any
     if is_configured(model) and getattr(model, DECLARED, None) is None:
         small, inputs = shrunk(model)
@@ -102,7 +105,46 @@ def coverage(model: torch.nn.Module, batch: torch.Tensor | Mapping[str, torch.Te
         inputs = _image_inputs(model)
         small, described = copy.deepcopy(model).float().eval(), "random images, on a copy with random weights"
     randomise(small)
-    return _covered(small, inputs, described)
+    found = _told[_kind_of(model)] = _covered(small, inputs, described)
+    return found
+
+
+_told: dict[tuple[object, ...], Coverage | None] = {}  # what the sites of models cover that somebody was told of
+MOST_COPIED = 25_000_000  # weights of a model that is copied to be certified unasked
+
+
+def warn_incomplete(model: torch.nn.Module) -> None:
+    """Warn where the sites of a model do not hold all that its blocks do, once for all models of its kind.
+
+    It is certified as `coverage(model)` does, once for each class and configuration or shapes of weights. Nothing is
+    said where it cannot be done, would copy a large model, or one that is watched by hooks at the moment.
+    """
+    model = unwrap_compiled(model)
+    kind = _kind_of(model)
+    if kind in _told:
+        return
+    if not is_configured(model) and (
+        sum(p.numel() for p in model.parameters()) > MOST_COPIED or any(m._forward_pre_hooks for m in model.modules())
+    ):
+        return
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            found = coverage(model)
+    except Exception:  # copying, building and running raise nearly anything; `coverage` says what
+        _told[kind] = None
+        return
+    if not found.complete:
+        warnings.warn(str(found), RuntimeWarning, stacklevel=3)
+
+
+def _kind_of(model: torch.nn.Module) -> tuple[object, ...]:
+    """What models that share a certificate have in common."""
+    declared = getattr(model, DECLARED, None)
+    if is_configured(model) and declared is None:
+        config = model.config.to_dict()  # type: ignore[operator,union-attr]
+        return type(model), repr({name: config[name] for name in sorted(config) if not name.startswith("_")})
+    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+    return type(model), shapes, repr(declared)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:

@@ -84,18 +84,18 @@ def refuse_compiled(model: torch.nn.Module) -> None:
     if compiled:
         raise ModelError(
             f"model: expected modules that run their hooks, got {compiled[0] or type(model).__name__} compiled by its "
-            ".compile(), which skips hooks added later; use the model before it is compiled"
+            ".compile(), which skips hooks added later; skillfast.prepare(model), or use it before it is compiled"
         )
     if unwrap_compiled(model) is not model:
         raise ModelError(
             "model: expected a module that runs its hooks, got one wrapped by torch.compile, which skips hooks added "
-            "after compiling; pass the module that was compiled (model._orig_mod) and call that"
+            "after compiling; skillfast.prepare(model), or pass and call the module that was compiled (model._orig_mod)"
         )
 
 
 def refuse_training(model: torch.nn.Module, what: str) -> None:
     """Raises ModelError for a model in training mode, whose dropout would be traced or ablated too."""
-    if model.training:
+    if unwrap_compiled(model).training:
         raise ModelError(f"{what}: expected a model in evaluation mode, got one in training mode; call model.eval()")
 
 

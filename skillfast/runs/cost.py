@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from skillfast.models.batches import read_batch
+from skillfast.models.inputs import call
 from skillfast.models.sites import module_device
-from skillfast.tracing.trace import classification_forward
+from skillfast.tracing.trace import ClassificationForward
 from skillfast.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -62,23 +64,24 @@ def trace_over_forward(
     plain = traced = 0.0
     samples = 0
     tracer = Tracer(model, metrics, **settings)
+    forward = ClassificationForward(metrics, each=False, label_key=None)
     with torch.inference_mode():
-        for images, label in islice(loader, MEASURED_BATCHES):
-            batch = (images.to(device), label.to(device))
+        for given in islice(loader, MEASURED_BATCHES):
+            batch = read_batch(given).to(device)
             if samples == 0:  # the first forward pays for allocations, the first rows for the bins' edges
                 with tracer:
-                    tracer.step(**classification_forward(model, batch)[1])
+                    tracer.step(**forward(model, batch)[1])
                     if set(settings.get("statistics", ())) != {"pearson"}:  # which has no edges
                         tracer.calibrate()
             start = _now(device)
-            model(batch[0])
+            call(model, batch.inputs)
             middle = _now(device)
             with tracer:
-                _, values = classification_forward(model, batch)
+                _, values = forward(model, batch)
                 tracer.step(**values)
             traced += _now(device) - middle
             plain += middle - start
-            samples += len(label)
+            samples += len(batch)
     return {
         "samples_per_s": samples / traced,
         "forward_s": plain,

@@ -14,7 +14,7 @@ from skillfast.errors import ArgumentError
 from skillfast.evaluation.measures import finite, random_draws
 from skillfast.evaluation.tasks import Outputs, TaskMeasures, overlaps
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, check_metric_names, parse_metrics
-from skillfast.models.batches import labelled_batch
+from skillfast.models.batches import read_batch
 from skillfast.models.sites import find_sites, module_device
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.results.evaluation import Measured, TaskRemoval, Tasks
@@ -26,6 +26,7 @@ from skillfast.vocabulary import MAX_SITE_SHARE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from skillfast.models.inputs import Inputs
     from skillfast.runs.subject import Subject
     from skillfast.statistics.scores import NeuronScores
 
@@ -86,20 +87,20 @@ def outputs(subject: Subject, part: str, skill: Skill | None = None, scale: floa
         hook = subject.model.get_submodule(head.path).register_forward_pre_hook(keep)  # after what changes neurons
         try:
             for batch in subject.loader(part):
-                inputs, target = labelled_batch(batch)
-                logits.append(subject.model(inputs.to(device)).float().cpu())
-                labels.append(target)
-                embeddings[-1] = _one_row(embeddings[-1], subject.model, inputs).cpu()
+                found = read_batch(batch)
+                logits.append(found.to(device).logits(subject.model).float().cpu())
+                labels.append(found.labels)
+                embeddings[-1] = _one_row(embeddings[-1], subject.model, found.inputs).cpu()
         finally:
             hook.remove()
     return Outputs(torch.cat(logits), torch.cat(labels), torch.cat(embeddings).numpy())
 
 
-def _one_row(hidden: torch.Tensor, model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def _one_row(hidden: torch.Tensor, model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
     """[batch, E]; of a head that runs on every token the row of the last real one, whose logits count."""
     if hidden.dim() == 2:
         return hidden
-    if not isinstance(model, TextClassifier):
+    if not isinstance(model, TextClassifier) or not isinstance(inputs, torch.Tensor):
         raise ArgumentError(
             f"tasks: expected a classifier that reads one row per example, got {list(hidden.shape)} in "
             f"{type(model).__name__}; leave --tasks out"

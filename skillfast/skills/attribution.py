@@ -10,6 +10,7 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
 from skillfast.models.batches import Batch, classes_of, read_batch
+from skillfast.models.inputs import mapped
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
 from skillfast.progress import track
 from skillfast.skills.ranking import NeuronRanking
@@ -26,6 +27,7 @@ def attribute(
     *,
     sites: Sequence[str] | None = None,
     classes: Sequence[str] | int | None = None,
+    label_key: str | None = None,
     quiet: bool = True,
 ) -> NeuronRanking:
     """Gradient x activation of each class's log-odds, summed over tokens and averaged over the class's images.
@@ -38,6 +40,7 @@ def attribute(
         loader: Batches of (inputs, labels), or mappings with `labels` or `label` and the model's arguments.
         sites: Kinds or names of sites; None for every kind that the model has.
         classes: Class names; from the loader's dataset or the model by default.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         quiet: Show no progress bar.
 
     Returns:
@@ -51,7 +54,7 @@ def attribute(
     """
     model = unwrap_compiled(model)
     names = Categorical(classes if classes is not None else classes_of(loader, model)).classes
-    return _attributed(model, loader, sites, len(names), [f"label:{name}" for name in names], None, quiet)
+    return _attributed(model, loader, sites, len(names), [f"label:{name}" for name in names], None, quiet, label_key)
 
 
 def attribute_groups(
@@ -94,6 +97,7 @@ def _attributed(
     columns: Sequence[str],
     members: torch.Tensor | None,
     quiet: bool,
+    label_key: str | None = None,
 ) -> NeuronRanking:
     """The attributions of groups of images; without `members` those of the classes."""
     refuse_training(model, "attribute")
@@ -103,7 +107,7 @@ def _attributed(
         counts = torch.zeros(len(columns), dtype=torch.int64)
         done = 0
         for batch in track(loader, "attribution", quiet=quiet):
-            found = class_batch(batch, n_classes, next(model.parameters()).device)
+            found = class_batch(batch, n_classes, next(model.parameters()).device, label_key)
             labels = found.labels
             with neuron_inputs(model, chosen) as inputs:
                 own = log_odds(found.logits(model), labels).sum()
@@ -152,16 +156,17 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
 
 
-def class_batch(batch: Any, n_classes: int, device: torch.device) -> Batch:
+def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | None = None) -> Batch:
     """A batch on the device; raises ArgumentError for labels that are no class indices."""
-    found = read_batch(batch)
+    found = read_batch(batch, key)
     labels = found.labels
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ArgumentError(
             f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "
             "check classes="
         )
-    return found.changed(lambda x: x.clone() if x.is_inference() else x).to(device)  # autograd saves no such tensor
+    inputs = mapped(found.inputs, lambda x: x.clone() if x.is_inference() else x)  # autograd saves no such tensor
+    return Batch(inputs, labels).to(device)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from skillfast import ops
 from skillfast.backends.capture import accumulation_dtype
-from skillfast.data.splits import join
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
 from skillfast.models.adam import Adam
-from skillfast.models.batches import labelled_batch
+from skillfast.models.batches import logits_of
+from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, split, taken, trimmed
 from skillfast.models.sites import fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
@@ -52,6 +52,7 @@ def learn_masks(
     keep: float = KEEP,
     start: NeuronRanking | None = None,
     images_per_class: int | None = None,
+    label_key: str | None = None,
     seed: int = 0,
     quiet: bool = True,
 ) -> NeuronRanking:
@@ -71,7 +72,8 @@ def learn_masks(
 
     Args:
         model: In evaluation mode, on the device where it shall run; its weights stay as they are.
-        loader: Batches of (images, labels); some of each class are kept in memory, not on the device.
+        loader: Batches of (inputs, labels), or mappings with labels and the model's arguments; some examples of each
+            class are kept in memory, not on the device.
         attributions: What `attribute` gives for this model; their sites and classes are those of the masks.
         share: Share of all neurons that a mask removes, in (0, 1].
         max_site_share: Largest share of one site's neurons that it removes, in (0, 1].
@@ -82,6 +84,7 @@ def learn_masks(
         start: Masks of the same sites and classes to start from, such as those of another `keep`.
         images_per_class: How many to keep, the first ones that the loader gives; by default 500, or fewer where there
             are many classes or large images, so that they are at most about 10,000 in all and take a GiB.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         seed: Seed of the order of the images.
         quiet: Show no progress bar.
 
@@ -101,7 +104,7 @@ def learn_masks(
         _check_start(start, attributions)
     values = np.full_like(attributions.values, np.nan)
     with torch.inference_mode(False), _frozen(model):
-        learner = _Learner(model, loader, attributions, share, max_site_share, images_per_class)
+        learner = _Learner(model, loader, attributions, share, max_site_share, images_per_class, label_key)
         known, generator = learner.classes(), torch.Generator().manual_seed(seed)
         at_once = max(1, min(CLASSES_AT_ONCE, STRENGTH_BYTES // (4 * attributions.n_neurons)))
         chunks = [known[i : i + at_once] for i in range(0, len(known), at_once)]
@@ -166,6 +169,7 @@ class _Learner:
         share: float,
         max_site_share: float,
         images_per_class: int | None,
+        label_key: str | None = None,
     ) -> None:
         self.model = model
         self.device = module_device(model)
@@ -174,9 +178,10 @@ class _Learner:
         self.widths = [site.width for site in self.sites]
         self.most = torch.tensor([float(int(max_site_share * width)) for width in self.widths], device=self.device)
         self.attributions = torch.from_numpy(attributions.values.T).float()
-        self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class)
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class, label_key, pad)
         with torch.no_grad():
-            self.intact = torch.cat([self._logits(part).cpu() for part in self.images.split(256)])
+            self.intact = torch.cat([self._logits(part).cpu() for part in split(self.images, 256)])
 
     def classes(self) -> torch.Tensor:
         """Classes that a mask can be learned for: with attributions, images of their own, and others' images."""
@@ -222,9 +227,11 @@ class _Learner:
             forecast.ran(1)
         return strength.detach()
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+    def _logits(self, images: Inputs) -> torch.Tensor:
         trim = getattr(self.model, "trim", None)  # of texts, which are kept as long as the longest of them all
-        return self.model((images if trim is None else trim(images)).to(self.device)).float()
+        shorter: Any = trim(images) if trim is not None and isinstance(images, torch.Tensor) else trimmed(images)
+        given = mapped(shorter, lambda x: x.to(self.device))
+        return logits_of(call(self.model, given), self.model).float()
 
     def _gated_logits(self, gates: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of images whose neurons are multiplied by the gates of one mask each.
@@ -244,7 +251,7 @@ class _Learner:
 
             handles.append(self.model.get_submodule(site.path).register_forward_pre_hook(scaled))
         try:
-            return self._logits(self.images[rows])
+            return self._logits(taken(self.images, rows))
         finally:
             for handle in handles:
                 handle.remove()
@@ -363,23 +370,27 @@ def _parts(draws: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch
     return (part.unbind() for part in draws[:, step].split(ROWS_AT_ONCE, 1))
 
 
-def _first_images(loader: Iterable[Any], n_classes: int, per_class: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first images of each class [n, ...] and their labels [n]; None for as many as the bounds allow."""
+def _first_images(
+    loader: Iterable[Any], n_classes: int, per_class: int | None, key: str | None = None, pad: int = 0
+) -> tuple[Inputs, torch.Tensor]:
+    """The first images of each class and their labels [n]; None for as many as the bounds allow."""
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
-    for batch in loader:
-        image, label = labelled_batch(class_batch(batch, n_classes, torch.device("cpu")))
+    for given in loader:
+        batch = class_batch(given, n_classes, torch.device("cpu"), key)
+        label = batch.labels
         if per_class is None:
-            most = min(IMAGES, IMAGE_BYTES // max(1, image[:1].nbytes))
+            most = min(IMAGES, IMAGE_BYTES // max(1, bytes_of(taken(batch.inputs, slice(1)))))
             per_class = max(8, min(IMAGES_PER_CLASS, most // n_classes))
         member = functional.one_hot(label, n_classes)  # [batch, n_classes]
         place = (member.cumsum(0) * member).sum(1) + seen[label]  # from 1, among the class's
-        images.append(image[place <= per_class])
-        labels.append(label[place <= per_class])
+        if bool((kept := place <= per_class).any()):
+            images.append(taken(batch.inputs, kept.nonzero()[:, 0]))
+            labels.append(label[kept])
         seen += member.sum(0)
     if not labels:
         raise ArgumentError("learn_masks: expected at least one image, got an empty loader; check its batches")
-    return join(images), torch.cat(labels)
+    return joined(images, pad), torch.cat(labels)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ pre-hook reads the projection's input.
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -75,6 +76,10 @@ class FusedActivation(nn.Module):
         self.activation: Activation = name
         self._probability = float(getattr(dropout, "p", 0.0))
         self.train(original.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the model is not read."""
+        return copy.deepcopy(self.original, memo)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the original gives."""

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from skillfast.errors import ArgumentError
-from skillfast.metrics import Binary, Categorical, Continuous, classification, classification_values
-from skillfast.models.batches import classes_of, read_batch
-from skillfast.models.sites import choose_sites, module_device, refuse_training, unwrap_compiled
+from skillfast.metrics import (
+    FUNCTIONS,
+    Binary,
+    Categorical,
+    Continuous,
+    classification,
+    classification_values,
+    token_classification,
+    token_classification_values,
+)
+from skillfast.models.batches import classes_of, predicts_words, read_batch
+from skillfast.models.coverage import warn_incomplete
+from skillfast.models.inputs import call
+from skillfast.models.sites import choose_sites, module_device, refuse_training
 from skillfast.progress import track
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import calibration_rows, exact_rows
 from skillfast.statistics.inputs import as_tensor
 from skillfast.tracing import sampling
+from skillfast.tracing.prepared import to_run
 from skillfast.tracing.tracer import Tracer
-from skillfast.vocabulary import BINS, STATISTICS, Pool
+from skillfast.vocabulary import BINS, METRICS, STATISTICS, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
+    from skillfast.models.batches import Batch
     from skillfast.statistics.scores import NeuronScores
 
     Forward = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
@@ -32,16 +47,52 @@ TOKENS = 8  # that an example has at least, or about; so many fewer examples set
 MOST_CLASSES = 1000  # integers beyond are numbers, not classes, unless the caller says so
 
 
-def classification_forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The default `forward`: gives the logits, and label, correct, confidence and loss of the batch."""
-    found = read_batch(batch)
-    logits = found.inputs_to(module_device(model)).logits(model)
-    return logits, classification_values(logits, found.labels)  # labels are checked where they are
+class ClassificationForward:
+    """The `forward` of `trace` for batches with labels, of examples or of tokens.
 
+    Args:
+        names: Metrics to give, of `metrics.FUNCTIONS`; None for those of `"classification"`. The label alone needs no
+            logits, so that a model without a head has it, too.
+        each: Whether each token is an observation.
+        label_key: Key of the labels in a batch that is a mapping.
 
-def _own_mask(batch: Any) -> torch.Tensor | None:
-    """The mask that a batch brings."""
-    return read_batch(batch).mask
+    Raises:
+        ArgumentError: Another metric.
+    """
+
+    def __init__(self, names: Iterable[str] | None, *, each: bool, label_key: str | None) -> None:
+        self.names = tuple(METRICS if names is None else names)
+        unknown = [name for name in self.names if name not in FUNCTIONS]
+        if unknown:
+            raise ArgumentError(
+                f"metric {unknown[0]!r}: expected one of {', '.join(FUNCTIONS)}, which logits and labels give, got "
+                "another; pass forward=, which gives its values"
+            )
+        self.each = each
+        self.label_key = label_key
+
+    def read(self, batch: Any) -> Batch:
+        """The batch as it was given."""
+        return read_batch(batch, self.label_key, tokens=True)
+
+    def mask(self, model: torch.nn.Module, batch: Any) -> torch.Tensor | None:
+        """The mask that a batch brings; where each token counts, without those that have no label."""
+        found = self.read(batch)
+        if not (self.each and found.per_token):
+            return found.mask
+        labelled = found.targets(model) >= 0
+        return labelled if found.mask is None else labelled & (found.mask != 0)
+
+    def __call__(self, model: torch.nn.Module, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The model's output, and values [batch] or [batch, tokens] of each metric."""
+        found = self.read(batch).inputs_to(module_device(model))  # labels are checked where they are
+        if self.names == ("label",) and not found.per_token:
+            return call(model, found.inputs), {"label": found.labels}
+        logits = found.logits(model)
+        if found.per_token:
+            targets = found.targets(model)
+            return logits, token_classification_values(logits, targets, self.names, each=self.each)
+        return logits, classification_values(logits, found.labels, self.names)
 
 
 def trace(
@@ -55,6 +106,7 @@ def trace(
     bins: int = BINS,
     n_bootstrap: int | None = None,
     classes: Sequence[str] | int | None = None,
+    label_key: str | None = None,
     forward: Forward | None = None,
     mask: Callable[[Any], torch.Tensor | None] | None = None,
     quiet: bool = True,
@@ -69,7 +121,9 @@ def trace(
         model: In evaluation mode, on the device where it shall run.
         loader: Batches: (inputs, labels), or mappings with `labels` or `label` and the model's arguments, as the
             transformers library has them; anything else where `forward` reads it.
-        metrics: The metrics, or `"classification"`: label, correct, confidence and loss.
+        metrics: The metrics, or `"classification"`: label, correct, confidence and loss. Where tokens have labels these
+            are means over an example's tokens, without the label, or with `pool="none"` each token's: a causal language
+            model's are about the next token. `{"label": Categorical(classes)}` needs no logits.
         sites: Kinds or names of sites; None for every kind that the model has.
         pool: `"mean"`, `"cls"`, `"max"` or `"last"` over the tokens of an example; `"none"`: each token counts. A
             metric with a value per token ([batch, tokens]) then takes a second forward of each batch, in which it is
@@ -79,6 +133,7 @@ def trace(
         n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         classes: Class names for `"classification"`; from the loader's dataset or the model by default, whose
             configuration may name them (`config.id2label`).
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         forward: `forward(model, batch) -> (output, {metric: values [batch]})` for anything unusual.
         mask: `mask(batch) -> [batch, tokens]`, true for real tokens, of batches with padding; by default a
             mapping's `attention_mask`, where `forward` is the default one.
@@ -91,33 +146,55 @@ def trace(
         ArgumentError: An unknown site, pool, statistic or metric.
         ModelError: A model in training mode or without known sites.
     """
-    model = unwrap_compiled(model)
+    model = to_run(model)
     refuse_training(model, "trace")
     choose_sites(model, sites)  # a model without sites is told so before its classes are asked for
-    if isinstance(metrics, str):
-        if metrics != "classification":
-            raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
-        metrics = classification(classes if classes is not None else classes_of(loader, model))
-    run = forward or classification_forward
-    if forward is None and mask is None:
-        mask = _own_mask
-    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
-    counter = _BatchCounter(tracer, model, run, mask)
+    warn_incomplete(model)
     per = TOKENS if pool == "none" else 1
     most = None if pool == "none" else exact_rows(bins)
     order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per, most=most)
     valid = sampling.ValidRows(loader)
+    batches: Iterable[Any] = order.batches
+    if isinstance(metrics, str):
+        if metrics != "classification":
+            raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
+        per_token = False
+        if forward is None:
+            first, batches = _first(order)
+            per_token = first is not None and read_batch(first, label_key, tokens=True).per_token
+        named = pool == "none" and (classes is not None or not predicts_words(model))
+        if not per_token:
+            metrics = classification(classes if classes is not None else classes_of(loader, model))
+        else:
+            metrics = token_classification(
+                (classes if classes is not None else classes_of(loader, model)) if named else None, each=pool == "none"
+            )
+    if forward is None:
+        own = ClassificationForward(metrics, each=pool == "none", label_key=label_key)
+        mask = mask or partial(own.mask, model)
+    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
+    counter = _BatchCounter(tracer, model, forward or own, mask)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:
             for batch in order.calibration:
                 counter.count(batch)
             if tracer.n_observations:
                 tracer.calibrate()
-        for batch in track(order.batches, "trace", total=_length(loader), quiet=quiet):
+        for batch in track(batches, "trace", total=_length(loader), quiet=quiet):
             counter.count(batch, valid)
     if order.distributed:
         tracer.all_reduce()
     return tracer.compute()
+
+
+def _first(order: sampling.Order) -> tuple[Any, Iterable[Any]]:
+    """One batch of the data, None where there is none, and all that are to be counted."""
+    if (drawn := next(iter(order.calibration), None)) is not None:
+        return drawn, order.batches
+    batches = iter(order.batches)
+    if (first := next(batches, None)) is None:
+        return None, ()
+    return first, chain([first], batches)
 
 
 class _BatchCounter:

@@ -12,7 +12,14 @@ import torch
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.state import state_bytes, warn_of_state
-from skillfast.models.sites import Site, choose_sites, fingerprint, module_device, refuse_compiled
+from skillfast.models.sites import (
+    Site,
+    choose_sites,
+    fingerprint,
+    module_device,
+    refuse_compiled,
+    unwrap_compiled,
+)
 from skillfast.statistics import distributed
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bootstrap import adjusted
@@ -21,6 +28,7 @@ from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading
 from skillfast.tracing.observations import Expected, PooledRows, TokenRows
+from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ class Tracer:
 
     Raises:
         ArgumentError: An unknown site, pool or statistic.
-        ModelError: A model without known sites, or one wrapped by `torch.compile`.
+        ModelError: A model without known sites, or one wrapped by `torch.compile` that was not prepared (`prepare`).
     """
 
     def __init__(
@@ -70,7 +78,10 @@ class Tracer:
         seed: int = 0,
         buffer_rows: int = BUFFER_ROWS,
     ) -> None:
-        refuse_compiled(model)
+        self._prepared = prepared(model)
+        if self._prepared is None:
+            refuse_compiled(model)
+        model = unwrap_compiled(model)
         reserved = {"self", "valid", "groups", "mask"} & set(metrics)
         if reserved:
             raise ArgumentError(
@@ -81,7 +92,8 @@ class Tracer:
         self._model = model
         self._pool = pool
         self._metrics = tuple(metrics)
-        self.sites = choose_sites(model, sites)
+        self.sites = choose_sites(model, sites) if self._prepared is None else self._prepared.chosen(model, sites, pool)
+        self._forwards: dict[str, tuple[int, int, int]] = {}  # of a prepared model, those that were counted
         self._seen: set[str] = set()
         self._stack = ExitStack()
         self._expected = Expected()
@@ -110,6 +122,9 @@ class Tracer:
         return list(dict.fromkeys(self._rows.values()))
 
     def __enter__(self) -> Tracer:
+        if self._prepared is not None:
+            self._forwards = self._prepared.forwards(self._model)
+            return self
         with ExitStack() as stack:  # undoes what was done where a later site fails
             for site in self.sites:
                 stack.enter_context(reading(self._model, site, partial(self._rows[site.name].read, site)))
@@ -149,15 +164,40 @@ class Tracer:
             ArgumentError: Values that do not fit the metrics or the batch.
             ModelError: No site saw a forward since the last step.
         """
+        self._fetch()
         fired = set().union(*(group.fired for group in self._groups()))
         if not fired:
-            raise ModelError("step: expected a forward of the traced model since the last step, got none")
+            larger = "" if self._prepared is None else f"; it is prepared for batches of up to {self._prepared.rows}"
+            raise ModelError(f"step: expected a forward of the traced model since the last step, got none{larger}")
         self._seen |= fired
         if self._pool != "none":
             values = {**self._expected.values, **values}
         for group in self._groups():
             group.count(values, valid, groups)
         self._expect_nothing()
+
+    def _fetch(self) -> None:
+        """Read what a forward of a prepared model left in its buffers."""
+        if self._prepared is None:
+            return
+        before, self._forwards = self._forwards, self._prepared.forwards(self._model)
+        for site in self.sites:
+            times, n, tokens = self._forwards[site.name]
+            times -= before[site.name][0]
+            if times > 1:
+                raise ModelError(
+                    f"{site.name}: expected one forward per step, got {times}; call tracer.step() after each forward, "
+                    "or tracer.discard() to leave one out"
+                )
+            if times:
+                mask = self._expected.mask
+                if mask is not None and mask.shape[1] != tokens > 1:
+                    raise ArgumentError(
+                        f"mask: expected one for the {n} x {tokens} tokens of {site.name}, got shape "
+                        f"{list(mask.shape)}; give the mask of what runs through the blocks"
+                    )
+                rows = self._prepared.gate(self._model, site).rows[:n]
+                self._rows[site.name].read(site, rows, "identity", False)
 
     def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
         """Tell what is known of the next forward before it runs.
@@ -188,6 +228,8 @@ class Tracer:
                     f"mask: expected [batch, tokens], got shape {list(tensor.shape)}; 1 for real tokens"
                 )
             self._expected.mask = TokenMask(tensor != 0)
+        if self._prepared is not None:
+            self._prepared.expect(self._model, self._expected.mask)
         self._expected.values = {name: torch.as_tensor(value) for name, value in values.items()}
 
     def _expect_nothing(self) -> None:
@@ -204,6 +246,8 @@ class Tracer:
         """Forget the last forward instead of counting it."""
         for group in self._groups():
             group.discard()
+        if self._prepared is not None:
+            self._forwards = self._prepared.forwards(self._model)
         self._expect_nothing()
 
     def calibrate(self) -> None:

@@ -201,22 +201,24 @@ def test_images_of_another_size_have_no_donors(batches):
     assert "expected examples of one number of tokens, got [17] and [37] at blocks.0.mlp" in text
 
 
-def test_a_mask_with_padding_does_not_tell_examples_apart():
+def test_a_call_tells_examples_apart_by_its_arguments_but_labels():
     class Masked(torch.nn.Module):
-        def forward(self, x, attention_mask=None):
+        def forward(self, x, attention_mask=None, labels=None):
             seen.append(rows())
             return x
 
     class Bank:
-        def rows_of(self, model, first):
-            return first[:, 0]
+        def rows_of(self, model, inputs):
+            return inputs
 
-    seen, model, x = [], Masked(), torch.tensor([[4, 1], [5, 2]])
+    seen, model, x, mask = [], Masked(), torch.tensor([[4, 1], [5, 2]]), torch.tensor([[1, 1], [1, 0]])
     with _rows_of_calls(model, Bank()) as rows:
         model(x)
-        model(x, attention_mask=torch.ones(2, 2))
-        text = one_line(ArgumentError, model, x, attention_mask=torch.tensor([[1, 1], [1, 0]]))
+        model(x, attention_mask=mask, labels=x[:, 0])
+        model(x=x)
+        assert "got {x: str}; call the model with its inputs" in one_line(ArgumentError, model, x="text")
         assert rows() is None
-    assert [row.tolist() for row in seen] == [[4, 5], [4, 5]]
-    assert "got an attention mask with padding" in text
+    assert seen[0] is x
+    assert seen[1] == {"x": x, "attention_mask": mask}
+    assert seen[2] == {"x": x}
     assert not model._forward_pre_hooks

@@ -12,10 +12,11 @@ from tiny_models import make_tokenizer, save_model
 
 import skillfast
 from skillfast import Categorical, Continuous
-from skillfast.data.splits import join, loader
+from skillfast.data.splits import loader
 from skillfast.data.text import read_text
 from skillfast.errors import ArgumentError, DataError, SkillfastError
 from skillfast.metrics import parse_metrics
+from skillfast.models.inputs import joined
 from skillfast.models.text_inputs import Collate, Prompt, TextForward, TokenExamples, batches, split_text
 
 ROWS = [
@@ -185,7 +186,7 @@ def test_padding_changes_no_logit_of_a_classifier(tmp_path, folders, model_class
         packed = classifier.pack(batch)
         torch.testing.assert_close(classifier(packed), got)
         longer = torch.zeros(1, packed.shape[1], packed.shape[2] + 4, dtype=torch.long)
-        torch.testing.assert_close(classifier(join([packed, longer])[:6]), got, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier(joined([packed, longer])[:6]), got, rtol=1e-4, atol=1e-5)
     column = batch["attention_mask"][:, 0 if side == "left" else -1]
     assert column.min() == 0  # there is padding, and there
     assert column.max() == 1

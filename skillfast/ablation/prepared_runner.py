@@ -1,0 +1,72 @@
+"""A sweep of a prepared model: every condition in its gates, one whole forward of one shape after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skillfast.ablation.batch_result import BatchResult, Observed, embedding_of
+from skillfast.errors import ArgumentError
+from skillfast.models.batches import logits_of
+from skillfast.models.inputs import call
+from skillfast.models.sites import module_device, unwrap_compiled
+from skillfast.tracing.prepared import prepared
+
+if TYPE_CHECKING:
+    import torch
+
+    from skillfast.ablation.interventions import Interventions
+    from skillfast.models.batches import Batch
+
+
+class PreparedRunner:
+    """Runs batches under the intact model and every condition.
+
+    Args:
+        model: A prepared model, compiled or not.
+        interventions: What every condition does.
+
+    Raises:
+        ArgumentError: Donors, or a site that the model is not prepared at.
+    """
+
+    def __init__(self, model: torch.nn.Module, interventions: Interventions) -> None:
+        known = prepared(model)
+        assert known is not None
+        known.require(interventions.sites)
+        self.model = model
+        self.inner = unwrap_compiled(model)
+        self.known = known
+        self.device = module_device(self.inner)
+        self.interventions = interventions
+        self.factors = [interventions.factors(i) for i in range(len(interventions.conditions))]
+        self.head = next((site for site in known.sites if site.kind == "head"), None)
+
+    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool = True) -> BatchResult:
+        """Run one batch under the intact model and every condition."""
+        batch = batch.to(self.device)
+        self.known.expect(self.inner, None)
+        if keep_embeddings and len(batch) > self.known.rows:
+            raise ArgumentError(
+                f"embeddings: expected batches of up to {self.known.rows}, which the model is prepared for, got "
+                f"{len(batch)}; prepare(model, rows={len(batch)})"
+            )
+        logits = self._logits(batch)
+        observed = Observed.of(batch, logits, self.inner)
+        embedding = embedding_of(batch, self._embedding(batch), self.inner) if keep_embeddings else None
+        part = BatchResult.intact(observed, logits, embedding, len(self.factors), keep_logits=keep_logits)
+        for i, factors in enumerate(self.factors):
+            with self.known.changed(self.inner, factors):
+                changed = self._logits(batch)
+                embedding = self._embedding(batch) if keep_embeddings else None
+            part.set(observed, [i], changed[None], None if embedding is None else embedding[None])
+        return part
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        return logits_of(call(self.model, batch.inputs), self.inner)
+
+    def _embedding(self, batch: Batch) -> torch.Tensor | None:
+        """What the classifier read; None for a model without one, or with one that reads every token."""
+        if self.head is None:
+            return None
+        gate = self.known.gate(self.inner, self.head)
+        return gate.rows[: len(batch)].clone() if int(gate.read[2]) == 1 else None

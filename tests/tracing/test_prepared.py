@@ -1,0 +1,227 @@
+"""Prepared models: compiled as one graph, traced and ablated as the eager model is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit, one_line
+from torch._dynamo.utils import counters
+
+import skillfast
+from skillfast import Categorical, Condition, Continuous, Skill
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.tracing.prepared import GATE, prepared
+
+FIRST = Skill("first", {"blocks.0.mlp": torch.arange(0, 96, 5), "blocks.1.attn": [0, 3], "head": [1]})
+OTHER = Skill("other", {"blocks.0.attn": [2], "blocks.1.mlp": torch.arange(40)})
+CONDITIONS = [Condition(FIRST), Condition(OTHER, scale=2.5), Condition(FIRST, components=("mlp",), name="mlp alone")]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graphs of other tests."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.arange(24) % 5
+
+
+def compiled(model, backend="eager"):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def batches_of(images):
+    return list(zip(images.split(8), LABELS.split(8), strict=True))
+
+
+def same(found, want):
+    for site in want.sites:
+        np.testing.assert_allclose(found[site.name].pearson, want[site.name].pearson, atol=2e-5, err_msg=site.name)
+        np.testing.assert_allclose(found[site.name].auroc, want[site.name].auroc, atol=0.02, err_msg=site.name)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_compiled_model_is_traced_swept_and_ablated_in_one_graph(images, late):
+    batches, plain = batches_of(images), make_vit(depth=2)
+    if late:
+        model = compiled(make_vit(depth=2))
+        with torch.inference_mode():
+            model(images[:8])  # a graph without gates
+        assert skillfast.prepare(model) is model
+        counters.clear()
+    else:
+        model = compiled(skillfast.prepare(make_vit(depth=2)))
+    same(skillfast.trace(model, batches), skillfast.trace(plain, batches))
+    settings = {"keep_predictions": True, "keep_margins": True, "keep_embeddings": True}
+    found, want = (skillfast.sweep(m, batches, CONDITIONS, **settings) for m in (model, plain))
+    np.testing.assert_allclose(found.margins, want.margins, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.embeddings, want.embeddings, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.predictions, want.predictions)
+    assert np.abs(found.margins[0] - found.margins[1]).max() > 0.01
+    for skill, scale in ((FIRST, 0.0), (OTHER, 2.0), (FIRST, -1.0)):
+        with torch.inference_mode():
+            with skillfast.ablate(model, skill, scale=scale):
+                ablated = model(images[:8])
+            with skillfast.ablate(plain, skill, scale=scale):
+                torch.testing.assert_close(ablated, plain(images[:8]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model(images[:8]), plain(images[:8]))
+    assert graphs() == 1  # nothing was compiled again
+
+
+def test_a_tracer_in_a_loop_of_ones_own(images):
+    model, plain = compiled(skillfast.prepare(make_vit(depth=2), pool="cls")), make_vit(depth=2)
+    metrics = {"label": Categorical(5), "loss": Continuous()}
+    tracers = [skillfast.Tracer(m, metrics, pool="cls", sites=("mlp", "head")) for m in (model, plain)]
+    loss = torch.randn(24)
+    with torch.inference_mode(), tracers[0], tracers[1]:
+        for x, y, values in zip(images.split(8), LABELS.split(8), loss.split(8), strict=True):
+            for m, tracer in zip((model, plain), tracers, strict=True):
+                m(x)
+                tracer.step(label=y, loss=values)
+        model(x)
+        tracers[0].discard()
+        with pytest.raises(ModelError, match="expected a forward of the traced model since the last step"):
+            tracers[0].step(label=y, loss=values)
+        model(x)
+        model(x)
+        with pytest.raises(ModelError, match=r"expected one forward per step, got 2"):
+            tracers[0].step(label=y, loss=values)
+        tracers[0].discard()
+        with skillfast.ablate(model, FIRST), skillfast.ablate(plain, FIRST):  # what flows on is read
+            model(x)
+            tracers[0].step(label=y, loss=values)
+    assert tracers[0].n_observations == 32
+    with torch.inference_mode(), skillfast.ablate(plain, FIRST), tracers[1]:
+        plain(x)
+        tracers[1].step(label=y, loss=values)
+    same(tracers[0].compute(), tracers[1].compute())
+    assert graphs() == 1
+
+
+def test_ablations_nest_and_leave_in_any_order(images):
+    model, plain = skillfast.prepare(make_vit(depth=2)), make_vit(depth=2)
+    with torch.no_grad():
+        with skillfast.ablate(model, FIRST, scale=0.5), skillfast.ablate(plain, FIRST, scale=0.5):
+            with skillfast.ablate(model, OTHER), skillfast.ablate(plain, OTHER):
+                torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)
+        one, two = skillfast.ablate(model, FIRST), skillfast.ablate(model, FIRST, scale=3.0)
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        with skillfast.ablate(plain, FIRST, scale=3.0):
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)
+        two.__exit__(None, None, None)
+        torch.testing.assert_close(model(images), plain(images))
+
+
+def test_means_take_the_place_of_neurons(images):
+    model, plain = compiled(skillfast.prepare(make_vit(depth=2))), make_vit(depth=2)
+    scores = skillfast.trace(plain, batches_of(images))
+    condition = Condition(FIRST, mode="mean")
+    found, want = (
+        skillfast.sweep(m, batches_of(images), [condition], reference=scores, keep_margins=True) for m in (model, plain)
+    )
+    np.testing.assert_allclose(found.margins, want.margins, rtol=1e-4, atol=1e-4)
+    bank = skillfast.donors(plain, batches_of(images), [FIRST])
+    told = one_line(
+        ArgumentError, skillfast.sweep, model, batches_of(images), [Condition(FIRST, mode="resample")], donors=bank
+    )
+    assert "use the model that was not prepared" in told
+
+
+@pytest.mark.slow
+def test_inductor_gives_what_eager_gives(images):
+    model, plain = compiled(skillfast.prepare(make_vit(depth=1)), "inductor"), make_vit(depth=1)
+    skill = Skill("s", {"blocks.0.mlp": torch.arange(0, 96, 5)})
+    same(skillfast.trace(model, batches_of(images)), skillfast.trace(plain, batches_of(images)))
+    for scale in (0.0, 2.0):
+        condition = Condition(skill, scale=scale)
+        found, want = (skillfast.sweep(m, batches_of(images), [condition], keep_margins=True) for m in (model, plain))
+        np.testing.assert_allclose(found.margins, want.margins, rtol=1e-3, atol=1e-3)
+    assert graphs() == 1
+
+
+def test_texts_with_padding_in_a_language_model():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.BertConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, vocab_size=99,
+        max_position_embeddings=16, num_labels=3, attn_implementation="eager",
+    )  # fmt: skip
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(transformers.BertForSequenceClassification(config).eval())
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for lengths in torch.randint(3, 10, (24,), generator=generator).split(8):
+        mask = (torch.arange(9) < lengths[:, None]).long()
+        ids = torch.randint(3, 99, mask.shape, generator=generator) * mask
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": torch.arange(8) % 3})
+    told = one_line(ArgumentError, skillfast.trace, skillfast.prepare(models[0]), batches)
+    assert "prepare(model, rows=64, tokens=9)" in told
+    model = compiled(skillfast.prepare(models[0], tokens=12))  # once more
+    same(skillfast.trace(model, batches), skillfast.trace(models[1], batches))
+    assert graphs() == 1
+
+
+def test_gates_are_no_weights_and_move_with_the_model():
+    plain, model = make_vit(depth=1), skillfast.prepare(make_vit(depth=1))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    gate = getattr(model.blocks[0].mlp.fc2, GATE)
+    model.to(torch.bfloat16)
+    assert gate.scale.dtype == gate.rows.dtype == torch.float32
+    model.to("meta")
+    assert {buffer.device.type for buffer in gate.buffers()} == {"meta"}
+    again = skillfast.prepare(make_vit(depth=1), sites=("attn",))
+    skillfast.prepare(again, sites=("mlp",), pool="max")
+    assert [site.name for site in prepared(again).sites] == ["blocks.0.mlp"]
+    assert sum(len(module._forward_pre_hooks) for module in again.modules()) == 1
+    assert not hasattr(again.blocks[0].attn.proj, GATE)
+
+
+def test_other_ways_to_read_a_prepared_model_still_work(images):
+    model, plain = skillfast.prepare(make_vit(depth=2), rows=4), make_vit(depth=2)
+    batches = batches_of(images)
+    found, want = (skillfast.attribute(m, batches) for m in (model, plain))
+    np.testing.assert_allclose(found.values, want.values, rtol=1e-4, atol=1e-7)
+    found, want = (skillfast.learn_masks(m, batches, want, steps=2, batch_size=8) for m in (model, plain))
+    np.testing.assert_allclose(found.values, want.values, rtol=1e-3, atol=1e-4)
+    told = one_line(ModelError, skillfast.trace, model, batches)
+    assert "it is prepared for batches of up to 4" in told
+
+
+def test_what_a_model_is_not_prepared_for_is_refused(images):
+    model = skillfast.prepare(make_vit(depth=2), sites=("mlp",))
+    batches = batches_of(images)
+    assert "prepare(model, pool='max')" in one_line(ArgumentError, skillfast.trace, model, batches, pool="max")
+    for refused in (
+        lambda: skillfast.trace(model, batches, sites=("attn",)),
+        lambda: skillfast.sweep(model, batches, [Condition(FIRST)]),
+        lambda: skillfast.ablate(model, FIRST).__enter__(),
+    ):
+        assert "expected one that the model is prepared at (blocks.0.mlp to " in one_line(ArgumentError, refused)
+    assert "expected one of mean, cls, max, last" in one_line(ArgumentError, skillfast.prepare, model, pool="none")
+    assert "expected at least 1" in one_line(ArgumentError, skillfast.prepare, model, rows=0)
+    with (
+        skillfast.ablate(model, Skill("s", {"blocks.0.mlp": [0]})),
+        pytest.raises(ModelError, match="leave its context first"),
+    ):
+        skillfast.prepare(model)
+    told = one_line(ArgumentError, skillfast.sweep, model, batches, [], keep_embeddings=True)
+    assert "leave out keep_embeddings" in told
+    assert "training mode" in one_line(ModelError, skillfast.prepare, make_vit(depth=1).train())
