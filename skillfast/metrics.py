@@ -245,8 +245,8 @@ def token_classification_values(
 
     Args:
         logits: [batch, tokens, classes].
-        targets: int64 [batch, tokens], what they are to give, below 0 for tokens that have no label; on the CPU or where
-            the logits are.
+        targets: int64 [batch, tokens], what they are to give, below 0 for tokens that have no label; on the CPU or
+            where the logits are.
         names: Names of `FUNCTIONS`.
         each: Whether each token is an observation.
 

@@ -285,7 +285,7 @@ def _silenced(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
 def _by_module(names: set[str], size: Mapping[str, float]) -> dict[str, float]:
     """Module path with `*` for numbers -> share, the largest first."""
     found: Counter[str] = Counter()
-    for name in names:
+    for name in sorted(names):
         found[re.sub(r"\b\d+\b", "*", name.removesuffix(".weight"))] += size[name]  # type: ignore[assignment]
     return dict(found.most_common())
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from skillfast.models.sites import Site
+    from skillfast.statistics.tokens import TokenMask
     from skillfast.vocabulary import Pool
 
 GATE, PREPARED = "skillfast_gate", "skillfast_prepared"
@@ -146,11 +147,18 @@ class Prepared:
 
     def forwards(self, model: nn.Module) -> dict[str, tuple[int, int, int]]:
         """Site -> forwards that were read so far, and the examples and tokens of the last."""
-        read = [self.gate(model, site).read.cpu().tolist() for site in self.sites]
-        return {site.name: tuple(row) for site, row in zip(self.sites, read, strict=True)}
+        by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+        for site in self.sites:
+            read = self.gate(model, site).read
+            by_device.setdefault(read.device, {})[site.name] = read
+        return {
+            name: (times, n, tokens)
+            for on_device in by_device.values()  # one wait for each
+            for name, (times, n, tokens) in zip(on_device, torch.stack([*on_device.values()]).tolist(), strict=True)
+        }
 
-    def expect(self, model: nn.Module, mask: torch.Tensor | None) -> None:
-        """Tell every gate which tokens of the next forward are real, bool [batch, tokens]; None: all."""
+    def expect(self, model: nn.Module, mask: TokenMask | None) -> None:
+        """Tell every gate which tokens of the next forward are real; None: all."""
         if mask is None and self.tokens is None:
             return
         most = (self.rows, self.tokens or 0)
@@ -164,7 +172,7 @@ class Prepared:
             assert kept is not None
             kept.fill_(True)
             if mask is not None:
-                kept[: mask.shape[0], : mask.shape[1]].copy_(mask)
+                kept[: mask.shape[0], : mask.shape[1]].copy_(mask.on(kept.device))
 
     @contextmanager
     def changed(self, model: nn.Module, changes: dict[Site, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:

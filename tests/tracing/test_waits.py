@@ -10,7 +10,7 @@ from fake_cuda import DEVICE, CudaTensor, FakeCuda, to_cuda
 
 from skillfast import Categorical, Continuous, NeuronStatistics, Tracer, ops
 from skillfast.errors import ArgumentError
-from skillfast.tracing.trace import classification_forward, trace
+from skillfast.tracing.trace import ClassificationForward, trace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/ops/test_gpu.py")
 METRICS = {"label": Categorical(5), "loss": Continuous()}
@@ -102,6 +102,8 @@ def test_metrics_of_each_token_wait_for_nothing(fake, on_cuda, vit, batches, mas
 def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_cuda, vit, batches):
     """With host batches, as a loader gives them; the edges are set, and the scores are read, once."""
     seen = []
+
+    classification_forward = ClassificationForward(None, each=False, label_key=None)
 
     def forward(model, batch):
         seen.append(sum(fake.waits.values()))
