@@ -97,13 +97,8 @@ def _predicted(model: torch.nn.Module, examples: Batch, interventions: Intervent
     found = torch.empty(len(own), dtype=torch.int64)
     for condition in own.unique().tolist():
         at = own == condition
-        found[at.cpu()] = _under(model, _some(examples, at), interventions, condition).argmax(-1).cpu()
+        found[at.cpu()] = _under(model, examples.taken(at.nonzero()[:, 0]), interventions, condition).argmax(-1).cpu()
     return found.numpy()
-
-
-def _some(examples: Batch, at: torch.Tensor) -> Batch:
-    """The examples of a batch where `at` bool [batch] is true."""
-    return examples.changed(lambda x: x[at])
 
 
 def _under(model: torch.nn.Module, examples: Batch, interventions: Interventions, condition: int) -> torch.Tensor:
@@ -111,7 +106,6 @@ def _under(model: torch.nn.Module, examples: Batch, interventions: Interventions
     bank = interventions.donors
     if condition < 0 or bank is None:
         return examples.logits(model)
-    assert isinstance(examples.inputs, torch.Tensor)
     known = bank.rows_of(model, examples.inputs)
     with hooked(model, interventions, interventions.sites, [condition], lambda: known):
         return examples.logits(model)

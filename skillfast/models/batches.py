@@ -56,9 +56,11 @@ class Batch:
 
     def split(self, size: int) -> Iterator[Batch]:
         """The examples in their order, `size` at a time."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield Batch(taken(self.inputs, rows), self.labels[rows])
+        return (self.taken(slice(start, start + size)) for start in range(0, len(self), size))
+
+    def taken(self, rows: slice | torch.Tensor) -> Batch:
+        """Some examples, by a slice or by int64 [n]."""
+        return Batch(taken(self.inputs, rows), self.labels[rows])
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """What the model answers: [batch, classes], or [batch, tokens, classes] where tokens have labels.
