@@ -79,6 +79,9 @@ def test_removals_that_change_nothing_have_no_ratio():
     assert found.agreement == 1
     assert found.ratio is found.strict_ratio is found.harm_ratio is None
     assert found.at_least.ratio is found.at_least.strict_ratio is found.at_least.harm_ratio is None
+    margins = Margins(np.ones((3, 30)), np.ones((2, 3, 30)), np.ones((3, 30)), np.ones(30))
+    pairs = find_pairs(Effects.of(same, same, labels, labels, margins), ["a", "b", "c"])
+    assert pairs == {"competition": [], "linkage": [], "oracle_explains": []}  # a margin that stays is no help
     low, high = found.ci95.regret  # 60 decisions say nothing of what one in a hundred would do
     assert -0.07 < low < -0.05
     assert 0.05 < high < 0.07

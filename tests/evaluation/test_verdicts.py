@@ -33,6 +33,7 @@ def test_the_smallest_visible_harm_has_a_power_of_80_percent():
     assert smallest_visible(54, 0.01, 0.05) > smallest_visible(540, 0.01, 0.05)
     assert smallest_visible(54, 0.01, 0.05) < smallest_visible(54, 0.01, 0.05 / 90)
     assert smallest_visible(4, 0.01, 0.05 / 90) is None
+    assert smallest_visible(54, 0.5, 0.05) is None  # chance alone changes every example
 
 
 def removals(rng, harm, n=100, flips=0.01):

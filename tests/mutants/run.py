@@ -4,8 +4,9 @@ mutmut's operators and a few of our own make the changes; one of every (line, op
 changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
 `device=`. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
 function is put in its place there (what runs at import is imported anew). Its tests are those of its package, first the
-files that name its module, until one fails or `BUDGET` is spent; tests that are marked slow or need the trained default
-model are left out. What is known of each mutant is kept in build/mutants/results.jsonl.
+files that name its module, and one case of every test before any other, until one fails or `BUDGET` is spent; left out
+are tests that are marked slow, need the trained default model or start processes, where no mutant in memory is. What is
+known of each mutant is kept in build/mutants/results.jsonl.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ ELSEWHERE = {  # tests of a package that do not lie in its folder
     "statistics": ["tests/tracing"],
     "tracing": ["tests/statistics/test_streaming.py", "tests/statistics/test_inputs.py"],
 }
-BUDGET = 30.0  # seconds of CPU for the tests of a mutant
+BUDGET = 15.0  # seconds of CPU for the tests of a mutant
+ENDLESS = 20.0  # seconds of CPU after which one test is taken not to end
+STARTS_PROCESSES = re.compile(r"torchrun|subprocess")
 COSTLY = {"default_run", "trained_digits"}  # fixtures that take longer than that
 LARGEST = 0.05  # share that may survive
 PROGRESS = os.fdopen(os.dup(1), "w")
 SILENT = {"__repr__", "__str__", "describe", "warn", "track"}
-PRELOADED = ("torch", "timm", "scipy.stats", "sklearn.metrics", "sklearn.linear_model", "hypothesis", "jsonschema")
+PRELOADED = ("torch", "timm", "transformers", "scipy.stats", "sklearn.metrics", "hypothesis", "pandas")
 
 
 def in_parentheses(node: cst.BaseExpression) -> cst.BaseExpression:
@@ -193,8 +196,8 @@ def import_all() -> None:
             importlib.import_module(".".join(["skillfast", *path.relative_to(PACKAGE).with_suffix("").parts]))
 
 
-def tests_of(path: str) -> list[str]:
-    """Files of tests for a module: those that name it first, then those that are called as it is."""
+def tests_of(path: str) -> tuple[list[str], set[str]]:
+    """Files of tests for a module, those that name it first, then those that are called as it is; and these two."""
     _, package, *_, name = Path(path).with_suffix("").parts
     dotted = ".".join(Path(path).with_suffix("").parts)
     parent = dotted.rpartition(".")[0]
@@ -206,7 +209,35 @@ def tests_of(path: str) -> list[str]:
     def place(file: Path) -> tuple[bool, bool, str]:
         return not named.search(file.read_text()), not own.search(file.stem), str(file)
 
-    return [str(file.relative_to(ROOT)) for file in sorted(files, key=place) if "triton" not in file.name]
+    files = {file for file in files if "triton" not in file.name}
+    near = {str(file.relative_to(ROOT)) for file in files if not all(place(file)[:2])}
+    return [str(file.relative_to(ROOT)) for file in sorted(files, key=place)], near
+
+
+def affordable(item: pytest.Item) -> bool:
+    return not COSTLY & set(item.fixturenames) and not STARTS_PROCESSES.search(inspect.getsource(item.function))
+
+
+def in_turn(items: list[pytest.Item], mutant: dict) -> list[pytest.Item]:
+    """A mutant's tests: those that name the function or its class first, then files that are near its module.
+
+    Of either kind one case of every test comes before any other.
+    """
+    places = {file: place for place, file in enumerate(mutant["tests"])}
+    public = [name for name in mutant["function"].split(".") if name and not name.startswith("_")]
+    names = re.compile("|".join(rf"\b{name}\b" for name in public) or "$^")
+    seen, found = Counter(), []
+    for item in items:
+        file, test = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
+        if file in places:
+            unnamed = not names.search(inspect.getsource(item.function))
+            found.append(((unnamed, file not in mutant["near"], seen[test] > 0, places[file], len(found)), item))
+            seen[test] += 1
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+def cpu_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 class Runner:
@@ -229,7 +260,7 @@ class Runner:
             pid = os.fork()
             if not pid:
                 for function, code in replaced(mutant, live):
-                    function.__code__ = code
+                    function.__code__ = function.__code__.replace() if self.args.intact else code
                 self.run_tests(session, mutant, folder)
             return pid
 
@@ -243,14 +274,14 @@ class Runner:
             redirect(folder)
             session.config._tmp_path_factory._given_basetemp = folder / "tmp"
             session.config._tmp_path_factory._basetemp = None
-            items = [item for item in session.items if not COSTLY & set(item.fixturenames)]
-            chosen = [item for file in mutant["tests"] for item in items if item.nodeid.startswith(f"{file}::")]
-            stop = sum(os.times()[:4]) + BUDGET
-            signal.setitimer(signal.ITIMER_PROF, 2 * BUDGET)  # of a loop that does not end
+            chosen = in_turn([item for item in session.items if affordable(item)], mutant)
+            stop = cpu_seconds() + self.args.budget
+            (folder / "test.txt").write_text("no test")
             for item, following in itertools.zip_longest(chosen, chosen[1:]):
                 (folder / "test.txt").write_text(item.nodeid)
+                signal.setitimer(signal.ITIMER_PROF, ENDLESS)  # of a loop that does not end
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                if session.testsfailed or sum(os.times()[:4]) > stop:
+                if session.testsfailed or cpu_seconds() > stop:
                     break
             status = int(session.testsfailed > 0)
         except BaseException:
@@ -324,8 +355,8 @@ def fork(runner: Runner, folder: Path, mutant: dict | None = None) -> int:
             if mutant and Path(self.path) == target(mutant)
             else original(self, name)
         )
-        options = f"-q -p no:cacheprovider --capture=sys --timeout=300 --hypothesis-seed=0 --basetemp={folder / 'tmp'}"
-        options += " -W ignore::pytest.PytestAssertRewriteWarning"
+        options = f"-q -p no:cacheprovider --capture=sys --tb=line --timeout=300 --basetemp={folder / 'tmp'}"
+        options += " --hypothesis-seed=0 -W ignore::pytest.PytestAssertRewriteWarning"
         files = sorted({file for m in runner.mutants for file in m["tests"]})
         collected = pytest.main([*files, *options.split(), "-m", "not slow and not gpu"], [runner])
         os._exit(1 if mutant else int(collected))  # a mutant that comes here could not be imported
@@ -353,7 +384,7 @@ def try_all(mutants: list[dict], start: Callable[[dict, Path], int], args: argpa
         outcomes = {0: "survived", -signal.SIGPROF: "timeout"}
         outcome = outcomes.get(os.waitstatus_to_exitcode(status), "killed")
         test = (folder / "test.txt").read_text()
-        known = {k: v for k, v in mutant.items() if k not in ("code", "tests")}
+        known = {k: v for k, v in mutant.items() if k not in ("code", "tests", "near")}
         with args.results.open("a") as file:
             file.write(json.dumps(known | {"outcome": outcome, "test": test}) + "\n")
         line = f"{outcome} {mutant['file']}:{mutant['line']} {mutant['operator']} {test}"
@@ -389,7 +420,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--changed", metavar="COMMIT", help="only lines that differ from this commit")
     parser.add_argument("--only", default="", help="of those only what is in files whose path matches this")
-    parser.add_argument("--again", action="store_true", help="only those that no test has noticed so far")
+    those = parser.add_mutually_exclusive_group()
+    those.add_argument("--again", dest="those", action="store_const", const="again", help="try what survived so far")
+    those.add_argument("--more", dest="those", action="store_const", const="more", help="try what was not tried so far")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of CPU for the tests of a mutant")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=36000, help="when to begin no other mutant")
     parser.add_argument("--intact", action="store_true", help="change nothing: every one has to survive")
@@ -401,29 +435,29 @@ def main() -> int:
     paths = [path for path in paths if changed is None or path in changed]
     mutants = list(itertools.islice(drawn(paths, changed, args.seed), args.n))
     known = outcomes(args.results)
-    mutants = [
-        mutant
-        for mutant in mutants
-        if re.search(args.only, mutant["file"]) and not (args.again and known.get(key(mutant)) in ("killed", "timeout"))
-    ]
+    mutants = [mutant for mutant in mutants if re.search(args.only, mutant["file"])]
     if not mutants:
         print("no line to change")
         return 0
+    tried = {"again": ("killed", "timeout"), "more": ("killed", "timeout", "survived")}.get(args.those, ())
+    todo = [mutant for mutant in mutants if known.get(key(mutant)) not in tried]
+    if args.those != "again":  # what nothing can notice need not be tried
+        judged = verdicts()
+        todo = [mutant for mutant in todo if judged.get(key(mutant)) != "equivalent"]
     WORK.mkdir(parents=True, exist_ok=True)
-    args.results.write_text("".join(f"{line}\n" for line in lines_without(args.results, mutants)))
+    args.results.write_text("".join(f"{line}\n" for line in lines_without(args.results, todo)))
     for name in PRELOADED:
         importlib.import_module(name)
-    for mutant in mutants:
-        mutant["tests"] = tests_of(mutant["file"])
-        if args.intact:
-            mutant["code"] = (ROOT / mutant["file"]).read_text()
-    if os.waitpid(fork(Runner(mutants, args), WORK), 0)[1]:
+    for mutant in todo:
+        mutant["tests"], mutant["near"] = tests_of(mutant["file"])
+    if todo and os.waitpid(fork(Runner(todo, args), WORK), 0)[1]:
         raise SystemExit(f"mutants: expected tests that can be collected, got errors; see {WORK / 'output.txt'}")
 
     def start(mutant: dict, folder: Path) -> int:
-        return fork(Runner([mutant], args, folder), folder, mutant)
+        code = (ROOT / mutant["file"]).read_text() if args.intact else mutant["code"]
+        return fork(Runner([mutant], args, folder), folder, mutant | {"code": code})
 
-    try_all([m for m in mutants if key(m) not in outcomes(args.results)], start, args)
+    try_all([m for m in todo if key(m) not in outcomes(args.results)], start, args)
     known = outcomes(args.results)
     for mutant in mutants:
         mutant["outcome"] = known.get(key(mutant), "no time")
@@ -437,18 +471,23 @@ def lines_without(results: Path, mutants: list[dict]) -> list[str]:
     return [line for line in lines if key(json.loads(line)) not in these]
 
 
+def verdicts() -> dict[tuple[str, str, str], str]:
+    listed = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivor", [])
+    return {key(entry): entry["verdict"] for entry in listed}
+
+
 def report(mutants: list[dict], limit_accepted: bool) -> int:
     """Prints the table and what survived; 1 if that is too much.
 
     Of a sample accepted ones count; of changed lines those alone that nobody has judged.
     """
-    listed = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivor", [])
-    verdicts = {key(entry): entry["verdict"] for entry in listed}
-    table = defaultdict(Counter)
+    judged, table = verdicts(), defaultdict(Counter)
     for mutant in sorted(mutants, key=lambda m: (m["file"], m["line"])):
         kind = mutant["outcome"]
+        if judged.get(key(mutant)) == "equivalent" and kind == "no time":
+            kind = "survived"
         if kind == "survived":
-            verdict = verdicts.get(key(mutant), "not judged")
+            verdict = judged.get(key(mutant), "not judged")
             print(f"\n{verdict}: {mutant['file']}:{mutant['line']} {mutant['function']}\n{mutant['change']}")
             kind = verdict if verdict in ("equivalent", "accepted") else kind
         table[mutant["file"]][kind] += 1

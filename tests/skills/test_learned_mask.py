@@ -195,6 +195,12 @@ def test_masks_start_from_others(setting):
     assert not np.allclose(again.values[:, 0], learned(*setting, steps=2).values[:, 0])
 
 
+def test_a_factor_of_1_teaches_nothing(setting):
+    """Gates that stay open have no gradient by the strengths, which stay as they began."""
+    one, more = (learned(*setting, steps=steps, scale=1.0, batch_size=16) for steps in (1, 3))
+    np.testing.assert_array_equal(one.values, more.values)
+
+
 def test_masks_take_turns_and_so_do_their_images():
     labels = torch.arange(60) % 4  # class 3 has no mask
     generator = torch.Generator().manual_seed(0)

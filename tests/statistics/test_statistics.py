@@ -157,6 +157,17 @@ def test_state_goes_on_elsewhere(tmp_path):
     np.testing.assert_allclose(other.compute().pearson, whole.compute().pearson, atol=1e-7)
 
 
+def test_calibration_sets_the_shift_of_all_shards():
+    x, values = sample(200, 6)
+    acc = NeuronStatistics(6, METRICS)
+    acc.calibrate(x[::4], {name: v[::4] for name, v in values.items()})
+    assert acc.n_observations == 0
+    shard = NeuronStatistics.from_state_dict(acc.like().state_dict())  # of which nothing is counted yet
+    shard.update(x + 100, values)  # these rows would have another
+    torch.testing.assert_close(shard.state.moments.shift_x, x[::4].mean(0))
+    assert shard.n_observations == 200
+
+
 def test_state_of_another_kind_is_refused():
     state = NeuronStatistics(6, METRICS).state_dict()
     with pytest.raises(ArgumentError, match=r"expected schema 'skillfast.statistics/1', got 'x'"):
