@@ -201,11 +201,13 @@ def _identifiability(classes: list[str]) -> dict[str, Any]:
     """The second class flagged for its control, the third for its overlap."""
     rows = {
         name: {"drop": 0.8, "control": 0.14 if i == 1 else 0.03, "overlap": 0.2 if i == 2 else 0.66,
-               "chance_overlap": 0.015, "second_drop": 0.15, "flagged": i in (1, 2)}
+               "chance_overlap": 0.015, "second_drop": 0.15, "flagged": i in (1, 2),
+               "seed_overlap": 0.55 if i < 3 else None, "chance_seed_overlap": 0.02 if i < 3 else None}
         for i, name in enumerate(classes)
     }  # fmt: skip
     return {"drop": 0.8, "control": 0.04, "overlap": 0.61, "chance_overlap": 0.015, "second_drop": 0.15,
-            "per_class": rows, "method": "attribution", "share": 0.03, "groups": 3, "n_examples": 600,
+            "seed_overlap": 0.55, "chance_seed_overlap": 0.02, "per_class": rows,
+            "method": "attribution", "share": 0.03, "groups": 3, "n_examples": 600,
             "control_limit": 0.1, "overlap_limit": 0.3}  # fmt: skip
 
 
@@ -262,7 +264,9 @@ def _replacements(classes: list[str], rng: random.Random) -> dict[str, Any]:
     def row() -> dict[str, Any]:
         zero = rng.uniform(0.7, 0.9)
         gap = rng.uniform(0, 0.1)
-        return {"zero": zero, "mean": zero - gap, "resample": zero - 0.02, "constant": zero / 2, "marked": gap > 0.05}
+        drops = {"zero": zero, "mean": zero - gap, "resample": zero - 0.02, "constant": zero / 2}
+        ends = {name: [drop - 0.03, drop + 0.02] for name, drop in drops.items()}
+        return {**drops, "marked": True, "ci95": ends}
 
     return {"average": row(), "per_class": {name: row() for name in classes}}
 

@@ -97,7 +97,7 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
 
 
-@pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info", "attribution", "mask"])
+@pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info", "attribution", "erase"])
 def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
     result = run("bench", *TINY, "--dataset", "imagefolder", "--data-dir", pictures, "--epochs", 8, "--method", method,
                  "--bins", 64, "--output", tmp_path)  # fmt: skip

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONTROL, OVERLAP = 0.1, 0.3
-"""Most that a control may lose, and least that two halves' sets must share; else the class is flagged."""
+"""Most that a control may lose, and least that the sets of two halves or seeds must share; else a class is flagged."""
 
 
 def drops(right: np.ndarray, removed: np.ndarray, assigned: np.ndarray, n_groups: int) -> np.ndarray:
@@ -40,6 +40,7 @@ def identifiability(
     second_drop: np.ndarray,
     classes: Sequence[str],
     *,
+    seeds: tuple[np.ndarray, np.ndarray] | None = None,
     share: float,
     groups: int,
     n_examples: int,
@@ -53,19 +54,25 @@ def identifiability(
         chance: float64 [K], Jaccard index that random sets of these sizes per site have on average.
         second_drop: float64 [K], accuracy that a class loses by a second set as large as its skill, disjoint from it.
         classes: Class names.
+        seeds: float64 [K] each, Jaccard index of masks learned from two seeds, and what random sets have; NaN for a
+            class whose mask is learned once. None where no masks are.
         share: Size of the chosen sets, as a share of all neurons.
         groups: Arbitrary groups for each class.
         n_examples: Examples that they are chosen on.
 
     Returns:
-        The object; NaN is None, and a class is flagged whose control is above the limit or whose overlap is below.
+        The object; NaN is None, and a class is flagged whose control is above the limit or one of whose overlaps is
+        below.
     """
+    seed, seed_chance = seeds or np.full((2, len(classes)), np.nan)
     columns = {
         "drop": drop,
         "control": control,
         "overlap": overlap,
         "chance_overlap": chance,
         "second_drop": second_drop,
+        "seed_overlap": seed,
+        "chance_seed_overlap": seed_chance,
     }
     means = {name: float(np.nanmean(row)) if (~np.isnan(row)).any() else None for name, row in columns.items()}
     return Identifiability(
@@ -73,7 +80,7 @@ def identifiability(
         per_class={
             label: ClassIdentifiability(
                 **{name: None if np.isnan(row[i]) else float(row[i]) for name, row in columns.items()},
-                flagged=bool(control[i] > CONTROL or overlap[i] < OVERLAP),
+                flagged=bool(control[i] > CONTROL or overlap[i] < OVERLAP or seed[i] < OVERLAP),
             )
             for i, label in enumerate(classes)
         },

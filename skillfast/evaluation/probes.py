@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import softmax
-from sklearn.covariance import ledoit_wolf
 
 from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval
 from skillfast.results.bench import ClassInformation, Information, InformationIntervals
+from skillfast.skills.discriminant import linear_discriminant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,10 +112,7 @@ class Reader:
 
 
 def probe_predictions(fitted: np.ndarray, labels: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
-    """Predictions of a linear probe: linear discriminant analysis with the covariance of Ledoit and Wolf.
-
-    It has a closed form, so that a probe for every removal costs next to nothing. Classes count alike, however many
-    examples they have.
+    """Predictions of a linear probe, `linear_discriminant`.
 
     Args:
         fitted: [m, E], embeddings that the probe is fitted on.
@@ -125,14 +122,8 @@ def probe_predictions(fitted: np.ndarray, labels: np.ndarray, embeddings: np.nda
     Returns:
         int64 [n].
     """
-    present = np.unique(labels)
-    wide = fitted.astype(np.float64)
-    means = np.stack([wide[labels == label].mean(0) for label in present])
-    covariance, _ = ledoit_wolf(wide - means[np.searchsorted(present, labels)], assume_centered=True)
-    # the pseudo-inverse, since embeddings may be constant
-    weights = means @ np.linalg.pinv(covariance, hermitian=True)  # [present, E]
-    scores = embeddings.astype(np.float64) @ weights.T - (weights * means).sum(1) / 2
-    return present[scores.argmax(1)]
+    present, weights, biases = linear_discriminant(fitted, labels)
+    return present[(embeddings.astype(np.float64) @ weights.T + biases).argmax(1)]
 
 
 def tuned_predictions(
@@ -190,6 +181,26 @@ def told_apart(predictions: np.ndarray, labels: np.ndarray, target: int, dealt: 
         shares = taken / examples  # [1 + groups, K]
     others = np.nan_to_num(np.delete(shares, target, 1)).max(1, initial=0)
     return np.where(np.isnan(shares[:, target]), np.nan, np.maximum(shares[:, target] - others, 0))
+
+
+def share_lost(before: np.ndarray, after: np.ndarray, labels: np.ndarray, target: int) -> float:
+    """How much less a class is told apart than before: 0 for as well as before, 1 for not at all.
+
+    Of the classifier's predictions it is the readout that is lost, of refitted probes' the information; with a model
+    that never saw the class as `after`, what an unlearned class could reach.
+
+    Args:
+        before: int64 [n], predictions of the intact model, or of a probe on its embeddings.
+        after: int64 [n], those of another model.
+        labels: int64 [n].
+        target: The class.
+
+    Returns:
+        The share; NaN for a class that was not told apart before.
+    """
+    all_alike = np.zeros(len(labels), np.int64)
+    told = [told_apart(predictions, labels, target, all_alike)[0] for predictions in (after, before)]
+    return float(1 - told[0] / told[1]) if told[1] > 0 else float("nan")
 
 
 def information(

@@ -86,11 +86,34 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         except Exception as error:  # whatever is wrong with it, it can be made again
             warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
     loaded = replace(digits_model(seed), source="checkpoint")
-    trained = finetune(
-        loaded.model,
+    trained = train_digits(loaded.model, splits, seed, quiet=quiet)
+    try:
+        save_trained(loaded.model, trained, path)
+    except OSError as error:
+        warnings.warn(f"trained model cannot be kept in '{path.parent}' ({first_line(error)})", stacklevel=2)
+    return loaded, trained
+
+
+def train_digits(
+    model: torch.nn.Module, splits: Splits, seed: int = 0, *, epochs: int | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Train the default model in place, on the CPU; of `splits` without a class, it never sees that one.
+
+    Args:
+        model: From `digits_model`.
+        splits: What it is trained on is `splits.select`.
+        seed: Seed of the order and the augmentation.
+        epochs: Passes; None for the default model's.
+        quiet: Draw no progress bar.
+
+    Returns:
+        How it was trained (see `finetune`).
+    """
+    return finetune(
+        model,
         splits,
         "all",
-        epochs=_DIGITS_EPOCHS,
+        epochs=epochs or _DIGITS_EPOCHS,
         lr=_DIGITS_LR,
         batch_size=_DIGITS_BATCH,
         seed=seed,
@@ -98,11 +121,6 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         augment=shift_and_turn,
         label_smoothing=0.1,
     )
-    try:
-        save_trained(loaded.model, trained, path)
-    except OSError as error:
-        warnings.warn(f"trained model cannot be kept in '{path.parent}' ({first_line(error)})", stacklevel=2)
-    return loaded, trained
 
 
 def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:

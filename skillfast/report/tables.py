@@ -44,6 +44,8 @@ ROWS = (
     ("gross_loss", "gross loss, points"),
     ("harm", "harm, points"),
 )
+# what else takes the neurons' place than 0
+REPLACED = (("mean", "their means"), ("resample", "another example's"), ("constant", "fitted constants"))
 KINDS = (("mlp", "MLP"), ("attn", "attention"), ("head", "classifier head"))
 
 
@@ -71,6 +73,10 @@ def summary_table(results: BenchResults) -> Table:
     for key, name in ROWS:
         table.add_row(name, *(_cell(getattr(results, source), key) for _, source in COLUMNS))
     table.add_row("harm by chance alone", *(points(getattr(results, source).harm.noise_floor) for _, source in COLUMNS))
+    if (replaced := results.replacements) is not None:
+        for key, name in REPLACED:
+            drop = points(getattr(replaced.average, key)), interval(getattr(replaced.average.ci95, key), points)
+            table.add_row(f"target drop at {name}", " ".join(drop), "", "")
     found = results.layer_contribution
     for i, (kind, name) in enumerate(_kinds(found)):
         if i == 0:

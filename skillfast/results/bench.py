@@ -323,6 +323,15 @@ class OwnControl(Record, frozen=True, kw_only=True):
     ci95: Interval
 
 
+class ReplacedIntervals(Record, frozen=True):
+    """95 % intervals of what a class loses, by what takes the place of its skill's neurons; for other test examples."""
+
+    zero: Interval
+    mean: Interval
+    resample: Interval
+    constant: Interval
+
+
 class Replaced(Record, frozen=True):
     """What a class loses where something takes the place of its skill's neurons.
 
@@ -331,7 +340,9 @@ class Replaced(Record, frozen=True):
         mean: Where it is each neuron's mean.
         resample: Where it is the activations of another example.
         constant: Where it is the constants that cost the model least (optimal ablation, arXiv 2409.09951).
-        marked: Whether zero and mean differ by more than 5 points: part of the drop is the value, not the information.
+        marked: Whether zero differs from mean or constants by more than 5 points: part of the drop is the value, not
+            the information.
+        ci95: Intervals of the four; the constants stay as they were fitted.
     """
 
     zero: Change
@@ -339,6 +350,7 @@ class Replaced(Record, frozen=True):
     resample: Change
     constant: Change
     marked: bool
+    ci95: ReplacedIntervals
 
 
 class Replacements(Record, frozen=True):
@@ -768,7 +780,9 @@ class ClassIdentifiability(Record, frozen=True):
         overlap: Jaccard index of the sets that are chosen on two halves of the class's examples.
         chance_overlap: Jaccard index that random sets of these sizes per site have on average.
         second_drop: What the class loses on the test part by a second set, as large as its skill and disjoint from it.
-        flagged: Whether the control is above its limit or the overlap below.
+        seed_overlap: Jaccard index of the masks that are learned from two seeds; null where none were.
+        chance_seed_overlap: Jaccard index that random sets of these sizes per site have on average.
+        flagged: Whether the control is above its limit or an overlap below.
     """
 
     drop: float | None
@@ -776,6 +790,8 @@ class ClassIdentifiability(Record, frozen=True):
     overlap: Fraction | None
     chance_overlap: Fraction | None
     second_drop: Change | None
+    seed_overlap: Fraction | None
+    chance_seed_overlap: Fraction | None
     flagged: bool
 
 
@@ -788,13 +804,15 @@ class Identifiability(Record, frozen=True):
         overlap: Mean over the classes.
         chance_overlap: Mean over the classes.
         second_drop: Mean over the classes.
+        seed_overlap: Mean over the few classes whose masks are learned from a second seed; null where none are.
+        chance_seed_overlap: Mean over these.
         per_class: By class.
-        method: How sets are chosen here.
+        method: How sets are chosen here, but for those of the seeds.
         share: Size of the sets, as a share of all neurons.
         groups: Arbitrary groups for each class.
         n_examples: Examples of the select part that they are chosen on.
         control_limit: A class is flagged whose control is above this.
-        overlap_limit: A class is flagged whose overlap is below this.
+        overlap_limit: A class is flagged whose halves or seeds overlap less than this.
     """
 
     drop: float | None
@@ -802,6 +820,8 @@ class Identifiability(Record, frozen=True):
     overlap: Fraction | None
     chance_overlap: Fraction | None
     second_drop: Change | None
+    seed_overlap: Fraction | None
+    chance_seed_overlap: Fraction | None
     per_class: dict[str, ClassIdentifiability]
     method: Literal["attribution"]
     share: Share

@@ -36,6 +36,7 @@ from skillfast.runs.removals import Removals
 from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.session import open_session
 from skillfast.runs.shares import OwnPredictions, predict_parts
+from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 
@@ -90,7 +91,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         stage, subject = session.stage, session.subject
         stage("baseline", lambda: _announce_baseline(session))
         scores = stage("trace", lambda: subject.trace("select", quiet=quiet), Kept.by(NeuronScores.load))
-        chosen = _choose(session, scores)
+        chosen, ranked = _choose(session, scores)
         skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
@@ -98,7 +99,7 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
-        identified = stage("identifiability", lambda: _identifiability(session, skills, swept.top2[:, 0]), JSON)
+        identified = stage("identifiability", lambda: _identifiability(session, skills, swept.top2[:, 0], ranked), JSON)
         on_test = stage("trade_off", lambda: _try_on_test(session, chosen, removals, swept), Kept.by(SweepResult.load))
         replaced = None
         if config.ablate.scale == 0:
@@ -148,8 +149,10 @@ def _announce_baseline(session: Session) -> None:
         )
 
 
-def _choose(session: Session, scores: NeuronScores) -> selection.Selection:
-    """The best candidate on the validation part; the test part is not looked at."""
+def _choose(
+    session: Session, scores: NeuronScores
+) -> tuple[selection.Selection, dict[str, NeuronScores | NeuronRanking]]:
+    """The best candidate on the validation part, and what was ranked by; the test part is not looked at."""
     config = session.config
     tried = selection.candidates(
         config.select.method,
@@ -176,7 +179,7 @@ def _choose(session: Session, scores: NeuronScores) -> selection.Selection:
         chosen = selection.choose(tried, skills, swept)
     if len(tried) > 1:
         session.say(f"chosen on {len(session.subject.splits.validate)} validation examples: {chosen}")
-    return chosen
+    return chosen, ranked
 
 
 def _own_drops(session: Session, skills: Sequence[Mapping[str, Skill]]) -> list[float]:
@@ -252,9 +255,15 @@ def _embeddings(session: Session, removals: Removals, swept: SweepResult) -> Emb
     )
 
 
-def _identifiability(session: Session, skills: Mapping[str, Skill], intact: np.ndarray) -> dict[str, Any]:
+def _identifiability(
+    session: Session,
+    skills: Mapping[str, Skill],
+    intact: np.ndarray,
+    ranked: Mapping[str, NeuronScores | NeuronRanking],
+) -> dict[str, Any]:
     """Whether the skills are the classes' own; sets are as large as a skill may be."""
     subject, settings = session.subject, session.config.select
+    masks, attributions = selection.first_masks(ranked), ranked.get("attribution")
     found = identify(
         subject.model,
         subject.loader("select"),
@@ -264,6 +273,7 @@ def _identifiability(session: Session, skills: Mapping[str, Skill], intact: np.n
         sites=[site.name for site in choose_sites(subject.model, subject.config.trace.sites)],
         share=settings.share,
         max_site_share=settings.max_site_share,
+        masks=(masks, attributions) if masks and isinstance(attributions, NeuronRanking) else None,
         contrastive=settings.contrastive,
         scale=subject.config.ablate.scale,
         seed=subject.config.run.seed,

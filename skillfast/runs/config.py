@@ -20,6 +20,7 @@ from skillfast.vocabulary import (
     DTYPES,
     FINETUNE,
     KINDS,
+    LEARNED,
     MAX_SITE_SHARE,
     METHODS,
     METRICS,
@@ -197,7 +198,7 @@ class SelectConfig(Settings):
 
     def check(self) -> None:
         """Raise ArgumentError for a contrastive ranking by a method that has none."""
-        if self.contrastive and self.method in ("auto", "mask"):
+        if self.contrastive and self.method in ("auto", *LEARNED):
             raise ArgumentError(
                 f"contrastive: expected with a statistic or attribution, got method {self.method!r}; name another"
             )

@@ -25,7 +25,7 @@ from skillfast.runs.session import open_session
 from skillfast.runs.tasks import check_tasks, compare_tasks
 from skillfast.runs.text import CausalSubject, predicts_tokens
 from skillfast.skills.skill import Skill, load_skills, save_skills
-from skillfast.vocabulary import METRICS, STATISTICS
+from skillfast.vocabulary import LEARNED, METRICS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -229,10 +229,10 @@ def _method(config: BenchConfig) -> str:
 
 def _check_method(method: str, config: BenchConfig, grid: Grid, metrics: Sequence[str]) -> None:
     """Attribution and masks rank neurons for the classes alone, a statistic for whatever was traced with it."""
-    if method == "mask" and grid.contrastive:
+    if method in LEARNED and grid.contrastive:
         raise ArgumentError(
-            "contrastive: expected with a statistic or attribution, got method 'mask', which is learned against the "
-            "other classes; leave it out"
+            f"contrastive: expected with a statistic or attribution, got method {method!r}, which is learned against "
+            "the other classes; leave it out"
         )
     if method not in STATISTICS:
         if list(metrics) == ["label"]:

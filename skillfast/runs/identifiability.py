@@ -14,6 +14,7 @@ from skillfast.data.splits import few_per_class, part_of
 from skillfast.evaluation.identifiability import drops, identifiability
 from skillfast.evaluation.tasks import overlaps
 from skillfast.skills.attribution import attribute_groups
+from skillfast.skills.learned_mask import learn_masks
 from skillfast.skills.select import select
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PER_CLASS, MOST = 40, 2000  # examples that sets are chosen on
 GROUPS = 3  # arbitrary groups for each class: what one loses is noisy
 HALVES, CLASS = ("first half", "second half"), "class"
+RELEARNED = 3  # classes whose masks are learned once more, from another seed: all would take a whole run of masks
 
 
 def identify(
@@ -41,6 +43,7 @@ def identify(
     sites: Sequence[str],
     share: float,
     max_site_share: float,
+    masks: tuple[NeuronRanking, NeuronRanking] | None = None,
     contrastive: bool = False,
     scale: float = 0.0,
     seed: int = 0,
@@ -50,7 +53,7 @@ def identify(
 
     All of it takes one pass of attributions over some examples of the select part, nine forwards of these and one of
     the test part, however many classes there are: each example runs under one removal at a time. Learned masks would
-    take a training each, so that attribution stands in for them.
+    take a training each, so that attribution stands in for them; those of three classes are learned from a second seed.
 
     Args:
         model: In evaluation mode.
@@ -61,6 +64,7 @@ def identify(
         sites: Names of the sites that skills are chosen from.
         share: Size of the sets, as a share of all neurons.
         max_site_share: Largest share of one site's neurons.
+        masks: Learned masks and the attributions that they started from; None: no mask is learned again.
         contrastive: Whether sets are chosen by the attribution minus the other columns' best.
         scale: Factor on the activations of removed neurons.
         seed: Seed of the choice of examples, halves and groups.
@@ -107,10 +111,64 @@ def identify(
         np.where(halved, np.array([pair.expected_jaccard[0][1] for pair in pairs], float), np.nan),
         drops(intact == on_test, without_second, on_test, k),
         classes,
+        seeds=None if masks is None else seed_overlaps(model, select_on, *masks, rng, quiet=quiet),
         share=share,
         groups=GROUPS,
         n_examples=len(labels),
     )
+
+
+def seed_overlaps(
+    model: torch.nn.Module,
+    loader: DataLoader[Any],
+    masks: NeuronRanking,
+    attributions: NeuronRanking,
+    rng: np.random.Generator,
+    *,
+    quiet: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Learn the masks of a few classes again from another seed, and see how many neurons both choose.
+
+    Each class has as many rows per step as in the first run, so that three of ten classes cost three tenths of it.
+
+    Args:
+        model: In evaluation mode.
+        loader: Batches of the images that the masks were learned from.
+        masks: Learned masks that started from the attributions.
+        attributions: What they started from.
+        rng: Draws the classes.
+        quiet: Show no progress bar.
+
+    Returns:
+        Jaccard index of both sets, and what random sets of their sizes per site have on average: float64 [K] each, NaN
+        for the other classes.
+    """
+    known = np.flatnonzero(~np.isnan(masks.values).all(0))
+    drawn = np.sort(rng.permutation(known)[:RELEARNED])
+    values = np.full_like(attributions.values, np.nan)
+    values[:, drawn] = attributions.values[:, drawn]
+    made = masks.settings
+    again = learn_masks(
+        model,
+        loader,
+        replace(attributions, values=values),
+        share=made["learned_share"],
+        max_site_share=made["learned_max_site_share"],
+        scale=made["learned_scale"],
+        steps=made["steps"],
+        batch_size=max(2, round(made["batch_size"] * len(drawn) / max(1, len(known)))),
+        keep=made["keep"],
+        erase=made.get("erase", 0.0),
+        seed=made["seed"] + 1,
+        quiet=quiet,
+    )
+    found = np.full((2, len(masks.columns)), np.nan)
+    for c in drawn:
+        sizes = {"share": made["learned_share"], "max_site_share": made["learned_max_site_share"]}
+        pair = [next(iter(select(of, metric=masks.columns[c], **sizes).values())) for of in (masks, again)]
+        shared = overlaps(pair, masks.sites)
+        found[:, c] = shared.jaccard[0][1], shared.expected_jaccard[0][1]
+    return found[0], found[1]
 
 
 def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

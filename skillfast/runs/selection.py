@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,11 @@ from skillfast.evaluation.identifiability import drops
 from skillfast.evaluation.selectivity import class_terms, oracle_predictions, oracle_selectivity, selectivity
 from skillfast.runs.kept import Kept
 from skillfast.skills.attribution import attribute
-from skillfast.skills.learned_mask import KEEP, learn_masks
+from skillfast.skills.learned_mask import ERASE, KEEP, learn_masks
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
 from skillfast.skills.skill import random_skills
-from skillfast.vocabulary import MAX_SITE_SHARE, STATISTICS
+from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +57,7 @@ class Candidate:
     """A way to choose skills.
 
     Attributes:
-        method: A statistic, `"attribution"` or `"mask"`.
+        method: A statistic, `"attribution"`, `"mask"` or `"erase"`.
         contrastive: Whether by the score minus the other classes' best.
         share: Share of all neurons.
         keep: Weight of the other classes in a learned mask; None for other methods.
@@ -176,13 +177,13 @@ def candidates(
     """What a method's name stands for: itself at the share given, or with `"auto"` all methods at all sizes.
 
     Args:
-        method: `"auto"`, a statistic, `"attribution"` or `"mask"`.
+        method: `"auto"`, a statistic, `"attribution"`, `"mask"` or `"erase"`.
         share: The largest share of all neurons.
         contrastive: Applies only to a named method.
         statistics: The statistics that were traced; `"auto"` takes Pearson's r, or else the first of them.
     """
     if method != "auto":
-        return (Candidate(method, contrastive, share, KEEP if method == "mask" else None),)
+        return (Candidate(method, contrastive, share, KEEP if method in LEARNED else None),)
     correlation = "pearson" if "pearson" in statistics else statistics[0]
     ways = [(name, minus, None) for name in (correlation, "attribution") for minus in (False, True)]
     masks = [("mask", False, keep) for keep in KEEPS]
@@ -228,6 +229,7 @@ def rank(
             max_site_share=max_site_share,
             scale=scale,
             keep=weight,
+            erase=ERASE if name.startswith("erase") else 0.0,
             start=masks,
             seed=session.config.run.seed,
             quiet=quiet,
@@ -235,6 +237,12 @@ def rank(
         found[name] = made = session.stage("select", learn, kept, part=name)
         masks = masks or made
     return found
+
+
+def first_masks(ranked: Mapping[str, NeuronScores | NeuronRanking]) -> NeuronRanking | None:
+    """The learned masks that started from the attributions, of what `rank` gives; None where none were learned."""
+    learned = (found for found in ranked.values() if isinstance(found, NeuronRanking) and found.method in LEARNED)
+    return next((found for found in learned if found.settings["start_keep"] is None), None)
 
 
 def cut(
@@ -508,9 +516,10 @@ class _Trial:
         return np.array([controls[share].regret + MARGIN for share in self.shares])
 
     def together(self) -> int:
-        """The best candidate for all classes; the first of equals."""
-        ends = [(found.target_drop, found.ci95.regret) for found in self.effects()]
-        return best(np.array([drop for drop, _ in ends]), np.array([end[1] for _, end in ends if end]), self.limits())
+        """The best candidate for all classes, the first of equals; a regret without interval is within no limit."""
+        found = self.effects()
+        highest = [math.inf if effect.ci95.regret is None else effect.ci95.regret[1] for effect in found]
+        return best(np.array([effect.target_drop for effect in found]), np.array(highest), self.limits())
 
     def per_class(self) -> list[int]:
         """The best candidate of each class; that of all classes for a class without examples."""

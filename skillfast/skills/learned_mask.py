@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from skillfast.metrics import margin
 from skillfast.models.adam import Adam
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, split, taken, trimmed
-from skillfast.models.sites import fingerprint, module_device, refuse_training, unwrap_compiled
+from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
+from skillfast.skills.discriminant import linear_discriminant
 from skillfast.skills.ranking import NeuronRanking
-from skillfast.vocabulary import MAX_SITE_SHARE, SHARE
+from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,11 +34,14 @@ OWN_SHARE = 0.5  # of a batch's rows, under the mask of their own class
 RATE = 0.4  # of Adam, in units of the strength at which a neuron is just removed; falls to 0.3 of that
 TEMPERATURES = (1.0, 0.05)  # from gates that are half open to gates that are all but closed or open
 KEEP = 10.0
+ERASE = 3.0  # weight of a refitted probe, where it has one
 STEPS, STEPS_FROM_MASKS = 90, 35
 ROWS_AT_ONCE = 64  # of a batch, whose activations are held for the backward pass
 CLASSES_AT_ONCE, STRENGTH_BYTES = 100, 1 << 26  # learned together, and how much their strengths may take
 IMAGES_PER_CLASS, IMAGES, IMAGE_BYTES = 500, 10_000, 1 << 30
 BISECTIONS = 30
+REFIT = 10  # steps between fits of the probes
+PROBED, RIVALS = 24, 9  # images of each class that a probe is fitted on, and how many classes beside its own
 
 
 def learn_masks(
@@ -50,6 +55,7 @@ def learn_masks(
     steps: int | None = None,
     batch_size: int = 96,
     keep: float = KEEP,
+    erase: float = 0.0,
     start: NeuronRanking | None = None,
     images_per_class: int | None = None,
     label_key: str | None = None,
@@ -64,6 +70,10 @@ def learn_masks(
     minimises a hinge on the class's margin under the mask of one's own class, plus `keep` times what images lose under
     the masks of others: the divergence (KL) from the intact model's distribution without the mask's class, and a hinge
     on the lead of the decision there. Strengths start from the attributions.
+
+    Such a mask takes a class from the classifier, and a probe that is fitted anew on the embeddings may still read it.
+    With `erase` the loss holds what such a probe reads, too: a linear one for each class, fitted again every 10 steps
+    on embeddings under the class's mask, of the class and of the 9 that are most like it.
 
     The cost is that of `steps * batch_size` rows, forward and backward through the activations, however many classes
     there are up to 100: 90 x 96 rows are 8 passes over the 1,078 images that the default run selects on, the 35 x 96 of
@@ -81,6 +91,8 @@ def learn_masks(
         steps: Gradient steps; by default 90, or 35 from masks.
         batch_size: Rows per step, half of them under the mask of their own class; classes take turns.
         keep: Weight of the other images' decisions; more costs less harm and less of the target's drop.
+        erase: Weight of what a refitted linear probe reads of the class, as a share of its lead in the intact model, 0
+            for none; more costs others more. It takes some 2,400 more forwards of an image for each class.
         start: Masks of the same sites and classes to start from, such as those of another `keep`.
         images_per_class: How many to keep, the first ones that the loader gives; by default 500, or fewer where there
             are many classes or large images, so that they are at most about 10,000 in all and take a GiB.
@@ -100,11 +112,15 @@ def learn_masks(
     refuse_training(model, "learn_masks")
     steps = steps if steps is not None else STEPS if start is None else STEPS_FROM_MASKS
     _check(model, attributions, share=share, max_site_share=max_site_share, steps=steps, batch_size=batch_size)
+    if erase < 0:
+        raise ArgumentError(f"erase: expected a weight of at least 0, got {erase}; leave it out for none")
     if start is not None:
         _check_start(start, attributions)
     values = np.full_like(attributions.values, np.nan)
     with torch.inference_mode(False), _frozen(model):
         learner = _Learner(model, loader, attributions, share, max_site_share, images_per_class, label_key)
+        if erase and learner.head is None:
+            raise ArgumentError("erase: expected a model with a linear classifier, got one without; leave it out")
         known, generator = learner.classes(), torch.Generator().manual_seed(seed)
         at_once = max(1, min(CLASSES_AT_ONCE, STRENGTH_BYTES // (4 * attributions.n_neurons)))
         chunks = [known[i : i + at_once] for i in range(0, len(known), at_once)]
@@ -113,10 +129,12 @@ def learn_masks(
             f"{len(known)} masks learned from {rows:,} forward and backward passes of an image", len(chunks) * steps
         )
         for classes in chunks:
-            strength = learner.learn(classes, start, steps, batch_size, keep, scale, generator, forecast, quiet=quiet)
+            strength = learner.learn(
+                classes, start, steps, batch_size, keep, erase, scale, generator, forecast, quiet=quiet
+            )
             values[:, classes.numpy()] = strength.double().cpu().numpy().T
     return NeuronRanking(
-        method="mask",
+        method="erase" if erase else "mask",
         columns=attributions.columns,
         values=values,
         sites=attributions.sites,
@@ -124,10 +142,12 @@ def learn_masks(
         fingerprint=attributions.fingerprint,
         settings={
             "learned_share": share,
+            "learned_max_site_share": max_site_share,
             "learned_scale": scale,
             "steps": steps,
             "batch_size": batch_size,
             "keep": keep,
+            **({"erase": erase} if erase else {}),
             "start_keep": None if start is None else start.settings.get("keep"),
             "seed": seed,
         },
@@ -149,7 +169,7 @@ def _check(model: torch.nn.Module, attributions: NeuronRanking, **numbers: float
 
 
 def _check_start(start: NeuronRanking, attributions: NeuronRanking) -> None:
-    if start.method != "mask":
+    if start.method not in LEARNED:
         raise ArgumentError(f"start: expected learned masks, got {start.method}; leave it out to start from those")
     for what in ("fingerprint", "sites", "columns"):
         if getattr(start, what) != getattr(attributions, what):
@@ -174,6 +194,7 @@ class _Learner:
         self.model = model
         self.device = module_device(model)
         self.sites = attributions.sites
+        self.head = next((site.path for site in find_sites(model) if site.kind == "head"), None)
         self.count = max(1, round(share * attributions.n_neurons))
         self.widths = [site.width for site in self.sites]
         self.most = torch.tensor([float(int(max_site_share * width)) for width in self.widths], device=self.device)
@@ -196,6 +217,7 @@ class _Learner:
         steps: int,
         batch_size: int,
         keep: float,
+        erase: float,
         scale: float,
         generator: torch.Generator,
         forecast: Forecast,
@@ -209,14 +231,22 @@ class _Learner:
         own = _draws(self.labels, classes, steps, n_own, generator, own=True)
         others = _draws(self.labels, classes, steps, batch_size - n_own, generator, own=False)
         first, last = TEMPERATURES
+        probes, units = [], []
+        if erase:
+            intact = torch.ones(strength.shape, device=self.device)
+            units = [probe.lead for probe in self._probes(intact, classes, generator)]
         for step in track(range(steps), "learned masks", quiet=quiet):
             done = step / max(1, steps - 1)
             removed = soft_top(strength, self.widths, self.most, self.count, first * (last / first) ** done)
             gates = (1 - (1 - scale) * removed.detach()).requires_grad_()
+            if erase and step % REFIT == 0:
+                probes = self._probes(gates.detach(), classes, generator)
             for rows, mask in _parts(own, step):
-                logits = self._gated_logits(gates, mask, rows)
-                loss = target_loss(logits, classes[mask].to(logits.device)).sum() / own.shape[-1]
-                (len(classes) * loss).backward()
+                logits, embeddings = self._gated(gates, mask, rows)
+                loss = target_loss(logits, classes[mask].to(logits.device)).sum()
+                for i in mask.unique().tolist() if erase else ():
+                    loss = loss + erase * probes[i].read(embeddings[mask == i]).sum() / units[i]
+                (len(classes) * loss / own.shape[-1]).backward()
             for rows, mask in _parts(others, step):
                 logits = self._gated_logits(gates, mask, rows)
                 lost = kept_loss(logits, self.intact[rows].to(logits), classes[mask].to(logits.device))
@@ -233,15 +263,40 @@ class _Learner:
         given = mapped(shorter, lambda x: x.to(self.device))
         return logits_of(call(self.model, given), self.model).float()
 
+    def _probes(self, gates: torch.Tensor, classes: torch.Tensor, generator: torch.Generator) -> list[_Probe]:
+        """A linear probe for each mask, fitted on embeddings under it of its class and of the most similar ones."""
+        found, members = [], [(self.labels == c).nonzero()[:, 0] for c in range(len(self.attributions))]
+        for i, c in enumerate(classes.tolist()):
+            said = self.intact[members[c]].mean(0)
+            said[[k for k, rows in enumerate(members) if not len(rows)]] = -torch.inf
+            said[c] = torch.inf
+            near = said.topk(min(1 + RIVALS, int((said > -torch.inf).sum()))).indices.tolist()
+            rows = torch.cat([members[k][torch.randperm(len(members[k]), generator=generator)[:PROBED]] for k in near])
+            with torch.no_grad():
+                read = [self._gated(gates, torch.full_like(part, i), part)[1].cpu() for part in rows.split(256)]
+            if read[0].dim() != 2:
+                raise ArgumentError(
+                    f"erase: expected a classifier of an embedding per example, got {list(read[0].shape)}; leave it out"
+                )
+            found.append(_Probe.of(torch.cat(read), self.labels[rows], c, self.device))
+        return found
+
     def _gated_logits(self, gates: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits of images whose neurons are multiplied by the gates of one mask each.
+        """The first of what `_gated` gives."""
+        return self._gated(gates, mask, rows)[0]
+
+    def _gated(self, gates: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and embeddings of images whose neurons are multiplied by the gates of one mask each.
 
         Args:
             gates: float32 [masks, n_neurons].
             mask: int64 [n], each row's mask.
             rows: int64 [n], which images.
+
+        Returns:
+            Logits [n, n_classes], and what the classifier reads, [n, width]; the latter empty for a model without one.
         """
-        handles = []
+        handles, embeddings = [], torch.empty(0)
         for site, gate in zip(self.sites, gates.split(self.widths, 1), strict=True):
 
             def scaled(_: torch.nn.Module, args: tuple[Any, ...], gate: torch.Tensor = gate) -> tuple[Any, ...]:
@@ -250,8 +305,15 @@ class _Learner:
                 return (ops.neuron_scale(x, there, None, mask.to(x.device)), *args[1:])
 
             handles.append(self.model.get_submodule(site.path).register_forward_pre_hook(scaled))
+
+        def keep(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal embeddings
+            embeddings = args[0]
+
+        if self.head is not None:  # after its gate, as hooks run in their order
+            handles.append(self.model.get_submodule(self.head).register_forward_pre_hook(keep))
         try:
-            return self._logits(taken(self.images, rows))
+            return self._logits(taken(self.images, rows)), embeddings
         finally:
             for handle in handles:
                 handle.remove()
@@ -271,6 +333,37 @@ class _Learner:
             return strength
         learned = torch.from_numpy(start.values.T)[classes].to(strength)
         return torch.where(learned.isnan(), strength, learned)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A linear probe that reads a class from embeddings under its mask.
+
+    Attributes:
+        weights: float32 [classes, width].
+        biases: float32 [classes].
+        own: Which of the rows is the class's.
+        lead: By how much the class's embeddings that it was fitted on are read as the class, on average.
+    """
+
+    weights: torch.Tensor
+    biases: torch.Tensor
+    own: int
+    lead: float = 0.0
+
+    @classmethod
+    def of(cls, embeddings: torch.Tensor, labels: torch.Tensor, target: int, device: torch.device) -> _Probe:
+        """Fitted on embeddings [m, width] of labels int64 [m]."""
+        present, weights, biases = linear_discriminant(embeddings.float().numpy(), labels.numpy())
+        weight, bias = (torch.from_numpy(found).to(device, torch.float32) for found in (weights, biases))
+        found = cls(weight, bias, int(np.searchsorted(present, target)))
+        lead = float(found.read(embeddings[labels == target].to(device)).mean())
+        return replace(found, lead=max(lead, torch.finfo(torch.float32).eps))
+
+    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """By how much embeddings of the class, [n, width], are read as it: [n], 0 for those that are not."""
+        scores = functional.linear(embeddings.float(), self.weights, self.biases)
+        return functional.relu(margin(scores, torch.full((len(scores),), self.own, device=scores.device)))
 
 
 def soft_top(

@@ -26,7 +26,7 @@ class NeuronRanking:
     """A number per neuron and column, which `select` cuts; of a trace's scores, or made by `attribute`, `learn_masks`.
 
     Attributes:
-        method: What the numbers are: a statistic of a trace, `"attribution"` or `"mask"`.
+        method: What the numbers are: a statistic of a trace, `"attribution"`, `"mask"` or `"erase"`.
         columns: One per metric, or per class of a categorical metric: `("label:airplane", ..., "loss")`.
         values: float64 [n_neurons, n_columns], in the order of the sites; higher is chosen first, NaN never.
         sites: The sites whose neurons these are, in order.

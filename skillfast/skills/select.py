@@ -11,7 +11,7 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.skills.ranking import ranking_of
 from skillfast.skills.skill import Skill
-from skillfast.vocabulary import MAX_SITE_SHARE, METHODS, SHARE
+from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, METHODS, SHARE
 
 if TYPE_CHECKING:
     from skillfast.skills.ranking import NeuronRanking
@@ -36,7 +36,8 @@ def select(
     Args:
         scores: What `trace`, `attribute` or `learn_masks` gives.
         method: What to rank by: of a trace a statistic, `"pearson"` (the default), `"spearman"`, `"auroc"` (from 0.5)
-            or `"mutual_info"`; `"attribution"` or `"mask"` for what the other two give.
+            or `"mutual_info"`; `"attribution"`, `"mask"` or `"erase"` (learned with `erase=`) for what the other two
+            give.
         metric: Only this metric's columns (`"label"`) or this column (`"label:deer"`); all by default.
         share: Share of all neurons in (0, 1].
         max_site_share: Largest share of one site's neurons in (0, 1].
@@ -55,7 +56,7 @@ def select(
     if method is not None and method not in METHODS:
         raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     ranking = ranking_of(scores, method)
-    if ranking.method == "mask" and contrastive:
+    if ranking.method in LEARNED and contrastive:
         raise ArgumentError("contrastive: expected False with learned masks, got True; they spare other classes anyway")
     for name, value in (("share", share), ("max_site_share", max_site_share)):
         if not 0 < value <= 1:
@@ -98,7 +99,7 @@ def select(
 def _preference(ranking: NeuronRanking, column: str, signed: bool, contrastive: bool) -> np.ndarray:
     """What neurons are chosen by for one column, float64 [n_neurons]; -inf for those that must not be chosen."""
     values, method = ranking.values, ranking.method
-    if method == "mask":  # a strength's sign says nothing
+    if method in LEARNED:  # a strength's sign says nothing
         own = values[:, ranking.columns.index(column)]
         return np.where(np.isnan(own), -np.inf, own)
     values = values - 0.5 if method == "auroc" else values  # what does not go with the class is 0

@@ -97,14 +97,37 @@ def test_optimal_constants_cost_the_least():
     torch.testing.assert_close(again, found)
 
 
-@pytest.mark.parametrize(("zero", "mean", "marked"), [(4, 4, False), (4, 3, True), (2, 4, True)])
-def test_classes_are_marked_where_zero_and_mean_differ(zero, mean, marked):
+@pytest.mark.parametrize(
+    ("zero", "mean", "constant", "marked"), [(4, 4, 4, False), (4, 3, 4, True), (2, 4, 2, True), (4, 4, 0, True)]
+)
+def test_classes_are_marked_where_zero_differs_from_mean_or_constants(zero, mean, constant, marked):
     labels = np.array([0] * 10 + [1] * 10)
     predictions = np.tile(labels, (4, 1))
-    predictions[0, :zero], predictions[1, :mean], predictions[2, 10:13] = 1, 1, 0
+    predictions[0, :zero], predictions[1, :mean], predictions[2, 10:13], predictions[3, :constant] = 1, 1, 0, 1
     found = replacements(predictions, labels, labels, ["a", "b"])
     own = found.per_class["a"]
-    assert (own.zero, own.mean, own.resample, own.constant) == (zero / 10, mean / 10, 0.0, 0.0)
+    assert (own.zero, own.mean, own.resample, own.constant) == pytest.approx((zero / 10, mean / 10, 0.0, constant / 10))
     assert own.marked == marked
-    assert found.per_class["b"].resample == 0.3
-    assert found.average.resample == 0.15
+    assert found.per_class["b"].resample == pytest.approx(0.3)
+    assert found.average.resample == pytest.approx(0.15)
+
+
+def test_intervals_of_drops_cover():
+    """Known chances of being right before and after: intervals of each class and of the mean hold the drop's truth."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(4).repeat(50)
+    before, after = np.array([0.95, 0.9, 1.0, 0.9]), np.array([[0.1, 0.5, 0.0, 0.9], [0.9, 0.9, 0.99, 0.9]])
+
+    def drawn(recall):  # what is missed goes to the class behind the others
+        return np.where(rng.random(200) < recall[labels], labels, 4)
+
+    held = np.zeros((4, 5))
+    truth = before - after
+    for _ in range(200):
+        found = replacements(np.stack([drawn(after[i // 2]) for i in range(4)]), drawn(before), labels, "abcd")
+        for i, by in enumerate(("zero", "mean", "resample", "constant")):
+            wanted = [*truth[i // 2], truth[i // 2].mean()]
+            ends = [getattr(row.ci95, by) for row in (*found.per_class.values(), found.average)]
+            held[i] += [low - 1e-9 <= want <= high + 1e-9 for want, (low, high) in zip(wanted, ends, strict=True)]
+    assert (held[:, 4] >= 184).all()
+    assert 0.92 <= held.mean() / 200 <= 0.985

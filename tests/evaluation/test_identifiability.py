@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import planted
 import pytest
 import torch
 from conftest import one_line
 
-from skillfast import Condition, Skill, ablate, attribute, donors, sweep
+from skillfast import Condition, Skill, ablate, attribute, donors, learn_masks, sweep
 from skillfast.ablation.assigned import predict_assigned
 from skillfast.data import TensorImages, loader
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.identifiability import drops, identifiability
-from skillfast.runs.identifiability import identify
+from skillfast.runs.identifiability import identify, seed_overlaps
 from skillfast.skills.attribution import attribute_groups
 
 CLASSES = tuple("abcd-")
@@ -118,4 +120,41 @@ def test_drops_and_flags():
     )
     assert [result.per_class[name].flagged for name in "abcd"] == [False, True, True, False]
     assert result.control == pytest.approx(0.07)
+    assert result.seed_overlap is None
+    seeds = np.array([0.29, np.nan, 0.5, 0.3]), np.full(4, 0.02)
+    result = identifiability(
+        np.ones(4), control, overlap + 1, np.full(4, 0.02), np.zeros(4), "abcd", seeds=seeds, share=0.03, groups=3,
+        n_examples=9,
+    )  # fmt: skip
+    assert [result.per_class[name].flagged for name in "abcd"] == [True, True, False, False]
+    assert result.per_class["b"].seed_overlap is None
+    assert result.seed_overlap == pytest.approx(1.09 / 3)
     assert result.per_class["d"].control is None
+
+
+def test_masks_of_two_seeds(parts):
+    """Planted neurons are found from any seed; neurons that are chosen by chance share what chance does.
+
+    Only as many classes are learned again as are asked for, each from as many rows per step as before.
+    """
+    model = planted.Copies()
+    with torch.no_grad():
+        model.head.weight[:, 4:8] = model.head.weight[:, :4]  # both copies count, and are all that a mask can find
+        model.head.bias[4] = 3
+    attributions = attribute(model, parts[0], sites=["blocks.0.mlp"], classes=CLASSES)
+    attributions = dataclasses.replace(attributions, values=np.where(np.isnan(attributions.values), np.nan, 0.0))
+    sizes = {"share": 2 / 12, "max_site_share": 1.0, "batch_size": 60}
+    masks = learn_masks(model, parts[0], attributions, steps=30, **sizes)
+    rows = []
+    handle = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    found, chance = seed_overlaps(model, parts[0], masks, attributions, np.random.default_rng(0))
+    handle.remove()
+    assert sum(rows) == 300 + 30 * 36  # three of five classes
+    assert np.isnan(found).sum() == np.isnan(chance).sum() == 2
+    assert (found[:4][~np.isnan(found[:4])] == 1).all()
+    np.testing.assert_allclose(chance[~np.isnan(chance)], [0.1] * 3, atol=0.02)
+    random = np.random.default_rng(1).normal(size=masks.values.shape)
+    other, _ = seed_overlaps(
+        model, parts[0], dataclasses.replace(masks, values=random), attributions, np.random.default_rng(0)
+    )
+    assert np.nanmean(other) < 0.5

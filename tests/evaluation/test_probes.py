@@ -14,7 +14,15 @@ from skillfast import Condition, Skill, ablate
 from skillfast.data import TensorImages, loader
 from skillfast.data.splits import few_per_class
 from skillfast.evaluation.jackknife import deal
-from skillfast.evaluation.probes import Reader, Readings, information, probe_predictions, told_apart, tuned_predictions
+from skillfast.evaluation.probes import (
+    Reader,
+    Readings,
+    information,
+    probe_predictions,
+    share_lost,
+    told_apart,
+    tuned_predictions,
+)
 from skillfast.models.sites import find_sites
 from skillfast.runs.embedding_sweep import compare_embeddings, linear_head
 
@@ -86,6 +94,11 @@ def test_a_class_that_merges_with_another_is_not_told_apart():
     assert told_apart(merged, labels, 0, dealt)[0] == 0  # though its recall is 1
     assert told_apart(merged, labels, 1, dealt)[0] == 0
     assert told_apart(merged, labels, 2, dealt)[0] == 1
+    assert [share_lost(labels, merged, labels, c) for c in range(4)] == [1, 1, 0, 0]
+    half = np.where((labels == 2) & (np.arange(200) % 2 == 0), 3, labels)
+    assert share_lost(labels, half, labels, 2) == pytest.approx(0.5)
+    assert share_lost(half, labels, labels, 2) == pytest.approx(-1)  # told apart better than before
+    assert np.isnan(share_lost(merged, labels, labels, 0))
 
 
 @pytest.fixture(scope="module")

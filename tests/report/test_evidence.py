@@ -63,6 +63,24 @@ def test_the_terminal_says_them_too():
     assert "top-10 |r| with label │ 0.78" in shown
 
 
+def test_the_headline_says_what_other_values_leave_of_the_drop():
+    results = sample.sample_results(2)
+    drops = {"zero": 0.8, "mean": 0.75, "resample": 0.7, "constant": 0.0625}
+    ends = {name: [drop - 0.05, drop + 0.025] for name, drop in drops.items()}
+    results["replacements"]["average"] = {**drops, "ci95": ends, "marked": True}
+    text = words(rendered(results))
+    assert "At their means the class loses 75.0 points, at another example's activations 70.0, and at the" in text
+    assert "the constants that cost the model least 6.25: so much of it" in text
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.summary_table(typed(results)))
+    shown = " ".join(console.file.getvalue().split())
+    assert "target drop at their means │ 75.0 (70.0 to 77.5)" in shown
+    assert "target drop at another example's │ 70.0 (65.0 to 72.5)" in shown
+    assert "target drop at fitted constants │ 6.25 (1.25 to 8.75)" in shown
+    results["replacements"]["average"]["marked"] = False
+    assert "At their means" not in words(rendered(results))
+
+
 def names(results):
     return model_name(typed(results)), data_name(typed(results))
 

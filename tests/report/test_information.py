@@ -57,6 +57,10 @@ def test_flagged_classes_are_named_with_why(results):
     first, second, last = identifiability.say(results)
     assert "cost it 80.0 points more than other examples" in first
     assert "share 61.0" in second
+    assert "two seeds share 55.0 % (chance: 2.0 %; 3 of 10 classes)" in second.replace("\N{NO-BREAK SPACE}", " ")
+    assert [row[-2] for row in rows[2:4]] == ["55.0\N{NO-BREAK SPACE}%", "not learned again"]
+    values = structs.replace(results.identifiability.per_class["bird"], overlap=0.5, seed_overlap=0.1)
+    assert identifiability.why(values, results.identifiability) == "seeds share less than 30.0\N{NO-BREAK SPACE}%"
     assert last == "Flagged: automobile, bird."
     calm = {name: structs.replace(row, flagged=False) for name, row in results.identifiability.per_class.items()}
     quiet = structs.replace(results, identifiability=structs.replace(results.identifiability, per_class=calm))

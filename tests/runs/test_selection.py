@@ -7,6 +7,7 @@ import planted
 import pytest
 import torch
 from conftest import one_line
+from msgspec import structs
 
 import skillfast
 from skillfast import BenchConfig
@@ -14,6 +15,7 @@ from skillfast.ablation.sweep import SweepResult
 from skillfast.data import Splits
 from skillfast.data.splits import TensorImages
 from skillfast.errors import ArgumentError
+from skillfast.results.bench import EffectIntervals, Selectivity
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import selection
@@ -60,7 +62,7 @@ def subject(splits, **more):
 def chosen_on(splits, **more):
     made = subject(splits, **more)
     scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
-    return made, protocol._choose(Session(made, None, Clock(), True, lambda _: None), scores)
+    return made, protocol._choose(Session(made, None, Clock(), True, lambda _: None), scores)[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,19 @@ def trials(rng, drops, regrets, n=100):
     )  # fmt: skip
     skills = [{name: skillfast.Skill(name, {"head": [c]}) for name in names} for c in range(len(drops))]
     return tried, skills, swept
+
+
+def test_a_candidate_whose_regret_has_no_interval_keeps_its_place(monkeypatch):
+    """The other candidates' ends stay with their drops, and it is not taken before one that has an interval."""
+    trial = selection._Trial((0.03,) * 3, *(np.empty(0),) * 5)
+    ends = EffectIntervals(None, [0.0, 0.0], None, None, None)
+    effects = [
+        Selectivity(drop, None, None, None, None, None, None, None, None, None, structs.replace(ends, regret=end), None)
+        for drop, end in ((0.99, None), (0.5, [0.0, 0.01]), (0.9, [0.0, 0.3]))
+    ]
+    monkeypatch.setattr(selection._Trial, "effects", lambda _: effects)
+    monkeypatch.setattr(selection._Trial, "limits", lambda _: np.full(3, 0.02))
+    assert trial.together() == 1
 
 
 def test_one_candidate_is_chosen_for_all_classes_where_none_is_better_by_class():
@@ -265,5 +280,5 @@ def test_what_cannot_be_is_refused(batches):
     assert "candidates: expected at least one" in one_line(ArgumentError, selection.cut, {}, ())
     assert "contrastive: expected with a statistic" in one_line(ArgumentError, BenchConfig.of, contrastive=True)
     assert "contrastive" in one_line(ArgumentError, BenchConfig.of, contrastive=True, method="mask")
-    with pytest.raises(ArgumentError, match=r"method: expected one of auto, pearson, .*, mask, got 'magic'"):
+    with pytest.raises(ArgumentError, match=r"method: expected one of auto, pearson, .*, erase, got 'magic'"):
         BenchConfig.of(method="magic")

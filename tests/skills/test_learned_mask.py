@@ -10,9 +10,12 @@ from conftest import make_vit, one_line
 from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
+from skillfast import data
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.evaluation.probes import share_lost
 from skillfast.models.adam import Adam
 from skillfast.models.sites import find_sites
+from skillfast.runs.embedding_sweep import compare_embeddings
 from skillfast.skills import learned_mask
 from skillfast.skills.learned_mask import kept_loss, soft_top, target_loss
 
@@ -91,6 +94,56 @@ def test_the_seed_determines_it_and_the_model_is_as_before(setting):
     assert not any(model.get_submodule(site.path)._forward_pre_hooks for site in find_sites(model))
 
 
+def test_an_erasing_mask_takes_what_a_refitted_probe_reads():
+    """Each class is written into the embedding twice, and the head reads one copy: a mask takes that, erasing both."""
+    model, classes = planted.Copies(), tuple("abcd-")
+    select, test = (
+        data.loader(data.TensorImages(*planted.evidence(n, seed), classes=classes), 64)
+        for n, seed in ((300, 1), (1000, 2))
+    )
+    attributions = skillfast.attribute(model, select, sites=["blocks.0.mlp"], classes=classes)
+    sizes = {"share": 2 / 12, "max_site_share": 1.0}
+    found = {}
+    for erase in (0.0, learned_mask.ERASE):
+        masks = skillfast.learn_masks(model, select, attributions, batch_size=60, steps=40, erase=erase, **sizes)
+        assert masks.method == ("erase" if erase else "mask")
+        skills = skillfast.select(masks, metric="label", **sizes)
+        removals = [skillfast.Condition(skill) for skill in skills.values()]
+        read = compare_embeddings(model, test, removals, [], classes=classes).readings
+        swept = skillfast.sweep(model, test, removals, classes=classes, keep_predictions=True)
+        labels, intact = swept.labels, swept.top2[:, 0]
+        found[erase] = [
+            [share_lost(intact, swept.predictions[k], labels, k), share_lost(read.intact, read.refitted[k], labels, k)]
+            for k in range(4)
+        ]
+        if erase:
+            assert [skills[name].neurons["blocks.0.mlp"].tolist() for name in "abcd"] == [[k, 4 + k] for k in range(4)]
+    (readout, information), (erased_readout, erased) = (np.array(found[erase]).T for erase in found)
+    assert readout.min() > 0.9
+    assert erased_readout.min() > 0.9
+    assert np.median(information) < 0.1  # one class's copy may be chosen by chance
+    assert erased.mean() > 0.9  # what is left is chance: 200 images of each class
+
+
+def test_probes_read_what_the_classifier_does(setting):
+    """A probe's lead on embeddings of its class is that of the closed form; rivals are the most similar classes."""
+    model, images, attributions = setting
+    learner = learned_mask._Learner(model, images, attributions, 0.01, 1.0, None)
+    gates = torch.ones(1, attributions.n_neurons)
+    (probe,) = learner._probes(gates, torch.tensor([2]), torch.Generator().manual_seed(0))
+    assert probe.weights.shape == (6, 64)
+    rows = (learner.labels == 2).nonzero()[:, 0]
+    _, embeddings = learner._gated(gates, torch.zeros_like(rows), rows)
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(embeddings), model(learner.images[rows]))
+        scores = embeddings @ probe.weights.T + probe.biases
+        assert (scores.argmax(1) == probe.own).all()
+        rest = torch.cat([scores[:, : probe.own], scores[:, probe.own + 1 :]], 1)
+        leads = scores[:, probe.own] - rest.amax(1)
+        torch.testing.assert_close(probe.read(embeddings), leads)
+        assert probe.lead == pytest.approx(float(leads.mean()), rel=0.2)  # some images of the class
+
+
 def test_shares_are_kept(batches):
     model = make_vit()
     attributions = skillfast.attribute(model, batches, classes=5)
@@ -118,7 +171,8 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     masks = learned(model, batches, attributions, steps=1, images_per_class=3)
     assert masks.n_observations.tolist() == [3] * 5
     assert masks.settings == {
-        "learned_share": 0.003, "learned_scale": 0.0, "steps": 1, "batch_size": 48, "keep": 10.0, "start_keep": None,
+        "learned_share": 0.003, "learned_max_site_share": 0.25, "learned_scale": 0.0, "steps": 1, "batch_size": 48,
+        "keep": 10.0, "start_keep": None,
         "seed": 0,
     }  # fmt: skip
 
@@ -383,3 +437,4 @@ def test_what_cannot_be_is_refused(batches):
     others = dataclasses.replace(masks, columns=masks.columns[::-1])
     assert "start: expected masks with the attributions' columns" in told(ArgumentError, model, start=others)
     assert "contrastive: expected False" in one_line(ArgumentError, skillfast.select, masks, contrastive=True)
+    assert "erase: expected a weight of at least 0, got -1" in told(ArgumentError, model, erase=-1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def why(values: ClassIdentifiability, found: Identifiability) -> str:
     """Why a class is flagged, in words; empty where it is not."""
-    control, overlap = finite(values.control), finite(values.overlap)
+    control, overlap, seeds = finite(values.control), finite(values.overlap), finite(values.seed_overlap)
     reasons = [
         text
         for text, applies in (
@@ -20,6 +20,10 @@ def why(values: ClassIdentifiability, found: Identifiability) -> str:
             (
                 f"halves share less than {percent(found.overlap_limit)}",
                 overlap is not None and overlap < found.overlap_limit,
+            ),
+            (
+                f"seeds share less than {percent(found.overlap_limit)}",
+                seeds is not None and seeds < found.overlap_limit,
             ),
         )
         if applies
@@ -32,6 +36,11 @@ def say(results: BenchResults) -> list[str]:
     found = results.identifiability
     assert found is not None
     flagged = [name for name, values in found.per_class.items() if values.flagged]
+    relearned = sum(values.seed_overlap is not None for values in found.per_class.values())
+    seeds = (
+        f" Masks that are learned from two seeds share {percent(found.seed_overlap)} (chance: "
+        f"{percent(found.chance_seed_overlap)}; {relearned} of {len(found.per_class)} classes)."
+    )
     return [
         (
             f"Neurons chosen for a class cost it {points(found.drop)} points more than other examples; chosen in the "
@@ -40,14 +49,14 @@ def say(results: BenchResults) -> list[str]:
         (
             f"Two halves of a class's examples choose sets that share {percent(found.overlap)} (chance: "
             f"{percent(found.chance_overlap)}). A second set, as large as the skill and of other neurons, costs the "
-            f"class {points(found.second_drop)} points of the test examples."
+            f"class {points(found.second_drop)} points of the test examples.{seeds if relearned else ''}"
         ),
         f"Flagged: {', '.join(flagged)}." if flagged else "No class is flagged.",
     ]
 
 
 def rows(results: BenchResults) -> list[tuple[str, ...]]:
-    """The mean, then each class: drop, control, overlap, chance, the second set's drop, and why it is flagged."""
+    """The mean, then each class: drop, control, overlap, chance, second set's drop, seeds' overlap, flag with why."""
     found = results.identifiability
     assert found is not None
 
@@ -59,6 +68,7 @@ def rows(results: BenchResults) -> list[tuple[str, ...]]:
             percent(values.overlap),
             percent(values.chance_overlap),
             points(values.second_drop),
+            percent(values.seed_overlap, "not learned again"),
             flag,
         )
 

@@ -17,6 +17,7 @@ NAMES = {
     "mutual_info": "mutual information",
     "attribution": "attribution",
     "mask": "learned mask",
+    "erase": "erasing mask",
 }
 HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head", "--attn")
 PARTS = (("validation", "circle-open", "dot"), ("test", "circle", "solid"))

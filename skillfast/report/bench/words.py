@@ -44,6 +44,7 @@ STAGES = {
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
 }
+REPLACED = ("zero", "mean", "resample", "constant")  # what takes the neurons' place, as results.json calls it
 # the half of "not defined (denominator is 0)" that goes where an interval would
 DENOMINATOR = UNDEFINED_RATIO.removeprefix(f"{UNDEFINED} ")
 # what the command line can repeat, in its order; the other settings are its defaults
@@ -65,7 +66,7 @@ def _lost(change: float | None, verb: str = "costs") -> str:
 
 
 def summary(results: BenchResults) -> list[str]:
-    """The result in two sentences."""
+    """The result in two sentences, and a third where much of it depends on what takes the neurons' place."""
     own, oracle, random = results.selectivity, results.oracle, results.random_control
     drop, change = finite(own.target_drop), finite(own.other_change)
     effect = "has no defined effect on that class" if drop is None else (
@@ -74,13 +75,21 @@ def summary(results: BenchResults) -> list[str]:
     others = "" if change is None else (
         f", while the other classes {'lose' if change < 0 else 'gain'} {points(abs(change))} on average"
     )  # fmt: skip
-    return [
+    said = [
         f"Removing the neurons of one class {effect}{others}.",
         (
             f"Removing as many neurons drawn at random {_lost(random.target_drop)}; the oracle, which deletes the "
             f"class from the model's output, {_lost(oracle.target_drop)}."
         ),
     ]
+    if results.replacements is not None and results.replacements.average.marked:
+        drops = results.replacements.average
+        said.append(
+            f"That is with the neurons at 0. At their means the class loses {points(drops.mean)} points, at another "
+            f"example's activations {points(drops.resample)}, and at the constants that cost the model least "
+            f"{points(drops.constant)}: so much of it goes with what the neurons tell, the rest with the value 0."
+        )
+    return said
 
 
 def controls_say(results: BenchResults) -> str:
@@ -164,7 +173,7 @@ def replacement_rows(results: BenchResults) -> list[tuple[str, list[str]]]:
     return [
         (
             f"{name} *" if row.marked else name,
-            [points(value) for value in (row.zero, row.mean, row.resample, row.constant)],
+            [f"{points(getattr(row, by))} {interval(getattr(row.ci95, by), points)}" for by in REPLACED],
         )
         for name, row in named
     ]
@@ -179,7 +188,8 @@ def replacements_say(results: BenchResults) -> str:
         f"Set to 0, the neurons cost their class {points(found.average.zero)} points; at the constants that cost the "
         f"model least, fitted on the examples to select on, {points(found.average.constant)}. What lies between need "
         f"not be lost with the neurons: it is the price of a value that does not fit the others. "
-        f"{marked} of {len(found.per_class)} classes differ by more than 5 points between zero and mean (marked *)."
+        f"{marked} of {len(found.per_class)} classes differ by more than 5 points between zero and mean or constants "
+        f"(marked *)."
     )
 
 
