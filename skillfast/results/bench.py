@@ -383,7 +383,7 @@ class CandidateEffect(Record, frozen=True):
         drop: What it takes from its own classes on the part that chooses.
         limit: Largest upper end of the regret at which it is taken; null where there is no other candidate.
         validation: Effect on the part that chooses; null where it takes too little for its cost to others to matter.
-        test: Effect on the part that chooses nothing; null where there is none on the other part.
+        test: Effect on the part that chooses nothing; null where it was not found to be within its limit.
     """
 
     method: Name

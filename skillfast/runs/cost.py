@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from skillfast.metrics import Metric
 
-MEASURED_BATCHES = 8
+MEASURED_BATCHES = 3
 
 
 class Clock:

@@ -41,12 +41,14 @@ KEEPS = (1.0, 5.0)  # weights of the other classes when a mask is learned: from 
 CONTROL_DRAWS = 2
 MARGIN = 0.02
 """Regret beyond the random control's that a choice may risk, as a share of other classes' images."""
+CERTAIN = 1.645  # standard errors by which choosing per class has to drop more: 5 % by chance
 RUNNING = 0.5
 """Share of the largest drop that a candidate has to take for what it costs other classes to be measured first."""
 RULE = (
     "on the validation part, the largest target_drop among the candidates whose regret's upper 95 % end is at most the "
     "regret of as many random neurons plus the margin, or the lowest such end where there is none; per class, where "
-    "either half of that part, chosen on the other, drops more that way within the same limit on average; regret is "
+    "either half of that part, chosen on the other, drops significantly more that way within the same limit on average "
+    "(one-sided McNemar test, 5 %); regret is "
     "measured of the candidates with at least half of the largest drop, and of the others where none of these is "
     "within its limit"
 )
@@ -114,21 +116,27 @@ class Selection:
         return {name: self.skills[i][name] for i, name in zip(self.chosen, self.skills[0], strict=True)}
 
     @property
+    def tested(self) -> list[int]:
+        """Positions of the candidates that are worth a test: those within their limit, and the chosen ones."""
+        return sorted({*self.chosen, *(i for i in range(len(self.candidates)) if self._within(i))})
+
+    @property
     def left(self) -> dict[str, dict[str, Skill]]:
-        """The skills that were measured and not chosen: a candidate's position, as text -> class name -> skill."""
+        """The skills of these that were not chosen: a candidate's position, as text -> class name -> skill."""
         chosen = dict(zip(self.skills[0], self.chosen, strict=True))
         found = {
-            str(i): {name: skill for name, skill in made.items() if chosen[name] != i}
-            for i, made in enumerate(self.skills)
-            if self.validation[i] is not None
+            str(i): {name: skill for name, skill in self.skills[i].items() if chosen[name] != i} for i in self.tested
         }
         return {key: made for key, made in found.items() if made}
 
     @property
     def within(self) -> bool:
         """Whether any candidate's regret is within its limit."""
-        ends = ((effect.ci95.regret, most) for effect, most in zip(self.validation, self.limits, strict=True) if effect)
-        return any(end is not None and most is not None and end[1] <= most for end, most in ends)
+        return any(self._within(i) for i in range(len(self.candidates)))
+
+    def _within(self, i: int) -> bool:
+        effect, most = self.validation[i], self.limits[i]
+        return bool(effect and effect.ci95.regret and most is not None and effect.ci95.regret[1] <= most)
 
     def __str__(self) -> str:
         of = {i: [name for j, name in zip(self.chosen, self.skills[0], strict=True) if i == j] for i in self.chosen}
@@ -140,10 +148,12 @@ class Selection:
         """The selection object of results.json.
 
         Args:
-            test: What `try_on` gives for the test part, of the candidates that have an effect on validation.
+            test: What `try_on` gives for the test part, of the `tested` candidates.
         """
-        on_test = [effect and _effect(test, predictions_of(test, self.skills, [i])[0])
-                   for i, effect in enumerate(self.validation)]  # fmt: skip
+        on_test = [
+            _effect(test, predictions_of(test, self.skills, [i])[0]) if i in self.tested else None
+            for i in range(len(self.candidates))
+        ]
         own = [name_of(i, name) for i, name in zip(self.chosen, self.skills[0], strict=True)]
         combined = _effect(test, test.predictions_of(own))
         found = zip(self.candidates, self.drops, self.limits, self.validation, on_test, strict=True)
@@ -546,21 +556,26 @@ def best(drops: np.ndarray, highest: np.ndarray, limits: np.ndarray) -> int:
 
 
 def _pays(trial: _Trial) -> bool:
-    """Whether choosing per class drops more on the half of each class's examples that did not choose."""
+    """Whether choosing per class drops more on the half of each class's examples that did not choose.
+
+    By more than chance does between candidates that are alike: a one-sided McNemar test of the decisions on the own
+    class, by the normal approximation.
+    """
     counts = np.bincount(trial.labels)
     if counts[counts > 0].min() < 2:
         return False
     half = np.empty(len(trial.labels), dtype=np.int64)
     for label in np.flatnonzero(counts):
         half[trial.labels == label] = np.arange(counts[label]) % 2
-    gains, excess = [], []
+    gained, excess = np.zeros(len(half)), []
     for of in (0, 1):
         here, there = trial.on(half == of), trial.on(half != of)
-        each = here.per_class()
-        one, many = there.effect([here.together()] * len(each)), there.effect(each)
-        gains.append(many.target_drop - one.target_drop)
-        excess.append(many.regret - there.limits()[each].mean())
-    return sum(gains) > 0 and sum(excess) <= 0
+        each, one = here.per_class(), here.together()
+        own, rows = there.labels, np.arange(len(there.labels))
+        right = there.predictions[:, own, rows] == own  # [C, n]
+        gained[half != of] = right[one].astype(np.float64) - right[np.array(each)[own], rows]
+        excess.append(there.effect(each).regret - there.limits()[each].mean())
+    return bool(gained.sum() > CERTAIN * np.sqrt(np.square(gained).sum())) and sum(excess) <= 0
 
 
 def _gap(test: Selectivity, validation: Selectivity) -> dict[str, float]:

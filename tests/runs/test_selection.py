@@ -159,7 +159,7 @@ def test_chance_does_not_choose_by_class():
     """Candidates that are alike: by class would always fit the validation part better, not the other half of it."""
     alike = [[0.8] * 5] * 4, [[0.005] * 5] * 4
     chosen = [selection.choose(*trials(np.random.default_rng(trial), *alike)).chosen for trial in range(8)]
-    assert sum(len(set(one)) > 1 for one in chosen) <= 5
+    assert sum(len(set(one)) > 1 for one in chosen) <= 2
 
 
 def test_others_are_measured_where_the_first_are_not_within_their_limit():
@@ -204,9 +204,11 @@ def test_the_planted_skills_are_chosen(splits, chosen):
     measured = [(c, most) for c, most, v in zip(found.candidates, found.limits, found.validation, strict=True) if v]
     assert set(found.controls) == {candidate.share for candidate, _ in measured}
     assert all(found.controls[candidate.share].regret + selection.MARGIN == most for candidate, most in measured)
-    running = {str(i): found.skills[i] for i, effect in enumerate(found.validation) if effect}
-    assert [*running] == [str(i) for i, drop in enumerate(found.drops) if drop >= max(found.drops) / 2]
-    written = to_json(found.to_json(selection.try_on(made.model, made.loader("test"), running)))
+    running = [i for i, effect in enumerate(found.validation) if effect]
+    assert running == [i for i, drop in enumerate(found.drops) if drop >= max(found.drops) / 2]
+    assert set(found.chosen) <= set(found.tested) <= set(running)
+    tested = {str(i): found.skills[i] for i in found.tested}
+    written = to_json(found.to_json(selection.try_on(made.model, made.loader("test"), tested)))
     assert written["chosen"] == list(found.chosen)
     assert written["candidates"][found.chosen[0]]["test"]["target_drop"] == pytest.approx(5 / 6)
     assert written["validation"]["target_drop"] == pytest.approx(5 / 6)
