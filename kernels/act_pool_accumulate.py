@@ -1,7 +1,8 @@
 """`act_pool_accumulate` in Triton: a program takes BLOCK_D neurons through some samples, then adds its sums.
 
-Sums are kept in registers over the samples and meet the state once, by float64 atomics; the order of those is the
-GPU's, so the last bits of the sums vary from run to run.
+A tile of a sample's sums stays in float32 registers and is reduced after its last token; over the samples they are
+summed in float64, and meet the state once, by atomics. The order of those is the GPU's, so the last bits of the sums
+vary from run to run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRAMS = 1024  # what a large GPU keeps busy
-TILE = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_M": 16}
-OPTIONS = {"num_warps": 4, "maxnreg": 255}  # else, or with wider tiles, ptxas spills registers for occupancy
+TILE = {"BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_M": 16}
+OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}  # else ptxas spills registers for occupancy
 
 
 @triton.jit
@@ -41,29 +42,34 @@ def act_pool_accumulate_kernel(
     begin = tl.program_id(1).to(tl.int64) * samples
     for step in range(tl.minimum(samples, batch - begin)):
         sample = begin + step
-        of_sample = tl.zeros((BLOCK_D,), tl.float32)
-        counted = tl.zeros((), tl.int32)
+        of_sample = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        of_squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        of_products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        counted = tl.zeros((BLOCK_T,), tl.int32)
         for start in range(0, tokens, BLOCK_T):
             flow, here = flow_tile(
                 x, mask, out, sample, start, d, leads, stride_batch, stride_token, tokens, width,
                 ACTIVATION, HAS_MASK, WRITE, tl.float32, BLOCK_T,
             )  # fmt: skip
             shifted = tl.where(here[:, None] & in_d[None, :], flow - about[None, :], 0.0)
-            squares += tl.sum(shifted * shifted, axis=0).to(tl.float64)
+            of_sample += shifted
+            of_squares += shifted * shifted
             if Y_PER_TOKEN:
-                total += tl.sum(shifted, axis=0).to(tl.float64)
                 t = start + tl.arange(0, BLOCK_T)
                 of_token = y + (sample * tokens + t.to(tl.int64)[None, :]) * columns + m[:, None]
                 labels = tl.load(of_token, mask=here[None, :] & in_m[:, None], other=0.0)
-                products += tl.dot(labels, shifted, input_precision="ieee").to(tl.float64)
+                of_products = tl.dot(labels, shifted, of_products, input_precision="tf32x3")
             else:
-                of_sample += tl.sum(shifted, axis=0)
-                counted += tl.sum(here.to(tl.int32), axis=0)
-        if not Y_PER_TOKEN:
-            total += of_sample.to(tl.float64)
+                counted += here.to(tl.int32)
+        sums = tl.sum(of_sample, axis=0).to(tl.float64)
+        total += sums
+        squares += tl.sum(of_squares, axis=0).to(tl.float64)
+        if Y_PER_TOKEN:
+            products += of_products.to(tl.float64)
+        else:
             label = tl.load(y + sample * columns + m, mask=in_m, other=0.0).to(tl.float64)
-            label = tl.where(counted > 0, label, 0.0)  # that of a sample without tokens may be NaN
-            products += label[:, None] * of_sample.to(tl.float64)[None, :]
+            label = tl.where(tl.sum(counted, axis=0) > 0, label, 0.0)  # that of a sample without tokens may be NaN
+            products += label[:, None] * sums[None, :]
     tl.atomic_add(sum_x + d, total, mask=leads, sem="relaxed")
     tl.atomic_add(sum_xx + d, squares, mask=leads, sem="relaxed")
     state = sum_xy + tl.program_id(2).to(tl.int64) * BLOCK_M * width

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TILE = {"BLOCK_N": 16, "BLOCK_D": 64}
+
+
 @triton.jit
 def bins_update_kernel(
     x, edges, channels, hats, table, n, width, bins, metrics, counts, weights, stride_row,
@@ -48,11 +51,10 @@ def launch(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tens
         return
     x = unit_stride(x)
     bins, weights = edges.shape[1] + 1, hats.shape[1]
-    block_n, block_d = 16, 64
     # Rows on axis 0, which takes 2^31 blocks: programs that run together then meet in the tables of few neurons.
-    grid = (triton.cdiv(n, block_n), triton.cdiv(width, block_d))
+    grid = (triton.cdiv(n, TILE["BLOCK_N"]), triton.cdiv(width, TILE["BLOCK_D"]))
     bins_update_kernel[grid](
         x, edges, channels.contiguous(), hats.contiguous(), table, n, width, bins, channels.shape[1],
         table.shape[1] // bins - weights, weights, x.stride(0),
-        LEVELS=(bins - 1).bit_length(), BLOCK_N=block_n, BLOCK_D=block_d,
+        LEVELS=(bins - 1).bit_length(), **TILE,
     )  # fmt: skip

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TILE = {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_M": 16, "CHUNK": 256}
+OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}  # else ptxas spills registers for occupancy
+
+
 @triton.jit
 def comoments_update_kernel(
     x, y, shift, sum_x, sum_xx, sum_xy, n, width, columns, stride_row,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums BLOCK_N rows in float32, then adds them to float64 sums that are written to the state once."""
+    """Sums CHUNK rows in float32, on tensor cores by three products of TF32 each, then adds them to float64 sums."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_d = d < width
@@ -27,16 +31,23 @@ def comoments_update_kernel(
     total = tl.zeros((BLOCK_D,), tl.float64)
     squares = tl.zeros((BLOCK_D,), tl.float64)
     products = tl.zeros((BLOCK_M, BLOCK_D), tl.float64)
-    for start in range(0, n, BLOCK_N):
-        r = start + tl.arange(0, BLOCK_N)
-        in_r = r < n
-        inside = in_r[:, None] & in_d[None, :]
-        values = tl.load(x + r[:, None].to(tl.int64) * stride_row + d[None, :], mask=inside, other=0.0)
-        values = tl.where(inside, values.to(offset.dtype) - offset[None, :], 0.0).to(tl.float32)
-        labels = tl.load(y + r[None, :] * columns + m[:, None], mask=in_r[None, :] & in_m[:, None], other=0.0)
-        total += tl.sum(values, axis=0).to(tl.float64)
-        squares += tl.sum(values * values, axis=0).to(tl.float64)
-        products += tl.dot(labels, values, input_precision="ieee").to(tl.float64)
+    for chunk in range(0, n, CHUNK):
+        few_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        few_squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        few_products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(chunk, tl.minimum(chunk + CHUNK, n), BLOCK_N):
+            r = start + tl.arange(0, BLOCK_N)
+            in_r = r < n
+            inside = in_r[:, None] & in_d[None, :]
+            values = tl.load(x + r[:, None].to(tl.int64) * stride_row + d[None, :], mask=inside, other=0.0)
+            values = tl.where(inside, values.to(offset.dtype) - offset[None, :], 0.0).to(tl.float32)
+            labels = tl.load(y + r[None, :] * columns + m[:, None], mask=in_r[None, :] & in_m[:, None], other=0.0)
+            few_total += values
+            few_squares += values * values
+            few_products = tl.dot(labels, values, few_products, input_precision="tf32x3")
+        total += tl.sum(few_total, axis=0).to(tl.float64)
+        squares += tl.sum(few_squares, axis=0).to(tl.float64)
+        products += few_products.to(tl.float64)
     if tl.program_id(1) == 0:
         tl.store(sum_x + d, tl.load(sum_x + d, mask=in_d) + total, mask=in_d)
         tl.store(sum_xx + d, tl.load(sum_xx + d, mask=in_d) + squares, mask=in_d)
@@ -52,9 +63,18 @@ def launch(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, s
     if n == 0 or width == 0:
         return
     x = unit_stride(x)
-    block_n, block_d, block_m = 32, 64, 16
-    grid = (triton.cdiv(width, block_d), max(1, triton.cdiv(columns, block_m)))
+    grid = (triton.cdiv(width, TILE["BLOCK_D"]), max(1, triton.cdiv(columns, TILE["BLOCK_M"])))
     comoments_update_kernel[grid](
-        x, y.contiguous(), shift, sum_x, sum_xx, sum_xy, n, width, columns, x.stride(0),
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_M=block_m,
-    )  # fmt: skip
+        x,
+        y.contiguous(),
+        shift,
+        sum_x,
+        sum_xx,
+        sum_xy,
+        n,
+        width,
+        columns,
+        x.stride(0),
+        **TILE,
+        **OPTIONS,
+    )
