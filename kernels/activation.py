@@ -37,10 +37,8 @@ def activated(values, ACTIVATION: tl.constexpr):
     """act(values) in the type of `values`, float32 or float64."""
     double: tl.constexpr = values.dtype == tl.float64
     if ACTIVATION == "gelu":
-        if double:
-            values = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865475244))
-        else:
-            values = values * normal_cdf(values)
+        below = 0.5 * (1.0 + tl.erf(values * 0.7071067811865475244)) if double else normal_cdf(values)
+        values = values * below
     elif ACTIVATION == "gelu_tanh":
         bent = 1.5957691216057307118 * (values + 0.044715 * values * values * values)
         values = values * (tl.sigmoid(bent) if double else sigmoid(bent))
