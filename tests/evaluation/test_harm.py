@@ -153,6 +153,8 @@ def test_terms_equal_plain_loops():
         [drop / abs(change), drop / absolute, drop / harm]
     )
     ends = found.ci95
+    for name in TERMS:
+        assert getattr(ends, name)[0] < getattr(found, name) < getattr(ends, name)[1] < 1
     assert found.at_least.ratio == pytest.approx(ends.target_drop[0] / max(map(abs, ends.other_change)))
     assert found.at_least.harm_ratio == pytest.approx(ends.target_drop[0] / found.harm.ci95[1])
     assert found.at_least.strict_ratio < found.strict_ratio

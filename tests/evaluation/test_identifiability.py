@@ -13,7 +13,7 @@ from conftest import one_line
 from skillfast import Condition, Skill, ablate, attribute, donors, learn_masks, sweep
 from skillfast.ablation.assigned import predict_assigned
 from skillfast.data import TensorImages, loader
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, ModelError
 from skillfast.evaluation.identifiability import drops, identifiability
 from skillfast.runs.identifiability import identify, seed_overlaps
 from skillfast.skills.attribution import attribute_groups
@@ -44,6 +44,7 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
     assert predict_assigned(vit, batches, [], assigned).shape == (0, 37)
     for wrong in (assigned[:-1], np.append(assigned, 0)):
         assert "for each example" in one_line(ArgumentError, predict_assigned, vit, batches, rows, wrong)
+    assert "in training mode" in one_line(ModelError, predict_assigned, vit.train(), batches, rows, assigned)
 
 
 def test_each_example_gets_its_own_donor(vit, batches):

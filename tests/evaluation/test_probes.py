@@ -42,6 +42,8 @@ def test_the_probe_is_scikit_learns_and_as_good_as_a_logistic_one(clouds):
     found = probe_predictions(fitted, fitted_labels, rows)
     lda = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(3, 1 / 3)).fit(fitted, fitted_labels)
     assert (found == lda.predict(rows)).mean() > 0.95  # which does not shrink the covariance
+    moved = probe_predictions(fitted + 100, fitted_labels, rows + 100)  # classes count alike wherever the origin is
+    np.testing.assert_array_equal(moved, found)
     logistic = LogisticRegression(max_iter=1000).fit(fitted, fitted_labels)
     assert (found == labels).mean() > (logistic.predict(rows) == labels).mean() - 0.03
 

@@ -202,5 +202,7 @@ def test_matched_neurons_are_as_active_and_none_of_the_skills():
         assert len(drawn) == 20
         assert not set(drawn.neurons["blocks.0.mlp"].tolist()) & set(own.neurons["blocks.0.mlp"].tolist())
     assert len({tuple(drawn.neurons["blocks.0.mlp"].tolist()) for drawn in matched}) == 50
+    one = matched_skills(skillfast.Skill("one", {"x": [200]}), {"x": np.arange(400.0)}, 400, rng)
+    assert {int(drawn.neurons["x"][0]) for drawn in one} == {*range(192, 200), *range(201, 210)}  # 17 nearest others
     most = skillfast.Skill("m", {"blocks.0.mlp": range(390)})
     assert matched_skills(most, means, 1, rng)[0].neurons["blocks.0.mlp"].tolist() == list(range(390, 400))

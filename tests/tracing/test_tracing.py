@@ -223,7 +223,7 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(skillfast.SkillfastError, match="expected a safetensors file, got one that is broken"):
         skillfast.NeuronScores.load(tmp_path / "new")
-    with pytest.raises(skillfast.SkillfastError, match="expected a file, got none; write it with"):
+    with pytest.raises(skillfast.SkillfastError, match=r"; write it with NeuronScores\.save or `skillfast trace`$"):
         skillfast.NeuronScores.load(tmp_path / "nowhere")
 
 
