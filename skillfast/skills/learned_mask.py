@@ -241,16 +241,17 @@ class _Learner:
             gates = (1 - (1 - scale) * removed.detach()).requires_grad_()
             if erase and step % REFIT == 0:
                 probes = self._probes(gates.detach(), classes, generator)
-            for rows, mask in _parts(own, step):
+            for rows, mask, n in _parts(own, others, step):  # the first n of them of the masks' own classes
                 logits, embeddings = self._gated(gates, mask, rows)
-                loss = target_loss(logits, classes[mask].to(logits.device)).sum()
-                for i in mask.unique().tolist() if erase else ():
-                    loss = loss + erase * probes[i].read(embeddings[mask == i]).sum() / units[i]
-                (len(classes) * loss / own.shape[-1]).backward()
-            for rows, mask in _parts(others, step):
-                logits = self._gated_logits(gates, mask, rows)
-                lost = kept_loss(logits, self.intact[rows].to(logits), classes[mask].to(logits.device))
-                (len(classes) * keep * lost.sum() / others.shape[-1]).backward()
+                of = classes[mask].to(logits.device)
+                loss = target_loss(logits[:n], of[:n]).sum() / own.shape[-1]
+                for i in mask[:n].unique().tolist() if erase else ():
+                    read = probes[i].read(embeddings[:n][mask[:n] == i]).sum()
+                    loss = loss + erase * read / units[i] / own.shape[-1]
+                if n < len(rows):
+                    lost = kept_loss(logits[n:], self.intact[rows[n:]].to(logits), of[n:])
+                    loss = loss + keep * lost.sum() / others.shape[-1]
+                (len(classes) * loss).backward()
             assert gates.grad is not None
             (gradient,) = torch.autograd.grad(removed, strength, gates.grad * (scale - 1))
             adam.step([gradient], RATE * (1 - 0.7 * done))
@@ -458,9 +459,15 @@ def _in_turn(values: torch.Tensor, n: int, generator: torch.Generator) -> torch.
     return torch.cat([values[:0], *turns])[:n]  # none where a mask has no turn
 
 
-def _parts(draws: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A step's draws, as many rows at a time as are held for the backward pass."""
-    return (part.unbind() for part in draws[:, step].split(ROWS_AT_ONCE, 1))
+def _parts(own: torch.Tensor, others: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """A step's draws, as many rows at a time as are held for the backward pass, and how many of them are own ones."""
+    if own.shape[-1] + others.shape[-1] <= ROWS_AT_ONCE:
+        rows, mask = torch.cat([own[:, step], others[:, step]], 1)
+        yield rows, mask, own.shape[-1]
+        return
+    for draws in (own, others):
+        for rows, mask in (part.unbind() for part in draws[:, step].split(ROWS_AT_ONCE, 1)):
+            yield rows, mask, len(rows) if draws is own else 0
 
 
 def _first_images(

@@ -195,6 +195,19 @@ def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch
     np.testing.assert_allclose(rates, np.linspace(0.4, 0.12, 5))
 
 
+def test_a_small_batch_is_one_pass(setting, monkeypatch):
+    """And does what passes of its parts do."""
+    passes = []
+    handle = setting[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    together = learned(*setting, steps=3, batch_size=20)
+    assert passes[-3:] == [20] * 3
+    monkeypatch.setattr(learned_mask, "ROWS_AT_ONCE", 8)
+    apart = learned(*setting, steps=3, batch_size=20)
+    handle.remove()
+    assert passes[-12:] == [8, 2, 8, 2] * 3
+    np.testing.assert_allclose(apart.values, together.values, rtol=1e-4, atol=1e-4)
+
+
 def test_own_images_and_others_weigh_as_keep_says(setting, monkeypatch):
     """With losses of 1 the others' images count as `keep` times the class's own, however many there are of either."""
     totals, of = {"own": 0.0, "others": 0.0}, []
@@ -215,6 +228,7 @@ def test_own_images_and_others_weigh_as_keep_says(setting, monkeypatch):
     monkeypatch.setattr(learned_mask, "target_loss", one("own"))
     monkeypatch.setattr(learned_mask, "kept_loss", one("others"))
     monkeypatch.setattr(learned_mask, "OWN_SHARE", 0.25)
+    monkeypatch.setattr(learned_mask, "ROWS_AT_ONCE", 15)  # own images and others in passes of their own
     monkeypatch.setattr(torch.Tensor, "backward", recorded)
     learned(*setting, steps=1, keep=3.0, batch_size=16)
     assert totals["others"] == pytest.approx(3 * totals["own"])
