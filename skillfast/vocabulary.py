@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["mlp", "attn", "head"]
+Kind = Literal["mlp", "attn", "expert", "router", "head"]
 Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample", "constant"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import read_batch
 from skillfast.models.sites import module_device, refuse_compiled, refuse_training
+from skillfast.models.watching import watched
 from skillfast.progress import Forecast, track
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from skillfast.ablation.donors import DonorBank
     from skillfast.ablation.interventions import Condition
     from skillfast.models.batches import Batch
-    from skillfast.models.sites import Site
 
 
 def predict_assigned(
@@ -88,11 +89,8 @@ def _predicted(model: torch.nn.Module, examples: Batch, interventions: Intervent
         each = torch.where(own < 0, len(interventions.conditions), own)
         with ExitStack() as stack:
             for site in interventions.sites:
-
-                def changed(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
-                    return (interventions.apply_each(site, args[0], each), *args[1:])
-
-                stack.callback(model.get_submodule(site.path).register_forward_pre_hook(changed).remove)
+                change = partial(interventions.apply_each, site, condition=each)
+                stack.enter_context(watched(model, site, change))
             return examples.logits(model).argmax(-1).cpu().numpy()
     found = torch.empty(len(own), dtype=torch.int64)
     for condition in own.unique().tolist():

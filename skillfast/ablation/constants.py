@@ -7,6 +7,7 @@ damage by an unusual input. The least that any constants cost is what is lost wi
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from torch.nn.functional import cross_entropy
 from skillfast.models.adam import Adam
 from skillfast.models.batches import read_batch
 from skillfast.models.sites import find_sites, module_device
+from skillfast.models.watching import watched
 from skillfast.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from skillfast.ablation.donors import DonorBank
+    from skillfast.models.activations import Activations
     from skillfast.models.sites import Site
     from skillfast.skills.skill import Skill
 
@@ -67,11 +70,10 @@ def optimal_constants(
     optimiser = Adam([site.moved for site in learned.values()])
     generator = torch.Generator().manual_seed(seed)
     device = module_device(model)
-    handles = [
-        model.get_submodule(sites[name].path).register_forward_pre_hook(site.replace) for name, site in learned.items()
-    ]
     batches = chain.from_iterable(repeat(loader))
-    try:
+    with ExitStack() as stack:
+        for name, site in learned.items():
+            stack.enter_context(watched(model, sites[name], site.replace))
         for _ in track(range(steps), "optimal constants", quiet=quiet):
             batch = read_batch(next(batches)).to(device)
             without = torch.randint(len(skills), (len(batch),), generator=generator)
@@ -79,9 +81,6 @@ def optimal_constants(
                 site.without = without.to(site.moved.device)
             loss = cross_entropy(batch.logits(model).float(), batch.labels)
             optimiser.step(torch.autograd.grad(loss, [site.moved for site in learned.values()]), RATE)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [{name: learned[name].constants_of(k) for name in skill.neurons} for k, skill in enumerate(skills)]
 
 
@@ -116,9 +115,9 @@ class _Learned:
     def constants_of(self, skill: int) -> torch.Tensor:
         return self.constants.detach()[self.skill == skill].cpu()
 
-    def replace(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
+    def replace(self, found: Activations) -> torch.Tensor:
+        x = found.values
         constants = torch.zeros_like(self.kept).index_put((self.skill, self.neuron), self.constants)
         shape = (len(x), *(1,) * (x.dim() - 2), x.shape[-1])
         changed = x * self.kept[self.without].view(shape) + constants[self.without].view(shape)
-        return (changed.to(x.dtype), *args[1:])
+        return changed.to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from skillfast.models.inputs import (
     unpadded,
 )
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
+from skillfast.models.watching import watched
 from skillfast.progress import track
 
 if TYPE_CHECKING:
@@ -128,6 +130,11 @@ def donors(
         raise ArgumentError(f"n_donors: expected at least 2, got {n_donors}; 256 are usual")
     sites = find_sites(model)
     neurons = _union(skills, sites)
+    if any(site.experts is not None and site.name in neurons for site in sites):
+        raise ArgumentError(
+            "donors: expected skills at sites whose neurons every token has, got some of routed experts, which a "
+            "donor's tokens may not have passed; leave out sites of kind expert and router"
+        )
     drawn = _drawn(model, loader, n_donors, label_key, seed, quiet)
     if len(drawn) < 2:
         raise ArgumentError(f"donors: expected at least 2 different examples, got {len(drawn)}; give more data")
@@ -260,18 +267,13 @@ class _Reader:
             chosen = x.index_select(-1, self.neurons[name].to(x.device))
             found[name] = chosen.float().mean(1, keepdim=True).to(x.dtype) if pooled and x.dim() == 3 else chosen
 
-        handles = [
-            self.model.get_submodule(site.path).register_forward_pre_hook(
-                lambda _, args, name=site.name: keep(name, args[0])
-            )
-            for site in self.sites
-        ]
-        try:
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(
+                    watched(self.model, site, lambda seen, name=site.name: keep(name, seen.values))  # type: ignore[misc]
+                )
             device = module_device(self.model)
             call(self.model, mapped(inputs, lambda x: x.to(device)))
-        finally:
-            for handle in handles:
-                handle.remove()
         return found
 
 

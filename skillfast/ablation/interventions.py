@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast import ops
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import LABELS
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.inputs import described, examples_in
 from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training, unwrap_compiled
+from skillfast.models.watching import watched
 from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import KINDS, MODES, Mode
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from skillfast.ablation.donors import DonorBank
+    from skillfast.models.activations import Activations
     from skillfast.models.inputs import Inputs
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
@@ -186,27 +187,31 @@ class Interventions:
         """What a condition does at a site; None where it does nothing."""
         return self._changes.get(site.name, {}).get(condition)
 
-    def apply(self, site: Site, x: torch.Tensor, conditions: Sequence[int], rows: torch.Tensor | None) -> torch.Tensor:
-        """Activations [conditions * batch, ..., D], one condition after the other, each changed by its own.
+    def apply(
+        self, site: Site, found: Activations, conditions: Sequence[int], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Activations of [conditions * batch] examples, one condition after the other, each changed by its own.
 
         Args:
             site: Where.
-            x: What flows there.
+            found: What flows there.
             conditions: Positions of the conditions.
             rows: int64 [batch], each example's row of the bank of donors; None where no condition needs one.
 
         Raises:
             ModelError: Donors are needed and not known, or for another number of examples.
         """
-        changes = self._changes[site.name]
+        changes, x = self._changes[site.name], found.values
         if not any(i in changes for i in conditions):
             return x
         tables = self._tables(site, x, tuple(conditions))
-        batch = x.shape[0] // len(conditions)
+        batch = found.batch // len(conditions)
         condition = (
             torch.arange(len(conditions), device=x.device).repeat_interleave(batch) if len(conditions) > 1 else None
         )
-        changed = ops.neuron_scale(x, tables.scale, tables.shift, condition)
+        changed = found.scaled(tables.scale, tables.shift, condition)
+        if self.donors is None:
+            return changed
         for part, i in zip(changed.split(batch), conditions, strict=True):
             change = changes.get(i)
             if change is None or change.donors is None:
@@ -231,16 +236,17 @@ class Interventions:
             part.index_add_(-1, change.neurons.to(part.device), (1 - change.scale) * other)
         return changed
 
-    def apply_each(self, site: Site, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Activations [batch, ..., D], each example's changed by a condition of its own, without donors.
+    def apply_each(self, site: Site, found: Activations, condition: torch.Tensor) -> torch.Tensor:
+        """Activations of [batch] examples, each changed by a condition of its own, without donors.
 
         Args:
             site: Where.
-            x: What flows there.
+            found: What flows there.
             condition: int64 [batch], position of each example's condition; as many as there are for none.
         """
-        tables = self._tables(site, x, tuple(range(len(self.conditions) + 1)))  # the last one changes nothing
-        return ops.neuron_scale(x, tables.scale, tables.shift, condition)
+        every = tuple(range(len(self.conditions) + 1))  # the last one changes nothing
+        tables = self._tables(site, found.values, every)
+        return found.scaled(tables.scale, tables.shift, condition)
 
     def factors(self, condition: int) -> dict[Site, tuple[torch.Tensor, torch.Tensor]]:
         """Site -> scale and shift, float64 [1, D] each, of what one condition does there.
@@ -296,6 +302,11 @@ def _check(skill: Skill, sites: dict[str, Site], fingerprint_of_model: str) -> N
 def _reference_mean(reference: NeuronScores | None, site: Site) -> torch.Tensor:
     if reference is None:
         raise ArgumentError("mode 'mean': expected reference=scores of a trace, got none")
+    if site.experts is not None:
+        raise ArgumentError(
+            f"mode 'mean': expected sites whose neurons every token has, got {site.name}, whose mean counts tokens "
+            "that were not routed; scale them, or leave out components expert and router"
+        )
     if reference.pool not in ("mean", "none") and site.kind != "head":
         raise ArgumentError(
             f"mode 'mean': expected reference scores pooled by 'mean', got {reference.pool!r}; "
@@ -416,21 +427,20 @@ def hooked(
     conditions: Sequence[int],
     rows: Callable[[], torch.Tensor | None],
 ) -> Iterator[None]:
-    """Pre-hooks that replace the input of the sites' projections, conditions stacked along the batch.
+    """Change what flows at the sites, conditions stacked along the batch.
 
     Args:
         model: The model.
         interventions: What every condition does.
-        sites: Sites whose inputs to replace.
+        sites: Sites whose activations to change.
         conditions: Positions of the conditions that run.
         rows: Gives the examples' rows of the bank of donors, int64 [batch], while a forward runs.
     """
     with ExitStack() as stack:
         for site in sites:
 
-            def replace_input(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
-                return (interventions.apply(site, args[0], conditions, rows()), *args[1:])
+            def change(found: Activations, site: Site = site) -> torch.Tensor:
+                return interventions.apply(site, found, conditions, rows())
 
-            handle = model.get_submodule(site.path).register_forward_pre_hook(replace_input)
-            stack.callback(handle.remove)
+            stack.enter_context(watched(model, site, change))
         yield

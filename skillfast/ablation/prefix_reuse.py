@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, with_first_tensor
 from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ModelError
+from skillfast.models.activations import Activations
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, call, examples_in, repeated, taken
 
@@ -309,7 +310,7 @@ class PrefixReuse:
             assert cache.embedding is not None
             stacked = _repeat(cache.embedding, n)
             if changed:
-                stacked = self.interventions.apply(self.trace.head, stacked, conditions, cache.donors)
+                stacked = self.interventions.apply(self.trace.head, Activations(stacked), conditions, cache.donors)
             logits = self.model.get_submodule(self.trace.head.path)(stacked)
             return _unstack(logits, n), _unstack(stacked, n)
         seen: list[torch.Tensor] = []

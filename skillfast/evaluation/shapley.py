@@ -1,4 +1,4 @@
-"""Where a skill lives: Shapley values of its parts in MLPs, attention and the head, and of its parts by block."""
+"""Where a skill lives: Shapley values of its parts in each kind of site, and of its parts by block."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
     from skillfast.skills.skill import Skill
 
-SUBSETS: tuple[tuple[Kind, ...], ...] = tuple(
-    subset for size in range(len(KINDS), 0, -1) for subset in combinations(KINDS, size)
-)
-"""All seven sets of components, the whole first."""
+
+def kinds_of(sites: Sequence[Site]) -> tuple[Kind, ...]:
+    """The kinds that shares are taken over: those of the sites, in the order of `KINDS`."""
+    return tuple(kind for kind in KINDS if any(site.kind == kind for site in sites))
 
 
-def shapley(values: np.ndarray) -> np.ndarray:
-    """Shapley value of each of `KINDS`: values [len(SUBSETS), ...] -> [len(KINDS), ...]; the empty set is worth 0."""
-    worth = dict(zip(map(frozenset, SUBSETS), values, strict=True))
+def subsets(kinds: Sequence[Kind]) -> tuple[tuple[Kind, ...], ...]:
+    """All sets of kinds but the empty one, the whole first."""
+    return tuple(subset for size in range(len(kinds), 0, -1) for subset in combinations(kinds, size))
+
+
+def shapley(values: np.ndarray, kinds: Sequence[Kind]) -> np.ndarray:
+    """Shapley value of each kind: values [sets, ...] of `subsets` -> [kinds, ...]; the empty set is worth 0."""
+    worth: dict[frozenset[Kind], np.ndarray] = dict(zip(map(frozenset, subsets(kinds)), values, strict=True))
     worth[frozenset()] = np.zeros_like(values[0])
-    n = len(KINDS)
+    n = len(kinds)
     result = []
-    for kind in KINDS:
+    for kind in kinds:
         share = np.zeros_like(values[0])
         for subset in worth:
             if kind not in subset:
@@ -40,42 +45,45 @@ def shapley(values: np.ndarray) -> np.ndarray:
     return np.stack(result)
 
 
-def layer_contribution(drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str]) -> LayerContribution:
+def layer_contribution(
+    drops: np.ndarray, resampled: np.ndarray, classes: Sequence[str], kinds: Sequence[Kind]
+) -> LayerContribution:
     """Share of each kind in what a removal costs, all classes together and each; `per_block` is left out.
 
     Args:
-        drops: float64 [len(SUBSETS), K], drop of each class's accuracy when its skill's neurons in a subset go.
-        resampled: float64 [len(SUBSETS), K, replicates].
+        drops: float64 [sets, K], drop of each class's accuracy when its skill's neurons in a set of kinds go, in the
+            order of `subsets`.
+        resampled: float64 [sets, K, replicates].
         classes: Class names.
+        kinds: What `kinds_of` gives; a kind that the model lacks has no share.
     """
-    total = drops.mean(1)  # [len(SUBSETS)]
-    spread = resampled.mean(1)  # [len(SUBSETS), replicates]
+    total = drops.mean(1)  # [sets]
+    spread = resampled.mean(1)  # [sets, replicates]
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread_shares = shapley(spread) / spread[0]
-        spread_rest = 1 - _alone(spread) / spread[0]
-    shares = _shares(total)
-    per_class = {name: Shares(**_shares(drops[:, i])) for i, name in enumerate(classes)}
-    ci95 = {kind: _ends(spread_shares[i], spread[0]) for i, kind in enumerate(KINDS)}
+        spread_shares = shapley(spread, kinds) / spread[0]
+        spread_rest = 1 - _alone(spread, kinds) / spread[0]
+    shares = _shares(total, kinds)
+    per_class = {name: Shares(**_shares(drops[:, i], kinds)) for i, name in enumerate(classes)}
+    ci95 = {**dict.fromkeys(KINDS), **{kind: _ends(spread_shares[i], spread[0]) for i, kind in enumerate(kinds)}}
     return LayerContribution(
-        mlp=shares["mlp"],
-        attn=shares["attn"],
-        head=shares["head"],
-        non_additivity=float(1 - _alone(total) / total[0]) if total[0] > 0 else None,
+        **shares,  # type: ignore[arg-type]  # a field per kind
+        non_additivity=float(1 - _alone(total, kinds) / total[0]) if total[0] > 0 else None,
         per_class=per_class,
         ci95=ShareIntervals(**ci95, non_additivity=_ends(spread_rest, spread[0])),
     )
 
 
-def _alone(values: np.ndarray) -> np.ndarray:
-    """Sum of what each component is worth alone."""
-    return sum((values[SUBSETS.index((kind,))] for kind in KINDS), np.zeros_like(values[0]))
+def _alone(values: np.ndarray, kinds: Sequence[Kind]) -> np.ndarray:
+    """Sum of what each kind is worth alone."""
+    return sum((values[subsets(kinds).index((kind,))] for kind in kinds), np.zeros_like(values[0]))
 
 
-def _shares(values: np.ndarray) -> dict[str, float | None]:
-    """Share of each component in the drop of the whole skill; None where nothing dropped."""
-    if values[0] <= 0:
-        return dict.fromkeys(KINDS)
-    return dict(zip(KINDS, (shapley(values) / values[0]).tolist(), strict=True))
+def _shares(values: np.ndarray, kinds: Sequence[Kind]) -> dict[str, float | None]:
+    """Share of each kind in the drop of the whole skill; None where nothing dropped or the model has none."""
+    found: dict[str, float | None] = dict.fromkeys(KINDS)
+    if values[0] > 0:
+        found |= dict(zip(kinds, (shapley(values, kinds) / values[0]).tolist(), strict=True))
+    return found
 
 
 def occupied_blocks(skills: Sequence[Skill], sites: Sequence[Site]) -> list[int | None]:

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import inputs_of
 from skillfast.models.shrink import is_configured, shrunk
 from skillfast.models.sites import DECLARED, find_sites, input_width, refuse_compiled, unwrap_compiled
+from skillfast.models.watching import watched
 from skillfast.models.weights import first_line
 
 if TYPE_CHECKING:
@@ -270,16 +271,10 @@ def _learnable(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> I
 @contextmanager
 def _silenced(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """Every neuron of the sites is 0 inside."""
-
-    def zero(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * 0, *args[1:])
-
-    handles = [model.get_submodule(site.path).register_forward_pre_hook(zero) for site in sites]
-    try:
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(watched(model, site, lambda found: found.values * 0))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _by_module(names: set[str], size: Mapping[str, float]) -> dict[str, float]:

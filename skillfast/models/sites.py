@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.experts import experts_of
 from skillfast.models.families import HEAD_COUNTS, HEAD_WIDTHS, HEADS, Family, families, register_family
 from skillfast.vocabulary import KINDS, Kind
 
@@ -48,12 +49,14 @@ class Site:
     """A place whose coordinates are neurons.
 
     Attributes:
-        name: Canonical name in every family: `blocks.3.mlp`, `blocks.3.attn`, `head`.
-        kind: `"mlp"`, `"attn"` or `"head"`.
+        name: Canonical name in every family: `blocks.3.mlp`, `blocks.3.attn`, `blocks.3.experts`, `head`.
+        kind: `"mlp"`, `"attn"`, `"expert"`, `"router"` or `"head"`.
         block: Index of the block, counted in the order of the model's modules; None for the head.
-        path: Path of the projection module whose input holds the neurons.
+        path: Path of the projection module whose input holds the neurons. Of routed experts, of the module of all of a
+            block: the inputs of its down projections hold them, or the gates that it is given (`"router"`).
         width: Number of neurons.
         heads: Number of attention heads; None elsewhere.
+        experts: Number of routed experts, each with `width // experts` neurons; None elsewhere.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Site:
     path: str
     width: int
     heads: int | None = None
+    experts: int | None = field(default=None, repr=False)
 
 
 def site_slices(sites: Sequence[Site]) -> dict[str, slice]:
@@ -118,6 +122,9 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     blocks: dict[str, int] = {}
     sites = []
     for path, module in model.named_modules():
+        if (routed := experts_of(module)) is not None:
+            sites += _expert_sites(path, *routed, blocks)
+            continue
         width = input_width(module)
         if width is None or isinstance(parent := _parent(model, path), torch.nn.MultiheadAttention):
             continue  # that one never calls its projection
@@ -138,6 +145,17 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     if head is not None:
         sites.append(Site("head", "head", None, *head))
     return tuple(sites)
+
+
+def _expert_sites(path: str, experts: int, units: int, blocks: dict[str, int]) -> list[Site]:
+    """The sites of a block's routed experts, and of the gates that weigh them."""
+    numbered = re.match(r".*\b\d+(?=\.)", path)
+    around = next((block for block in blocks if path.startswith(f"{block}.")), numbered[0] if numbered else "")
+    index = blocks.setdefault(around, len(blocks))
+    return [
+        Site(f"blocks.{index}.router", "router", index, path, experts, experts=experts),
+        Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts),
+    ]
 
 
 def input_width(module: torch.nn.Module) -> int | None:
@@ -262,7 +280,7 @@ def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, st
     if isinstance(wanted, Mapping):
         return declare_sites(model, wanted)
     sites = find_sites(model)
-    if wanted is None:
+    if wanted is None or set(wanted) >= set(KINDS):
         return sites
     kinds = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
     if not wanted:

@@ -46,7 +46,9 @@ ROWS = (
 )
 # what else takes the neurons' place than 0
 REPLACED = (("mean", "their means"), ("resample", "another example's"), ("constant", "fitted constants"))
-KINDS = (("mlp", "MLP"), ("attn", "attention"), ("head", "classifier head"))
+KINDS = (
+    ("mlp", "MLP"), ("attn", "attention"), ("expert", "experts"), ("router", "routers"), ("head", "classifier head"),
+)  # fmt: skip
 
 
 def _cell(values: Selectivity, key: str) -> Text:
@@ -108,12 +110,15 @@ def _add_evidence(table: Table, results: BenchResults) -> None:
         table.add_row(f"top-{correlated.top} |r| with label", plain(finite(label.test)), "", "")
 
 
-def _comparison_rows() -> list[tuple[str, Callable[[BenchResults], str | Text]]]:
+def _comparison_rows(named: Mapping[str, BenchResults]) -> list[tuple[str, Callable[[BenchResults], str | Text]]]:
     def term(source: str, key: str) -> Callable[[BenchResults], Text]:
         return lambda results: _cell(getattr(results, source), key)
 
     def share(kind: str) -> Callable[[BenchResults], str]:
         return lambda results: percent(getattr(results.layer_contribution, kind, None), "")
+
+    def has_share(kind: str) -> bool:
+        return any(kind in dict(_kinds(results.layer_contribution)) for results in named.values())
 
     return [
         ("model", lambda results: Text(results.model.name)),
@@ -125,7 +130,7 @@ def _comparison_rows() -> list[tuple[str, Callable[[BenchResults], str | Text]]]
         ("target drop of the oracle", term("oracle", "target_drop")),
         ("target drop of the random control", term("random_control", "target_drop")),
         ("regret of the random control", term("random_control", "regret")),
-        *((f"share of {name}", share(kind)) for kind, name in KINDS),
+        *((f"share of {name}", share(kind)) for kind, name in KINDS if has_share(kind)),
         ("seconds in all", lambda results: f"{results.cost.seconds.total:,.1f}"),
     ]
 
@@ -136,10 +141,8 @@ def comparison_table(named: Mapping[str, BenchResults]) -> Table:
     table.add_column("")
     for name in named:
         table.add_column(Text(name))
-    any_share = any(results.layer_contribution for results in named.values())
-    for name, write in _comparison_rows():
-        if any_share or not name.startswith("share of"):
-            table.add_row(name, *(write(results) for results in named.values()))
+    for name, write in _comparison_rows(named):
+        table.add_row(name, *(write(results) for results in named.values()))
     return table
 
 

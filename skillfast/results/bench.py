@@ -433,19 +433,26 @@ class SelectionResult(Record, frozen=True):
     oracle: SelectionOracle
 
 
-class Shares(Record, frozen=True):
-    """Shapley value of each kind as a share of what the whole skill costs; null where nothing dropped."""
+class Shares(Record, frozen=True, kw_only=True):
+    """Shapley value of each kind as a share of what the whole skill costs.
+
+    null where nothing dropped, or where the model has none; experts and routers are left out then.
+    """
 
     mlp: float | None
     attn: float | None
+    expert: float | None = None
+    router: float | None = None
     head: float | None
 
 
-class ShareIntervals(Record, frozen=True):
+class ShareIntervals(Record, frozen=True, kw_only=True):
     """95 % bootstrap intervals of the shares."""
 
     mlp: Interval
     attn: Interval
+    expert: Interval = None
+    router: Interval = None
     head: Interval
     non_additivity: Interval = None
 

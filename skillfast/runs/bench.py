@@ -372,7 +372,7 @@ def _results(
         },
         "matched_control": own_control(own.matched, intact[some], labels[some]),
         "layer_contribution": {
-            **structs.asdict(shapley.layer_contribution(drops, resampled, classes)),
+            **structs.asdict(shapley.layer_contribution(drops, resampled, classes, shapley.kinds_of(sites))),
             "per_block": shapley.per_block(blocks, *block_drops, subject.splits.classes),
             "n_by_block": len(own.block_rows),
         },

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skillfast.ablation.interventions import Condition
-from skillfast.evaluation.shapley import SUBSETS, occupied_blocks
+from skillfast.evaluation.shapley import kinds_of, occupied_blocks, subsets
 from skillfast.models.sites import choose_sites
 from skillfast.skills.skill import matched_skills, random_skills
 
@@ -24,9 +24,10 @@ ON_ALL = 2  # random draws per skill that run on the examples of all classes
 FEW = 1  # random draws per skill of what is dear to measure
 
 
-def component_conditions(skills: Sequence[Skill], scale: float) -> list[list[Condition]]:
-    """Each skill with only its neurons in each subset of the kinds, but for all of them: [len(SUBSETS) - 1][K]."""
-    return [[Condition(skill, components=subset, scale=scale) for skill in skills] for subset in SUBSETS[1:]]
+def component_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[list[Condition]]:
+    """Each skill with only its neurons in each subset of the sites' kinds, but for all of them: [sets - 1][K]."""
+    parts = subsets(kinds_of(sites))[1:]
+    return [[Condition(skill, components=part, scale=scale) for skill in skills] for part in parts]
 
 
 def block_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[list[Condition]]:
@@ -111,7 +112,7 @@ class Removals:
         return Removals(
             skills,
             whole=[Condition(skill, scale=settings.scale) for skill in skills],
-            components=component_conditions(skills, settings.scale),
+            components=component_conditions(skills, sites, settings.scale),
             blocks=block_conditions(skills, sites, settings.scale),
             controls=[condition for row in controls[:ON_ALL] for condition in row],
             few_controls=[condition for row in controls[:FEW] for condition in row],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from skillfast.metrics import Categorical
 from skillfast.models.batches import Batch, classes_of, read_batch
 from skillfast.models.inputs import mapped
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
+from skillfast.models.watching import watched
 from skillfast.progress import track
 from skillfast.skills.ranking import NeuronRanking
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
+
+    from skillfast.models.activations import Activations
 
 
 def attribute(
@@ -109,12 +113,9 @@ def _attributed(
         for batch in track(loader, "attribution", quiet=quiet):
             found = class_batch(batch, n_classes, next(model.parameters()).device, label_key)
             labels = found.labels
-            with neuron_inputs(model, chosen) as inputs:
+            with differentiable(model, chosen) as seen:
                 own = log_odds(found.logits(model), labels).sum()
-            gradients = torch.autograd.grad(own, [inputs[site.name] for site in chosen])
-            rows = torch.cat(
-                [_over_tokens(inputs[s.name].detach(), g) for s, g in zip(chosen, gradients, strict=True)], dim=1
-            )  # [batch, n_neurons]
+            rows = torch.cat(_effects(own, [seen[site.name] for site in chosen]), dim=1)  # [batch, n_neurons]
             member = (
                 torch.nn.functional.one_hot(labels, n_classes)
                 if members is None
@@ -170,22 +171,27 @@ def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | Non
 
 
 @contextmanager
-def neuron_inputs(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, torch.Tensor]]:
-    """Each site's neurons [batch, ..., width] of the forward inside the context, as tensors with a gradient."""
-    found: dict[str, torch.Tensor] = {}
+def differentiable(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[Activations]]]:
+    """Each site's activations of the forward inside the context, with values that have a gradient."""
+    seen: dict[str, list[Activations]] = {site.name: [] for site in sites}
     with ExitStack() as stack:
         for site in sites:
 
-            def keep(_: torch.nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
-                x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-                found[site.name] = x
-                return (x, *args[1:])
+            def keep(found: Activations, site: Site = site) -> torch.Tensor:
+                x = found.values if found.values.requires_grad else found.values.detach().requires_grad_()
+                seen[site.name].append(replace(found, values=x))
+                return x
 
-            stack.callback(model.get_submodule(site.path).register_forward_pre_hook(keep).remove)
-        yield found
+            stack.enter_context(watched(model, site, keep))
+        yield seen
 
 
-def _over_tokens(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient x activation summed over what is between the batch and the neurons: float64 [batch, width]."""
-    product = x.double() * gradient.double()
-    return product.reshape(len(x), -1, x.shape[-1]).sum(1)
+def _effects(value: torch.Tensor, seen: Sequence[Sequence[Activations]]) -> list[torch.Tensor]:
+    """Gradient x activation of each site, summed over an example's tokens: float64 [batch, width] each."""
+    gradients = iter(torch.autograd.grad(value, [part.values for parts in seen for part in parts]))
+    found = []
+    for parts in seen:
+        effects = [replace(part, values=part.values.detach().double() * next(gradients).double()) for part in parts]
+        whole = effects[0].joined(effects)
+        found.append(whole.summed(whole.values))
+    return found

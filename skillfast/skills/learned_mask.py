@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from skillfast import ops
 from skillfast.backends.capture import accumulation_dtype
 from skillfast.errors import ArgumentError
 from skillfast.metrics import margin
@@ -18,6 +17,7 @@ from skillfast.models.adam import Adam
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, split, taken, trimmed
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
+from skillfast.models.watching import watched
 from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.discriminant import linear_discriminant
@@ -26,6 +26,8 @@ from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from skillfast.models.activations import Activations
 
 OWN_MARGIN = 1.0  # logits by which the class shall lose on its own images
 KEPT_MARGIN = 2.0  # logits by which other images' decisions shall stand
@@ -297,27 +299,23 @@ class _Learner:
         Returns:
             Logits [n, n_classes], and what the classifier reads, [n, width]; the latter empty for a model without one.
         """
-        handles, embeddings = [], torch.empty(0)
-        for site, gate in zip(self.sites, gates.split(self.widths, 1), strict=True):
-
-            def scaled(_: torch.nn.Module, args: tuple[Any, ...], gate: torch.Tensor = gate) -> tuple[Any, ...]:
-                x = args[0]
-                there = gate.to(x.device, accumulation_dtype(x.dtype))
-                return (ops.neuron_scale(x, there, None, mask.to(x.device)), *args[1:])
-
-            handles.append(self.model.get_submodule(site.path).register_forward_pre_hook(scaled))
+        embeddings = torch.empty(0)
 
         def keep(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal embeddings
             embeddings = args[0]
 
-        if self.head is not None:  # after its gate, as hooks run in their order
-            handles.append(self.model.get_submodule(self.head).register_forward_pre_hook(keep))
-        try:
+        with ExitStack() as stack:
+            for site, gate in zip(self.sites, gates.split(self.widths, 1), strict=True):
+
+                def scaled(found: Activations, gate: torch.Tensor = gate) -> torch.Tensor:
+                    x = found.values
+                    return found.scaled(gate.to(x.device, accumulation_dtype(x.dtype)), None, mask.to(x.device))
+
+                stack.enter_context(watched(self.model, site, scaled))
+            if self.head is not None:  # after its gate, as hooks run in their order
+                stack.callback(self.model.get_submodule(self.head).register_forward_pre_hook(keep).remove)
             return self._logits(taken(self.images, rows)), embeddings
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _initial(self, classes: torch.Tensor, start: NeuronRanking | None) -> torch.Tensor:
         """Strengths to start from: masks, where there are some, else attributions.

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from skillfast.errors import ModelError
+from skillfast.models.activations import RoutedActivations
+from skillfast.models.watching import watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from skillfast.models.activations import Activations
     from skillfast.models.sites import Site
     from skillfast.vocabulary import Activation
 
@@ -96,19 +100,25 @@ class FusedActivation(nn.Module):
 
 
 @contextmanager
-def reading(model: nn.Module, site: Site, read: Read) -> Iterator[None]:
-    """Hand every forward's neurons of a site to `read`; the model is as before on every way out."""
+def reading(
+    model: nn.Module, site: Site, read: Read, read_routed: Callable[[RoutedActivations], None]
+) -> Iterator[None]:
+    """Hand every forward's neurons of a site to `read`, of routed experts to `read_routed`.
+
+    The model is as before on every way out.
+    """
+    if site.experts is not None:
+        with _reading_routed(model, site, read_routed):
+            yield
+        return
     owner = plain_mlp(model, site)
     if owner is None:
 
-        def before_projection(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            read(args[0].detach(), "identity", False)
+        def at_projection(found: Activations) -> None:
+            read(found.values.detach(), "identity", False)
 
-        handle = model.get_submodule(site.path).register_forward_pre_hook(before_projection)
-        try:
+        with watched(model, site, at_projection):
             yield
-        finally:
-            handle.remove()
         return
     original = owner.act
     owner.act = FusedActivation(original, owner.drop1, read)  # type: ignore[arg-type]  # modules both
@@ -116,3 +126,24 @@ def reading(model: nn.Module, site: Site, read: Read) -> Iterator[None]:
         yield
     finally:
         owner.act = original
+
+
+@contextmanager
+def _reading_routed(model: nn.Module, site: Site, read: Callable[[RoutedActivations], None]) -> Iterator[None]:
+    """Hand the rows of all experts to `read`, once per forward."""
+    parts: list[RoutedActivations] = []
+
+    def keep(found: Activations) -> None:
+        assert isinstance(found, RoutedActivations)
+        parts.append(replace(found, values=found.values.detach(), gate=found.gate.detach()))
+
+    def after_experts(*_: object) -> None:
+        read(RoutedActivations.joined(parts))
+        parts.clear()
+
+    with watched(model, site, keep):
+        handle = model.get_submodule(site.path).register_forward_hook(after_experts)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -17,6 +17,7 @@ from skillfast.statistics.tokens import on_device
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from skillfast.models.activations import RoutedActivations
     from skillfast.models.sites import Site
     from skillfast.statistics.accumulator import NeuronStatistics
     from skillfast.statistics.scores import NeuronScores
@@ -38,15 +39,24 @@ class Expected:
 
     def mask_for(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
         """The mask on the activations' device; None for activations without tokens."""
-        if self.mask is None or x.dim() == 2:
+        if x.dim() == 2:
             return None
         batch, tokens, _ = as_tokens(x).shape
-        if self.mask.shape != (batch, tokens):
+        return self._checked(site, (batch, tokens), x.device)
+
+    def mask_of_rows(self, site: Site, found: RoutedActivations) -> torch.Tensor | None:
+        """The mask on the rows' device; None without."""
+        return self._checked(site, found.shape, found.token.device)
+
+    def _checked(self, site: Site, shape: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        if self.mask.shape != shape:
             raise ArgumentError(
-                f"mask: expected one for the {batch} x {tokens} tokens of {site.name}, got shape "
+                f"mask: expected one for the {shape[0]} x {shape[1]} tokens of {site.name}, got shape "
                 f"{list(self.mask.shape)}; give the mask of what runs through the blocks"
             )
-        return self.mask.on(x.device)
+        return self.mask.on(device)
 
 
 def pooled_row(
@@ -79,8 +89,8 @@ class _Rows:
         """Whether a forward waits to be counted."""
         return self.batch is not None
 
-    def _enter(self, site: Site, x: torch.Tensor) -> bool:
-        """Checks a site's activations; whether they are the first of this forward."""
+    def _enter(self, site: Site, batch: int) -> bool:
+        """Checks a site's number of examples; whether they are the first of this forward."""
         if site.name in self.fired:
             raise ModelError(
                 f"{site.name}: expected one forward per step, got a second; call tracer.step() after each forward, "
@@ -88,11 +98,11 @@ class _Rows:
             )
         first = self.batch is None
         if self.batch is None:
-            self.batch = x.shape[0]
-        if x.shape[0] != self.batch:
+            self.batch = batch
+        if batch != self.batch:
             raise ModelError(
-                f"{site.name}: expected one row per sample ({self.batch}), got activations of shape "
-                f"{list(x.shape)}; models that fold tokens into the batch are not supported"
+                f"{site.name}: expected one row per sample ({self.batch}), got activations of {batch}; models that "
+                "fold tokens into the batch are not supported"
             )
         self.fired.add(site.name)
         return first
@@ -145,12 +155,22 @@ class PooledRows(_Rows):
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Pool a site's activations into its columns; return the activated tensor."""
-        if self._enter(site, x):
-            self._rows = self.statistics.reserve(x.shape[0])
-        assert self._rows is not None
+        rows = self._reserved(site, x.shape[0])
         y, row = pooled_row(x, activation, self.pool, self.expected.mask_for(site, x), write)
-        self._rows[:, self.columns[site.name]] = row
+        rows[:, self.columns[site.name]] = row
         return y
+
+    def read_routed(self, site: Site, found: RoutedActivations) -> None:
+        """Pool what was routed to each expert into the site's columns."""
+        rows = self._reserved(site, found.batch)
+        rows[:, self.columns[site.name]] = found.pooled(self.pool, self.expected.mask_of_rows(site, found)).to(rows)
+
+    def _reserved(self, site: Site, batch: int) -> torch.Tensor:
+        """Rows of the buffer for a forward's examples."""
+        if self._enter(site, batch):
+            self._rows = self.statistics.reserve(batch)
+        assert self._rows is not None
+        return self._rows
 
     def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
         """Count the forward's rows with their metrics."""
@@ -213,7 +233,7 @@ class TokenRows(_Rows):
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Sum a site's activations over the tokens; return the activated tensor."""
-        first = self._enter(site, x)
+        first = self._enter(site, x.shape[0])
         mask = self.expected.mask_for(site, x)
         tokens = as_tokens(x).shape[1]
         if first:
@@ -242,6 +262,13 @@ class TokenRows(_Rows):
             flowing = as_tokens(y if write else x)  # only an identity is not written
             self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked_there)
         return y
+
+    def read_routed(self, site: Site, found: RoutedActivations) -> None:  # noqa: ARG002
+        """Raise ArgumentError: tokens are observations of sites that all of them pass."""
+        raise ArgumentError(
+            f"pool 'none': expected sites whose neurons every token has, got {site.name}; pass sites=('attn', 'mlp') "
+            "or pool='mean'"
+        )
 
     def _begin(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
         """Room for a forward."""

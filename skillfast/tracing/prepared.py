@@ -227,7 +227,7 @@ def prepare(
     Args:
         model: In evaluation mode; before or after it is compiled. One that has run compiled is compiled anew
             (`torch.compiler.reset`, which all compiled functions of the process see).
-        sites: Kinds or names of sites; None for every kind that the model has.
+        sites: Kinds or names of sites; None for every kind that the model has but experts and routers.
         pool: How the tokens of an example become one observation: `"mean"`, `"cls"`, `"max"` or `"last"`.
         rows: Examples of the largest batch that is traced; 4 bytes for each and every neuron.
         tokens: Tokens of the longest example, where batches have padding, so that masks can be told; None where none
@@ -250,6 +250,13 @@ def prepare(
     if rows < 1 or (tokens is not None and tokens < 1):
         raise ArgumentError(f"rows, tokens: expected at least 1, got {rows}, {tokens}; give those of the largest batch")
     chosen = choose_sites(inner, sites)
+    if sites is None:
+        chosen = tuple(site for site in chosen if site.experts is None)
+    if routed := next((site for site in chosen if site.experts is not None), None):
+        raise ArgumentError(
+            f"sites: expected ones whose neurons every token has, got {routed.name}, whose rows are as many as tokens "
+            "are routed; leave out sites of kind expert and router, or trace the model that is not compiled"
+        )
     warn_incomplete(inner)
     if (before := prepared(inner)) is not None:
         if any(before.changes.values()):

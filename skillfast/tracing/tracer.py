@@ -127,7 +127,9 @@ class Tracer:
             return self
         with ExitStack() as stack:  # undoes what was done where a later site fails
             for site in self.sites:
-                stack.enter_context(reading(self._model, site, partial(self._rows[site.name].read, site)))
+                rows = self._rows[site.name]
+                routed = partial(rows.read_routed, site)
+                stack.enter_context(reading(self._model, site, partial(rows.read, site), routed))
             self._stack = stack.pop_all()
         return self
 

@@ -85,8 +85,9 @@ def config_of(model_type: str, **sizes: object):
         ("GPT2LMHeadModel", "gpt2", ()),
         ("BertForSequenceClassification", "bert", ()),
         ("ViTForImageClassification", "vit", ()),
-        ("Qwen3MoeForCausalLM", "qwen3_moe", ("experts.gate_up_proj", "experts.down_proj", "mlp.gate")),
-        ("DeepseekV3ForCausalLM", "deepseek_v3", ("experts.gate_up_proj", "mlp.gate")),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", ()),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", ()),
+        ("GptOssForCausalLM", "gpt_oss", ()),
         ("T5ForConditionalGeneration", "t5", ("EncDecAttention.o", "EncDecAttention.q")),
     ],
 )
@@ -149,11 +150,15 @@ def test_a_run_says_what_its_sites_miss(tmp_path):
 
     said: list[str] = []
     model = transformers.MixtralForCausalLM(shrink._small(config_of("mixtral"), narrow=True))
-    found = _certify(model, said.append)
+    assert _certify(model, said.append).complete
+    assert not said
+    partly = make_vit()
+    declare_sites(partly, {s.name: s.path for s in find_sites(partly) if s.name != "blocks.1.mlp"})
+    found = _certify(partly, said.append)
     assert not found.complete
     (line,) = said
     assert line.startswith("warning: sites cover ")
-    assert "model.layers.*.mlp.experts.gate_up_proj" in line
+    assert "blocks.*.mlp.fc1" in line
     assert _certify(make_vit(), said.append).complete
     assert len(said) == 1
     declare_sites(plain := Plain(), {"blocks.0.mlp": "blocks.0.2"})

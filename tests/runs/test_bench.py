@@ -67,38 +67,42 @@ def test_random_controls_have_as_many_neurons_per_site():
     assert not torch.equal(drawn[0].neurons["blocks.0.mlp"], drawn[1].neurons["blocks.0.mlp"])
 
 
+DENSE = ("mlp", "attn", "head")
+
+
 def worth(mlp, attn, head, joint=0.0):
     """v of every subset when parts add up, and `joint` more where mlp and attn are together."""
     parts = {"mlp": mlp, "attn": attn, "head": head}
-    return np.array([sum(parts[k] for k in s) + joint * ({"mlp", "attn"} <= {*s}) for s in contribution.SUBSETS])
+    sets = contribution.subsets(DENSE)
+    return np.array([sum(parts[k] for k in s) + joint * ({"mlp", "attn"} <= {*s}) for s in sets])
 
 
 def test_shapley_values_of_games_that_are_known():
-    np.testing.assert_allclose(contribution.shapley(worth(0.3, 0.1, 0.05)), [0.3, 0.1, 0.05])
-    np.testing.assert_allclose(contribution.shapley(worth(0.3, 0.1, 0.05, joint=0.4)), [0.5, 0.3, 0.05])
+    np.testing.assert_allclose(contribution.shapley(worth(0.3, 0.1, 0.05), DENSE), [0.3, 0.1, 0.05])
+    np.testing.assert_allclose(contribution.shapley(worth(0.3, 0.1, 0.05, joint=0.4), DENSE), [0.5, 0.3, 0.05])
     random = np.random.default_rng(0).normal(size=(7, 11))
-    np.testing.assert_allclose(contribution.shapley(random).sum(0), random[0])
+    np.testing.assert_allclose(contribution.shapley(random, DENSE).sum(0), random[0])
 
 
 def test_layer_contribution():
     drops = np.stack([worth(0.3, 0.1, 0.0, 0.4), worth(0, 0, 0)], 1)  # the second class loses nothing
-    found = to_json(contribution.layer_contribution(drops, np.repeat(drops[..., None], 5, -1), ["a", "b"]))
+    found = to_json(contribution.layer_contribution(drops, np.repeat(drops[..., None], 5, -1), ["a", "b"], DENSE))
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.625, 0.375, 0])
     assert found["non_additivity"] == pytest.approx(0.5)
     assert found["per_class"]["b"] == {"mlp": None, "attn": None, "head": None}
     assert found["ci95"]["mlp"] == pytest.approx([0.625, 0.625])
     assert found["ci95"]["non_additivity"] == pytest.approx([0.5, 0.5])
-    nothing = contribution.layer_contribution(0 * drops, np.zeros((7, 2, 5)), ["a", "b"])
+    nothing = contribution.layer_contribution(0 * drops, np.zeros((7, 2, 5)), ["a", "b"], DENSE)
     assert nothing.mlp is nothing.non_additivity is nothing.ci95.mlp is nothing.ci95.non_additivity is None
 
 
 def test_shares_of_a_loss_that_may_be_none_have_no_interval():
     drops = worth(0.3, 0.1, 0.1)[:, None]
     resampled = drops[..., None] + np.linspace(-0.6, 0.6, 41)
-    found = to_json(contribution.layer_contribution(drops, resampled, ["a"]))
+    found = to_json(contribution.layer_contribution(drops, resampled, ["a"], DENSE))
     assert found["mlp"] == pytest.approx(0.6)
     assert found["ci95"]["mlp"] is None
-    assert to_json(contribution.layer_contribution(drops, drops[..., None] + [0.0, 0.1], ["a"]))["ci95"]["mlp"]
+    assert to_json(contribution.layer_contribution(drops, drops[..., None] + [0.0, 0.1], ["a"], DENSE))["ci95"]["mlp"]
 
 
 @pytest.mark.filterwarnings("ignore:some scores are not defined")
@@ -106,10 +110,11 @@ def test_shares_of_a_planted_skill():
     """Class 3 lives in one MLP neuron and two attention neurons that can each carry it: Shapley gives them halves."""
     images, labels = planted.images(120)
     skill = skillfast.Skill("3", planted.PLANTED[3])
-    conditions = [skillfast.Condition(skill), *(row[0] for row in removals.component_conditions([skill], 0.0))]
+    parts = removals.component_conditions([skill], find_sites(planted.model()), 0.0)
+    conditions = [skillfast.Condition(skill), *(row[0] for row in parts)]
     result = skillfast.sweep(planted.model(), [(images, labels)], conditions)
     drops = 1 - result.per_class_accuracy[:, [3]]
-    found = to_json(contribution.layer_contribution(drops, drops[..., None], ["3"]))
+    found = to_json(contribution.layer_contribution(drops, drops[..., None], ["3"], DENSE))
     assert [found[k] for k in ("mlp", "attn", "head")] == pytest.approx([0.5, 0.5, 0])
     assert found["non_additivity"] == 1
 

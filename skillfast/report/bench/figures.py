@@ -33,7 +33,10 @@ METHODS = (
     ("oracle", "oracle", "--oracle"),
     ("random_control", "random", "--random"),
 )
-KINDS = (("attn", "attention", "--attn"), ("mlp", "MLP", "--mlp"), ("head", "classifier head", "--head"))
+KINDS = (
+    ("attn", "attention", "--attn"), ("mlp", "MLP", "--mlp"), ("expert", "experts", "--expert"),
+    ("router", "routers", "--router"), ("head", "classifier head", "--head"),
+)  # fmt: skip
 
 
 def removal_matrix(results: BenchResults) -> Figure:

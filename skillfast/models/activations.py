@@ -1,0 +1,150 @@
+"""The activations of a site in one forward: of all tokens, or of those that were routed to an expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from skillfast import ops
+from skillfast.backends.capture import accumulation_dtype, as_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from skillfast.vocabulary import Pool
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The neurons of a site in one forward, where every token has all of them.
+
+    Attributes:
+        values: [batch, ..., D].
+    """
+
+    values: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return self.values.shape[0]
+
+    @staticmethod
+    def joined(parts: Sequence[Activations]) -> Activations:
+        """What flowed in all calls of one forward, one after the other along the tokens."""
+        return parts[0] if len(parts) == 1 else Activations(torch.cat([as_tokens(part.values) for part in parts], 1))
+
+    def scaled(
+        self, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values, each example's scaled by its condition's factors.
+
+        Args:
+            scale: [conditions, D], as `ops.neuron_scale` takes it.
+            shift: [conditions, D], added afterwards.
+            condition: int64 [batch]; None for the first one.
+        """
+        return ops.neuron_scale(self.values, scale, shift, condition)
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""
+        return values.reshape(self.batch, -1, values.shape[-1]).sum(1)
+
+
+@dataclass(frozen=True)
+class RoutedActivations(Activations):
+    """The neurons of a block's experts in one forward: a row for each token and expert that it was routed to.
+
+    Neuron `expert * U + unit` of the site is a unit of an expert. Rows of no expert (of a token that passes them by, or
+    of another process's experts) count nowhere.
+
+    Attributes:
+        values: [rows, U].
+        expert: int64 [rows]; `n_experts` and above for no expert.
+        token: int64 [rows], place among the tokens of the batch, example after example.
+        gate: [rows], the factor on the expert's output.
+        n_experts: Number of experts.
+        shape: Examples of the batch, and tokens of each.
+    """
+
+    expert: torch.Tensor
+    token: torch.Tensor
+    gate: torch.Tensor
+    n_experts: int
+    shape: tuple[int, int]
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return self.shape[0]
+
+    @property
+    def example(self) -> torch.Tensor:
+        """int64 [rows], the example that each row is of."""
+        return self.token // self.shape[1]
+
+    @staticmethod
+    def joined(parts: Sequence[Activations]) -> RoutedActivations:
+        """The rows of several parts of one forward."""
+        first = parts[0]
+        assert isinstance(first, RoutedActivations)
+        if len(parts) == 1:
+            return first
+
+        def every(name: str) -> torch.Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        return replace(first, values=every("values"), expert=every("expert"), token=every("token"), gate=every("gate"))
+
+    def scaled(
+        self, scale: torch.Tensor, shift: torch.Tensor | None = None, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values, each row's scaled by the factors of its example's condition and its expert."""
+        row = self.expert.clamp(max=self.n_experts - 1)
+        if condition is not None:
+            row = row + condition.to(row.device)[self.example] * self.n_experts
+        units = self.values.shape[-1]
+        shifts = None if shift is None else shift.view(-1, units)
+        return ops.neuron_scale(self.values, scale.view(-1, units), shifts, row)
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""
+        units = values.shape[-1]
+        sums = values.new_zeros((self.batch * self.n_experts + 1, units))  # the last one for rows of no expert
+        place = torch.where(self.expert < self.n_experts, self.example * self.n_experts + self.expert, len(sums) - 1)
+        return sums.index_add_(0, place, values)[:-1].view(self.batch, -1)
+
+    def pooled(self, pool: Pool, mask: torch.Tensor | None) -> torch.Tensor:
+        """One row per example [batch, D] of gate x activation, which is 0 where a token was not routed.
+
+        Args:
+            pool: `"mean"` over all tokens of the example, `"cls"`, `"last"` or `"max"`.
+            mask: bool [batch, tokens], False for padding; None without.
+        """
+        dtype = accumulation_dtype(self.values.dtype)
+        x = self.values.to(dtype) * self.gate.to(dtype)[:, None]
+        tokens = self.shape[1]
+        here = torch.ones(self.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+        if pool == "max":
+            row = self._largest(x, here)
+        else:
+            if pool != "mean":
+                order = torch.arange(tokens, device=x.device)
+                at = (
+                    torch.where(here, order, tokens).amin(1) if pool == "cls" else torch.where(here, order, -1).amax(1)
+                )  # [batch]
+                here = here & (order == at[:, None])
+            row = self.summed(torch.where(here.flatten()[self.token][:, None], x, 0)) / here.sum(1)[:, None]
+        return torch.where(here.any(1)[:, None], row, torch.nan)
+
+    def _largest(self, x: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        """Largest row of each example and expert [batch, D]; 0 counts where a token was not routed to it."""
+        real = here.flatten()[self.token] & (self.expert < self.n_experts)
+        place = (self.example * self.n_experts + self.expert)[real]
+        largest = x.new_full((self.batch * self.n_experts, x.shape[-1]), -torch.inf)
+        largest.index_reduce_(0, place, x[real], "amax")
+        routed = torch.bincount(place, minlength=len(largest)).view(self.batch, -1)
+        passed = (routed < here.sum(1)[:, None]).flatten()[:, None]  # [batch * experts, 1]
+        return torch.where(passed, largest.clamp(min=0), largest).view(self.batch, -1)

@@ -1,0 +1,255 @@
+"""Routed experts of transformers 5: where they are, and what flows into their down projections.
+
+Their weights are one parameter for all experts, `down_proj` [experts, ...], and the input of the down projection is a
+local variable that no hook sees. Two ways lead to it. The implementations `grouped_mm` and `batched_mm` make all rows
+at once with the module's own `_apply_gate` (or `act_fn`, where nothing is gated), which is replaced on the instance.
+The implementation `eager`, and experts with code of their own, multiply by a slice of `down_proj` for each expert: the
+module runs under a mode that sees these products. Which token a row is of is what the implementation itself computed,
+the order of its sort or the result of its search, since its sort is not stable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from skillfast.errors import ModelError
+from skillfast.models.activations import RoutedActivations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from skillfast.models.sites import Site
+
+    See = Callable[[RoutedActivations], torch.Tensor | None]
+
+AT_ONCE = ("grouped_mm", "batched_mm")
+"""Implementations that make the rows of all experts at once."""
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
+_WEIGHT = "down_proj"
+
+
+def experts_of(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Experts and units of each, for a module that holds the routed experts of a block; None for any other module."""
+    weight = getattr(module, _WEIGHT, None)
+    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 3 or not _is_routed(module):
+        return None
+    return weight.shape[0], weight.shape[1 if getattr(module, "is_transposed", False) else 2]
+
+
+def _is_routed(module: torch.nn.Module) -> bool:
+    """Whether its forward takes hidden states, the experts of each token, and their gates."""
+    return len(inspect.signature(module.forward).parameters) == 3
+
+
+@contextmanager
+def routed(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
+    """Hand what flows at a site of experts or of a router to `see` in every forward inside the context.
+
+    Args:
+        model: The model.
+        site: Of kind `"expert"`, whose rows are inputs of the down projections, or `"router"`, whose rows are gates.
+        see: Returns what flows on instead, or None for what came.
+
+    Raises:
+        ModelError: An implementation of the experts that shows nothing of what it computes.
+    """
+    module = model.get_submodule(site.path)
+    _check(module, site)
+    seam = _SEAMS.get(module)
+    if seam is None:
+        seam = _SEAMS[module] = _Seam(model, site)
+    watchers = seam.gates if site.kind == "router" else seam.units
+    watchers.append(see)
+    try:
+        yield
+    finally:
+        watchers.remove(see)
+        if not seam.gates and not seam.units:
+            _SEAMS.pop(module).remove()
+
+
+def _check(module: torch.nn.Module, site: Site) -> None:
+    name = _implementation(module)
+    if name not in (*AT_ONCE, "eager"):
+        raise ModelError(
+            f"{site.name}: expected experts computed by eager, {' or '.join(AT_ONCE)}, got {name!r}, which shows "
+            "nothing of them; call model.set_experts_implementation('grouped_mm')"
+        )
+
+
+def _implementation(module: torch.nn.Module) -> str:
+    if not hasattr(module, "has_gate"):
+        return "eager"  # code of its own
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) or "eager"
+
+
+class _Seam:
+    """The hooks of one module of experts, for as long as anyone watches it.
+
+    Attributes:
+        gates: Who sees the gates.
+        units: Who sees the inputs of the down projections.
+    """
+
+    def __init__(self, model: torch.nn.Module, site: Site) -> None:
+        self.site = site
+        self.gates: list[See] = []
+        self.units: list[See] = []
+        self._shape: tuple[int, int] | None = None  # examples and tokens of the running forward
+        self._forwards: list[_Forward] = []
+        self._stack = ExitStack()
+        module = model.get_submodule(site.path)
+        block = re.match(r".*\b\d+(?=\.)", site.path)
+        around = {site.path.rpartition(".")[0], *([block[0]] if block else [])}
+        for path in sorted(around, key=len):  # the block, then what is around the experts
+            handle = model.get_submodule(path).register_forward_pre_hook(self._note_shape, with_kwargs=True)
+            self._stack.callback(handle.remove)
+        begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._stack.callback(begin.remove)
+        end = module.register_forward_hook(self._end, always_call=True)
+        self._stack.callback(end.remove)
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self._stack.close()
+
+    def _note_shape(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if (hidden := next(tensors, None)) is not None and hidden.dim() == 3:
+            self._shape = (hidden.shape[0], hidden.shape[1])
+
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        (_, hidden), (_, index), (name, weights) = bound.arguments.items()
+        shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else self._shape
+        if shape is None or shape[0] * shape[1] != index.shape[0]:
+            raise ModelError(
+                f"{self.site.name}: expected the tokens of {shape and shape[0]} examples with {shape and shape[1]} "
+                f"each, got {index.shape[0]} rows; call the model itself, with inputs [batch, tokens]"
+            )
+        token = torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[-1])
+        one = torch.ones_like(weights).flatten()
+        assert self.site.experts is not None
+        gates = _passed(
+            self.gates, RoutedActivations(weights.reshape(-1, 1), index.flatten(), token, one, self.site.experts, shape)
+        )
+        bound.arguments[name] = gates.values.view(weights.shape)
+        self._forwards.append(forward := _Forward(module, gates, index.shape[-1], self.units))
+        forward.__enter__()
+        return bound.args, bound.kwargs
+
+    def _end(self, _: torch.nn.Module, __: Any, output: Any) -> None:
+        if not self._forwards:
+            return  # an earlier hook failed
+        forward = self._forwards.pop()
+        forward.close()
+        if output is not None and self.units and not forward.seen:
+            gates = forward.gates
+            if bool((gates.expert < gates.n_experts).any()):
+                raise ModelError(
+                    f"{self.site.name}: expected to see the inputs of its down projections, got none; call "
+                    "model.set_experts_implementation('grouped_mm'), or leave out sites of kind expert"
+                )
+            _passed(self.units, forward.nothing(output))
+
+
+def _passed(watchers: list[See], rows: RoutedActivations) -> RoutedActivations:
+    """What flows on of some rows."""
+    for see in tuple(watchers):
+        if (replaced := see(rows)) is not None:
+            rows = replace(rows, values=replaced)
+    return rows
+
+
+class _Forward(TorchFunctionMode):
+    """One forward of a module of experts: finds the inputs of the down projections, and whose they are."""
+
+    def __init__(self, module: torch.nn.Module, gates: RoutedActivations, slots: int, watchers: list[See]) -> None:
+        super().__init__()
+        self.module = module
+        self.gates = gates
+        self.slots = slots  # experts of a token
+        self.watchers = watchers
+        self.seen = False
+        self.at_once = _implementation(module) in AT_ONCE
+        self._order: torch.Tensor | None = None  # int64 [rows], of a sort by expert
+        self._hit: tuple[torch.Tensor, ...] | None = None  # slots and tokens of the expert that is computed
+        self._stack = ExitStack()
+        if watchers and self.at_once:
+            self._replace_activation()
+
+    def close(self) -> None:
+        """Leave the module as it was before the forward."""
+        self._stack.close()
+        self.__exit__(None, None, None)
+
+    def _replace_activation(self) -> None:
+        module: Any = self.module
+        if not module.has_gate:
+            handle = module.act_fn.register_forward_hook(lambda _, __, found: self._all_rows(found))
+            self._stack.callback(handle.remove)
+            return
+        original = module._apply_gate
+        module._apply_gate = lambda gate_up: self._all_rows(original(gate_up))
+        self._stack.callback(module.__dict__.pop, "_apply_gate")
+
+    def _all_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of all experts, in the order of the sort where there was one."""
+        gates, order = self.gates, self._order
+        rows = (gates.expert, gates.token, gates.values[:, 0])
+        expert, token, gate = rows if order is None else (each[order] for each in rows)
+        return self._passed(values, expert, token, gate)
+
+    def _rows_of(self, expert: int, values: torch.Tensor) -> torch.Tensor:
+        """Rows of one expert, of the tokens that were last searched for."""
+        assert self._hit is not None
+        slot, token = self._hit
+        gate = self.gates.values.view(-1, self.slots)[token, slot]
+        return self._passed(values, torch.full_like(token, expert), token, gate)
+
+    def _passed(
+        self, values: torch.Tensor, expert: torch.Tensor, token: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        self.seen = True
+        rows = replace(self.gates, values=values, expert=expert, token=token, gate=gate)
+        return _passed(self.watchers, rows).values
+
+    def nothing(self, like: torch.Tensor) -> RoutedActivations:
+        """No rows, where no token was routed to any expert."""
+        _, units = experts_of(self.module) or (0, 0)
+        gates = self.gates
+        return replace(
+            gates, values=like.new_empty(0, units), expert=gates.expert[:0], token=gates.token[:0], gate=gates.gate[:0]
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.watchers and not self.at_once and name in _PRODUCTS and len(args) > 1:
+            expert = self._expert_of(args[1])
+            args = args if expert is None else (self._rows_of(expert, args[0]), *args[1:])
+        found = func(*args, **(kwargs or {}))
+        if name == "sort" and self._order is None:
+            self._order = found[1]
+        elif name == "where" and isinstance(found, tuple):
+            self._hit = found
+        return found
+
+    def _expert_of(self, weight: Any) -> int | None:
+        """The expert whose slice of the down projections a matrix is; None for another matrix."""
+        whole = getattr(self.module, _WEIGHT)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            return None
+        if weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return None
+        return (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+
+
+_SEAMS: WeakKeyDictionary[torch.nn.Module, _Seam] = WeakKeyDictionary()

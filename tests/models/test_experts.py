@@ -1,0 +1,337 @@
+"""Routed experts of every family that is built from a small configuration, on every implementation."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line
+from torch import nn
+
+import skillfast
+from skillfast import Condition, Continuous, Skill
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models import shrink
+from skillfast.models.coverage import randomise
+from skillfast.models.sites import find_sites
+from skillfast.skills.attribution import log_odds
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined")
+
+# configuration -> class of the model, and settings that have no default or leave too little to be routed
+FAMILIES = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {"num_experts_per_tok": 2}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {}),
+    "gpt_oss": ("GptOssForCausalLM", {}),  # biases, transposed, interleaved
+    "glm4_moe": ("Glm4MoeForCausalLM", {}),
+    "olmoe": ("OlmoeForCausalLM", {}),
+    "phimoe": ("PhimoeForCausalLM", {}),
+    "granitemoe": ("GraniteMoeForCausalLM", {}),
+    "minimax": ("MiniMaxForCausalLM", {}),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
+    "nemotron_h": ("NemotronHForCausalLM", {}),  # no gate in the experts
+    "dots1": ("Dots1ForCausalLM", {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    "flex_olmo": ("FlexOlmoForCausalLM", {}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}),
+    "longcat_flash": ("LongcatFlashForCausalLM", {"zero_expert_num": 2}),  # experts that compute nothing
+}
+BACKENDS = ("eager", "grouped_mm", "batched_mm")
+OWN_CODE = ("longcat_flash",)
+CASES = [
+    pytest.param(family, backend, id=f"{family}-{backend}")
+    for family in FAMILIES
+    for backend in (BACKENDS if family not in OWN_CODE else ("eager",))
+]
+_MADE: dict[str, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
+
+
+def made(family: str, backend: str | None = None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A small model and inputs, made once; a copy where its experts are computed otherwise."""
+    if family not in _MADE:
+        model_class, settings = FAMILIES[family]
+        if not hasattr(transformers, model_class):
+            pytest.skip(f"this transformers has no {model_class}")
+        with torch.device("meta"):
+            whole = getattr(transformers, model_class)(transformers.AutoConfig.for_model(family, **settings))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shrink, "LAYERS", 2)
+            patch.setattr(shrink, "TOKENS", 10)
+            model, inputs = shrink.shrunk(whole)
+        randomise(model)
+        for site in find_sites(model):
+            if site.kind == "expert":
+                for weight in model.get_submodule(site.path).parameters():
+                    weight.data.mul_(8 if weight.dim() > 2 else 1)  # so that experts matter
+        _MADE[family] = model.requires_grad_(False), inputs
+    model, inputs = _MADE[family]
+    if family not in OWN_CODE:
+        model.set_experts_implementation(backend or "grouped_mm")
+    return model, inputs
+
+
+def plain_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Path of the experts -> hidden states, experts and gates that a plain forward gives them."""
+    seen = {}
+    handles = [
+        model.get_submodule(site.path).register_forward_pre_hook(
+            lambda _, args, path=site.path: seen.__setitem__(path, args)
+        )
+        for site in find_sites(model)
+        if site.kind == "expert"
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def plain_reading(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> np.ndarray:
+    """gate x activation [tokens, experts, units] of each expert's down projection, row by row."""
+    n, transposed = experts.down_proj.shape[0], getattr(experts, "is_transposed", False)
+    units = experts.down_proj.shape[1 if transposed else 2]
+    found = np.zeros((len(index), n, units))
+    first = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
+    for token, slots in enumerate(index.tolist()):
+        for slot, expert in enumerate(slots):
+            if expert >= n:
+                continue
+            weight = first[expert].T if not transposed else first[expert]
+            x = hidden[token] @ weight
+            if getattr(experts, "has_bias", False):
+                x = x + experts.gate_up_proj_bias[expert]
+            if hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", True):
+                x = experts._apply_gate(x[None])[0]
+            elif hasattr(experts, "gate_up_proj"):
+                gate, up = x.chunk(2)
+                x = experts.act_fn(gate) * up
+            else:
+                x = experts.act_fn(x)
+            found[token, expert] += (gates[token, slot] * x).numpy()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sites_of_experts_hold_all_that_they_do(family):
+    model, inputs = made(family)
+    kinds = {site.kind for site in find_sites(model)}
+    assert {"expert", "router"} <= kinds
+    found = skillfast.coverage(model, inputs)
+    routed = re.compile(r"\.experts\.|(mlp|mixer|feed_forward|block_sparse_moe)\.(gate|router|wg)\b")
+    assert not [name for name in found.missing if routed.search(name)], found
+    assert not [name for name in found.unexercised if ".experts." in name], found
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_traced_values_equal_a_plain_reading(family, backend):
+    """Means, deviations and correlations of all experts' units and of the gates, padding left out."""
+    model, inputs = made(family, backend)
+    batch, tokens = inputs["input_ids"].shape
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    mask[1, 5:] = False
+    seen = plain_inputs(model, inputs)
+    y = torch.tensor([0.3, -1.0, 2.0, 0.5])
+    with torch.no_grad():
+        intact = model(**inputs).logits
+        with skillfast.Tracer(model, {"y": Continuous()}, sites=["expert", "router"], statistics=["pearson"]) as tracer:
+            tracer.expect(mask)
+            traced = model(**inputs).logits
+            tracer.step(y=y)
+    assert torch.equal(intact, traced)
+    scores = tracer.compute()
+    for site in scores.sites:
+        experts = model.get_submodule(site.path)
+        hidden, index, gates = seen[site.path]
+        if site.kind == "expert":
+            each = plain_reading(experts, hidden.reshape(len(index), -1), index, gates)
+        else:
+            each = np.zeros((len(index), site.width))
+            for slot in range(index.shape[1]):
+                own = index[:, slot].numpy()
+                real = own < site.width
+                each[np.flatnonzero(real), own[real]] += gates[:, slot].numpy()[real]
+        each = each.reshape(batch, tokens, -1) * mask.numpy()[:, :, None]
+        want = each.sum(1) / mask.sum(1).numpy()[:, None]
+        found = scores[site.name]
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(found.mean, want.mean(0), atol=1e-5 * scale)
+        np.testing.assert_allclose(found.std, want.std(0), atol=1e-5 * scale)
+        for neuron in np.flatnonzero(want.std(0) > 1e-3 * scale):
+            expected = np.corrcoef(want[:, neuron], y.numpy())[0, 1]
+            assert found.pearson[neuron, 0] == pytest.approx(expected, abs=2e-3)
+
+
+def chosen(model: nn.Module, kind: str = "expert") -> Skill:
+    """Every third neuron of the sites of a kind."""
+    return Skill("s", {site.name: range(0, site.width, 3) for site in find_sites(model) if site.kind == kind})
+
+
+def edited(model: nn.Module, skill: Skill, scale: float) -> nn.Module:
+    """A copy whose down projections hold the removal: what a unit feeds is scaled."""
+    model = copy.deepcopy(model)
+    for site in find_sites(model):
+        if site.kind != "expert" or site.name not in skill.neurons:
+            continue
+        experts = model.get_submodule(site.path)
+        units = site.width // site.experts
+        for neuron in skill.neurons[site.name].tolist():
+            expert, unit = divmod(neuron, units)
+            weight = experts.down_proj.data[expert]
+            (weight[unit] if getattr(experts, "is_transposed", False) else weight[:, unit]).mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_removing_and_scaling_units_equal_edited_weights(family, backend):
+    model, inputs = made(family, backend)
+    skill = chosen(model)
+    with torch.no_grad():
+        intact = model(**inputs).logits
+        for scale in (0.0, 1.5):
+            with skillfast.ablate(model, skill, scale=scale):
+                found = model(**inputs).logits
+            want = edited(model, skill, scale)(**inputs).logits
+            assert float((found - want).abs().max()) < 1e-4 * float(want.abs().max())
+            assert float((found - intact).abs().max()) > 1e-3 * float(want.abs().max())
+        assert torch.equal(model(**inputs).logits, intact)
+
+
+class LastToken(nn.Module):
+    """A language model as a classifier: its logits of a few words after the last token."""
+
+    num_classes = 5
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits[:, -1, : self.num_classes]
+
+
+def batches(inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(inputs["input_ids"], torch.tensor([0, 3, 1, 3]))]
+
+
+SWEPT = ("qwen3_moe", "gpt_oss", "deepseek_v3", "longcat_flash")
+
+
+@pytest.mark.parametrize("family", SWEPT)
+def test_a_sweep_equals_a_loop(family):
+    classifier = LastToken(made(family)[0]).eval()
+    loader = batches(made(family)[1])
+    sites = [site for site in find_sites(classifier) if site.kind in ("expert", "router")]
+    conditions = [
+        Condition(Skill(site.name, {site.name: range(0, site.width, 2)}), scale=scale)
+        for site in (*sites[:2], *sites[3:])
+        for scale in (0.0, 3.0)
+    ]
+    result = skillfast.sweep(classifier, loader, conditions, keep_margins=True)
+    images, labels = loader[0]
+    for condition in conditions:
+        with torch.no_grad(), skillfast.ablate(classifier, condition.skill, scale=condition.scale):
+            logits = classifier(images)
+        margins = skillfast.metrics.margin(logits, labels).numpy()
+        np.testing.assert_allclose(
+            result.margins_of([condition.name])[0], margins, atol=2e-4 * float(logits.abs().max())
+        )
+    assert len({tuple(row) for row in result.margins.round(5).tolist()}) == len(conditions)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attributions_equal_those_of_the_weights(backend):
+    """A unit's gradient x activation is that of the weights it feeds, summed."""
+    classifier = LastToken(made("gpt_oss", backend)[0]).eval()
+    ids, labels = batches(made("gpt_oss", backend)[1])[0]
+    found = skillfast.attribute(classifier, [(ids, labels)], sites=["expert", "router"])
+    try:
+        classifier.requires_grad_(True)
+        for label in labels.unique().tolist():
+            own = labels == label
+            weights = {s.name: classifier.get_submodule(s.path).down_proj for s in found.sites if s.kind == "expert"}
+            value = log_odds(classifier(ids[own]), labels[own]).mean()
+            gradients = torch.autograd.grad(value, list(weights.values()))
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                want = (weight.detach() * gradient).sum(2).flatten()  # transposed: [experts, units, hidden]
+                rows = found.values[found.site_slices()[name], label]
+                np.testing.assert_allclose(rows, want.numpy(), atol=1e-5 * float(want.abs().max()))
+    finally:
+        classifier.requires_grad_(False)
+
+
+EXPERT, UNIT, CLASS = 2, 11, 3
+
+
+def planted_classifier() -> nn.Module:
+    """A token's class is read from its embedding, but for one class, which a unit of an expert of block 1 carries."""
+    model = copy.deepcopy(made("qwen3_moe")[0])
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head.zero_()
+    for c in range(LastToken.num_classes):
+        embeddings[c, :8] = 0
+        embeddings[c, c] = 4
+        head[c, c if c != CLASS else 10] = 1
+    head[0, CLASS] = 0.1  # what a token of the class is taken for without that unit
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.01)
+        layer.mlp.experts.down_proj.mul_(0.01)
+    mlp = model.model.layers[1].mlp
+    mlp.gate.weight[:, :8] = 0
+    mlp.gate.weight[EXPERT, CLASS] = 20
+    units = mlp.experts.down_proj.shape[2]
+    mlp.experts.gate_up_proj[EXPERT, [UNIT, units + UNIT]] = 0
+    mlp.experts.gate_up_proj[EXPERT, [UNIT, units + UNIT], CLASS] = 4
+    mlp.experts.down_proj[EXPERT, :, UNIT] = 0
+    mlp.experts.down_proj[EXPERT, 10, UNIT] = 4
+    return LastToken(model).eval()
+
+
+def test_a_planted_unit_is_found_and_removed_alone():
+    """One unit of one expert carries class 3: tracing ranks it first, and its removal costs that class alone."""
+    classifier = planted_classifier()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(LastToken.num_classes, (60,), generator=generator)
+    ids = torch.cat([torch.randint(20, 250, (60, 5), generator=generator), labels[:, None]], 1)
+    loader = list(zip(ids.split(20), labels.split(20), strict=True))
+    for pool in ("mean", "last"):
+        scores = skillfast.trace(classifier, loader, sites=["expert"], pool=pool, statistics=["pearson"])
+        column = scores.pearson[:, scores.columns.index(f"label:{CLASS}")]
+        skill = skillfast.select(scores, metric="label", share=1 / scores.n_neurons)[str(CLASS)]
+        units = scores.sites[1].width // scores.sites[1].experts
+        assert {name: index.tolist() for name, index in skill.neurons.items()} == {
+            "blocks.1.experts": [EXPERT * units + UNIT]
+        }
+        assert np.nanmax(column) > 0.99
+    result = skillfast.sweep(classifier, loader, [Condition(skill)])
+    assert result.baseline.tolist() == [1] * LastToken.num_classes
+    assert result.per_class_accuracy[0].tolist() == [float(c != CLASS) for c in range(LastToken.num_classes)]
+
+
+def test_experts_that_show_nothing_are_refused():
+    model, _ = made("qwen3_moe")
+    model.config._experts_implementation = "deepgemm"
+    try:
+        said = one_line(ModelError, skillfast.ablate(model, chosen(model)).__enter__)
+    finally:
+        model.set_experts_implementation("grouped_mm")
+    assert "set_experts_implementation('grouped_mm')" in said
+
+
+def test_a_mean_of_routed_neurons_is_no_value_of_theirs():
+    model, inputs = made("qwen3_moe")
+    with skillfast.Tracer(model, {"y": Continuous()}, sites=["expert"], statistics=["pearson"]) as tracer:
+        model(**inputs)
+        tracer.step(y=torch.arange(4.0))
+    scores = tracer.compute()
+    skill = chosen(model)
+    said = one_line(ArgumentError, skillfast.ablate(model, skill, mode="mean", reference=scores).__enter__)
+    assert "expected sites whose neurons every token has, got blocks.0.experts" in said
