@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 Kind = Literal["mlp", "attn", "expert", "router", "head"]
 Pool = Literal["mean", "cls", "max", "last", "none"]
-Mode = Literal["zero", "mean", "resample", "constant"]
+Mode = Literal["zero", "mean", "resample", "constant", "reroute"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
 Task = Literal["own", "classification", "causal"]

@@ -70,6 +70,8 @@ class BatchResult:
         margins: float32 [1 + conditions, n].
         embeddings: float32 [1 + conditions, n, E], or None.
         donors: [n], rows of the bank, or None.
+        routes: int64 [1 + conditions], how many choices of experts the intact model makes, of each token in each block,
+            then how many are others under each condition; zeros without routers.
     """
 
     labels: np.ndarray
@@ -79,6 +81,7 @@ class BatchResult:
     margins: np.ndarray
     embeddings: np.ndarray | None
     donors: np.ndarray | None
+    routes: np.ndarray
 
     @staticmethod
     def intact(
@@ -103,6 +106,7 @@ class BatchResult:
             margins=np.broadcast_to(margin(logits, labels).cpu().numpy(), shape).copy(),
             embeddings=None if kept is None else np.broadcast_to(kept, (*shape, kept.shape[-1])).copy(),
             donors=None if donors is None else donors[observed.example].numpy(),
+            routes=np.zeros(1 + conditions, np.int64),
         )
 
     def set(
@@ -131,4 +135,5 @@ class BatchResult:
             return None if arrays[0] is None else np.concatenate(arrays, axis)
 
         axes = {"labels": 0, "logits": 0, "second": 0, "predictions": 1, "margins": 1, "embeddings": 1, "donors": 0}
-        return BatchResult(**{name: cat(name, axis) for name, axis in axes.items()})
+        routes = np.sum([part.routes for part in parts], axis=0)
+        return BatchResult(**{name: cat(name, axis) for name, axis in axes.items()}, routes=routes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import LABELS
 from skillfast.models.coverage import warn_incomplete
+from skillfast.models.experts import without_experts
 from skillfast.models.inputs import described, examples_in
 from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
@@ -41,7 +43,8 @@ class Condition:
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
         mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold, `"resample"`
             the activation of a donor, another example drawn from a whole data set, `"constant"` the `constants`; in
-            general `other + scale * (x - other)`.
+            general `other + scale * (x - other)`. `"reroute"` is `"zero"`, but an expert whose neuron of a router is
+            in the skill gets its logit masked, so that its tokens are routed to other experts.
         name: What a sweep's result calls it; by default the skill's name and the settings that are not the defaults,
             such as `"deer (mlp+attn, x 2.0)"`. A sweep wants a different name for each of its conditions.
         constants: Site -> float [S], a value for each of the skill's neurons there in their order; for
@@ -63,6 +66,8 @@ class Condition:
             raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.scale, int | float) or not abs(self.scale) < float(np.finfo(np.float32).max):
             raise ArgumentError(f"scale: expected a finite number, got {self.scale}")
+        if self.mode == "reroute" and self.scale != 0:
+            raise ArgumentError(f"scale: expected 0 with mode 'reroute', got {self.scale}; an expert is there or not")
         if (self.mode == "constant") != (self.constants is not None):
             got = "none" if self.constants is None else f"some with mode {self.mode!r}"
             raise ArgumentError(f"constants: expected some with mode 'constant' alone, got {got}; change the mode")
@@ -99,6 +104,7 @@ class SiteChange:
         mean: float64 [S], what `mode="mean"` or `"constant"` leaves; None in other modes.
         donors: [M, ..., neurons that are kept], the donors' activations for `mode="resample"`; None in other modes.
         places: int64 [S], where the neurons stand in `donors`.
+        masked: Whether tokens are routed past the experts of these neurons, whose gates stay as they come.
     """
 
     neurons: torch.Tensor
@@ -106,6 +112,7 @@ class SiteChange:
     mean: torch.Tensor | None = None
     donors: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    masked: bool = False
 
     def donated(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Activations [batch, ..., S] of each example's donor, by its row int64 [batch]; None in other modes."""
@@ -174,6 +181,8 @@ class Interventions:
                     elif condition.mode == "resample":
                         kept, places = _of_donors(donors, condition.skill, site, neurons, fingerprint_of_model)
                         changes[i] = SiteChange(neurons, scale, donors=kept, places=places)
+                    elif condition.mode == "reroute" and site.kind == "router":
+                        changes[i] = SiteChange(neurons, 1.0, masked=True)
                     else:
                         changes[i] = SiteChange(neurons, scale)
             if changes:
@@ -186,6 +195,17 @@ class Interventions:
     def change_at(self, site: Site, condition: int) -> SiteChange | None:
         """What a condition does at a site; None where it does nothing."""
         return self._changes.get(site.name, {}).get(condition)
+
+    def masks(self, site: Site, conditions: Sequence[int], batch: int) -> torch.Tensor | None:
+        """Which experts each of [conditions * batch] examples lacks, bool [examples, experts]; None for none."""
+        changes = self._changes[site.name]
+        if not any(i in changes and changes[i].masked for i in conditions):
+            return None
+        masked = torch.zeros(len(conditions), site.width, dtype=torch.bool)
+        for k, i in enumerate(conditions):
+            if i in changes and changes[i].masked:
+                masked[k, changes[i].neurons] = True
+        return masked.repeat_interleave(batch // len(conditions), 0)
 
     def apply(
         self, site: Site, found: Activations, conditions: Sequence[int], rows: torch.Tensor | None
@@ -355,7 +375,8 @@ def ablate(
         skill: The neurons.
         scale: 0 removes them, 2 doubles their activations.
         mode: `"zero"` scales towards 0, `"mean"` towards the mean that the reference scores hold, `"resample"` towards
-            the activations of the donor that each example gets, whatever batch it is in.
+            the activations of the donor that each example gets, whatever batch it is in; `"reroute"` is `"zero"`, but
+            experts whose neuron of a router is in the skill are left out of the choice, so that tokens are routed anew.
         reference: Scores of this model, for `mode="mean"`.
         donors: For `mode="resample"`, from `skillfast.donors`. What the model is called with first tells who an example
             is, so call the model itself, not a part of it.
@@ -443,4 +464,7 @@ def hooked(
                 return interventions.apply(site, found, conditions, rows())
 
             stack.enter_context(watched(model, site, change))
+            if site.kind == "router":
+                masks = partial(interventions.masks, site, conditions)
+                stack.enter_context(without_experts(model, site, masks))
         yield

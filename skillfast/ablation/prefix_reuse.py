@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from skillfast.ablation.donors import token_mask
 from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, with_first_tensor
 from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ModelError
-from skillfast.models.activations import Activations
+from skillfast.models.activations import Activations, RoutedActivations
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, call, examples_in, repeated, taken
+from skillfast.models.watching import watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,6 +73,8 @@ class PrefixCache:
         outputs: Path of the module around a site's projection -> its output.
         neurons: Name of a site -> activations [batch, tokens, S] of the neurons that conditions change.
         donors: int64 [batch], each sample's row of the bank of donors; None where no condition needs one.
+        routes: Name of a router -> int64 [batch, tokens, slots], ascending: the experts of each token.
+        real: bool [batch, tokens], False for padding; None where the model is not told of any.
     """
 
     inputs: Inputs
@@ -80,6 +84,14 @@ class PrefixCache:
     outputs: dict[str, Any] = field(default_factory=dict)
     neurons: dict[str, torch.Tensor] = field(default_factory=dict)
     donors: torch.Tensor | None = None
+    routes: dict[str, torch.Tensor] = field(default_factory=dict)
+    real: torch.Tensor | None = None
+
+    @property
+    def routed(self) -> int:
+        """How many choices of experts the intact forward made: routers times real tokens."""
+        each = [route[..., 0].numel() if self.real is None else int(self.real.sum()) for route in self.routes.values()]
+        return sum(each)
 
     @property
     def finite(self) -> bool:
@@ -92,6 +104,12 @@ class PrefixCache:
         kept = [leaf for leaves, _ in self.calls.values() for leaf in leaves]
         tensors = {id(t): t for t in (*kept, *map(first_tensor, self.outputs.values()), *self.neurons.values())}
         return sum(t.nbytes for t in tensors.values() if isinstance(t, torch.Tensor))
+
+
+def routes_of(found: Activations) -> torch.Tensor:
+    """The experts of each token at a router, ascending: int64 [batch, tokens, slots]."""
+    assert isinstance(found, RoutedActivations)
+    return found.expert.view(*found.shape, -1).sort(-1).values
 
 
 @contextmanager
@@ -139,6 +157,7 @@ class PrefixReuse:
         self.conditions_from: dict[ResumePoint | None, list[int]] = {}
         for i in range(len(interventions.conditions)):
             self.conditions_from.setdefault(self._resume_point(i), []).append(i)
+        self._routers = [site for site in trace.sites if site.kind == "router"]
         self._changed: dict[str, torch.Tensor] = {}  # site of a resume point -> sorted neurons that conditions change
         for point, conditions in self.conditions_from.items():
             if point is not None and point.site is not None and point.block is not None:
@@ -245,6 +264,13 @@ class PrefixReuse:
 
                 head = self.model.get_submodule(self.trace.head.path)
                 stack.callback(head.register_forward_pre_hook(keep_embedding).remove)
+            for site in self._routers:
+
+                def keep_routes(found: Activations, site: Site = site) -> None:
+                    cache.routes[site.name] = routes_of(found)
+
+                stack.enter_context(watched(self.model, site, keep_routes))
+                cache.real = token_mask(self.model, inputs)
             cache.logits = logits_of(call(self.model, inputs), self.model)
         return cache
 
@@ -290,7 +316,7 @@ class PrefixReuse:
 
     def run(
         self, cache: PrefixCache, point: ResumePoint, conditions: Sequence[int], *, changed: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Run the forwards of conditions that begin at one point, stacked along the batch.
 
         Args:
@@ -300,8 +326,9 @@ class PrefixReuse:
             changed: False: change no neuron, to see whether the route gives the intact logits.
 
         Returns:
-            Logits [conditions, batch, ..., classes], and embeddings [conditions, batch, ..., E] or None without a
-            classifier.
+            Logits [conditions, batch, ..., classes], embeddings [conditions, batch, ..., E] or None without a
+            classifier, and how many of the cache's `routed` choices of experts are others, int64 [conditions], or None
+            without routers.
         """
         route = self.routes[point] if cache.finite else Route(None)
         n = len(conditions)
@@ -312,8 +339,10 @@ class PrefixReuse:
             if changed:
                 stacked = self.interventions.apply(self.trace.head, Activations(stacked), conditions, cache.donors)
             logits = self.model.get_submodule(self.trace.head.path)(stacked)
-            return _unstack(logits, n), _unstack(stacked, n)
+            none = torch.zeros(n, dtype=torch.int64, device=logits.device) if cache.routes else None
+            return _unstack(logits, n), _unstack(stacked, n), none
         seen: list[torch.Tensor] = []
+        rerouted = torch.zeros(n, dtype=torch.int64, device=cache.logits.device)
         with ExitStack() as stack:
             sites = self.interventions.sites
             rows = n if route.point is None or route.whole_stem else 0
@@ -324,9 +353,15 @@ class PrefixReuse:
             if self.trace.head is not None:
                 head = self.model.get_submodule(self.trace.head.path)
                 stack.callback(head.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
+            for site in self._routers:
+
+                def compare(found: Activations, site: Site = site) -> None:
+                    rerouted.add_(_other_routes(cache, site, routes_of(found), n).to(rerouted.device))
+
+                stack.enter_context(watched(self.model, site, compare))
             inputs = repeated(cache.inputs, rows) if rows else taken(cache.inputs, slice(1))
             output = logits_of(call(self.model, inputs), self.model)
-        return _unstack(output, n), _unstack(seen[0], n) if seen else None
+        return _unstack(output, n), _unstack(seen[0], n) if seen else None, rerouted if cache.routes else None
 
     def _set_up(
         self, stack: ExitStack, cache: PrefixCache, route: Route, conditions: Sequence[int], changed: bool
@@ -446,6 +481,16 @@ class PrefixReuse:
 
 def _repeat(x: Any, n: int) -> Any:
     return x.repeat(n, *(1,) * (x.dim() - 1)) if isinstance(x, torch.Tensor) else x
+
+
+def _other_routes(cache: PrefixCache, site: Site, routes: torch.Tensor, n: int) -> torch.Tensor:
+    """How many real tokens have other experts than in the intact forward: int64 [n] conditions."""
+    before = cache.routes[site.name]
+    if len(routes) != n * len(before):
+        return routes.new_zeros(n)  # a block before those that run, on the one row that passes it
+    tokens = routes.shape[1]  # the first alone where no other passes the last block
+    others = (_unstack(routes, n) != before[None, :, :tokens]).any(-1)  # [n, batch, tokens]
+    return (others if cache.real is None else others & cache.real[None, :, :tokens].to(others.device)).sum((1, 2))
 
 
 def _unstack(x: torch.Tensor, n: int) -> torch.Tensor:

@@ -80,6 +80,8 @@ class SweepResult:
             not asked for.
         baseline_embeddings: float32 [n, E], the classifier's input, or None where they were not asked for.
         embeddings: float32 [n_conditions, n, E], or None where they were not asked for.
+        rerouted: float64 [n_conditions], share of the choices of experts (of each token in each block) that are others
+            than the intact model's; None for a model without routers.
     """
 
     classes: tuple[str, ...]
@@ -97,6 +99,7 @@ class SweepResult:
     margins: np.ndarray | None = None
     baseline_embeddings: np.ndarray | None = None
     embeddings: np.ndarray | None = None
+    rerouted: np.ndarray | None = None
 
     def __getitem__(self, name: str) -> ConditionResult:
         """What the model does under the condition of this name; raises ArgumentError for an unknown one."""
@@ -176,6 +179,7 @@ class SweepResult:
             per_class_margin=self.per_class_margin[rows],
             predictions=None if self.predictions is None else self.predictions[rows],
             margins=None if self.margins is None else self.margins[rows],
+            rerouted=None if self.rerouted is None else self.rerouted[rows],
             baseline_embeddings=None,
             embeddings=None,
         )
@@ -340,6 +344,7 @@ def _result(
         margins=whole.margins[1:] if keep_margins else None,
         baseline_embeddings=None if embeddings is None else embeddings[0],
         embeddings=None if embeddings is None else embeddings[1:],
+        rerouted=whole.routes[1:] / whole.routes[0] if whole.routes[0] else None,
     )
 
 
@@ -451,30 +456,35 @@ class BatchRunner:
             keep_logits=keep_logits,
             donors=cache.donors,
         )
+        part.routes[0] = cache.routed
         for point, conditions in reuse.conditions_from.items():
             if point is None:
                 continue
-            for some, changed, embeddings in self._stacks(reuse, cache, point, conditions, rows // len(batch)):
+            for some, changed, embeddings, rerouted in self._stacks(
+                reuse, cache, point, conditions, rows // len(batch)
+            ):
                 self._ran(len(some) * len(batch) * reuse.work(point))
                 part.set(observed, some, changed, embeddings)
+                if rerouted is not None:
+                    part.routes[[1 + i for i in some]] = rerouted.cpu().numpy()
         return part
 
     def _stacks(
         self, reuse: PrefixReuse, cache: PrefixCache, point: ResumePoint, conditions: Sequence[int], size: int
-    ) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor | None]]:
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
         """Run the conditions that begin at one point, `size` at a time; fewer once memory has run out."""
         done = 0
         while done < len(conditions):
             size = max(1, size if self._most_rows is None else min(size, self._most_rows // examples_in(cache.inputs)))
             some = conditions[done : done + size]
             try:
-                logits, embeddings = reuse.run(cache, point, some)
+                found = reuse.run(cache, point, some)
             except RuntimeError as error:
                 if not out_of_memory(error) or len(some) == 1:
                     raise
                 self._most_rows = len(some) // 2 * examples_in(cache.inputs)
                 continue
-            yield some, logits, embeddings
+            yield some, *found
             done += len(some)
 
 

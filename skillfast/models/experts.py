@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
 
     See = Callable[[RoutedActivations], torch.Tensor | None]
+    Masks = Callable[[int], torch.Tensor | None]
 
 AT_ONCE = ("grouped_mm", "batched_mm")
 """Implementations that make the rows of all experts at once."""
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
+_CHOICES = ("softmax", "sigmoid", "topk")  # of routers, on a value for each token and expert
 _WEIGHT = "down_proj"
 
 
@@ -61,18 +63,50 @@ def routed(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
     Raises:
         ModelError: An implementation of the experts that shows nothing of what it computes.
     """
+    _check(model.get_submodule(site.path), site)
+    with _seam_of(model, site) as seam:
+        watchers = seam.gates if site.kind == "router" else seam.units
+        watchers.append(see)
+        try:
+            yield
+        finally:
+            watchers.remove(see)
+
+
+@contextmanager
+def without_experts(model: torch.nn.Module, site: Site, masks: Masks) -> Iterator[None]:
+    """Mask the logits of experts in every forward inside the context, so that tokens are routed to others.
+
+    Args:
+        model: The model.
+        site: Of kind `"router"`.
+        masks: From the number of examples, which experts each of them lacks: bool [batch, experts]; None for none.
+
+    Raises:
+        ModelError: During a forward whose tokens are routed to masked experts all the same: there are too few others,
+            or the router chooses otherwise than by the largest values.
+    """
+    with _seam_of(model, site) as seam:
+        seam.masks.append(masks)
+        try:
+            yield
+        finally:
+            seam.masks.remove(masks)
+
+
+@contextmanager
+def _seam_of(model: torch.nn.Module, site: Site) -> Iterator[_Seam]:
+    """The hooks of the module at a site, which are there as long as anyone needs them."""
     module = model.get_submodule(site.path)
-    _check(module, site)
     seam = _SEAMS.get(module)
     if seam is None:
         seam = _SEAMS[module] = _Seam(model, site)
-    watchers = seam.gates if site.kind == "router" else seam.units
-    watchers.append(see)
+    seam.users += 1
     try:
-        yield
+        yield seam
     finally:
-        watchers.remove(see)
-        if not seam.gates and not seam.units:
+        seam.users -= 1
+        if not seam.users:
             _SEAMS.pop(module).remove()
 
 
@@ -97,14 +131,19 @@ class _Seam:
     Attributes:
         gates: Who sees the gates.
         units: Who sees the inputs of the down projections.
+        masks: Who leaves experts out.
+        users: How many contexts need the hooks.
     """
 
     def __init__(self, model: torch.nn.Module, site: Site) -> None:
         self.site = site
         self.gates: list[See] = []
         self.units: list[See] = []
+        self.masks: list[Masks] = []
+        self.users = 0
         self._shape: tuple[int, int] | None = None  # examples and tokens of the running forward
         self._forwards: list[_Forward] = []
+        self._routings: list[_Routing] = []
         self._stack = ExitStack()
         module = model.get_submodule(site.path)
         block = re.match(r".*\b\d+(?=\.)", site.path)
@@ -112,6 +151,12 @@ class _Seam:
         for path in sorted(around, key=len):  # the block, then what is around the experts
             handle = model.get_submodule(path).register_forward_pre_hook(self._note_shape, with_kwargs=True)
             self._stack.callback(handle.remove)
+        parent = model.get_submodule(site.path.rpartition(".")[0])
+        for hook in (
+            parent.register_forward_pre_hook(self._begin_routing),
+            parent.register_forward_hook(self._end_routing, always_call=True),
+        ):
+            self._stack.callback(hook.remove)
         begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._stack.callback(begin.remove)
         end = module.register_forward_hook(self._end, always_call=True)
@@ -126,6 +171,18 @@ class _Seam:
         if (hidden := next(tensors, None)) is not None and hidden.dim() == 3:
             self._shape = (hidden.shape[0], hidden.shape[1])
 
+    def _begin_routing(self, *_: object) -> None:
+        if self.masks and self._shape is not None:
+            assert self.site.experts is not None
+            every = [mask for masks in self.masks if (mask := masks(self._shape[0])) is not None]
+            if every:
+                self._routings.append(routing := _Routing(self._shape, torch.stack(every).any(0)))
+                routing.__enter__()
+
+    def _end_routing(self, *_: object) -> None:
+        if self._routings:
+            self._routings.pop().__exit__(None, None, None)
+
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         (_, hidden), (_, index), (name, weights) = bound.arguments.items()
@@ -134,6 +191,11 @@ class _Seam:
             raise ModelError(
                 f"{self.site.name}: expected the tokens of {shape and shape[0]} examples with {shape and shape[1]} "
                 f"each, got {index.shape[0]} rows; call the model itself, with inputs [batch, tokens]"
+            )
+        if self._routings and self._routings[-1].breached(index):
+            raise ModelError(
+                f"{self.site.name}: expected a router that takes the experts with the largest values and has others to "
+                "take, got tokens at experts that are masked; remove the experts' outputs with mode='zero'"
             )
         token = torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[-1])
         one = torch.ones_like(weights).flatten()
@@ -167,6 +229,36 @@ def _passed(watchers: list[See], rows: RoutedActivations) -> RoutedActivations:
         if (replaced := see(rows)) is not None:
             rows = replace(rows, values=replaced)
     return rows
+
+
+class _Routing(TorchFunctionMode):
+    """One forward of what is around the experts: their values are -inf where an example lacks them.
+
+    Args:
+        shape: Examples and tokens of each.
+        masked: bool [batch, experts], the experts that an example lacks.
+    """
+
+    def __init__(self, shape: tuple[int, int], masked: torch.Tensor) -> None:
+        super().__init__()
+        self.masked = masked.repeat_interleave(shape[1], 0)  # [tokens of all examples, experts]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _CHOICES and args and self._is_of_experts(args[0]):
+            masked = self.masked.to(args[0].device).view(args[0].shape)
+            args = (args[0].masked_fill(masked, -torch.inf), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _is_of_experts(self, x: Any) -> bool:
+        """Whether a tensor has a value for each token and expert."""
+        of_tokens = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)
+        return of_tokens and x.shape[-1] == self.masked.shape[-1] and x.numel() == self.masked.numel()
+
+    def breached(self, index: torch.Tensor) -> bool:
+        """Whether a token was routed to an expert that its example lacks: index int64 [tokens, slots]."""
+        masked = self.masked.to(index.device)
+        real = index < masked.shape[1]
+        return bool((masked.gather(1, index.clamp(max=masked.shape[1] - 1)) & real).any())
 
 
 class _Forward(TorchFunctionMode):

@@ -27,8 +27,10 @@ OF_NEURONS = (
     "non_finite_activation",
     "stale_edges",
     "beyond_float32",
+    "too_few_tokens",
+    "constant_where_routed",
 )  # reasons that hold indices of neurons
-_PER_NEURON = ("mean", "std")
+_PER_NEURON = ("mean", "std", "n_routed")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class NeuronScores:
         n_observations: Rows counted.
         n_ranked: Rows that all statistics but Pearson's r come from: a sample where tokens are observations and there
             are many; None without such statistics.
+        n_routed: int64 [n_neurons], observations of each neuron where tokens are observations and some sites are of
+            experts, which count the tokens that were routed to each; None elsewhere.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
         pearson_low: float64 [n_neurons, n_columns], lower end of the 95 % bootstrap interval of r; None without
             `n_bootstrap`.
@@ -65,6 +69,8 @@ class NeuronScores:
             `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
             bins no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds
             neurons whose squares leave float32's range, `metric_beyond_float32` columns that do: rescale them.
+            `too_few_tokens` holds units of experts to which fewer than 10 tokens were routed, `constant_where_routed`
+            those of experts whose tokens have one value of a metric.
     """
 
     columns: tuple[str, ...]
@@ -72,6 +78,7 @@ class NeuronScores:
     std: np.ndarray
     n_observations: int
     n_ranked: int | None = None
+    n_routed: np.ndarray | None = None
     pearson: np.ndarray | None = None
     pearson_low: np.ndarray | None = None
     pearson_high: np.ndarray | None = None

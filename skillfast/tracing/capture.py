@@ -100,17 +100,8 @@ class FusedActivation(nn.Module):
 
 
 @contextmanager
-def reading(
-    model: nn.Module, site: Site, read: Read, read_routed: Callable[[RoutedActivations], None]
-) -> Iterator[None]:
-    """Hand every forward's neurons of a site to `read`, of routed experts to `read_routed`.
-
-    The model is as before on every way out.
-    """
-    if site.experts is not None:
-        with _reading_routed(model, site, read_routed):
-            yield
-        return
+def reading(model: nn.Module, site: Site, read: Read) -> Iterator[None]:
+    """Hand every forward's neurons of a site to `read`; the model is as before on every way out."""
     owner = plain_mlp(model, site)
     if owner is None:
 
@@ -129,7 +120,7 @@ def reading(
 
 
 @contextmanager
-def _reading_routed(model: nn.Module, site: Site, read: Callable[[RoutedActivations], None]) -> Iterator[None]:
+def reading_routed(model: nn.Module, site: Site, read: Callable[[RoutedActivations], None]) -> Iterator[None]:
     """Hand the rows of all experts to `read`, once per forward."""
     parts: list[RoutedActivations] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from skillfast.models.activations import RoutedActivations
     from skillfast.models.sites import Site
     from skillfast.statistics.accumulator import NeuronStatistics
+    from skillfast.statistics.routed import RoutedStatistics
     from skillfast.statistics.scores import NeuronScores
     from skillfast.statistics.tokens import TokenMask, TokenStatistics
     from skillfast.vocabulary import Activation, Pool
@@ -263,13 +264,6 @@ class TokenRows(_Rows):
             self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked_there)
         return y
 
-    def read_routed(self, site: Site, found: RoutedActivations) -> None:  # noqa: ARG002
-        """Raise ArgumentError: tokens are observations of sites that all of them pass."""
-        raise ArgumentError(
-            f"pool 'none': expected sites whose neurons every token has, got {site.name}; pass sites=('attn', 'mlp') "
-            "or pool='mean'"
-        )
-
     def _begin(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
         """Room for a forward."""
         statistics = self.statistics
@@ -371,6 +365,68 @@ class TokenRows(_Rows):
 
     def scores(self) -> NeuronScores:
         """Scores of all neurons of these sites."""
+        return self.statistics.scores()
+
+
+class RoutedRows(_Rows):
+    """Each token an observation of the experts that it was routed to: rows of a forward, until its metrics are known.
+
+    Args:
+        site: Of experts or a router.
+        expected: Shared by all.
+        statistics: Accumulators of the site's experts.
+    """
+
+    def __init__(self, site: Site, expected: Expected, statistics: RoutedStatistics) -> None:
+        super().__init__([site], expected)
+        self.statistics = statistics
+        self._found: RoutedActivations | None = None
+        self._mask: torch.Tensor | None = None  # bool [batch, tokens]
+        self._examples = 0  # counted so far
+
+    def read_routed(self, site: Site, found: RoutedActivations) -> None:
+        """Keep the rows of a forward, gate x activation each."""
+        self._enter(site, found.batch)
+        self._found = replace(found, values=found.values * found.gate.to(found.values.dtype)[:, None])
+        self._mask = self.expected.mask_of_rows(site, found)
+
+    def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
+        """Count the forward's rows with the metrics of their tokens."""
+        if self._found is None or self.batch is None:
+            return
+        found, device = self._found, self._found.token.device
+        real = found.expert < found.n_experts
+        if self._mask is not None:
+            real &= self._mask.flatten()[found.token]
+        if (keep := _kept(valid, self.batch)) is not None:
+            real &= on_device(keep, device)[found.example]
+        at = real.nonzero()[:, 0]
+        token, example = found.token[at], found.example[at]
+        of_rows = {}
+        for name, value in (values or self.expected.values).items():
+            tensor = as_tensor(value).to(device)
+            if tensor.shape not in ((self.batch,), found.shape):
+                raise ArgumentError(
+                    f"metric {name!r}: expected values [{self.batch}] or {list(found.shape)}, got shape "
+                    f"{list(tensor.shape)}; give one per example, or one per token of the blocks"
+                )
+            of_rows[name] = tensor[example] if tensor.dim() == 1 else tensor.flatten()[token]
+        numbers = torch.arange(self.batch) + self._examples if groups is None else as_tensor(groups)
+        self.statistics.add(found.expert[at], found.values[at], of_rows, numbers.to(device)[example])
+        self._examples += self.batch
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the forward that waits."""
+        super().discard()
+        self._found = self._mask = None
+
+    def calibrate(self) -> None:
+        """Forget what was counted: each expert's first tokens set its bins' edges."""
+        self.statistics.forget()
+
+    def scores(self) -> NeuronScores:
+        """Scores of all neurons of the site."""
         return self.statistics.scores()
 
 

@@ -23,11 +23,12 @@ from skillfast.models.sites import (
 from skillfast.statistics import distributed
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bootstrap import adjusted
+from skillfast.statistics.routed import RoutedStatistics
 from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
-from skillfast.tracing.capture import reading
-from skillfast.tracing.observations import Expected, PooledRows, TokenRows
+from skillfast.tracing.capture import reading, reading_routed
+from skillfast.tracing.observations import Expected, PooledRows, RoutedRows, TokenRows
 from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
     from skillfast.metrics import Metric
     from skillfast.statistics.scores import NeuronScores
+
+
+Rows = PooledRows | TokenRows | RoutedRows
 
 
 class Tracer:
@@ -97,20 +101,24 @@ class Tracer:
         self._seen: set[str] = set()
         self._stack = ExitStack()
         self._expected = Expected()
-        by_group: dict[tuple[torch.device, bool], list[Site]] = {}
+        by_group: dict[tuple[torch.device, str], list[Site]] = {}
         for site in self.sites:
             device = module_device(model.get_submodule(site.path))
-            # A classifier may see one row of an example whose blocks see many tokens.
-            by_group.setdefault((device, pool == "none" and site.kind == "head"), []).append(site)
-        self._rows: dict[str, PooledRows | TokenRows] = {}  # site -> the group that it is in
+            # A classifier may see one row of an example whose blocks see many tokens, an expert some of the tokens.
+            apart = "" if pool != "none" or not (site.kind == "head" or site.experts) else site.name
+            by_group.setdefault((device, apart), []).append(site)
+        self._rows: dict[str, Rows] = {}  # site -> the group that it is in
         for (device, _), members in by_group.items():
             width = sum(site.width for site in members)
             warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
             settings: dict[str, Any] = {
                 "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "buffer_rows": buffer_rows, "device": device,
             }  # fmt: skip
-            rows: PooledRows | TokenRows
-            if pool == "none":
+            rows: Rows
+            if pool == "none" and (experts := members[0].experts) is not None:
+                routed = RoutedStatistics(experts, width // experts, metrics, statistics, **settings)
+                rows = RoutedRows(members[0], self._expected, routed)
+            elif pool == "none":
                 tokens = TokenStatistics(width, metrics, statistics, **settings)
                 rows = TokenRows(members, self._expected, tokens)
             else:
@@ -118,7 +126,7 @@ class Tracer:
                 rows = PooledRows(members, self._expected, pooled, pool)
             self._rows |= {site.name: rows for site in members}
 
-    def _groups(self) -> list[PooledRows | TokenRows]:
+    def _groups(self) -> list[Rows]:
         return list(dict.fromkeys(self._rows.values()))
 
     def __enter__(self) -> Tracer:
@@ -128,8 +136,12 @@ class Tracer:
         with ExitStack() as stack:  # undoes what was done where a later site fails
             for site in self.sites:
                 rows = self._rows[site.name]
-                routed = partial(rows.read_routed, site)
-                stack.enter_context(reading(self._model, site, partial(rows.read, site), routed))
+                if site.experts is not None:
+                    assert not isinstance(rows, TokenRows)
+                    stack.enter_context(reading_routed(self._model, site, partial(rows.read_routed, site)))
+                else:
+                    assert not isinstance(rows, RoutedRows)
+                    stack.enter_context(reading(self._model, site, partial(rows.read, site)))
             self._stack = stack.pop_all()
         return self
 
@@ -199,7 +211,9 @@ class Tracer:
                         f"{list(mask.shape)}; give the mask of what runs through the blocks"
                     )
                 rows = self._prepared.gate(self._model, site).rows[:n]
-                self._rows[site.name].read(site, rows, "identity", False)
+                group = self._rows[site.name]
+                assert not isinstance(group, RoutedRows)  # no expert is prepared
+                group.read(site, rows, "identity", False)
 
     def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
         """Tell what is known of the next forward before it runs.
@@ -291,6 +305,11 @@ class Tracer:
         for name in ("constant_metric", "metric_beyond_float32"):
             reasons[name] = parts[0].reasons.get(name, ())
         reasons["hook_never_fired"] = tuple(site.name for site in self.sites if site.name not in self._seen)
+        if any(part.n_routed is not None for part in parts):
+            parts = [
+                replace(part, n_routed=np.full(part.n_neurons, part.n_observations)) if part.n_routed is None else part
+                for part in parts
+            ]
         arrays: dict[str, Any] = {
             name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()
         }

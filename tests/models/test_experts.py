@@ -170,6 +170,52 @@ def test_traced_values_equal_a_plain_reading(family, backend):
             assert found.pearson[neuron, 0] == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize("known", ["before", "after"])
+def test_tokens_are_observations_of_their_experts(known):
+    """Each expert has its own tokens: r, mean and number of them against the rows, padding and few tokens left out."""
+    model, inputs = made("qwen3_moe", "eager" if known == "before" else "grouped_mm")
+    batch, tokens = inputs["input_ids"].shape
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    mask[2, 3:] = False
+    seen = plain_inputs(model, inputs)
+    y = torch.randn(batch, tokens, generator=torch.Generator().manual_seed(5))
+    y = y if known == "before" else y[:, :1].expand(-1, tokens)
+    tracer = skillfast.Tracer(model, {"y": Continuous()}, pool="none", statistics=["pearson", "spearman"])
+    with torch.no_grad(), tracer:
+        if known == "before":
+            tracer.expect(mask, y=y)
+            model(**inputs)
+            tracer.step()
+        else:
+            tracer.expect(mask)
+            model(**inputs)
+            tracer.step(y=y[:, 0])
+    scores = tracer.compute()
+    real, few = mask.flatten().numpy(), 0
+    for site in scores.sites:
+        found = scores[site.name]
+        if site.kind != "expert":
+            assert site.experts or found.n_routed.tolist() == [int(mask.sum())] * site.width
+            continue
+        hidden, index, gates = seen[site.path]
+        each = plain_reading(model.get_submodule(site.path), hidden.reshape(len(index), -1), index, gates)
+        for expert in range(site.experts):
+            own = real & (index == expert).any(1).numpy()
+            at = slice(expert * each.shape[2], (expert + 1) * each.shape[2])
+            assert set(found.n_routed[at]) == {own.sum()}
+            if own.sum() < 10:
+                few += 1
+                assert np.isnan(found.pearson[at]).all()
+                assert np.isnan(found.spearman[at]).all()
+                assert set(range(at.start, at.stop)) <= set(found.reasons["too_few_tokens"])
+                continue
+            x, values = each[own, expert], y.flatten().numpy()[own]
+            np.testing.assert_allclose(found.mean[at], x.mean(0), atol=1e-5 * np.abs(x).max())
+            unit = int(x.std(0).argmax())
+            assert found.pearson[at][unit, 0] == pytest.approx(np.corrcoef(x[:, unit], values)[0, 1], abs=1e-3)
+    assert few == 0 or "too_few_tokens" in scores.reasons
+
+
 def chosen(model: nn.Module, kind: str = "expert") -> Skill:
     """Every third neuron of the sites of a kind."""
     return Skill("s", {site.name: range(0, site.width, 3) for site in find_sites(model) if site.kind == kind})
@@ -266,6 +312,72 @@ def test_attributions_equal_those_of_the_weights(backend):
                 np.testing.assert_allclose(rows, want.numpy(), atol=1e-5 * float(want.abs().max()))
     finally:
         classifier.requires_grad_(False)
+
+
+def choice(family: str, gate: nn.Module, hidden: torch.Tensor, masked: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts and gates of each token where some experts' logits are -inf, written out for a router of each sort."""
+    logits = hidden @ gate.weight.T + (gate.bias if family == "gpt_oss" else 0)
+    logits[:, masked] = -torch.inf
+    if family == "gpt_oss":
+        values, index = logits.topk(gate.top_k, -1)
+        return index, values.softmax(-1)
+    if family == "deepseek_v3":
+        scores = logits.sigmoid()
+        index = (
+            (scores + gate.e_score_correction_bias).masked_fill(logits == -torch.inf, -torch.inf).topk(2, -1).indices
+        )
+        gates = scores.gather(1, index)
+        return index, gates / gates.sum(-1, keepdim=True) * 2.5
+    values, index = logits.softmax(-1).topk(gate.top_k, -1)
+    return index, values / values.sum(-1, keepdim=True) if family == "mixtral" else values
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral"])
+def test_tokens_of_masked_experts_are_routed_anew(family):
+    model, inputs = made(family)
+    sites = [site for site in find_sites(model) if site.kind == "router"]
+    skill = Skill("s", {site.name: [1, 2] for site in sites})
+    with skillfast.ablate(model, skill, mode="reroute"):
+        seen = plain_inputs(model, inputs)
+    for site in sites:
+        hidden, index, gates = seen[site.path]
+        block = model.get_submodule(site.path.rpartition(".")[0])
+        router = block.router if family == "gpt_oss" else block.gate
+        index_wanted, gates_wanted = choice(family, router, hidden.reshape(len(index), -1), [1, 2])
+        assert torch.equal(index.sort(-1).values, index_wanted.sort(-1).values)
+        torch.testing.assert_close(gates.sort(-1).values, gates_wanted.sort(-1).values)
+    seen = plain_inputs(model, inputs)
+    assert all((seen[site.path][1] == 1).any() for site in sites)
+
+
+def test_a_sweep_says_how_many_tokens_were_routed_otherwise():
+    """Removing an expert's output leaves the routes of its own block, masking its logit changes them."""
+    model, inputs = made("qwen3_moe")
+    classifier, loader = LastToken(model).eval(), batches(inputs)
+    sites = [site for site in find_sites(classifier) if site.kind == "router"]
+    ids = {"input_ids": inputs["input_ids"]}
+    intact = {path: args[1].sort(-1).values for path, args in plain_inputs(model, ids).items()}
+    conditions = [
+        Condition(Skill(f"{site.name} {mode}", {site.name: [0]}), mode=mode, name=f"{site.name} {mode}")
+        for site in sites
+        for mode in ("zero", "reroute")
+    ]
+    found = skillfast.sweep(classifier, loader, conditions).rerouted
+    for condition, share in zip(conditions, found, strict=True):
+        with skillfast.ablate(classifier, condition.skill, mode=condition.mode):
+            now = {path: args[1].sort(-1).values for path, args in plain_inputs(model, ids).items()}
+        changed = [(now[path] != before).any(-1).float().mean() for path, before in intact.items()]
+        assert share == pytest.approx(float(torch.stack(changed).mean()))
+    assert found[2] == 0  # in the last block, whose routes nothing before it changed
+    assert found[3] > 0.1
+    assert skillfast.sweep(classifier, loader, conditions[:1]).renamed({conditions[0].name: "a"}).rerouted.shape == (1,)
+
+
+def test_a_router_with_no_other_experts_says_so():
+    model, inputs = made("qwen3_moe")
+    skill = Skill("s", {"blocks.0.router": range(3)})  # of 4, of which each token takes 2
+    with torch.no_grad(), skillfast.ablate(model, skill, mode="reroute"):
+        assert "got tokens at experts that are masked" in one_line(ModelError, model, **inputs)
 
 
 EXPERT, UNIT, CLASS = 2, 11, 3
