@@ -35,15 +35,26 @@ AT_ONCE = ("grouped_mm", "batched_mm")
 """Implementations that make the rows of all experts at once."""
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
 _CHOICES = ("softmax", "sigmoid", "topk")  # of routers, on a value for each token and expert
-_WEIGHT = "down_proj"
 
 
 def experts_of(module: torch.nn.Module) -> tuple[int, int] | None:
     """Experts and units of each, for a module that holds the routed experts of a block; None for any other module."""
-    weight = getattr(module, _WEIGHT, None)
-    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 3 or not _is_routed(module):
+    weight = _down_projections(module)
+    if weight is None or not _is_routed(module):
         return None
-    return weight.shape[0], weight.shape[1 if getattr(module, "is_transposed", False) else 2]
+    if weight.dim() == 3:
+        return weight.shape[0], weight.shape[1 if getattr(module, "is_transposed", False) else 2]
+    experts: Any = getattr(module, "num_experts", 1)
+    return experts, weight.shape[0] // experts
+
+
+def _down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The parameter that holds all experts' down projections, one after the other; None where there is none."""
+    inner = getattr(module, "mlp", None)
+    for weight, dims in ((getattr(module, "down_proj", None), 3), (getattr(inner, "w2", None), 2)):  # the latter: DBRX
+        if isinstance(weight, torch.nn.Parameter) and weight.dim() == dims:
+            return weight
+    return None
 
 
 def _is_routed(module: torch.nn.Module) -> bool:
@@ -336,12 +347,12 @@ class _Forward(TorchFunctionMode):
 
     def _expert_of(self, weight: Any) -> int | None:
         """The expert whose slice of the down projections a matrix is; None for another matrix."""
-        whole = getattr(self.module, _WEIGHT)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        whole = _down_projections(self.module)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or whole is None:
             return None
         if weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return None
-        return (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+        return int(weight.storage_offset() - whole.storage_offset()) // (whole.numel() // self.gates.n_experts)
 
 
 _SEAMS: WeakKeyDictionary[torch.nn.Module, _Seam] = WeakKeyDictionary()

@@ -186,7 +186,8 @@ def sites_table(name: str, sites: Sequence[Site], read_in: Mapping[str, str]) ->
     for heading in ("site", "kind", "neurons", "heads", "input of", "read in"):
         table.add_column(heading, justify="right" if heading in ("neurons", "heads") else "left")
     for site in sites:
-        table.add_row(site.name, site.kind, f"{site.width:,}", str(site.heads or ""), site.path, read_in[site.name])
+        parts = f"{site.experts} experts" if site.experts else str(site.heads or "")
+        table.add_row(site.name, site.kind, f"{site.width:,}", parts, site.path, read_in[site.name])
     return table
 
 

@@ -140,7 +140,8 @@ class NeuronScores:
 
         Returns:
             A frame with columns `layer` (integer, missing for the head), `kind`, `head` (missing outside attention),
-            `unit`, `metric`, `statistic`, `value`, `n` (observations that the value comes from).
+            `expert` (missing outside routed experts), `unit`, `metric`, `statistic`, `value`, `n` (observations that
+            the value comes from).
         """
         import pandas as pd
 
@@ -154,7 +155,8 @@ class NeuronScores:
             for statistic in (name for name in _PER_COLUMN if name in scores.arrays()):
                 values = scores.arrays()[statistic][:, self.columns.index(column)]
                 n = self.n_observations if statistic.startswith("pearson") else self.n_ranked
-                part = neurons.assign(metric=column, statistic=statistic, value=values, n=n)
+                own = n if scores.n_routed is None else scores.n_routed
+                part = neurons.assign(metric=column, statistic=statistic, value=values, n=own)
                 if top is not None:
                     part = part.loc[part["value"].abs().nlargest(top).index]
                 parts.append(part)
@@ -195,16 +197,19 @@ class NeuronScores:
 
 
 def _neuron_frame(scores: NeuronScores) -> pd.DataFrame:
-    """layer, kind, head and unit of every neuron."""
+    """layer, kind, head, expert and unit of every neuron."""
     import pandas as pd
 
     if not scores.sites:
         missing = pd.array([pd.NA] * scores.n_neurons, dtype="Int64")
-        return pd.DataFrame({"layer": missing, "kind": None, "head": missing, "unit": np.arange(scores.n_neurons)})
+        return pd.DataFrame(
+            {"layer": missing, "kind": None, "head": missing, "expert": missing, "unit": np.arange(scores.n_neurons)}
+        )
     frames = []
     for site in scores.sites:
         unit = np.arange(site.width)
         head = unit // (site.width // site.heads) if site.heads else None
-        frame = pd.DataFrame({"layer": site.block, "kind": site.kind, "head": head, "unit": unit})
-        frames.append(frame.astype({"layer": "Int64", "head": "Int64"}))
+        expert = unit // (site.width // site.experts) if site.experts else None
+        frame = pd.DataFrame({"layer": site.block, "kind": site.kind, "head": head, "expert": expert, "unit": unit})
+        frames.append(frame.astype({"layer": "Int64", "head": "Int64", "expert": "Int64"}))
     return pd.concat(frames, ignore_index=True)

@@ -43,9 +43,20 @@ FAMILIES = {
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}),
     "longcat_flash": ("LongcatFlashForCausalLM", {"zero_expert_num": 2}),  # experts that compute nothing
+    "dbrx": (  # code of its own, weights in two dimensions
+        "DbrxForCausalLM",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "vocab_size": 256,
+            "attn_config": {"kv_n_heads": 2},
+            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
 }
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
-OWN_CODE = ("longcat_flash",)
+OWN_CODE = ("longcat_flash", "dbrx")
 CASES = [
     pytest.param(family, backend, id=f"{family}-{backend}")
     for family in FAMILIES
@@ -95,12 +106,24 @@ def plain_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
     return seen
 
 
+def down_projections(experts: nn.Module) -> list[torch.Tensor]:
+    """[hidden, units] of each expert, views of the weights."""
+    if hasattr(experts, "mlp"):  # DBRX
+        return list(experts.mlp.w2.data.view(experts.num_experts, -1, experts.hidden_size).transpose(1, 2))
+    weights = experts.down_proj.data
+    return list(weights.transpose(1, 2) if getattr(experts, "is_transposed", False) else weights)
+
+
 def plain_reading(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> np.ndarray:
     """gate x activation [tokens, experts, units] of each expert's down projection, row by row."""
-    n, transposed = experts.down_proj.shape[0], getattr(experts, "is_transposed", False)
-    units = experts.down_proj.shape[1 if transposed else 2]
-    found = np.zeros((len(index), n, units))
-    first = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
+    n, transposed = len(down_projections(experts)), getattr(experts, "is_transposed", False)
+    found = np.zeros((len(index), n, down_projections(experts)[0].shape[1]))
+    if hasattr(experts, "mlp"):  # DBRX
+        parts = [weight.view(n, -1, hidden.shape[-1]) for weight in (experts.mlp.w1, experts.mlp.v1)]
+        first, act = torch.cat(parts, 1), experts.mlp.activation_fn
+    else:
+        first = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
+        act = getattr(experts, "act_fn", None)
     for token, slots in enumerate(index.tolist()):
         for slot, expert in enumerate(slots):
             if expert >= n:
@@ -111,11 +134,11 @@ def plain_reading(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor,
                 x = x + experts.gate_up_proj_bias[expert]
             if hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", True):
                 x = experts._apply_gate(x[None])[0]
-            elif hasattr(experts, "gate_up_proj"):
-                gate, up = x.chunk(2)
-                x = experts.act_fn(gate) * up
+            elif hasattr(experts, "up_proj"):
+                x = act(x)
             else:
-                x = experts.act_fn(x)
+                gate, up = x.chunk(2)
+                x = act(gate) * up
             found[token, expert] += (gates[token, slot] * x).numpy()
     return found
 
@@ -231,8 +254,7 @@ def edited(model: nn.Module, skill: Skill, scale: float) -> nn.Module:
         units = site.width // site.experts
         for neuron in skill.neurons[site.name].tolist():
             expert, unit = divmod(neuron, units)
-            weight = experts.down_proj.data[expert]
-            (weight[unit] if getattr(experts, "is_transposed", False) else weight[:, unit]).mul_(scale)
+            down_projections(experts)[expert][:, unit].mul_(scale)
     return model
 
 
@@ -423,6 +445,11 @@ def test_a_planted_unit_is_found_and_removed_alone():
             "blocks.1.experts": [EXPERT * units + UNIT]
         }
         assert np.nanmax(column) > 0.99
+    attributions = skillfast.attribute(classifier, loader, sites=["expert"])
+    share = 1 / scores.n_neurons
+    learned = skillfast.learn_masks(classifier, loader, attributions, share=share, steps=4, batch_size=20)
+    for found in (attributions, learned):
+        assert skillfast.select(found, share=share)[str(CLASS)].neurons == skill.neurons
     result = skillfast.sweep(classifier, loader, [Condition(skill)])
     assert result.baseline.tolist() == [1] * LastToken.num_classes
     assert result.per_class_accuracy[0].tolist() == [float(c != CLASS) for c in range(LastToken.num_classes)]

@@ -230,7 +230,7 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
 def test_the_data_frame_is_long(vit, batches):
     scores = skillfast.trace(vit, batches)
     frame = scores.to_dataframe(metric="label", top=4)
-    assert list(frame.columns) == ["layer", "kind", "head", "unit", "metric", "statistic", "value", "n"]
+    assert list(frame.columns) == ["layer", "kind", "head", "expert", "unit", "metric", "statistic", "value", "n"]
     assert len(frame) == 5 * 4 * 6
     assert set(frame["statistic"]) == {
         "pearson", "spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info",
