@@ -68,7 +68,7 @@ def routed(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
 
     Args:
         model: The model.
-        site: Of kind `"expert"`, whose rows are inputs of the down projections, or `"router"`, whose rows are gates.
+        site: One of kind `"expert"`, whose rows are inputs of the down projections, or `"router"`, whose rows are gates.
         see: Returns what flows on instead, or None for what came.
 
     Raises:
@@ -90,8 +90,9 @@ def without_experts(model: torch.nn.Module, site: Site, masks: Masks) -> Iterato
 
     Args:
         model: The model.
-        site: Of kind `"router"`.
-        masks: From the number of examples, which experts each of them lacks: bool [batch, experts]; None for none.
+        site: One of kind `"router"`.
+        masks: Function of the number of examples: which experts each of them lacks, bool [batch, experts]; None for
+            none.
 
     Raises:
         ModelError: During a forward whose tokens are routed to masked experts all the same: there are too few others,

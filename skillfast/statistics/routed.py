@@ -30,7 +30,7 @@ class RoutedStatistics:
         units: Neurons of each.
         metrics: Name -> kind of metric.
         statistics: Which statistics to compute.
-        **settings: Of each accumulator, as `NeuronStatistics` takes them.
+        **settings: What else `NeuronStatistics` takes, for each accumulator.
     """
 
     def __init__(

@@ -372,7 +372,7 @@ class RoutedRows(_Rows):
     """Each token an observation of the experts that it was routed to: rows of a forward, until its metrics are known.
 
     Args:
-        site: Of experts or a router.
+        site: A site of experts or of a router.
         expected: Shared by all.
         statistics: Accumulators of the site's experts.
     """
