@@ -106,8 +106,8 @@ class RoutedActivations(Activations):
         if condition is not None:
             row = row + condition.to(row.device)[self.example] * self.n_experts
         units = self.values.shape[-1]
-        shifts = None if shift is None else shift.view(-1, units)
-        return ops.neuron_scale(self.values, scale.view(-1, units), shifts, row)
+        shifts = None if shift is None else shift.reshape(-1, units)
+        return ops.neuron_scale(self.values, scale.reshape(-1, units), shifts, row)
 
     def summed(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""

@@ -68,7 +68,8 @@ def routed(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
 
     Args:
         model: The model.
-        site: One of kind `"expert"`, whose rows are inputs of the down projections, or `"router"`, whose rows are gates.
+        site: One of kind `"expert"`, whose rows are inputs of the down projections, or of kind `"router"`, whose rows
+            are gates.
         see: Returns what flows on instead, or None for what came.
 
     Raises:

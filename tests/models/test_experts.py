@@ -50,7 +50,7 @@ FAMILIES = {
             "n_heads": 4,
             "n_layers": 2,
             "vocab_size": 256,
-            "attn_config": {"kv_n_heads": 2},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
