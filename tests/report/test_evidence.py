@@ -10,8 +10,8 @@ import report_sample as sample
 from rich.console import Console
 
 from skillfast import report
-from skillfast.report.bench import evidence
-from skillfast.report.formatting import MINUS, data_name, model_name
+from skillfast.report.bench import evidence, tradeoff
+from skillfast.report.formatting import MINUS, UNDEFINED, data_name, model_name, points
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
 from skillfast.results.skills import Skills
@@ -94,3 +94,21 @@ def test_a_folders_name_is_short():
     results["model"]["name"] = "hf:prajjwal1/bert-tiny"
     results["config"]["test_file"] = None
     assert names(results) == ("prajjwal1/bert-tiny", "train.tsv")
+
+
+def test_candidates_that_were_not_measured_further_say_so():
+    """What took too little stands in the table with its drop alone, and has no point; one beyond its limit no test."""
+    results = sample.sample_results()
+    found = results["selection"]["candidates"]
+    found[1]["test"] = None
+    made = records.made(BenchResults, results)
+    weak, harmful, *rest = tradeoff.rows(made)
+    assert weak[2:] == [points(found[0]["drop"]), *[UNDEFINED] * 7]
+    assert harmful[5:8] == [UNDEFINED] * 3
+    assert harmful[2] != UNDEFINED
+    assert all(row[5] != UNDEFINED for row in rest)
+    assert "1 that took less than half as much as the best were not measured on other classes." in tradeoff.say(made)[0]
+    lines = {(line["name"], line["line"]["dash"]): line for line in tradeoff.trade_off(made)["data"]}
+    assert len(lines["Pearson correlation", "dot"]["x"]) == 3
+    assert len(lines["Pearson correlation", "solid"]["x"]) == 2
+    assert len(lines["Pearson correlation", "solid"]["error_x"]["array"]) == 2
