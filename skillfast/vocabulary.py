@@ -22,6 +22,7 @@ STATISTICS = ("pearson", "spearman", "auroc", "mutual_info")
 LEARNED = ("mask", "erase")
 METHODS = (*STATISTICS, "attribution", *LEARNED)
 DATASETS = ("digits", "cifar10", "imagefolder", "text")
+GIVEN = "given"  # what model and data are called that a caller gave
 FINETUNE: tuple[Finetune, ...] = get_args(Finetune)
 TASKS: tuple[Task, ...] = get_args(Task)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -57,6 +57,7 @@ _SIZES: dict[str, int] = {
     "hidden_size_per_layer_input": 8, "mamba_n_groups": 1, "n_groups": 1, "embedding_size": HIDDEN,
 }  # fmt: skip
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "multi_query_group_num")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id")
 
@@ -208,7 +209,8 @@ def random_inputs(model: Any) -> dict[str, torch.Tensor]:
     if main not in ("input_ids", "decoder_input_ids"):
         raise ModelError(f"{type(model).__name__}: expected one that takes tokens or images, got one for {main}")
     text = next((p for p in _parts(config) if hasattr(p, "vocab_size")), config)
-    ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, TOKENS), generator=generator)
+    most = min([v for name in _POSITIONS if isinstance(v := _get(text, name), int) and v > 4], default=TOKENS)
+    ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, min(TOKENS, most - 2)), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.flip(1)

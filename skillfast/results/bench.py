@@ -76,7 +76,7 @@ class SiteSize(Record, frozen=True):
 class Trained(Record, frozen=True):
     """Where the weights came from and what was trained."""
 
-    source: Literal["scratch", "checkpoint", "pretrained"] = field(name="from")
+    source: Literal["scratch", "checkpoint", "pretrained", "given"] = field(name="from")
     finetune: Finetune | None = None
     epochs: Count | None = None
     learning_rate: float | None = None

@@ -13,6 +13,7 @@ from msgspec import structs
 
 from skillfast import files, metrics
 from skillfast.ablation.sweep import SweepResult, sweep
+from skillfast.errors import ModelError
 from skillfast.evaluation import selectivity, shapley
 from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.correlations import top_correlations
@@ -23,13 +24,15 @@ from skillfast.evaluation.probes import information
 from skillfast.evaluation.replacements import replacements
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.evaluation.verdicts import verdicts
-from skillfast.models.sites import choose_sites, fingerprint
+from skillfast.models.sites import choose_sites, find_sites, fingerprint
 from skillfast.results import records
 from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
+from skillfast.runs.config import BenchConfig
 from skillfast.runs.cost import trace_over_forward
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
+from skillfast.runs.given import Given
 from skillfast.runs.identifiability import identify
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
@@ -41,10 +44,11 @@ from skillfast.skills.skill import Skill, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import torch
 
     from skillfast.ablation.interventions import Condition
-    from skillfast.runs.config import BenchConfig
     from skillfast.runs.session import Session
     from skillfast.runs.subject import Subject
 
@@ -66,14 +70,26 @@ class BenchReport:
     directory: Path
 
 
-def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None] = lambda _: None) -> BenchReport:
+def bench(
+    config: BenchConfig | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+    label_key: str | None = None,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> BenchReport:
     """Run the benchmark and write its files.
 
     An interrupted run leaves its finished stages in `.unfinished/` of the output folder, and the same call goes on from
     there. A model that was trained is left as `model.safetensors`.
 
     Args:
-        config: The settings.
+        config: The settings; with `model` and `loader` without those of model and data.
+        model: A model of your own, in evaluation mode and on its device.
+        loader: Its labelled examples, in batches as `trace` takes them, one label per example: a third of each class
+            tests, a fifth of the rest validates; or a loader for each of `"select"`, `"validate"` and `"test"`.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         quiet: Show no progress bars.
         say: Called with each line worth reading while the run goes on; the baseline accuracy comes first.
 
@@ -84,8 +100,10 @@ def bench(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None]
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
+    given = Given.of(model, loader, label_key)
+    config = (config or BenchConfig()) if given is None else given.config(config)
     selection.check_traced(config.select.method, config.trace.statistics)
-    with open_session(config, quiet=quiet, say=say, resumable=True) as session:
+    with open_session(config, given=given, quiet=quiet, say=say, resumable=True) as session:
         if session.resumed:
             say(f"an unfinished run goes on after {', '.join(session.resumed)}")
         stage, subject = session.stage, session.subject
@@ -389,7 +407,7 @@ def _model(session: Session) -> dict[str, Any]:
     return {
         "name": subject.name,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "embed_dim": int(subject.model.num_features),  # type: ignore[arg-type]
+        "embed_dim": _embed_dim(subject.model),
         "fingerprint": fingerprint(subject.model),
         "neurons": sum(site.width for site in sites),
         "sites": [
@@ -398,6 +416,18 @@ def _model(session: Session) -> dict[str, Any]:
         "trained": subject.trained,
         "coverage": None if session.coverage is None else session.coverage.to_json(),
     }
+
+
+def _embed_dim(model: torch.nn.Module) -> int:
+    """Width of the classifier's input."""
+    width: Any = getattr(model, "num_features", None)
+    if width is None:
+        width = next((site.width for site in find_sites(model) if site.kind == "head"), None)
+    if width is None:
+        raise ModelError(
+            f"model: expected one with a classifier, got {type(model).__name__} without one; trace it instead"
+        )
+    return int(width)
 
 
 def _write(directory: Path, results: BenchResults, skills: dict[str, Skill], scores: NeuronScores) -> None:

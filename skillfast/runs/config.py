@@ -19,6 +19,7 @@ from skillfast.vocabulary import (
     DEVICE_MAPS,
     DTYPES,
     FINETUNE,
+    GIVEN,
     KINDS,
     LEARNED,
     MAX_SITE_SHARE,
@@ -263,6 +264,7 @@ class BenchConfig:
         select: Which neurons a skill takes.
         ablate: What removing a skill means.
         run: Where it computes, from which seed, and where it writes.
+        given: Class of the model that the caller gave with a loader; None: model and data are those of the settings.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -271,6 +273,7 @@ class BenchConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     ablate: AblateConfig = field(default_factory=AblateConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    given: str | None = None
 
     def __post_init__(self) -> None:
         name, dataset = self.model.name, self.data.dataset
@@ -332,7 +335,13 @@ class BenchConfig:
             for group, declared in _declared()
             if declared.name not in _NOT_RESULTS
         }
+        if self.given is not None:
+            flat |= {"model": self.given, "dataset": GIVEN}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def of_given(self, name: str) -> BenchConfig:
+        """The settings of a run on a model of this class and a loader that the caller gave."""
+        return replace(self, given=name)
 
 
 @dataclass(frozen=True)
@@ -388,6 +397,8 @@ class Generation(Settings):
 def _declared() -> Iterator[tuple[str, Field[Any]]]:
     """Every setting with the name of its group."""
     for group in fields(BenchConfig):
+        if group.name == "given":  # no setting
+            continue
         for declared in fields(group.default_factory):  # type: ignore[arg-type]  # the group's class
             yield group.name, declared
 

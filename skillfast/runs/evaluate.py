@@ -17,9 +17,10 @@ from skillfast.results.coverage import ModelCoverage
 from skillfast.results.evaluation import FILE, EvaluatedModel, EvaluatedSite, EvaluationResults
 from skillfast.runs import selection
 from skillfast.runs.class_outcomes import class_outcomes
-from skillfast.runs.config import EVALUATED, Generation, Grid
+from skillfast.runs.config import EVALUATED, BenchConfig, Generation, Grid
 from skillfast.runs.environment import environment
 from skillfast.runs.generation import causal_outcomes, prefixes
+from skillfast.runs.given import Given
 from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.runs.session import open_session
 from skillfast.runs.tasks import check_tasks, compare_tasks
@@ -28,9 +29,10 @@ from skillfast.skills.skill import Skill, load_skills, save_skills
 from skillfast.vocabulary import LEARNED, METRICS, STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from skillfast.runs.config import BenchConfig
+    import torch
+
     from skillfast.runs.grid import Case
     from skillfast.runs.session import Session
     from skillfast.statistics.scores import NeuronScores
@@ -70,9 +72,12 @@ class Evaluation:
 
 
 def evaluate(
-    config: BenchConfig,
+    config: BenchConfig | None = None,
     grid: Grid | None = None,
     *,
+    model: torch.nn.Module | None = None,
+    loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+    label_key: str | None = None,
     metrics: Sequence[str] = EVALUATED,
     tasks: Sequence[str] = (),
     skills: str | Path | None = None,
@@ -89,8 +94,12 @@ def evaluate(
     on which everything is measured, chooses nothing.
 
     Args:
-        config: Model, data and method.
+        config: Model, data and method; with `model` and `loader` the method alone.
         grid: Sizes, layers and factors.
+        model: A model of your own, in evaluation mode and on its device.
+        loader: Its labelled examples, in batches as `trace` takes them, one label per example: a third of each class
+            tests; or a loader for each of `"select"`, `"validate"` and `"test"`.
+        label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         metrics: Names of the metrics whose skills are evaluated.
         tasks: Metrics whose neurons are compared at the grid's largest size, from the same trace; see
             `skillfast.evaluation.tasks`. None by default.
@@ -102,6 +111,8 @@ def evaluate(
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
+    given = Given.of(model, loader, label_key)
+    config = (config or BenchConfig()) if given is None else given.config(config)
     grid = grid or Grid(seed=config.run.seed)
     config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks))))
     if tasks:
@@ -116,7 +127,7 @@ def evaluate(
     generation = generation or Generation()
     if predicts_tokens(config) and generation.max_new_tokens:
         require_sacrebleu()  # a library that is missing is told before the expensive step
-    with open_session(config, quiet=quiet, say=say) as session:
+    with open_session(config, given=given, quiet=quiet, say=say) as session:
         if isinstance(session.subject, CausalSubject):
             return _evaluate_causal(session, session.subject, grid, metrics, skills, generation)
         return _evaluate_classifier(session, grid, metrics, tasks, skills)

@@ -15,16 +15,19 @@ from skillfast.memory.budget import limited_memory
 from skillfast.memory.usage import peak_memory
 from skillfast.metrics import check_metric_names
 from skillfast.models.coverage import coverage
+from skillfast.models.sites import module_device
 from skillfast.progress import telling
 from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
 from skillfast.runs.digests import data_digest, weights_digest
+from skillfast.runs.given import given_subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from skillfast.models.coverage import Coverage
     from skillfast.runs.config import BenchConfig
+    from skillfast.runs.given import Given
     from skillfast.runs.kept import Kept
     from skillfast.runs.subject import Subject
 
@@ -109,7 +112,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: BenchConfig, *, quiet: bool = True, say: Say = lambda _: None, resumable: bool = False
+    config: BenchConfig,
+    *,
+    given: Given | None = None,
+    quiet: bool = True,
+    say: Say = lambda _: None,
+    resumable: bool = False,
 ) -> Iterator[Session]:
     """Load data and model, train what must be trained, and hold the context in which the stages run.
 
@@ -117,6 +125,7 @@ def open_session(
 
     Args:
         config: The settings.
+        given: Model and data of the caller's own.
         quiet: Show no progress bars.
         say: Called with each line worth reading.
         resumable: Keep stages' results in the output folder, which is made, for an interrupted run to go on from.
@@ -126,14 +135,16 @@ def open_session(
             written.
     """
     check_metric_names(config.trace.metrics)
-    device = choose_device(config.run.device)
+    device = choose_device(config.run.device) if given is None else module_device(given.model)
     config = config.replaced(dtype=choose_dtype(config.run.dtype, device))
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.run.backend))
         stack.enter_context(limited_memory(config.run.memory_bytes))
         with clock.stage("data"):
-            subject = load_subject(config, device, quiet=quiet, say=say)
+            subject = (
+                load_subject(config, device, quiet=quiet, say=say) if given is None else given_subject(given, config)
+            )
             covered = _certify(subject.model, say)
         session = Session(subject, covered, clock, quiet, say)
         if resumable:

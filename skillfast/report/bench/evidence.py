@@ -9,7 +9,12 @@ from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, 
 if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults, BothParts, MetricCorrelations, Trained
 
-FROM = {"scratch": "was trained from nothing", "checkpoint": "was loaded", "pretrained": "came pretrained"}
+FROM = {
+    "scratch": "was trained from nothing",
+    "checkpoint": "was loaded",
+    "pretrained": "came pretrained",
+    "given": "was given",
+}
 
 
 def overall_say(results: BenchResults) -> list[str]:

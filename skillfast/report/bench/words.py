@@ -23,6 +23,7 @@ from skillfast.report.formatting import (
     times,
 )
 from skillfast.results.records import to_json
+from skillfast.vocabulary import GIVEN
 
 if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults, Cost, OwnControl, Selectivity, Verdict
@@ -300,5 +301,7 @@ def _flag(key: str, value: Any) -> list[str]:
 def command(results: BenchResults) -> str:
     """The command line that repeats the run."""
     config = results.config
+    if config.get("dataset") == GIVEN:
+        return "skillfast.bench(model=..., loader=...)"
     words = [word for key in FLAGS for word in _flag(key, config.get(key))]
     return shlex.join(["skillfast", "bench", *words])
