@@ -107,7 +107,8 @@ class RoutedActivations(Activations):
             row = row + condition.to(row.device)[self.example] * self.n_experts
         units = self.values.shape[-1]
         shifts = None if shift is None else shift.reshape(-1, units)
-        return ops.neuron_scale(self.values, scale.reshape(-1, units), shifts, row)
+        scaled = ops.neuron_scale(self.values, scale.reshape(-1, units), shifts, row)
+        return scaled if shift is None else torch.where((self.expert < self.n_experts)[:, None], scaled, self.values)
 
     def summed(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""

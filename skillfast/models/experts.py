@@ -33,17 +33,18 @@ if TYPE_CHECKING:
 
 AT_ONCE = ("grouped_mm", "batched_mm")
 """Implementations that make the rows of all experts at once."""
-_PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 _CHOICES = ("softmax", "sigmoid", "topk")  # of routers, on a value for each token and expert
 
 
 def experts_of(module: torch.nn.Module) -> tuple[int, int] | None:
     """Experts and units of each, for a module that holds the routed experts of a block; None for any other module."""
     weight = _down_projections(module)
-    if weight is None or not _is_routed(module):
+    takes = None if weight is None else len(inspect.signature(module.forward).parameters)
+    if weight is None or not (takes == 3 or (takes == 1 and getattr(module, "num_experts", None) == len(weight))):
         return None
     if weight.dim() == 3:
-        return weight.shape[0], weight.shape[1 if getattr(module, "is_transposed", False) else 2]
+        return weight.shape[0], weight.shape[1 if takes == 1 or getattr(module, "is_transposed", False) else 2]
     experts: Any = getattr(module, "num_experts", 1)
     return experts, weight.shape[0] // experts
 
@@ -57,8 +58,8 @@ def _down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
     return None
 
 
-def _is_routed(module: torch.nn.Module) -> bool:
-    """Whether its forward takes hidden states, the experts of each token, and their gates."""
+def takes_gates(module: torch.nn.Module) -> bool:
+    """Whether experts are given gates to put on their outputs; those of Llama 4 get inputs that are scaled already."""
     return len(inspect.signature(module.forward).parameters) == 3
 
 
@@ -198,6 +199,9 @@ class _Seam:
 
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        if len(bound.arguments) == 1:
+            self._enter(module, self._ungated(*bound.arguments.values()), 1)
+            return None
         (_, hidden), (_, index), (name, weights) = bound.arguments.items()
         shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else self._shape
         if shape is None or shape[0] * shape[1] != index.shape[0]:
@@ -217,9 +221,27 @@ class _Seam:
             self.gates, RoutedActivations(weights.reshape(-1, 1), index.flatten(), token, one, self.site.experts, shape)
         )
         bound.arguments[name] = gates.values.view(weights.shape)
-        self._forwards.append(forward := _Forward(module, gates, index.shape[-1], self.units))
-        forward.__enter__()
+        self._enter(module, gates, index.shape[-1])
         return bound.args, bound.kwargs
+
+    def _enter(self, module: torch.nn.Module, gates: RoutedActivations, slots: int) -> None:
+        self._forwards.append(forward := _Forward(module, gates, slots, self.units))
+        forward.__enter__()
+
+    def _ungated(self, hidden: torch.Tensor) -> RoutedActivations:
+        """Gates of 1 for inputs [experts * tokens, H], scaled by their gates, which are 0 where a token passes by."""
+        n = self.site.experts
+        assert n is not None
+        if self._shape is None or n * self._shape[0] * self._shape[1] != len(hidden):
+            raise ModelError(
+                f"{self.site.name}: expected the tokens of {self._shape and self._shape[0]} examples for each of {n} "
+                f"experts, got {len(hidden)} rows; call the model itself, with inputs [batch, tokens]"
+            )
+        expert = torch.arange(n, device=hidden.device).repeat_interleave(len(hidden) // n)
+        token = torch.arange(len(hidden) // n, device=hidden.device).repeat(n)
+        one = hidden.new_ones(len(hidden))
+        routed = hidden.detach().ne(0).any(-1)
+        return RoutedActivations(one[:, None], torch.where(routed, expert, n), token, one, n, self._shape)
 
     def _end(self, _: torch.nn.Module, __: Any, output: Any) -> None:
         if not self._forwards:
@@ -338,8 +360,13 @@ class _Forward(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if self.watchers and not self.at_once and name in _PRODUCTS and len(args) > 1:
-            expert = self._expert_of(args[1])
-            args = args if expert is None else (self._rows_of(expert, args[0]), *args[1:])
+            if name == "bmm" and args[1] is _down_projections(self.module):
+                x = args[0]  # [experts, tokens, units]
+                gates = self.gates
+                rows = self._passed(x.flatten(0, 1), gates.expert, gates.token, gates.gate)
+                args = (rows.view(x.shape), *args[1:])
+            elif (expert := self._expert_of(args[1])) is not None:
+                args = (self._rows_of(expert, args[0]), *args[1:])
         found = func(*args, **(kwargs or {}))
         if name == "sort" and self._order is None:
             self._order = found[1]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.models.experts import experts_of
+from skillfast.models.experts import experts_of, takes_gates
 from skillfast.models.families import HEAD_COUNTS, HEAD_WIDTHS, HEADS, Family, families, register_family
 from skillfast.vocabulary import KINDS, Kind
 
@@ -123,7 +123,7 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     sites = []
     for path, module in model.named_modules():
         if (routed := experts_of(module)) is not None:
-            sites += _expert_sites(path, *routed, blocks)
+            sites += _expert_sites(path, *routed, blocks, gated=takes_gates(module))
             continue
         width = input_width(module)
         if width is None or isinstance(parent := _parent(model, path), torch.nn.MultiheadAttention):
@@ -147,13 +147,14 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _expert_sites(path: str, experts: int, units: int, blocks: dict[str, int]) -> list[Site]:
-    """The sites of a block's routed experts, and of the gates that weigh them."""
+def _expert_sites(path: str, experts: int, units: int, blocks: dict[str, int], *, gated: bool) -> list[Site]:
+    """The sites of a block's routed experts, and of the gates that weigh them, if any are given to them."""
     numbered = re.match(r".*\b\d+(?=\.)", path)
     around = next((block for block in blocks if path.startswith(f"{block}.")), numbered[0] if numbered else "")
     index = blocks.setdefault(around, len(blocks))
+    router = Site(f"blocks.{index}.router", "router", index, path, experts, experts=experts)
     return [
-        Site(f"blocks.{index}.router", "router", index, path, experts, experts=experts),
+        *([router] if gated else []),
         Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts),
     ]
 
