@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier
 
-from skillfast.evaluation.embeddings import Alignment, EmbeddingMetrics, order_kept, standard_metrics
+from skillfast.evaluation.embeddings import Alignment, EmbeddingMetrics, _Sums, order_kept, standard_metrics
 from skillfast.evaluation.jackknife import deal, jackknife_interval
 from skillfast.results.records import to_json
 
@@ -306,8 +306,9 @@ def test_constant_embeddings_have_no_order_and_no_cka():
 
 def test_few_images():
     rng = np.random.default_rng(0)
-    for n in (1, 2, 5):
+    for n in (1, 2, 3, 4, 5):
         before, after = rng.normal(size=(2, n, 3))
+        assert np.isnan(_Sums.of(before, after).dependence()) == (n < 4)
         found = EmbeddingMetrics(before, np.zeros(n, dtype=int)).compare(after)
         assert np.isfinite(found.cosine).all()
         assert np.isfinite(found.rank_preservation).all() == (n > 2)

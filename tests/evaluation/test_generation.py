@@ -124,6 +124,8 @@ def test_outcomes_are_those_of_numpy_and_sacrebleu(subject, model_class):
         assert outcome.values["perplexity"] == pytest.approx(values[0][0], rel=1e-4)
         assert outcome.values["bleu"] == pytest.approx(values[0][1])
         assert outcome.change["bleu"] == pytest.approx(values[0][1] - 100)
+        grown = outcome.values["perplexity"] - intact.values["perplexity"]
+        assert outcome.change["perplexity"] == pytest.approx(grown)
         drawn = np.array(values[1:])
         assert to_json(outcome.random.values["bleu"]) == pytest.approx(
             {"mean": drawn[:, 1].mean(), "low": drawn[:, 1].min(), "high": drawn[:, 1].max()}

@@ -15,6 +15,8 @@ from skillfast.data import TensorImages, loader
 from skillfast.data.splits import few_per_class
 from skillfast.evaluation.jackknife import deal
 from skillfast.evaluation.probes import (
+    OTHERS,
+    SHOTS,
     Reader,
     Readings,
     information,
@@ -202,6 +204,14 @@ def test_a_probe_sees_as_many_of_each_class():
     assert rows == sorted(rows)
     assert rows != few_per_class(labels, 1, 40, 2000)
     assert len(few_per_class(np.arange(100).repeat(40), 0, 40, 2000)) == 2000
+
+
+def test_a_few_of_the_others_are_no_more_than_a_step_holds():
+    labels = np.arange(60).repeat(6)
+    own, others = Reader(labels, 60, None)._few(np.arange(360), 3, np.random.default_rng(0))
+    assert labels[own].tolist() == [3] * SHOTS
+    assert sorted(np.unique(labels[others], return_counts=True)[1].tolist()) == [SHOTS] * (OTHERS // SHOTS)
+    assert 3 not in labels[others]
 
 
 def test_what_reads_an_example_was_not_fitted_on_it():

@@ -6,7 +6,7 @@ changes of annotations, docstrings, error messages, assertions for the type chec
 function is put in its place there (what runs at import is imported anew). Its tests are those of its package, first the
 files that name its module, and one case of every test before any other, until one fails or `BUDGET` is spent; left out
 are tests that are marked slow, need the trained default model or start processes, where no mutant in memory is. What is
-known of each mutant is kept in build/mutants/results.jsonl.
+known of each mutant is kept in build/mutants/results.jsonl, what the tests cost in costs.tsv.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
-RESULTS = WORK / "results.jsonl"
+RESULTS, COSTS = WORK / "results.jsonl", WORK / "costs.tsv"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
 ELSEWHERE = {  # tests of a package that do not lie in its folder
@@ -58,6 +58,7 @@ ELSEWHERE = {  # tests of a package that do not lie in its folder
     "tracing": ["tests/statistics/test_streaming.py", "tests/statistics/test_inputs.py"],
 }
 BUDGET = 15.0  # seconds of CPU for the tests of a mutant
+USUAL = 0.2  # seconds of CPU of a test that has not run yet
 ENDLESS = 20.0  # seconds of CPU after which one test is taken not to end
 STARTS_PROCESSES = re.compile(r"torchrun|subprocess")
 COSTLY = {"default_run", "trained_digits"}  # fixtures that take longer than that
@@ -221,17 +222,19 @@ def affordable(item: pytest.Item) -> bool:
 def in_turn(items: list[pytest.Item], mutant: dict) -> list[pytest.Item]:
     """A mutant's tests: those that name the function or its class first, then files that are near its module.
 
-    Of either kind one case of every test comes before any other.
+    Of either kind one case of every test comes before any other, and cheap ones, as far as known, come first.
     """
+    costs = dict(line.rsplit("\t", 1) for line in COSTS.read_text().splitlines()) if COSTS.exists() else {}
     places = {file: place for place, file in enumerate(mutant["tests"])}
-    public = [name for name in mutant["function"].split(".") if name and not name.startswith("_")]
+    public = [name for name in mutant["function"].split(".") if len(name) > 3 and not name.startswith("_")]
     names = re.compile("|".join(rf"\b{name}\b" for name in public) or "$^")
     seen, found = Counter(), []
     for item in items:
         file, test = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
         if file in places:
             unnamed = not names.search(inspect.getsource(item.function))
-            found.append(((unnamed, file not in mutant["near"], seen[test] > 0, places[file], len(found)), item))
+            cost = round(float(costs.get(item.nodeid, USUAL)), 1)
+            found.append(((unnamed, file not in mutant["near"], seen[test] > 0, cost, places[file], len(found)), item))
             seen[test] += 1
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 
@@ -280,7 +283,10 @@ class Runner:
             for item, following in itertools.zip_longest(chosen, chosen[1:]):
                 (folder / "test.txt").write_text(item.nodeid)
                 signal.setitimer(signal.ITIMER_PROF, ENDLESS)  # of a loop that does not end
+                before = cpu_seconds()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                with COSTS.open("a") as file:
+                    file.write(f"{item.nodeid}\t{cpu_seconds() - before:.2f}\n")
                 if session.testsfailed or cpu_seconds() > stop:
                     break
             status = int(session.testsfailed > 0)

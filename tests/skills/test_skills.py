@@ -112,7 +112,7 @@ def test_a_colon_belongs_to_the_name_of_a_class():
     [
         (
             {"method": "magic"},
-            "method: expected one of pearson, spearman, auroc, mutual_info, attribution, mask, got 'magic'",
+            "method: expected one of pearson, spearman, auroc, mutual_info, attribution, mask, erase, got 'magic'",
         ),
         ({"share": 0}, r"share: expected a share in \(0, 1\], got 0"),
         ({"max_site_share": 1.5}, "max_site_share: expected a share"),

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import skillfast
 from skillfast.tracing import sampling
 from skillfast.tracing.sampling import ValidRows, _bytes_of, _random_batches, _rows_of, _shuffled, plan
 
@@ -106,3 +109,18 @@ def test_rows_that_a_sampler_repeats_are_no_ones_own():
     assert places[:3] == [0, 3, 6]
     alone = ValidRows(DataLoader(data, 2)).next(2)
     assert alone.own is alone.place is None
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")  # of a class without images
+def test_a_trace_counts_no_repeated_sample(vit, batches):
+    images, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    sampler = DistributedSampler(range(37), 2, 1, shuffle=False)  # 18 of 37, and the first of all once more
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loader = DataLoader(TensorDataset(images, labels), 8, sampler=sampler)
+        found = skillfast.trace(vit, loader, statistics=("pearson",))
+    finally:
+        distributed.destroy_process_group()
+    want = skillfast.trace(vit, [(images[1::2], labels[1::2])], statistics=("pearson",))
+    assert found.n_observations == want.n_observations == 18
+    np.testing.assert_allclose(found.pearson, want.pearson, atol=1e-5)

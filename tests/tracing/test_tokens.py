@@ -70,6 +70,21 @@ def test_every_token_counts(vit, batches):
     np.testing.assert_allclose(scores.std[steady], x.flatten(0, 1).std(0, correction=0)[steady], rtol=1e-4)
 
 
+def test_groups_go_with_the_examples_that_have_tokens(vit, batches):
+    images, labels, loss = data(batches)
+    mask = torch.ones(37, 17, dtype=torch.bool)
+    mask[[0, 5, 20]] = False
+    found = []
+    for rows in (torch.arange(37), mask.any(1).nonzero()[:, 0]):
+        tracer = Tracer(vit, METRICS, sites=("attn",), pool="none", statistics=("pearson",), n_bootstrap=16)
+        with tracer, torch.no_grad():
+            tracer.expect(mask[rows])
+            vit(images[rows])
+            tracer.step(label=labels[rows], loss=loss[rows], groups=rows // 2)
+        found.append(tracer.compute())
+    np.testing.assert_allclose(found[0].pearson_low, found[1].pearson_low, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_metrics_of_each_token(vit, batches, masked):
     images, labels, _ = data(batches)
