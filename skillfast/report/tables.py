@@ -72,8 +72,12 @@ def summary_table(results: BenchResults) -> Table:
     table.add_column("")
     for name, _ in COLUMNS:
         table.add_column(name)
+    accuracy = results.baseline.accuracy
+    effects = [getattr(results, source) for _, source in COLUMNS]
+    table.add_row("accuracy retained (other classes)", *(percent(accuracy + found.other_change) for found in effects))
+    table.add_row("accuracy forgotten (removed class)", *(percent(accuracy - found.target_drop) for found in effects))
     for key, name in ROWS:
-        table.add_row(name, *(_cell(getattr(results, source), key) for _, source in COLUMNS))
+        table.add_row(name, *(_cell(found, key) for found in effects))
     table.add_row("harm by chance alone", *(points(getattr(results, source).harm.noise_floor) for _, source in COLUMNS))
     if (replaced := results.replacements) is not None:
         for key, name in REPLACED:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from skillfast import report
 from skillfast.report.bench import evidence, tradeoff
-from skillfast.report.formatting import MINUS, UNDEFINED, data_name, model_name, points
+from skillfast.report.formatting import MINUS, UNDEFINED, data_name, model_name, percent, points
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
 from skillfast.results.skills import Skills
@@ -60,6 +60,11 @@ def test_the_terminal_says_them_too():
     console.print(report.summary_table(typed(sample.sample_results(2))))
     shown = " ".join(console.file.getvalue().replace(MINUS, "-").split())
     assert "all examples, largest change │ -30.5" in shown
+    results = typed(sample.sample_results(2))
+    retained = results.baseline.accuracy + sum(results.removal_matrix[i][1 - i] for i in (0, 1)) / 2
+    forgotten = results.baseline.accuracy + sum(results.removal_matrix[i][i] for i in (0, 1)) / 2
+    assert f"accuracy retained (other classes) │ {percent(retained)} │" in shown.replace(" %", "\N{NO-BREAK SPACE}%")
+    assert f"accuracy forgotten (removed class) │ {percent(forgotten)} │" in shown.replace(" %", "\N{NO-BREAK SPACE}%")
     assert "top-10 |r| with label │ 0.78" in shown
 
 
