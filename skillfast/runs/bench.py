@@ -259,13 +259,13 @@ def _shares(session: Session, removals: Removals, labels: np.ndarray) -> OwnPred
 
 
 def _embeddings(session: Session, removals: Removals, swept: SweepResult) -> EmbeddingChanges | None:
-    """What each skill's removal does to the embeddings, and what a few random controls of each do."""
+    """What each skill's removal does to the embeddings, and what the random controls of all examples do."""
     subject = session.subject
     return compare_embeddings(
         subject.model,
         subject.loader("test"),
         removals.whole,
-        removals.few_controls,
+        removals.controls,
         classes=subject.splits.classes,
         seed=session.config.run.seed,
         swept=swept,
@@ -358,7 +358,7 @@ def _results(
     seen: dict[str, Any] = {}
     if embedded is not None:
         removed = embedded.of(condition.name for condition in removals.whole)
-        random = embedded.of(condition.name for condition in removals.few_controls)
+        random = embedded.of(condition.name for condition in removals.controls)
         turns = removed.angles, removed.angles_left_out
         control = random.angles.reshape(-1, k, k), random.angles_left_out.reshape(-1, k, *turns[1].shape[1:])
         seen["standard_metrics"] = standard_metrics(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
 
 ON_ALL = 2  # random draws per skill that run on the examples of all classes
-FEW = 1  # random draws per skill of what is dear to measure
 
 
 def component_conditions(skills: Sequence[Skill], sites: Sequence[Site], scale: float) -> list[list[Condition]]:
@@ -82,7 +81,6 @@ class Removals:
         components: Each skill with only its neurons in some of the kinds, a row per subset.
         blocks: Each skill with only its neurons in some blocks, a row per choice of blocks.
         controls: The first of the random controls of each skill, for all examples.
-        few_controls: The first of these, for what is dearer to measure.
         own_controls: The others, for each class's own examples, a row per draw.
         matched_controls: As many controls of neurons that are about as active, a row per draw.
     """
@@ -92,7 +90,6 @@ class Removals:
     components: Sequence[Sequence[Condition]]
     blocks: Sequence[Sequence[Condition]]
     controls: Sequence[Condition]
-    few_controls: Sequence[Condition]
     own_controls: Sequence[Sequence[Condition]]
     matched_controls: Sequence[Sequence[Condition]]
 
@@ -115,7 +112,6 @@ class Removals:
             components=component_conditions(skills, sites, settings.scale),
             blocks=block_conditions(skills, sites, settings.scale),
             controls=[condition for row in controls[:ON_ALL] for condition in row],
-            few_controls=[condition for row in controls[:FEW] for condition in row],
             own_controls=controls[ON_ALL:],
             matched_controls=matched,
         )

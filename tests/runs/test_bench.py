@@ -251,8 +251,9 @@ def test_blocks_and_draws_run_on_some_examples_of_each_class(tmp_path):
         for i in range(3)
         for row in removals.block_conditions(skills, sites, 0.0)
     ]
-    whole, components = [skillfast.Condition(skill) for skill in skills], removals.component_conditions(skills, 0.0)
-    made = removals.Removals(skills, whole, components, blocks, [], [], draws[:1], draws[1:])
+    whole = [skillfast.Condition(skill) for skill in skills]
+    components = removals.component_conditions(skills, sites, 0.0)
+    made = removals.Removals(skills, whole, components, blocks, [], draws[:1], draws[1:])
     loader, of = DataLoader(TensorDataset(images[shown], labels[shown]), batch_size=64), labels[shown].numpy()
     forwards = []
     handle = model.head.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))

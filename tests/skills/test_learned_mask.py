@@ -12,10 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast import data
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.evaluation.probes import share_lost
+from skillfast.evaluation.probes import Reader, share_lost
 from skillfast.models.adam import Adam
 from skillfast.models.sites import find_sites
-from skillfast.runs.embedding_sweep import compare_embeddings
 from skillfast.skills import learned_mask
 from skillfast.skills.learned_mask import kept_loss, soft_top, target_loss
 
@@ -109,11 +108,12 @@ def test_an_erasing_mask_takes_what_a_refitted_probe_reads():
         assert masks.method == ("erase" if erase else "mask")
         skills = skillfast.select(masks, metric="label", **sizes)
         removals = [skillfast.Condition(skill) for skill in skills.values()]
-        read = compare_embeddings(model, test, removals, [], classes=classes).readings
-        swept = skillfast.sweep(model, test, removals, classes=classes, keep_predictions=True)
+        swept = skillfast.sweep(model, test, removals, classes=classes, keep_predictions=True, keep_embeddings=True)
         labels, intact = swept.labels, swept.top2[:, 0]
+        reader = Reader(labels, len(classes), None)
+        probed = [reader.probe(rows) for rows in (swept.baseline_embeddings, *swept.embeddings)]
         found[erase] = [
-            [share_lost(intact, swept.predictions[k], labels, k), share_lost(read.intact, read.refitted[k], labels, k)]
+            [share_lost(intact, swept.predictions[k], labels, k), share_lost(probed[0], probed[1 + k], labels, k)]
             for k in range(4)
         ]
         if erase:
