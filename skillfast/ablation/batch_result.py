@@ -58,7 +58,7 @@ def embedding_of(batch: Batch, embedding: torch.Tensor | None, model: torch.nn.M
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchResult:
     """One batch's outcome; row 0 of the first dimension is the intact model.
 
@@ -84,49 +84,6 @@ class BatchResult:
     routes: np.ndarray
 
     @staticmethod
-    def intact(
-        observed: Observed,
-        logits: torch.Tensor,
-        embedding: torch.Tensor | None,
-        conditions: int,
-        *,
-        keep_logits: bool,
-        donors: torch.Tensor | None = None,
-    ) -> BatchResult:
-        """Every condition as the intact model, until `set` tells what it does."""
-        labels, logits = observed.labels, observed.rows(logits)
-        shape = (1 + conditions, len(labels))
-        first, second = logits.topk(2, dim=1).indices.cpu().numpy().T
-        kept = None if embedding is None else observed.rows(embedding).float().cpu().numpy()
-        return BatchResult(
-            labels=labels.cpu().numpy(),
-            logits=logits.float().cpu().numpy() if keep_logits else None,
-            second=second,
-            predictions=np.broadcast_to(first, shape).copy(),
-            margins=np.broadcast_to(margin(logits, labels).cpu().numpy(), shape).copy(),
-            embeddings=None if kept is None else np.broadcast_to(kept, (*shape, kept.shape[-1])).copy(),
-            donors=None if donors is None else donors[observed.example].numpy(),
-            routes=np.zeros(1 + conditions, np.int64),
-        )
-
-    def set(
-        self, observed: Observed, conditions: Sequence[int], logits: torch.Tensor, embeddings: torch.Tensor | None
-    ) -> None:
-        """What some conditions do.
-
-        Args:
-            observed: The observations.
-            conditions: Positions of the conditions.
-            logits: [len(conditions), batch, ..., classes].
-            embeddings: [len(conditions), batch, ..., E], or None.
-        """
-        at, logits = [1 + i for i in conditions], observed.rows(logits)
-        self.predictions[at] = logits.argmax(-1).cpu().numpy()
-        self.margins[at] = margin(logits, observed.labels).cpu().numpy()
-        if self.embeddings is not None and embeddings is not None:
-            self.embeddings[at] = observed.rows(embeddings).float().cpu().numpy()
-
-    @staticmethod
     def joined(parts: Sequence[BatchResult]) -> BatchResult:
         """The outcome of all parts, one after the other."""
 
@@ -137,3 +94,94 @@ class BatchResult:
         axes = {"labels": 0, "logits": 0, "second": 0, "predictions": 1, "margins": 1, "embeddings": 1, "donors": 0}
         routes = np.sum([part.routes for part in parts], axis=0)
         return BatchResult(**{name: cat(name, axis) for name, axis in axes.items()}, routes=routes)
+
+
+class BatchRecorder:
+    """One batch's outcome as it comes, on the device; the host waits for it once, in `result`.
+
+    Every condition is as the intact model until `set` tells what it does.
+
+    Args:
+        observed: The observations.
+        logits: The intact model's, [batch, ..., classes].
+        embedding: The intact model's, [batch, ..., E], or None to keep none.
+        conditions: How many conditions there are.
+        keep_logits: Whether to keep the intact model's logits.
+        donors: int64 [batch], rows of the bank, or None.
+        routed: How many choices of experts the intact model made.
+    """
+
+    def __init__(
+        self,
+        observed: Observed,
+        logits: torch.Tensor,
+        embedding: torch.Tensor | None,
+        conditions: int,
+        *,
+        keep_logits: bool,
+        donors: torch.Tensor | None = None,
+        routed: int = 0,
+    ) -> None:
+        self.observed = observed
+        self.n_conditions = conditions
+        self.keep_logits = keep_logits
+        self.donors = donors
+        self.routed = routed
+        self.logits = observed.rows(logits)
+        self.embedding = None if embedding is None else observed.rows(embedding).float()
+        self.told: list[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self.rerouted: list[tuple[list[int], torch.Tensor]] = []
+
+    def set(
+        self,
+        conditions: Sequence[int],
+        logits: torch.Tensor,
+        embeddings: torch.Tensor | None,
+        rerouted: torch.Tensor | None = None,
+    ) -> None:
+        """What some conditions do.
+
+        Args:
+            conditions: Positions of the conditions.
+            logits: [len(conditions), batch, ..., classes].
+            embeddings: [len(conditions), batch, ..., E], or None.
+            rerouted: int64 [len(conditions)], tokens that experts were chosen for otherwise, or None.
+        """
+        at = [1 + i for i in conditions]
+        if rerouted is not None:
+            self.rerouted.append((at, rerouted))
+        rows = self.observed.rows(logits)
+        kept = None if embeddings is None or self.embedding is None else self.observed.rows(embeddings).float()
+        self.told.append((at, rows.argmax(-1), margin(rows, self.observed.labels), kept))
+
+    def result(self) -> BatchResult:
+        """The outcome on the host."""
+        labels = self.observed.labels
+        shape = (1 + self.n_conditions, len(labels))
+        first, second = self.logits.topk(2, dim=1).indices.cpu().numpy().T
+        predictions = np.broadcast_to(first, shape).copy()
+        margins = np.broadcast_to(margin(self.logits, labels).cpu().numpy(), shape).copy()
+        embeddings = None
+        if self.embedding is not None:
+            embeddings = np.broadcast_to(self.embedding.cpu().numpy(), (*shape, self.embedding.shape[-1])).copy()
+        if self.told:
+            at = [row for rows, *_ in self.told for row in rows]
+            predictions[at] = torch.cat([part for _, part, *_ in self.told]).cpu().numpy()
+            margins[at] = torch.cat([part for _, _, part, _ in self.told]).cpu().numpy()
+        for rows, *_, kept in self.told:
+            if embeddings is not None and kept is not None:
+                embeddings[rows] = kept.cpu().numpy()
+        routes = np.zeros(shape[0], np.int64)
+        routes[0] = self.routed
+        for rows, count in self.rerouted:
+            routes[rows] = count.cpu().numpy()
+        return BatchResult(
+            labels=labels.cpu().numpy(),
+            logits=self.logits.float().cpu().numpy() if self.keep_logits else None,
+            second=second,
+            predictions=predictions,
+            margins=margins,
+            embeddings=embeddings,
+            donors=None if self.donors is None else self.donors[self.observed.example].numpy(),
+            routes=routes,
+        )

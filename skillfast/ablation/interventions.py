@@ -139,7 +139,8 @@ class _Tables:
             scale[k, change.neurons] = change.scale
             if change.mean is not None:
                 shift[k, change.neurons] = (1 - change.scale) * change.mean.to(dtype)
-        return _Tables(scale.to(device), shift.to(device) if bool(shift.any()) else None)
+        moved = shift.to(device, non_blocking=True) if bool(shift.any()) else None
+        return _Tables(scale.to(device, non_blocking=True), moved)
 
     @property
     def nbytes(self) -> int:

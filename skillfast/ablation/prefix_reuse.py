@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,9 +94,9 @@ class PrefixCache:
         each = [route[..., 0].numel() if self.real is None else int(self.real.sum()) for route in self.routes.values()]
         return sum(each)
 
-    @property
+    @cached_property
     def finite(self) -> bool:
-        """Whether corrections may be added: removing a neuron that is not finite is no subtraction."""
+        """Whether corrections may be added: removing a neuron that is not finite is no subtraction. Asked once."""
         return bool(self.logits.isfinite().all())
 
     @property
@@ -298,7 +299,7 @@ class PrefixReuse:
 
         def keep_neurons(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0][:, :1] if narrow else args[0]
-            cache.neurons[name] = x.index_select(-1, changed_neurons.to(x.device))
+            cache.neurons[name] = x.index_select(-1, changed_neurons.to(x.device, non_blocking=True))
 
         stack.callback(self.model.get_submodule(point.site.path).register_forward_pre_hook(keep_neurons).remove)
 
@@ -444,13 +445,14 @@ class PrefixReuse:
         with torch.autocast(base.device.type, enabled=False):
             for out, i in zip(stacked.view(n, -1, stacked.shape[-1]), conditions, strict=True):
                 change = self._change(site, i)
-                where = torch.searchsorted(changed_neurons, change.neurons).to(base.device)
+                where = torch.searchsorted(changed_neurons, change.neurons).to(base.device, non_blocking=True)
                 x = neurons.index_select(-1, where)
                 if change.mean is not None:
                     x = x - change.mean.to(x)
                 if cache.donors is not None and (other := change.donated(cache.donors)) is not None:
                     x = x - other[:, : base.shape[1]].to(x)
-                columns = weight.index_select(1, change.neurons.to(weight.device)).to(base.dtype)  # [E, S]
+                at = change.neurons.to(weight.device, non_blocking=True)
+                columns = weight.index_select(1, at).to(base.dtype)  # [E, S]
                 out.addmm_(x.flatten(0, -2).to(base.dtype), columns.T, alpha=change.scale - 1)
         return with_first_tensor(kept, stacked)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skillfast.ablation.batch_result import BatchResult, Observed, embedding_of
+from skillfast.ablation.batch_result import BatchRecorder, Observed, embedding_of
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import call
@@ -14,6 +14,7 @@ from skillfast.tracing.prepared import prepared
 if TYPE_CHECKING:
     import torch
 
+    from skillfast.ablation.batch_result import BatchResult
     from skillfast.ablation.interventions import Interventions
     from skillfast.models.batches import Batch
 
@@ -53,13 +54,13 @@ class PreparedRunner:
         logits = self._logits(batch)
         observed = Observed.of(batch, logits, self.inner)
         embedding = embedding_of(batch, self._embedding(batch), self.inner) if keep_embeddings else None
-        part = BatchResult.intact(observed, logits, embedding, len(self.factors), keep_logits=keep_logits)
+        part = BatchRecorder(observed, logits, embedding, len(self.factors), keep_logits=keep_logits)
         for i, factors in enumerate(self.factors):
             with self.known.changed(self.inner, factors):
                 changed = self._logits(batch)
                 embedding = self._embedding(batch) if keep_embeddings else None
-            part.set(observed, [i], changed[None], None if embedding is None else embedding[None])
-        return part
+            part.set([i], changed[None], None if embedding is None else embedding[None])
+        return part.result()
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         return logits_of(call(self.model, batch.inputs), self.inner)

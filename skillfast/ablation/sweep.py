@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from skillfast import files
-from skillfast.ablation.batch_result import BatchResult, Observed, embedding_of
+from skillfast.ablation.batch_result import BatchRecorder, BatchResult, Observed, embedding_of
 from skillfast.ablation.forward_trace import trace_forward
 from skillfast.ablation.interventions import Condition, Interventions, hooked
 from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
@@ -448,15 +448,15 @@ class BatchRunner:
         self._ran(len(batch))
         observed = Observed.of(batch, cache.logits, self.model)
         embedding = embedding_of(batch, cache.embedding, self.model) if keep_embeddings else None
-        part = BatchResult.intact(
+        part = BatchRecorder(
             observed,
             cache.logits,
             embedding,
             len(self.interventions.conditions),
             keep_logits=keep_logits,
             donors=cache.donors,
+            routed=cache.routed,
         )
-        part.routes[0] = cache.routed
         for point, conditions in reuse.conditions_from.items():
             if point is None:
                 continue
@@ -464,10 +464,8 @@ class BatchRunner:
                 reuse, cache, point, conditions, rows // len(batch)
             ):
                 self._ran(len(some) * len(batch) * reuse.work(point))
-                part.set(observed, some, changed, embeddings)
-                if rerouted is not None:
-                    part.routes[[1 + i for i in some]] = rerouted.cpu().numpy()
-        return part
+                part.set(some, changed, embeddings, rerouted)
+        return part.result()
 
     def _stacks(
         self, reuse: PrefixReuse, cache: PrefixCache, point: ResumePoint, conditions: Sequence[int], size: int

@@ -49,8 +49,8 @@ class Activations:
         return ops.neuron_scale(self.values, scale, shift, condition)
 
     def summed(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""
-        return values.reshape(self.batch, -1, values.shape[-1]).sum(1)
+        """Sums over an example's tokens, float64 [batch, D], of something that is shaped like `values`."""
+        return values.reshape(self.batch, -1, values.shape[-1]).sum(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,12 @@ class RoutedActivations(Activations):
         return scaled if shift is None else torch.where((self.expert < self.n_experts)[:, None], scaled, self.values)
 
     def summed(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over an example's tokens [batch, D] of something that is shaped like `values`."""
+        """Sums over an example's tokens, float64 [batch, D], of something that is shaped like `values`."""
         units = values.shape[-1]
-        sums = values.new_zeros((self.batch * self.n_experts + 1, units))  # the last one for rows of no expert
+        shape = (self.batch * self.n_experts + 1, units)  # the last one for rows of no expert
+        sums = values.new_zeros(shape, dtype=torch.float64)
         place = torch.where(self.expert < self.n_experts, self.example * self.n_experts + self.expert, len(sums) - 1)
-        return sums.index_add_(0, place, values)[:-1].view(self.batch, -1)
+        return sums.index_add_(0, place, values.double())[:-1].view(self.batch, -1)
 
     def pooled(self, pool: Pool, mask: torch.Tensor | None) -> torch.Tensor:
         """One row per example [batch, D] of gate x activation, which is 0 where a token was not routed.

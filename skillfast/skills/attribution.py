@@ -107,11 +107,12 @@ def _attributed(
     refuse_training(model, "attribute")
     chosen = choose_sites(model, sites)
     with torch.inference_mode(False), torch.enable_grad():
-        total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64)
-        counts = torch.zeros(len(columns), dtype=torch.int64)
+        device = next(model.parameters()).device
+        total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64, device=device)
+        counts = torch.zeros(len(columns), dtype=torch.int64, device=device)
         done = 0
         for batch in track(loader, "attribution", quiet=quiet):
-            found = class_batch(batch, n_classes, next(model.parameters()).device, label_key)
+            found = class_batch(batch, n_classes, device, label_key)
             labels = found.labels
             with differentiable(model, chosen) as seen:
                 own = log_odds(found.logits(model), labels).sum()
@@ -119,13 +120,14 @@ def _attributed(
             member = (
                 torch.nn.functional.one_hot(labels, n_classes)
                 if members is None
-                else members[done : done + len(labels)].to(rows.device)
+                else members[done : done + len(labels)].to(rows.device, non_blocking=True)
             )  # [batch, n_columns]
             done += len(labels)
             if len(member) < len(labels):
                 break
-            total += (rows.T @ member.to(rows)).cpu()
-            counts += member.sum(0).long().cpu()
+            total += rows.T @ member.to(rows)
+            counts += member.sum(0)
+    total, counts = total.cpu(), counts.cpu()
     if not int(counts.sum()):
         raise ArgumentError("attribute: expected at least one image, got an empty loader; check its batches")
     if members is not None and done != len(members):
@@ -154,7 +156,7 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
-    return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
+    return logits.gather(1, labels[:, None])[:, 0] - logits.masked_fill(own, -torch.inf).logsumexp(1)
 
 
 def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | None = None) -> Batch:
@@ -166,8 +168,11 @@ def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | Non
             f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "
             "check classes="
         )
-    inputs = mapped(found.inputs, lambda x: x.clone() if x.is_inference() else x)  # autograd saves no such tensor
-    return Batch(inputs, labels).to(device)
+
+    def saved(x: torch.Tensor) -> torch.Tensor:
+        return x.clone() if x.is_inference() else x  # which autograd does not save
+
+    return Batch(mapped(found.inputs, saved), saved(labels)).to(device)
 
 
 @contextmanager
@@ -191,7 +196,13 @@ def _effects(value: torch.Tensor, seen: Sequence[Sequence[Activations]]) -> list
     gradients = iter(torch.autograd.grad(value, [part.values for parts in seen for part in parts]))
     found = []
     for parts in seen:
-        effects = [replace(part, values=part.values.detach().double() * next(gradients).double()) for part in parts]
+        effects = [replace(part, values=_product(part.values.detach(), next(gradients))) for part in parts]
         whole = effects[0].joined(effects)
         found.append(whole.summed(whole.values))
     return found
+
+
+def _product(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The product in float32, or float64 for such activations: what is wider takes twice the memory of all tokens."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(wide) * gradient.to(wide)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from skillfast.backends.capture import accumulation_dtype
 from skillfast.errors import ArgumentError
+from skillfast.memory.usage import free_bytes
 from skillfast.metrics import margin
 from skillfast.models.adam import Adam
 from skillfast.models.batches import logits_of
@@ -204,7 +205,17 @@ class _Learner:
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class, label_key, pad)
         with torch.no_grad():
-            self.intact = torch.cat([self._logits(part).cpu() for part in split(self.images, 256)])
+            self.intact = torch.cat([self._logits(part) for part in split(self.images, 256)])
+        if self.device.type == "cuda":
+            self._move_images()
+        else:
+            self.intact = self.intact.cpu()
+
+    def _move_images(self) -> None:
+        """Keep the images on the GPU where they take a quarter of what is free at most: steps gather them there."""
+        free = free_bytes(self.device)
+        if isinstance(self.images, torch.Tensor) and free is not None and bytes_of(self.images) <= free // 4:
+            self.images = self.images.to(self.device)
 
     def classes(self) -> torch.Tensor:
         """Classes that a mask can be learned for: with attributions, images of their own, and others' images."""
@@ -232,11 +243,12 @@ class _Learner:
         n_own = max(1, round(OWN_SHARE * batch_size))
         own = _draws(self.labels, classes, steps, n_own, generator, own=True)
         others = _draws(self.labels, classes, steps, batch_size - n_own, generator, own=False)
+        of_mask = classes.to(self.device)
         first, last = TEMPERATURES
         probes, units = [], []
         if erase:
-            intact = torch.ones(strength.shape, device=self.device)
-            units = [probe.lead for probe in self._probes(intact, classes, generator)]
+            ones = torch.ones(strength.shape, device=self.device)
+            units = [probe.lead for probe in self._probes(ones, classes, generator)]
         for step in track(range(steps), "learned masks", quiet=quiet):
             done = step / max(1, steps - 1)
             removed = soft_top(strength, self.widths, self.most, self.count, first * (last / first) ** done)
@@ -245,13 +257,14 @@ class _Learner:
                 probes = self._probes(gates.detach(), classes, generator)
             for rows, mask, n in _parts(own, others, step):  # the first n of them of the masks' own classes
                 logits, embeddings = self._gated(gates, mask, rows)
-                of = classes[mask].to(logits.device)
+                of = of_mask[self._there(mask)]
                 loss = target_loss(logits[:n], of[:n]).sum() / own.shape[-1]
                 for i in mask[:n].unique().tolist() if erase else ():
                     read = probes[i].read(embeddings[:n][mask[:n] == i]).sum()
                     loss = loss + erase * read / units[i] / own.shape[-1]
                 if n < len(rows):
-                    lost = kept_loss(logits[n:], self.intact[rows[n:]].to(logits), of[n:])
+                    others_rows = rows[n:].to(self.intact.device, non_blocking=True)
+                    lost = kept_loss(logits[n:], self.intact[others_rows].to(logits), of[n:])
                     loss = loss + keep * lost.sum() / others.shape[-1]
                 (len(classes) * loss).backward()
             assert gates.grad is not None
@@ -260,17 +273,21 @@ class _Learner:
             forecast.ran(1)
         return strength.detach()
 
+    def _there(self, host: torch.Tensor) -> torch.Tensor:
+        """A tensor on the model's device, without waiting for it."""
+        return host.to(self.device, non_blocking=True)
+
     def _logits(self, images: Inputs) -> torch.Tensor:
         trim = getattr(self.model, "trim", None)  # of texts, which are kept as long as the longest of them all
         shorter: Any = trim(images) if trim is not None and isinstance(images, torch.Tensor) else trimmed(images)
-        given = mapped(shorter, lambda x: x.to(self.device))
+        given = mapped(shorter, self._there)
         return logits_of(call(self.model, given), self.model).float()
 
     def _probes(self, gates: torch.Tensor, classes: torch.Tensor, generator: torch.Generator) -> list[_Probe]:
         """A linear probe for each mask, fitted on embeddings under it of its class and of the most similar ones."""
         found, members = [], [(self.labels == c).nonzero()[:, 0] for c in range(len(self.attributions))]
         for i, c in enumerate(classes.tolist()):
-            said = self.intact[members[c]].mean(0)
+            said = self.intact[members[c]].mean(0).cpu()
             said[[k for k, rows in enumerate(members) if not len(rows)]] = -torch.inf
             said[c] = torch.inf
             near = said.topk(min(1 + RIVALS, int((said > -torch.inf).sum()))).indices.tolist()
@@ -300,6 +317,7 @@ class _Learner:
             Logits [n, n_classes], and what the classifier reads, [n, width]; the latter empty for a model without one.
         """
         embeddings = torch.empty(0)
+        masks: dict[torch.device, torch.Tensor] = {}  # moved once
 
         def keep(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal embeddings
@@ -310,12 +328,15 @@ class _Learner:
 
                 def scaled(found: Activations, gate: torch.Tensor = gate) -> torch.Tensor:
                     x = found.values
-                    return found.scaled(gate.to(x.device, accumulation_dtype(x.dtype)), None, mask.to(x.device))
+                    if x.device not in masks:
+                        masks[x.device] = mask.to(x.device, non_blocking=True)
+                    return found.scaled(gate.to(x.device, accumulation_dtype(x.dtype)), None, masks[x.device])
 
                 stack.enter_context(watched(self.model, site, scaled))
             if self.head is not None:  # after its gate, as hooks run in their order
                 stack.callback(self.model.get_submodule(self.head).register_forward_pre_hook(keep).remove)
-            return self._logits(taken(self.images, rows)), embeddings
+            on_host = not isinstance(self.images, torch.Tensor) or self.images.device.type == "cpu"
+            return self._logits(taken(self.images, rows if on_host else self._there(rows))), embeddings
 
     def _initial(self, classes: torch.Tensor, start: NeuronRanking | None) -> torch.Tensor:
         """Strengths to start from: masks, where there are some, else attributions.

@@ -8,12 +8,24 @@ import torch
 from conftest import make_vit
 from fake_cuda import DEVICE, CudaTensor, FakeCuda, to_cuda
 
-from skillfast import Categorical, Continuous, NeuronStatistics, Tracer, ops
+from skillfast import (
+    Categorical,
+    Condition,
+    Continuous,
+    NeuronStatistics,
+    Skill,
+    Tracer,
+    attribute,
+    learn_masks,
+    ops,
+    sweep,
+)
 from skillfast.errors import ArgumentError
 from skillfast.tracing.trace import ClassificationForward, trace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/ops/test_gpu.py")
 METRICS = {"label": Categorical(5), "loss": Continuous()}
+BLOCKS = ("mlp", "attn", "head")
 
 
 @pytest.fixture
@@ -113,6 +125,51 @@ def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_
     passes = seen[-len(batches) :]
     assert passes[0] == passes[-1], "a batch waited"
     same(got, trace(vit, batches, classes=5))
+
+
+def conditions(count):
+    skills = [
+        Skill(str(i), {"blocks.0.mlp": [i, i + 3], "blocks.1.attn": [i], "blocks.2.attn": [3], "head": [1]})
+        for i in range(count)
+    ]
+    return [
+        Condition(skill, components)
+        for skill in skills
+        for components in (("mlp", "attn", "head"), ("attn",), ("head",))
+    ]
+
+
+def test_the_stacks_of_a_sweep_wait_for_nothing(fake, on_cuda, vit, batches):
+    """The host waits for a batch's outcome, and not for each condition's."""
+    waits = []
+    for count in (2, 9):
+        marks = []
+        seen = (marks.append(sum(fake.waits.values())) or batch for batch in batches)
+        sweep(on_cuda, seen, conditions(count), classes=5)
+        waits.append(np.diff(marks)[1:])  # the first batch finds its routes
+        assert (waits[-1] == waits[-1][0]).all()
+    assert waits[0][0] == waits[1][0] <= 8
+    got = sweep(on_cuda, batches, conditions(2), classes=5, keep_predictions=True, keep_margins=True)
+    want = sweep(vit, batches, conditions(2), classes=5, keep_predictions=True, keep_margins=True)
+    np.testing.assert_array_equal(got.predictions, want.predictions)
+    np.testing.assert_allclose(got.margins, want.margins, rtol=1e-4, atol=1e-4)
+
+
+def test_attribution_and_the_steps_of_masks_wait_for_nothing(fake, on_cuda, vit, batches):
+    def waited(run):
+        before = sum(fake.waits.values())
+        result = run()
+        return sum(fake.waits.values()) - before, result
+
+    few, _ = waited(lambda: attribute(on_cuda, batches[:2], classes=5))
+    all_of_them, attributions = waited(lambda: attribute(on_cuda, batches, classes=5))
+    assert few == all_of_them
+    np.testing.assert_allclose(attributions.values, attribute(vit, batches, classes=5).values, rtol=1e-4, atol=1e-6)
+    short, _ = waited(lambda: learn_masks(on_cuda, batches, attributions, steps=2))
+    long, masks = waited(lambda: learn_masks(on_cuda, batches, attributions, steps=7))
+    assert short == long
+    want = learn_masks(vit, batches, attributions, steps=7)
+    np.testing.assert_allclose(masks.values, want.values, rtol=1e-3, atol=1e-3)
 
 
 def test_what_does_not_fit_a_metric_is_refused_at_the_end(fake):
