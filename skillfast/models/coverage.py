@@ -98,6 +98,7 @@ def coverage(model: torch.nn.Module, batch: Any = None, *, label_key: str | None
     find_sites(model)  # a model without sites is told so before anything is run
     if batch is not None:
         return _covered(model, inputs_of(batch, label_key), "the batch that was given")
+    model = _configured_part(model)
     inputs: Any
     if is_configured(model) and getattr(model, DECLARED, None) is None:
         small, inputs = shrunk(model)
@@ -120,7 +121,7 @@ def warn_incomplete(model: torch.nn.Module) -> None:
     It is certified as `coverage(model)` does, once for each class and configuration or shapes of weights. Nothing is
     said where it cannot be done, would copy a large model, or one that is watched by hooks at the moment.
     """
-    model = unwrap_compiled(model)
+    model = _configured_part(unwrap_compiled(model))
     kind = _kind_of(model)
     if kind in _told:
         return
@@ -136,6 +137,12 @@ def warn_incomplete(model: torch.nn.Module) -> None:
         return
     if not found.complete:
         warnings.warn(str(found), RuntimeWarning, stacklevel=3)
+
+
+def _configured_part(model: torch.nn.Module) -> torch.nn.Module:
+    """The model of the transformers library inside one that makes a classifier of it; any other model itself."""
+    inner = getattr(model, "language_model", None)
+    return inner if isinstance(inner, torch.nn.Module) and is_configured(inner) and not is_configured(model) else model
 
 
 def _kind_of(model: torch.nn.Module) -> tuple[object, ...]:

@@ -144,6 +144,26 @@ def test_a_model_of_no_library_needs_a_batch():
     assert set(skillfast.coverage(model, torch.randn(5, 6)).missing) == {"blocks.*.*"}
 
 
+class Asked(nn.Module):
+    """A classifier made of a language model, as `TextClassifier` is."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+
+def test_a_language_model_inside_a_classifier_is_certified():
+    model = transformers.BertForSequenceClassification(shrink._small(config_of("bert"), narrow=True))
+    found = skillfast.coverage(Asked(model))
+    assert found.complete
+    assert found.inputs == "random inputs, on a small copy with random weights"
+
+
+def test_texts_are_no_longer_than_a_model_takes():
+    config = config_of("bert", hidden_size=24, num_attention_heads=4, max_position_embeddings=9)
+    assert skillfast.coverage(transformers.BertForSequenceClassification(config)).complete
+
+
 def test_a_run_says_what_its_sites_miss(tmp_path):
     """The certificate of a session, as every command has it: a line where sites are incomplete."""
     from skillfast.runs.session import _certify
