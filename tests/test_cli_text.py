@@ -77,6 +77,28 @@ def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
     assert "skill pos" in result.output
 
 
+@pytest.mark.slow
+def test_bench_and_ablation_of_a_mixture_of_experts(data, tmp_path):
+    """Every command knows experts and routers: shares over the kinds that the model has, and routes that change."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    folder = save_model(tmp_path / "model", "Qwen3MoeForCausalLM", **sizes, head_dim=8)
+    options = text_options(data, folder, tmp_path / "out")
+    options += ["--prompt", "{text} it is", "--label-words", "bad,good"]
+    small = ["--share", "0.1", "--control-draws", 1, "--method", "attribution", "--pool", "last"]
+    result = run("bench", *options, *small)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [site["kind"] for site in found["model"]["sites"]] == ["attn", "router", "expert", "head"]
+    assert found["model"]["neurons"] == 32 + 4 + 4 * 8 + 24
+    shares = {kind: found["layer_contribution"].get(kind) for kind in ("mlp", "attn", "expert", "router", "head")}
+    assert shares.pop("mlp") is None
+    assert all(value is None for value in shares.values()) or sum(shares.values()) == pytest.approx(1)
+    ablate = [option for option in options if option not in ("--output", tmp_path / "out")]
+    result = run("ablate", *ablate, "--skills", tmp_path / "out", "--mode", "reroute")
+    assert result.exit_code == 0, result.output
+    assert "skill pos" in result.output
+
+
 def test_classes_that_the_model_names_are_in_its_order(data, tmp_path):
     names = {"id2label": {0: "pos", 1: "neg"}, "label2id": {"pos": 0, "neg": 1}}
     folder = save_model(tmp_path / "model", **names)
