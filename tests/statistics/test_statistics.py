@@ -168,6 +168,17 @@ def test_calibration_sets_the_shift_of_all_shards():
     assert shard.n_observations == 200
 
 
+@pytest.mark.parametrize("n", [60, 100])  # exact, and counted in bins
+def test_bounds_of_a_label_of_one_row(n):
+    """Nothing is a sample here, so that one row alone has the label makes no score less certain."""
+    acc = NeuronStatistics(3, {"rare": Binary()}, ("spearman", "auroc"), bins=4)
+    acc.update(sample(n, 3)[0], {"rare": torch.arange(n) == 7})
+    scores = acc.compute()
+    assert (scores.spearman_bound < 0.5).all()
+    assert (scores.auroc_bound < 0.5).all()
+    assert n > 64 or not scores.spearman_bound.any()
+
+
 def test_state_of_another_kind_is_refused():
     state = NeuronStatistics(6, METRICS).state_dict()
     with pytest.raises(ArgumentError, match=r"expected schema 'skillfast.statistics/1', got 'x'"):

@@ -10,7 +10,7 @@ from scipy import stats
 import skillfast
 from skillfast import Categorical, Continuous, NeuronScores, Tracer
 from skillfast.models.sites import declare_sites
-from skillfast.statistics.bins.estimates import continuous_sampling, label_sampling
+from skillfast.statistics.bins.estimates import _reach, continuous_sampling, label_sampling
 from skillfast.statistics.bins.layout import UNIT
 
 METRICS = {"label": Categorical(3), "loss": Continuous()}
@@ -183,6 +183,28 @@ def test_influences_give_the_errors_of_single_rows(prevalence):
     ):  # fmt: skip
         error = reach.numpy() / stats.t.ppf(0.995, freedom)
         assert 0.93 < np.median(error) / np.std(values) < 1.12
+
+
+def test_influences_are_derivatives_of_rho_by_the_weight_of_a_row():
+    """By finite differences of rho, the correlation of middle ranks, of a table whose weights are moved to one cell."""
+    counts = np.random.default_rng(1).integers(1, 9, (6, 8)).astype(float)
+
+    def rho(joint):
+        u, v = ((p.cumsum() - p / 2) - 0.5 for p in (joint.sum(1), joint.sum(0)))
+        of_u, of_v = joint.sum(1) @ u**2, joint.sum(0) @ v**2
+        return (u @ joint @ v) / np.sqrt(of_u * of_v)
+
+    joint, variance, step = counts / counts.sum(), 0.0, 1e-5
+    for cell in np.ndindex(*joint.shape):
+        moved = np.zeros_like(joint)
+        moved[cell] = 1
+        up, down = (rho((1 - e) * joint + e * moved) for e in (step, -step))
+        variance += joint[cell] * ((up - down) / (2 * step)) ** 2
+    n = torch.tensor([counts.sum()])
+    want = _reach(torch.tensor([variance]), n, 0.25)
+    table = torch.from_numpy(counts)[None]
+    torch.testing.assert_close(continuous_sampling(UNIT * table, table.sum(2), 0.25), want, rtol=1e-6, atol=0)
+    assert not continuous_sampling(UNIT * table, table.sum(2), 1.0).any()  # nothing was left out
 
 
 def test_how_many_were_ranked_is_kept(tmp_path):
