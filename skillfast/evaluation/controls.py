@@ -22,7 +22,7 @@ def own_control(predictions: np.ndarray, intact: np.ndarray, labels: np.ndarray)
     values = np.stack([before & ~after, ~before & after]).astype(np.float64)  # [2, draws, n], lost and gained
     strata = Strata(labels)
     per_draw = np.stack([(values[0] - values[1])[:, labels == c].mean(1) for c in strata.classes], 1)  # [draws, K]
-    lost, gained = (float(share) for share in strata.mean(values).mean(-1))
+    lost, gained = np.clip(strata.mean(values).mean(-1), 0, 1).tolist()  # sums of weights may miss 1 by an ulp
     return OwnControl(
         draws=len(predictions),
         n_examples=len(labels),

@@ -33,7 +33,7 @@ def replacements(
         strata = Strata(labels[member])
         drops, ends = [], []
         for values in changes[..., member]:
-            lost, gained = (float(share) for share in strata.mean(values))
+            lost, gained = np.clip(strata.mean(values), 0, 1).tolist()  # sums of weights may miss 1 by an ulp
             drops.append(lost - gained)
             ends.append(list(difference_limits(lost, gained, strata.covariance(values), strata.effective)))
         zero, mean, resample, constant = drops

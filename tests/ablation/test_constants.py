@@ -12,6 +12,7 @@ import skillfast
 from skillfast import Condition, Skill
 from skillfast.ablation.constants import mean_constants, optimal_constants
 from skillfast.errors import ArgumentError
+from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.replacements import replacements
 from skillfast.models.sites import declare_sites
 
@@ -131,3 +132,13 @@ def test_intervals_of_drops_cover():
             held[i] += [low - 1e-9 <= want <= high + 1e-9 for want, (low, high) in zip(wanted, ends, strict=True)]
     assert (held[:, 4] >= 184).all()
     assert 0.92 <= held.mean() / 200 <= 0.985
+
+
+def test_a_class_that_loses_everything_loses_no_more():
+    """Sums of the examples' weights are off by rounding, on either side of 1."""
+    for n in range(2, 60):
+        labels = np.array([0] * n + [1] * 3)
+        wrong = np.tile(1 - labels, (4, 1))
+        found = replacements(wrong, labels, labels, ["a", "b"])
+        assert max(found.average.zero, *(row.zero for row in found.per_class.values())) <= 1
+        assert own_control(wrong, labels, labels).ci95[1] <= 1
