@@ -172,7 +172,8 @@ def test_calibration_sets_the_shift_of_all_shards():
 def test_bounds_of_a_label_of_one_row(n):
     """Nothing is a sample here, so that one row alone has the label makes no score less certain."""
     acc = NeuronStatistics(3, {"rare": Binary()}, ("spearman", "auroc"), bins=4)
-    acc.update(sample(n, 3)[0], {"rare": torch.arange(n) == 7})
+    for rows, rare in zip(sample(n, 3)[0].split(10), (torch.arange(n) == 7).split(10), strict=True):
+        acc.update(rows, {"rare": rare})
     scores = acc.compute()
     assert (scores.spearman_bound < 0.5).all()
     assert (scores.auroc_bound < 0.5).all()
