@@ -1,4 +1,10 @@
-"""Certifies the sites of every causal family of the transformers library; writes one JSON file."""
+"""Certifies the sites of families of models; writes one JSON file.
+
+    python bench/coverage.py causal FILE [FAMILY ...]
+
+Tables: `causal`, `encoders` and `vision` of the transformers library, `timm` (those that tests/timm_models.py builds
+small). With names only these families are certified anew; the file's others stay.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +12,106 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import skillfast
 from skillfast.errors import ModelError
 from skillfast.models.weights import first_line
 
+NO_SITES = "expected blocks named as in a known family"
 
-def certified(model_type: str) -> dict[str, object]:
+
+def of_transformers(table: str) -> dict[str, str]:
+    """Type of a configuration -> class of the model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = {
+        "causal": [auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES],
+        "encoders": [auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES],
+        "vision": [auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_BACKBONE_MAPPING_NAMES],
+    }
+    found: dict[str, str] = {}
+    for mapping in mappings[table]:
+        for family, name in mapping.items():
+            found.setdefault(family, name if isinstance(name, str) else name[0])
+    return found
+
+
+def build_of_transformers(family: str, name: str) -> tuple[Any, None]:
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, name)(transformers.CONFIG_MAPPING[family]()).eval(), None
+
+
+def build_of_timm(family: str, _: str) -> tuple[Any, torch.Tensor]:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from timm_models import made
+
+    from skillfast.models.coverage import randomise
+
+    model, images = made(family)
+    randomise(model)
+    return model, images
+
+
+def certified(build: Any, family: str, name: str) -> dict[str, object]:
     try:
-        with torch.device("meta"):
-            model = getattr(transformers, CAUSAL[model_type])(CONFIG_MAPPING[model_type]()).eval()
+        model, batch = build(family, name)
     except Exception as error:  # configurations without the values that their models need
         return {"answer": "cannot be built from its default configuration", "reason": first_line(error)}
     start = time.process_time()
     try:
-        found = skillfast.coverage(model)
+        found = skillfast.coverage(model, batch)
     except ModelError as error:
-        no_sites = "expected blocks named as in a known family" in str(error)
-        return {"answer": "no sites" if no_sites else "not certified", "reason": first_line(error)}
+        if NO_SITES not in str(error):
+            return {"answer": "not certified", "reason": first_line(error)}
+        return by_structure(model, batch) or {"answer": "no sites", "reason": first_line(error)}
+    except Exception as error:  # of a model's own code, under gradients
+        return {"answer": "not certified", "reason": first_line(error)}
     answer = "whole" if found.complete else "in part" if found.missing else "not exercised"
     return {"answer": answer, **found.to_json(), "cpu_seconds": round(time.process_time() - start, 2)}
 
 
-def main(path: str) -> None:
+def by_structure(model: Any, batch: Any) -> dict[str, object] | None:
+    """The answer for a model of no known family whose projections structure finds; None where they do not certify."""
+    try:
+        sites = skillfast.discover(model, batch)
+    except ModelError:
+        return None
+    return {"answer": "whole, found by structure", "sites": len(sites)}
+
+
+def main(table: str, path: str, *only: str) -> None:
+    import timm
+    import transformers
+
     transformers.logging.set_verbosity_error()
-    found = {model_type: certified(model_type) for model_type in sorted(CAUSAL)}
+    if table == "timm":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from timm_models import TIMM
+
+        families, build = dict.fromkeys(TIMM, ""), build_of_timm
+    else:
+        families, build = of_transformers(table), build_of_transformers  # type: ignore[assignment]
+    file = Path(path)
+    found = json.loads(file.read_text())["families"] if only and file.exists() else {}
+    for family, name in sorted(families.items()):
+        if not only or family in only:
+            found[family] = certified(build, family, name)
     counts: dict[str, int] = {}
     for row in found.values():
         counts[str(row["answer"])] = counts.get(str(row["answer"]), 0) + 1
     versions = {
-        "transformers": transformers.__version__,
-        "torch": str(torch.__version__),
+        "timm": timm.__version__, "transformers": transformers.__version__, "torch": str(torch.__version__),
         "skillfast": skillfast.__version__,
-    }
-    Path(path).write_text(json.dumps({"versions": versions, "counts": counts, "families": found}, indent=1) + "\n")
+    }  # fmt: skip
+    families = {family: found[family] for family in sorted(found)}
+    file.write_text(json.dumps({"versions": versions, "counts": counts, "families": families}, indent=1) + "\n")
     print(counts)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

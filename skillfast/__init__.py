@@ -38,6 +38,7 @@ _PUBLIC = {
     "evaluate": "runs.evaluate",
     "Coverage": "models.coverage",
     "coverage": "models.coverage",
+    "discover": "models.discovery",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from skillfast.metrics import Continuous as Continuous
     from skillfast.models.coverage import Coverage as Coverage
     from skillfast.models.coverage import coverage as coverage
+    from skillfast.models.discovery import discover as discover
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid

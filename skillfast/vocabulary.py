@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["mlp", "attn", "expert", "router", "head"]
+Kind = Literal["mlp", "attn", "ssm", "expert", "router", "head"]
+Layout = Literal["tokens", "channels_first", "tokens_first"]
 Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample", "constant", "reroute"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]

@@ -116,8 +116,10 @@ class _Learned:
         return self.constants.detach()[self.skill == skill].cpu()
 
     def replace(self, found: Activations) -> torch.Tensor:
-        x = found.values
+        x, without = found.values, self.without
+        if len(without) != len(x):  # several windows of an example
+            without = without.repeat_interleave(len(x) // len(without))
         constants = torch.zeros_like(self.kept).index_put((self.skill, self.neuron), self.constants)
         shape = (len(x), *(1,) * (x.dim() - 2), x.shape[-1])
-        changed = x * self.kept[self.without].view(shape) + constants[self.without].view(shape)
+        changed = x * self.kept[without].view(shape) + constants[without].view(shape)
         return changed.to(x.dtype)

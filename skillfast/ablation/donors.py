@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit
+from skillfast.models.activations import by_sample
 from skillfast.models.batches import read_batch
 from skillfast.models.inputs import (
     MASK,
@@ -259,12 +260,7 @@ class _Reader:
         pooled, n = token_mask(self.model, inputs) is not None, examples_in(inputs)
 
         def keep(name: str, x: torch.Tensor) -> None:
-            if len(x) != n:
-                raise ModelError(
-                    f"{name}: expected one row per sample ({n}), got activations of shape {list(x.shape)}; "
-                    "models that fold tokens into the batch have no donors"
-                )
-            chosen = x.index_select(-1, self.neurons[name].to(x.device))
+            chosen = by_sample(x.index_select(-1, self.neurons[name].to(x.device)), n, name)
             found[name] = chosen.float().mean(1, keepdim=True).to(x.dtype) if pooled and x.dim() == 3 else chosen
 
         with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from skillfast.memory.living import LivingBytes
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, call, examples_in
 from skillfast.models.sites import Site, find_sites
+from skillfast.models.watching import projecting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,9 +74,8 @@ class ForwardTrace:
 
 
 def block_path(site: Site) -> str:
-    """Path of the block that a site is in: up to the last number."""
-    found = re.match(r"^(.*\b\d+)\.", site.path)
-    return found[1] if found else ""
+    """Path of the block that a site is in."""
+    return site.inside
 
 
 def trace_forward(model: torch.nn.Module, inputs: Inputs) -> ForwardTrace:
@@ -143,6 +142,7 @@ class _Watch:
             for name, child in modules[block].named_children():
                 self._on_output(f"{block}.{name}", child)
         for site in self.sites:
+            self._stack.enter_context(projecting(self.model, site))
             self._on_call(modules[site.path], lambda args, _, site=site: self._fire(site, args[0]))
             self._on_output(site.path, modules[site.path])
             parent = site.path.rpartition(".")[0]
@@ -174,7 +174,7 @@ class _Watch:
 
     def _fire(self, site: Site, x: torch.Tensor) -> None:
         self.fired.append(site.name)
-        self.tokens = max(self.tokens, x[0].numel() // x.shape[-1])
+        self.tokens = max(self.tokens, x[0].numel() // site.width)
 
     @staticmethod
     def same(a: Any, b: Any) -> bool:

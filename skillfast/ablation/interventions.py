@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -237,7 +238,7 @@ class Interventions:
             change = changes.get(i)
             if change is None or change.donors is None:
                 continue
-            if rows is None or len(rows) != batch:
+            if rows is None or not len(rows) or batch % len(rows):
                 raise ModelError(
                     f"{site.name}: expected a forward of the whole model, which tells whose donors are wanted, got "
                     f"{batch} rows where {'none' if rows is None else len(rows)} went in; call the model itself"
@@ -247,6 +248,8 @@ class Interventions:
             if other.dim() == part.dim() == 3 and part.shape[1] == 1:
                 other = other[:, :1]  # a sweep lets the first token alone pass the last block
             wanted = (*part.shape[:-1], len(change.neurons))
+            if len(rows) != batch and other.numel() == math.prod(wanted):
+                other = other.reshape(wanted)  # windows, which donors hold unfolded
             try:
                 other = other.to(part).expand(wanted)
             except RuntimeError as error:

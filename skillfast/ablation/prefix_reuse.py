@@ -236,7 +236,7 @@ class PrefixReuse:
     ) -> bool:
         try:
             got = self.run(cache, point, [condition], changed=changed)[0]
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ModelError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ModelError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False  # the model's own code has no use for this route

@@ -9,6 +9,7 @@ import torch
 
 from skillfast import ops
 from skillfast.backends.capture import accumulation_dtype, as_tokens
+from skillfast.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,13 +45,36 @@ class Activations:
         Args:
             scale: [conditions, D], as `ops.neuron_scale` takes it.
             shift: [conditions, D], added afterwards.
-            condition: int64 [batch]; None for the first one.
+            condition: int64 [batch], or one for all windows of an example; None for the first one.
         """
+        if condition is not None and len(condition) != self.batch:
+            condition = condition.repeat_interleave(self.batch // len(condition))
         return ops.neuron_scale(self.values, scale, shift, condition)
 
     def summed(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over an example's tokens, float64 [batch, D], of something that is shaped like `values`."""
         return values.reshape(self.batch, -1, values.shape[-1]).sum(1, dtype=torch.float64)
+
+
+def by_sample(x: torch.Tensor, samples: int | None, site: str) -> torch.Tensor:
+    """Neurons with one row per sample [samples, ..., D]; those of windows that were folded into the batch unfolded.
+
+    Args:
+        x: [samples, ..., D], or [samples * windows, ..., D] with a sample's windows one after the other.
+        samples: How many samples the forward has; None: as many as there are rows.
+        site: Where, for people.
+
+    Raises:
+        ModelError: A number of rows that is no multiple of the samples.
+    """
+    if samples is None or x.shape[0] == samples:
+        return x
+    if samples == 0 or x.shape[0] % samples:
+        raise ModelError(
+            f"{site}: expected one row per sample ({samples}), or one per window of each, got activations of shape "
+            f"{list(x.shape)}; leave the site out with sites="
+        )
+    return x.reshape(samples, -1, x.shape[-1])
 
 
 @dataclass(frozen=True)

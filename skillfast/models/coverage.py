@@ -16,6 +16,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import inputs_of
 from skillfast.models.shrink import is_configured, shrunk
 from skillfast.models.sites import DECLARED, find_sites, input_width, refuse_compiled, unwrap_compiled
+from skillfast.models.structure import stream_of
 from skillfast.models.watching import watched
 from skillfast.models.weights import first_line
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
 
 SCALE = 0.5  # of random weights, over the square root of what each output sums
+_BIAS = re.compile(r"bias(?:es)?(?:_table)?$|pos(?:ition)?_embed(?:ding)?s?$")
 _NOT_IN_BLOCKS = (torch.nn.Embedding,)
 
 
@@ -34,7 +36,8 @@ class Coverage:
 
     With every neuron of every site at 0, no weight matrix of a block may have an effect: the gradient of a random
     projection of the output with respect to it is exactly 0. Where one is not 0, a path writes past the sites. What
-    lies before the first block, norms, biases and the head are no weight matrices of a block.
+    lies before the first block, what the residual stream itself passes (reductions between stages, blocks without a
+    shortcut), norms, biases and the head are no weight matrices of a block.
 
     Attributes:
         share: Share of the blocks' weights that act through sites alone, in [0, 1].
@@ -99,6 +102,12 @@ def coverage(model: torch.nn.Module, batch: Any = None, *, label_key: str | None
     if batch is not None:
         return _covered(model, inputs_of(batch, label_key), "the batch that was given")
     model = _configured_part(model)
+    found = _told[_kind_of(model)] = _covered(*made_inputs(model))
+    return found
+
+
+def made_inputs(model: torch.nn.Module) -> tuple[torch.nn.Module, Any, str]:
+    """A copy with random weights, random inputs for it, and what both are; arguments and errors as of `coverage`."""
     inputs: Any
     if is_configured(model) and getattr(model, DECLARED, None) is None:
         small, inputs = shrunk(model)
@@ -107,8 +116,7 @@ def coverage(model: torch.nn.Module, batch: Any = None, *, label_key: str | None
         inputs = _image_inputs(model)
         small, described = copy.deepcopy(model).float().eval(), "random images, on a copy with random weights"
     randomise(small)
-    found = _told[_kind_of(model)] = _covered(small, inputs, described)
-    return found
+    return small, inputs, described
 
 
 _told: dict[tuple[object, ...], Coverage | None] = {}  # what the sites of models cover that somebody was told of
@@ -163,15 +171,15 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             if not parameter.is_floating_point():
                 continue
             if parameter.dim() > 1:
-                sums = parameter[0].numel() ** 0.5
+                sums = max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (SCALE / sums))
             else:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
 
 
 def _covered(model: torch.nn.Module, batch: Any, inputs: str) -> Coverage:
-    sites = [site for site in find_sites(model) if site.kind != "head"]
-    weights = block_matrices(model, sites)
+    warm_up(model, batch)
+    sites, weights = _beside_stream(model, batch, find_sites(model))
     total = sum(weight.numel() for weight in weights.values())
     if not total:
         raise ModelError(f"{type(model).__name__}: expected weight matrices in its blocks, got none; it has no block")
@@ -181,6 +189,37 @@ def _covered(model: torch.nn.Module, batch: Any, inputs: str) -> Coverage:
     size = {name: weight.numel() / total for name, weight in weights.items()}
     share = 1 - sum(size[name] for name in past | unused)
     return Coverage(max(0.0, share), _by_module(past, size), _by_module(unused - past, size), total, inputs)
+
+
+def _beside_stream(
+    model: torch.nn.Module, batch: Any, sites: Sequence[Site]
+) -> tuple[list[Site], dict[str, torch.Tensor]]:
+    """The sites and the blocks' matrices that the residual stream does not itself pass.
+
+    With a site of a block that has no shortcut at 0 nothing would act that comes before it, whatever its own sites.
+    """
+    with graph_of(model, batch) as (outputs, source):
+        stream = stream_of(model, outputs, source)
+    inner = [site for site in sites if site.kind != "head"]
+    weights = {name: weight for name, weight in block_matrices(model, inner).items() if name not in stream}
+    return [site for site in inner if f"{site.path}.weight" not in stream], weights
+
+
+def past_sites(model: torch.nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
+    """Names of the weight matrices that act on the output while every neuron of the sites is 0."""
+    beside, weights = _beside_stream(model, batch, sites)
+    with _silenced(model, beside):
+        return {name for name, acts in _acting(model, batch, weights).items() if acts}
+
+
+def stream_acts(model: torch.nn.Module, batch: Any, sites: Sequence[Site]) -> bool:
+    """Whether the input acts on the output while every neuron of the sites is 0, as a residual stream lets it."""
+    with graph_of(model, batch) as (outputs, source):
+        names = stream_of(model, outputs, source)
+    weights = {name: weight for name, weight in model.named_parameters() if name in names or weight is source}
+    with _silenced(model, [site for site in sites if site.kind != "head" and f"{site.path}.weight" not in names]):
+        acting = _acting(model, batch, weights)
+    return any(acting.values())
 
 
 def block_matrices(model: torch.nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
@@ -201,8 +240,8 @@ def block_matrices(model: torch.nn.Module, sites: Sequence[Site]) -> dict[str, t
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1
-        and not name.endswith("bias")  # of experts: one row each
+        if parameter.squeeze().dim() > 1  # factors of channels are none
+        and not _BIAS.search(name)  # of experts: one row each; of attention: one for each pair of places
         and parameter.is_floating_point()
         and id(parameter) not in embeddings
         and any(name.startswith(f"{stack}.") if stack else True for stack in stacks)
@@ -211,12 +250,12 @@ def block_matrices(model: torch.nn.Module, sites: Sequence[Site]) -> dict[str, t
 
 
 def _stack_of(path: str) -> str:
-    """Path of the outermost numbered container around a module; the whole model where there is none."""
+    """Path of the outermost numbered container around a module; where there is none, of the module around it."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[:i])
-    return ""
+    return ".".join(parts[:-1])
 
 
 def _acting(model: torch.nn.Module, batch: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, bool]:
@@ -234,6 +273,35 @@ def _acting(model: torch.nn.Module, batch: Any, weights: Mapping[str, torch.Tens
         name: gradient is not None and bool((gradient != 0).any())
         for name, gradient in zip(weights, gradients, strict=True)
     }
+
+
+def warm_up(model: torch.nn.Module, batch: Any) -> None:
+    """Let a model keep what it keeps of its first forward (tables of biases), without the graph of that forward."""
+    with torch.no_grad():
+        _run(model, batch)
+
+
+@contextmanager
+def graph_of(model: torch.nn.Module, batch: Any) -> Iterator[tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """The outputs of a forward with the graph of all weights, and the embedding that it begins with."""
+    everything = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+    with _learnable(model, everything), torch.inference_mode(False), torch.enable_grad():
+        outputs = [output for output in _tensors(_run(model, _differentiable(batch))) if output.requires_grad]
+        embeddings = getattr(model, "get_input_embeddings", None)
+        try:
+            embedding = embeddings() if callable(embeddings) else None
+        except (NotImplementedError, AttributeError):  # of models that take no tokens
+            embedding = None
+        yield outputs, embedding.weight if isinstance(embedding, torch.nn.Embedding) else None
+
+
+def _differentiable(batch: Any) -> Any:
+    """A batch whose numbers, unlike its token ids, have a gradient."""
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().clone().requires_grad_().clone() if batch.is_floating_point() else batch
+    if hasattr(batch, "keys"):
+        return {key: _differentiable(batch[key]) for key in batch.keys()}  # noqa: SIM118  # of a BatchEncoding, too
+    return batch
 
 
 def _run(model: torch.nn.Module, batch: Any) -> Any:

@@ -1,8 +1,8 @@
 """Where each family of models keeps its output projections: data, not code.
 
-A row is two regular expressions of module paths relative to a block, whose own path ends in its number. Rows hold for
-every model that is built so, not for the named ones alone. Cross-attention is in no row: `blocks.3.attn` is
-self-attention, and tables tell neurons apart by block, kind and index.
+A row is regular expressions of module paths relative to a block, whose own path ends in its number. Rows hold for
+every model that is built so, not for the named ones alone. `blocks.3.attn` is self-attention, `blocks.3.cross_attn`
+attention to another sequence, of the same kind.
 """
 
 from __future__ import annotations
@@ -23,20 +23,29 @@ class Family:
         name: For people.
         attn: Regular expression of self-attention's output projection, relative to the block: `attn[.]proj`.
         mlp: Path of the MLP's last projection, relative to a block, as a regular expression.
+        ssm: The same of a state-space mixer's or a recurrence's projection.
+        cross_attn: The same of the projection of attention to another sequence.
         block: Regular expression that a block's path ends in.
         head: Path of the classifier or the language-model head; None where it is one of `HEADS`.
     """
 
     name: str
-    attn: str
-    mlp: str
+    attn: str = ""
+    mlp: str = ""
     block: str = r"\b\d+"
     head: str | None = None
+    ssm: str = ""
+    cross_attn: str = ""
 
-    def patterns(self) -> tuple[tuple[Kind, re.Pattern[str]], ...]:
-        """(kind, pattern of the whole path) of each projection; the group `block` is what one block's sites share."""
-        parts: tuple[tuple[Kind, str], ...] = (("attn", self.attn), ("mlp", self.mlp))
-        return tuple((kind, re.compile(rf"(?P<block>.*?{self.block})\.(?:{part})")) for kind, part in parts)
+    def patterns(self) -> tuple[tuple[str, Kind, re.Pattern[str]], ...]:
+        """(role, kind, pattern of the whole path) of each; the group `block` is what a block's sites share."""
+        parts: tuple[tuple[str, Kind, str], ...] = (
+            ("attn", "attn", self.attn), ("mlp", "mlp", self.mlp), ("ssm", "ssm", self.ssm),
+            ("cross_attn", "attn", self.cross_attn),
+        )  # fmt: skip
+        return tuple(
+            (role, kind, re.compile(rf"(?P<block>.*?{self.block})\.(?:{part})")) for role, kind, part in parts if part
+        )
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -63,9 +72,79 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
+    Family("Mamba, Mamba-2, Falcon-Mamba", ssm=r"mixer\.out_proj"),
+    Family("Jamba, Bamba, Granite 4, Falcon-H1, Zamba: the mixers", ssm=r"(?:mamba|mamba_decoder\.mamba)\.out_proj"),
+    Family("Granite 4: the MLP", mlp=r"shared_mlp\.output_linear"),
+    Family("Nemotron-H", r"mixer\.o_proj", r"mixer\.(?:shared_experts\.)?down_proj", ssm=r"mixer\.out_proj"),
+    Family(
+        "RecurrentGemma",
+        r"temporal_block\.o_proj",
+        r"mlp_block\.down_proj",
+        ssm=r"temporal_block\.linear_out",
+    ),
+    Family("RWKV", mlp=r"feed_forward\.value", ssm=r"attention\.output", block=r"\bblocks\.\d+"),
+    Family("xLSTM", mlp=r"ffn\.proj_down", ssm=r"mlstm_layer\.out_proj"),
+    Family("LFM2, LFM3: short convolutions", ssm=r"conv\.out_proj", block=r"\blayers\.\d+"),
+    Family("CTRL", r"multi_head_attention\.dense", r"ffn\.2"),
+    Family("CPM-Ant", r"self_att\.self_attention\.attention_out", r"ffn\.ffn\.w_out"),
+    Family("Moshi", r"self_attn\.o_proj\.linear", r"mlp\.fc2"),
+    Family("Gemma 4: inputs per layer", mlp=r"per_layer_projection"),
+    Family("timm: CoAt", r"factoratt_crpe\d?\.proj", r"mlp\d?\.fc2"),
+    Family("timm: CSATv2, MetaFormer", r"token_mixer\.proj|attn\.conv|attn\.attn\.qkv", r"(?:token_mixer\.)?pwconv2"),
+    Family("timm: DaViT, TNT", r"attn_(?:in|out)\.proj", r"cpe[12]\.proj|mlp_in\.fc2|proj"),
+    Family(
+        "timm: EfficientFormerV2",
+        r"(?:token_mixer|downsample\.attn)\.proj\.conv",
+        r"mlp\.fc2\.conv",
+    ),
+    Family(
+        "timm: EfficientViT of MIT, LowFormer",
+        r"context_module\.main\.proj\.conv|attn\.main\.\d+\.upsampling",
+        r"(?:local_module\.|local\.)?main\.point_conv\.conv|mlp\.main\.\d+",
+        block=r"(?:\b\d+|\bres\d+)",
+    ),
+    Family(
+        "timm: EfficientViT of MSRA, SHViT",
+        r"mixer\.m\.(?:attn\.)?proj\.1\.(?:c|conv)",
+        r"(?:dw\d|conv)\.m\.(?:c|conv)|ffn\d?\.m\.pw2\.(?:c|conv)|downsample\.(?:res\d\.)?\d\.m\.(?:pw2\.)?(?:c|conv)"
+        r"|downsample\.(?:patchmerge|\d)\.se\.fc2",
+    ),
+    Family(
+        "timm: FastViT",
+        r"token_mixer\.proj",
+        r"token_mixer\.mixer\.conv_(?:kxk\.\d+|scale)\.conv|downsample\.proj\.\d+\.conv_(?:kxk\.\d+|scale)\.conv|pos_emb\.pos_enc|conv_(?:kxk\.\d+|scale)\.conv",
+    ),
+    Family("timm: GCViT", mlp=r"(?:downsample\.conv_block|global_block\.blocks\.conv\d+)\.conv_pw"),
+    Family("timm: iFormer", r"mixer\.module\.proj\.c", r"(?:mixer\.module\.\d+|cpe\.module)\.c"),
+    Family("timm: LeViT", r"attn\.proj\.ln\.linear", r"(?:downsample\.)?mlp\.ln2\.linear"),
+    Family(
+        "timm: CoAtNet, MaxViT, VitAmin",
+        r"attn_(?:block|grid)\.attn\.proj",
+        r"(?:conv\.)?conv3_1x1|attn_(?:block|grid)\.mlp\.fc2|mlp\.w2",
+    ),
+    Family("timm: BoTNet, MobileViT", r"transformer\.\d+\.attn\.out_proj", r"conv3_1x1\.conv|conv_proj\.conv"),
+    Family(
+        "timm: NextViT",
+        r"e_mhsa\.proj|mhca\.projection",
+        r"projection\.conv",
+    ),
+    Family("timm: SwiftFormer", r"attn\.final", r"local_representation\.pwconv2|linear\.fc2"),
+    Family("timm: TinyViT, Visformer", mlp=r"conv3\.conv|mlp\.conv3"),
+    Family("timm: Gemma 4's tower", r"attn\.o_proj\.linear", r"mlp\.down_proj\.linear"),
+    Family("torch's TransformerEncoder", r"self_attn\.out_proj", r"linear2", cross_attn=r"multihead_attn\.out_proj"),
+    Family("torchvision's ViT", r"self_attention\.out_proj", r"mlp\.3", block=r"\bencoder_layer_\d+"),
+    Family(
+        "BART, Whisper, ProphetNet: cross-attention",
+        mlp=r"feed_forward\.output",
+        cross_attn=r"(?:encoder_attn|cross_attn)\.(?:out_proj|o_proj)",
+        block=r"\blayers\.\d+",
+    ),
+    Family("BLIP, InstructBLIP: towers", r"self_attn\.projection", r"mlp\.fc2"),
+    Family("T5: cross-attention", cross_attn=r"layer\.1\.EncDecAttention\.o"),
+    Family("BERT, GPT-2: cross-attention", cross_attn=r"crossattention\.(?:output\.dense|c_proj)"),
 )
 
-HEADS = ("classifier", "classifier.out_proj", "score", "classification_head.out_proj", "embed_out")
+HEADS = ("classifier", "classifier.out_proj", "score", "classification_head.out_proj", "embed_out", "heads.head")
 """Paths of classifiers; language-model heads tell themselves."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_v_heads")

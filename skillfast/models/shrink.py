@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 LAYERS = 4  # kept at least, where the model has as many
 HIDDEN, INNER, HEADS, HEAD_WIDTH, VOCABULARY, EXPERTS = 64, 96, 4, 16, 256, 4
-EXAMPLES, TOKENS = 4, 32  # of the inputs that are made: many tokens, so that every expert is reached
+EXAMPLES, TOKENS, ENCODED = 4, 32, 5  # of the inputs that are made: many tokens, so that every expert is reached
+IMAGE = 64  # height and width where the configuration has none
 MOST_WEIGHTS = 100_000_000  # of a copy
 
 _LAYER_COUNTS = (
@@ -24,7 +26,7 @@ _LAYER_COUNTS = (
     "num_encoder_layers", "depth",
 )  # fmt: skip
 _SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "attention_hidden_size"), HIDDEN),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), HIDDEN),
     **dict.fromkeys(
         (
             "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
@@ -55,7 +57,18 @@ _SIZES: dict[str, int] = {
     "linear_num_heads": 4, "linear_head_dim": 16, "qk_head_dim": 32,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "hidden_size_per_layer_input": 8, "mamba_n_groups": 1, "n_groups": 1, "embedding_size": HIDDEN,
+    "embedding_dim": HIDDEN, "num_kv_shared_layers": 1,
 }  # fmt: skip
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+_STAGES: dict[str, int] = {  # lists with a number for each stage of a vision model
+    **dict.fromkeys(("hidden_sizes", "embed_dims", "neck_hidden_sizes"), 32),
+    **dict.fromkeys(("depths", "num_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "heads"), 2),
+}
+_STATE_HEADS = (
+    ("num_heads", "head_dim"), ("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"),
+    ("mamba_num_heads", "mamba_head_dim"),
+)  # fmt: skip
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "multi_query_group_num")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -67,28 +80,34 @@ def is_configured(model: torch.nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "model_type")
 
 
-def shrunk(model: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A small copy of a model of the transformers library, and inputs for it.
+def shrunk(model: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A small copy of a model of the transformers library, which may be on `meta`; see `small_model`."""
+    return small_model(type(model), model.config)
+
+
+def small_model(model_class: Any, config: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A small model of the transformers library, and inputs for it.
 
     Args:
-        model: The model, on any device, also `meta`.
+        model_class: Its class.
+        config: The configuration of one of any size.
 
     Returns:
-        The copy, in evaluation mode, float32, on the CPU, with weights that its constructor made; and random inputs.
+        The model, in evaluation mode, float32, on the CPU, with weights that its constructor made; and random inputs.
 
     Raises:
         ModelError: No small copy can be made of its configuration.
     """
     reasons = []
     for narrow in (True, False):
-        config = _small(model.config, narrow)
+        small = _small(config, narrow)
         try:
             with torch.device("meta"):
-                size = sum(p.numel() for p in _made(model, copy.deepcopy(config)).parameters())
+                size = sum(p.numel() for p in _made(model_class, copy.deepcopy(small)).parameters())
             if size > MOST_WEIGHTS:
                 reasons.append(f"one of {size:,} weights")
                 continue
-            made = _made(model, config).float().eval()
+            made = _made(model_class, small).float().eval()
             inputs = random_inputs(made)
             with torch.no_grad():
                 made(**inputs)
@@ -97,16 +116,16 @@ def shrunk(model: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
             continue
         return made, inputs
     raise ModelError(
-        f"{type(model).__name__}: expected a configuration that a small copy can be made of, got {'; '.join(reasons)}; "
+        f"{model_class.__name__}: expected a configuration that a small copy can be made of, got {'; '.join(reasons)}; "
         "pass batch=, what the model takes"
     )
 
 
-def _made(model: Any, config: Any) -> Any:
+def _made(model_class: Any, config: Any) -> Any:
     generator_state = torch.random.get_rng_state()
     try:
         torch.manual_seed(0)
-        return type(model)(config)
+        return model_class(config)
     finally:
         torch.random.set_rng_state(generator_state)
 
@@ -118,6 +137,8 @@ def _small(config: Any, narrow: bool) -> Any:
         _fewer_layers(part)
         if narrow:
             _narrow(part)
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # no layer's keys are an output, nor is a state changed in place
         if hasattr(part, "vocab_size"):
             for name in _TOKENS:
                 if isinstance(value := getattr(part, name, None), int) and value >= VOCABULARY:
@@ -149,12 +170,21 @@ def _fewer_layers(config: Any) -> None:
         kept = min(count, LAYERS)
         for value in lists.values():
             if not any(isinstance(item, list | dict) for item in value):
-                kept = max(kept, max(list(value).index(item) for item in set(value)) + 1)
+                kept = max(kept, max(_met(list(value), item) for item in set(value)) + 1)
         kept = max(kept, min(count, _period(config)))
         for key, value in lists.items():
             _set(config, key, value[:kept])
+        for key, value in vars(config).items():
+            if key.endswith(("_layer_ids", "_layer_indices")) and isinstance(value, list):
+                _set(config, key, [layer for layer in value if layer < kept])
         if getattr(config, name) != kept:
             _set(config, name, kept)
+
+
+def _met(types: list[Any], item: Any) -> int:
+    """Place of the first layer of a type; of the second where layers share a block."""
+    first = types.index(item)
+    return types.index(item, first + 1) if item == "hybrid" and types.count(item) > 1 else first
 
 
 def _period(config: Any) -> int:
@@ -168,9 +198,26 @@ def _narrow(config: Any) -> None:
     for name in _KEY_HEADS:
         if isinstance(value := _get(config, name), int) and heads is not None:
             _set(config, name, HEADS if value == heads else 1 if value == 1 else 2)
+    attention, hidden = (_get(config, name) for name in ("attention_hidden_size", "hidden_size"))
     for name, size in _SIZES.items():
         if _is_count(config, name):
             _set(config, name, min(size, getattr(config, name)))
+    if isinstance(attention, int) and isinstance(hidden, int):
+        _set(config, "attention_hidden_size", max(1, attention // hidden) * config.hidden_size)
+        if _is_count(config, "attention_head_dim"):
+            _set(config, "attention_head_dim", config.attention_hidden_size // HEADS)
+    for name, size in _STAGES.items():
+        if isinstance(value := _get(config, name), list | tuple) and all(isinstance(item, int) for item in value):
+            _set(config, name, [min(size, item) for item in value])
+    patch = _get(config, "patch_size")
+    size = _get(config, "image_size")
+    if size is not None and isinstance(patch, int) and not hasattr(config, "depths"):
+        _set(config, "image_size", 2 * patch if isinstance(size, int) else [2 * patch] * len(size))
+    expand = next((v for n in ("mamba_expand", "expand") if isinstance(v := _get(config, n), int)), None)
+    for count, width in _STATE_HEADS:
+        if expand is not None and _is_count(config, count) and _is_count(config, width):
+            inner = _get(config, "mamba_d_ssm") or expand * config.hidden_size
+            _set(config, width, inner // getattr(config, count))
 
 
 def _get(config: Any, name: str) -> Any:
@@ -192,7 +239,7 @@ def _is_count(config: Any, name: str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def random_inputs(model: Any) -> dict[str, torch.Tensor]:
+def random_inputs(model: Any) -> dict[str, Any]:
     """Random inputs of the kind that the model takes first: tokens, or images.
 
     Raises:
@@ -202,7 +249,7 @@ def random_inputs(model: Any) -> dict[str, torch.Tensor]:
     config, main = model.config, model.main_input_name
     if main == "pixel_values":
         vision = next((p for p in _parts(config) if hasattr(p, "image_size")), config)
-        size = vision.image_size
+        size = _get(vision, "image_size") or IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(vision, "num_channels", 3)
         return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
@@ -211,7 +258,20 @@ def random_inputs(model: Any) -> dict[str, torch.Tensor]:
     text = next((p for p in _parts(config) if hasattr(p, "vocab_size")), config)
     most = min([v for name in _POSITIONS if isinstance(v := _get(text, name), int) and v > 4], default=TOKENS)
     ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, min(TOKENS, most - 2)), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(config, "is_encoder_decoder", False):
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    takes = inspect.signature(model.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = ids.flip(1)
+    elif "encoder_hidden_states" in takes and any(_attends_across(path) for path, _ in model.named_modules()):
+        width = next(size for part in (config, text) for name in _WIDTHS if isinstance(size := _get(part, name), int))
+        inputs["encoder_hidden_states"] = torch.randn(EXAMPLES, ENCODED, width, generator=generator)
+    elif "encoder_outputs" in takes and "encoder_attn" in {
+        path.rpartition(".")[2] for path, _ in model.named_modules()
+    }:
+        inputs["encoder_outputs"] = (torch.randn(EXAMPLES, ENCODED, config.d_model, generator=generator),)
     return inputs
+
+
+def _attends_across(path: str) -> bool:
+    """Whether a decoder's module attends to what an encoder gives, which a decoder alone must be given."""
+    return path.rpartition(".")[2] in ("encoder_attn", "cross_attn", "crossattention")

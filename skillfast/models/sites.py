@@ -18,7 +18,8 @@ import torch
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.experts import experts_of, takes_gates
 from skillfast.models.families import HEAD_COUNTS, HEAD_WIDTHS, HEADS, Family, families, register_family
-from skillfast.vocabulary import KINDS, Kind
+from skillfast.models.projections import input_width, layout_of, parent_of
+from skillfast.vocabulary import KINDS, Kind, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 FINGERPRINT = "skillfast_architecture"
+HEADED = ("attn", "ssm")
 DECLARED = "skillfast_sites"
 """Attribute of a model (or of its class) that maps canonical names to module paths."""
 
@@ -49,14 +51,18 @@ class Site:
     """A place whose coordinates are neurons.
 
     Attributes:
-        name: Canonical name in every family: `blocks.3.mlp`, `blocks.3.attn`, `blocks.3.experts`, `head`.
-        kind: `"mlp"`, `"attn"`, `"expert"`, `"router"` or `"head"`.
+        name: Canonical name in every family: `blocks.3.mlp`, `blocks.3.attn`, `blocks.3.cross_attn`,
+            `blocks.3.experts`, `head`; a second one of a block is `blocks.3.mlp_2`.
+        kind: `"mlp"`, `"attn"`, `"ssm"`, `"expert"`, `"router"` or `"head"`.
         block: Index of the block, counted in the order of the model's modules; None for the head.
         path: Path of the projection module whose input holds the neurons. Of routed experts, of the module of all of a
             block: the inputs of its down projections hold them, or the gates that it is given (`"router"`).
         width: Number of neurons.
-        heads: Number of attention heads; None elsewhere.
+        heads: Number of heads of attention or of a state-space mixer; None elsewhere.
         experts: Number of routed experts, each with `width // experts` neurons; None elsewhere.
+        layout: Where the projection takes its neurons: in the last dimension, as channels after the batch, or in the
+            last dimension with the tokens before the batch.
+        inside: Path of the block.
     """
 
     name: str
@@ -66,6 +72,8 @@ class Site:
     width: int
     heads: int | None = None
     experts: int | None = field(default=None, repr=False)
+    layout: Layout = field(default="tokens", repr=False)
+    inside: str = field(default="", repr=False)
 
 
 def site_slices(sites: Sequence[Site]) -> dict[str, slice]:
@@ -117,23 +125,18 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     model = unwrap_compiled(model)
     if (declared := getattr(model, DECLARED, None)) is not None:
         return _declared_sites(model, declared)
-    known = families()
-    patterns = [pattern for family in known for pattern in family.patterns()]
-    blocks: dict[str, int] = {}
-    sites = []
+    patterns = [pattern for family in families() for pattern in family.patterns()]
+    named = _Names()
     for path, module in model.named_modules():
         if (routed := experts_of(module)) is not None:
-            sites += _expert_sites(path, *routed, blocks, gated=takes_gates(module))
+            named.add_experts(path, *routed, gated=takes_gates(module))
+        if (width := input_width(module)) is None:
             continue
-        width = input_width(module)
-        if width is None or isinstance(parent := _parent(model, path), torch.nn.MultiheadAttention):
-            continue  # that one never calls its projection
-        for kind, pattern in patterns:
+        for role, kind, pattern in patterns:
             if (found := pattern.fullmatch(path)) is not None:
-                index = blocks.setdefault(found["block"], len(blocks))
-                heads = _heads(model, path, parent, width) if kind == "attn" else None
-                sites.append(Site(f"blocks.{index}.{kind}", kind, index, path, width, heads))
+                named.add(model, role, kind, path, width, found["block"])
                 break
+    sites = named.sites
     if not sites:
         raise ModelError(
             f"{type(model).__name__}: expected blocks named as in a known family, got none; declare its "
@@ -141,36 +144,40 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
             'sites={"blocks.0.mlp": "<path of the projection>", ..., "head": "<path>"}, or for a whole family '
             "skillfast.models.sites.register_family"
         )
-    head = _classifier(model, known)
+    head = classifier_of(model)
     if head is not None:
-        sites.append(Site("head", "head", None, *head))
+        sites.append(Site("head", "head", None, *head, layout=layout_of(model, head[0])))
     return tuple(sites)
 
 
-def _expert_sites(path: str, experts: int, units: int, blocks: dict[str, int], *, gated: bool) -> list[Site]:
-    """The sites of a block's routed experts, and of the gates that weigh them, if any are given to them."""
-    numbered = re.match(r".*\b\d+(?=\.)", path)
-    around = next((block for block in blocks if path.startswith(f"{block}.")), numbered[0] if numbered else "")
-    index = blocks.setdefault(around, len(blocks))
-    router = Site(f"blocks.{index}.router", "router", index, path, experts, experts=experts)
-    return [
-        *([router] if gated else []),
-        Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts),
-    ]
+class _Names:
+    """Sites under canonical names, blocks counted in the order in which they are met."""
 
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self._blocks: dict[str, int] = {}
+        self._taken: set[str] = set()
 
-def input_width(module: torch.nn.Module) -> int | None:
-    """The number of input features of a projection; None for any other module.
+    def add(self, model: torch.nn.Module, role: str, kind: Kind, path: str, width: int, block: str) -> None:
+        index = self._blocks.setdefault(block, len(self._blocks))
+        name, again = f"blocks.{index}.{role}", 2
+        while name in self._taken:
+            name, again = f"blocks.{index}.{role}_{again}", again + 1
+        self._taken.add(name)
+        heads = _heads(model, path, width, neighbours=kind == "attn") if kind in HEADED else None
+        layout = layout_of(model, path)
+        self.sites.append(Site(name, kind, index, path, width, heads, layout=layout, inside=block))
 
-    A projection is whatever has `in_features`, as `nn.Linear`, its quantised kin and adapters around it have, or a
-    transposed linear layer (`Conv1D` of GPT-2), whose weight is [in, out].
-    """
-    if isinstance(width := getattr(module, "in_features", None), int):
-        return width
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        return weight.shape[0]
-    return None
+    def add_experts(self, path: str, experts: int, units: int, *, gated: bool) -> None:
+        """The sites of a block's routed experts, and of the gates that weigh them, if any are given to them."""
+        block = next((block for block in self._blocks if path.startswith(f"{block}.")), _numbered(path))
+        index = self._blocks.setdefault(block, len(self._blocks))
+        if gated:
+            name = f"blocks.{index}.router"
+            self.sites.append(Site(name, "router", index, path, experts, experts=experts, inside=block))
+        self.sites.append(
+            Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts, inside=block)
+        )
 
 
 def module_device(module: torch.nn.Module) -> torch.device:
@@ -212,7 +219,7 @@ def _declared_sites(model: torch.nn.Module, paths: Mapping[str, str]) -> tuple[S
     modules = dict(model.named_modules())
     sites = []
     for name, path in paths.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.(mlp|attn)|head", name)
+        found = re.fullmatch(r"blocks\.(\d+)\.(mlp|attn|ssm|cross_attn)(?:_\d+)?|head", name)
         if found is None:
             raise ArgumentError(
                 f"site {name!r}: expected a name such as blocks.0.mlp, blocks.0.attn or head, got another; rename it"
@@ -224,22 +231,20 @@ def _declared_sites(model: torch.nn.Module, paths: Mapping[str, str]) -> tuple[S
                 f"site {name!r}: expected the path of a linear layer of {type(model).__name__}, got {path!r} ({got}); "
                 "model.named_modules() lists them"
             )
-        kind: Kind = next((kind for kind in KINDS if kind == found[2]), "head")
-        heads = _heads(model, path, _parent(model, path), width) if kind == "attn" else None
-        sites.append(Site(name, kind, None if kind == "head" else int(found[1]), path, width, heads))
+        kind: Kind = "attn" if found[2] == "cross_attn" else next((kind for kind in KINDS if kind == found[2]), "head")
+        heads = _heads(model, path, width, neighbours=kind == "attn") if kind in HEADED else None
+        block = None if kind == "head" else int(found[1])
+        layout = layout_of(model, path)
+        sites.append(Site(name, kind, block, path, width, heads, layout=layout, inside=_numbered(path)))
     if not sites:
         raise ArgumentError("sites: expected at least one name and path, got none; see skillfast.models.sites")
     return tuple(sorted(sites, key=lambda site: (site.block is None, site.block or 0)))
 
 
-def _parent(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
-
-
-def _heads(model: torch.nn.Module, path: str, parent: torch.nn.Module, width: int) -> int | None:
-    """Query heads of an attention projection: told by the module around it, or by that module's neighbours (BERT)."""
+def _heads(model: torch.nn.Module, path: str, width: int, *, neighbours: bool = True) -> int | None:
+    """Query heads of a projection: told by the module around it, or by that module's neighbours (BERT)."""
     around = model.get_submodule(".".join(path.split(".")[:-2]))
-    for module in (parent, *around.children()):
+    for module in (parent_of(model, path), *(around.children() if neighbours else ())):
         counts = [getattr(module, name, None) for name in HEAD_COUNTS]
         widths: list[Any] = [getattr(module, name, None) for name in HEAD_WIDTHS]
         counts += [width // each for each in widths if _divides(each, width)]
@@ -252,15 +257,24 @@ def _divides(part: Any, whole: int) -> bool:
     return isinstance(part, int) and part > 0 and whole % part == 0
 
 
-def _classifier(model: torch.nn.Module, known: Sequence[Family]) -> tuple[str, int] | None:
-    """Path and width of the classifier or the language-model head."""
+def _numbered(path: str) -> str:
+    """Path of a block: up to the last number."""
+    found = re.match(r"^(.*\b\d+)\.", path)
+    return found[1] if found else ""
+
+
+def classifier_of(model: torch.nn.Module) -> tuple[str, int] | None:
+    """Path and width of the classifier or the language-model head; None for a model without one."""
+    known = families()
     modules = dict(model.named_modules())
     get_classifier = getattr(model, "get_classifier", None)
     candidates = [get_classifier() if callable(get_classifier) else getattr(model, "head", None)]
     candidates += [modules.get(path) for path in (*(family.head for family in known if family.head), *HEADS)]
     get_output = getattr(model, "get_output_embeddings", None)
     candidates += [get_output() if callable(get_output) else None]
-    for head in candidates:
+    for candidate in candidates:
+        inner = getattr(candidate, "fc", None)  # of timm's heads that pool, too
+        head = inner if isinstance(inner, torch.nn.Module) and input_width(inner) is not None else candidate
         if isinstance(head, torch.nn.Module) and (width := input_width(head)) is not None:
             return next(path for path, module in modules.items() if module is head), width
     return None

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from skillfast.models.activations import Activations
 from skillfast.models.experts import routed
+from skillfast.models.projections import parent_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
+    from torch.utils.hooks import RemovableHandle
 
     from skillfast.models.sites import Site
 
     # what flows on instead of a site's activations, like their `values`; None: what came
     See = Callable[[Activations], torch.Tensor | None]
+
+_READERS = "_skillfast_readers"  # of an attention module of torch, how many want its projection called
+_COUNTED = ("image_grid_thw", "grid_thw", "input_ids", "pixel_values", "inputs_embeds")
 
 
 @contextmanager
@@ -29,7 +38,8 @@ def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
     Args:
         model: The model.
         site: Where.
-        see: Returns what flows on instead, or None for what came.
+        see: Gets [batch, ..., D] from every layout, of windows that a model folds into the batch [batch * windows, ...,
+            D]; returns what flows on instead, or None for what came.
     """
     if site.experts is not None:
         with routed(model, site, see):
@@ -37,11 +47,76 @@ def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
         return
 
     def before_projection(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = see(Activations(args[0]))
-        return None if replaced is None else (replaced, *args[1:])
+        replaced = see(Activations(_turned(args[0], site)))
+        return None if replaced is None else (_turned(replaced, site, back=True), *args[1:])
 
-    handle = model.get_submodule(site.path).register_forward_pre_hook(before_projection)
+    with projecting(model, site):
+        handle = model.get_submodule(site.path).register_forward_pre_hook(before_projection)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def projecting(model: nn.Module, site: Site) -> AbstractContextManager[None]:
+    """A context in which the module at a site's path is called, which torch's attention else does not do."""
+    parent = parent_of(model, site.path)
+    return _calling_its_projection(parent) if isinstance(parent, nn.MultiheadAttention) else nullcontext()
+
+
+def on_samples(model: nn.Module, tell: Callable[[int], None]) -> RemovableHandle:
+    """Tell how many samples each forward of a model has: rows of its first tensor, or images of packed patches."""
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = (kwargs[name] for name in _COUNTED if kwargs.get(name) is not None)
+        first = next(
+            (x for x in (*named, *tree_leaves((args, kwargs))) if isinstance(x, torch.Tensor) and x.dim()), None
+        )
+        if first is not None:
+            tell(first.shape[0])
+
+    return model.register_forward_pre_hook(begin, with_kwargs=True)
+
+
+def _turned(x: torch.Tensor, site: Site, *, back: bool = False) -> torch.Tensor:
+    """What a projection takes as [batch, ..., D], and back."""
+    if site.layout == "channels_first":
+        return x.movedim(-1, 1) if back else x.movedim(1, -1)
+    return x.transpose(0, 1) if site.layout == "tokens_first" and x.dim() > 2 else x
+
+
+@contextmanager
+def _calling_its_projection(attention: nn.MultiheadAttention) -> Iterator[None]:
+    """Inside, an attention module of torch calls its projection, whose weights it else hands to a function."""
+    readers = getattr(attention, _READERS, 0)
+    setattr(attention, _READERS, readers + 1)
+    if not readers:
+        attention.forward = partial(_with_projection, attention)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        handle.remove()
+        readers = getattr(attention, _READERS) - 1
+        setattr(attention, _READERS, readers)
+        if not readers:
+            delattr(attention, _READERS)
+            del attention.forward
+
+
+class _Identity(nn.Module):
+    """A projection that changes nothing: a sum with zeros is exact."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.eye(len(like), dtype=like.dtype, device=like.device)
+        self.bias = torch.zeros_like(self.weight[0])
+
+
+def _with_projection(attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+    """What `nn.MultiheadAttention` gives: the module's own code with an identity, then its projection."""
+    projection = attention.out_proj
+    attention.out_proj = _Identity(projection.weight)  # type: ignore[assignment]
+    try:
+        heads, weights = type(attention).forward(attention, *args, **kwargs)
+    finally:
+        attention.out_proj = projection
+    return projection(heads), weights

@@ -47,7 +47,8 @@ ROWS = (
 # what else takes the neurons' place than 0
 REPLACED = (("mean", "their means"), ("resample", "another example's"), ("constant", "fitted constants"))
 KINDS = (
-    ("mlp", "MLP"), ("attn", "attention"), ("expert", "experts"), ("router", "routers"), ("head", "classifier head"),
+    ("mlp", "MLP"), ("attn", "attention"), ("ssm", "mixers"), ("expert", "experts"), ("router", "routers"),
+    ("head", "classifier head"),
 )  # fmt: skip
 
 

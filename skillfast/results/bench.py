@@ -436,11 +436,12 @@ class SelectionResult(Record, frozen=True):
 class Shares(Record, frozen=True, kw_only=True):
     """Shapley value of each kind as a share of what the whole skill costs.
 
-    null where nothing dropped, or where the model has none; experts and routers are left out then.
+    null where nothing dropped, or where the model has none; mixers, experts and routers are left out then.
     """
 
     mlp: float | None
     attn: float | None
+    ssm: float | None = None
     expert: float | None = None
     router: float | None = None
     head: float | None
@@ -451,6 +452,7 @@ class ShareIntervals(Record, frozen=True, kw_only=True):
 
     mlp: Interval
     attn: Interval
+    ssm: Interval = None
     expert: Interval = None
     router: Interval = None
     head: Interval

@@ -116,7 +116,9 @@ def _attributed(
             labels = found.labels
             with differentiable(model, chosen) as seen:
                 own = log_odds(found.logits(model), labels).sum()
-            rows = torch.cat(_effects(own, [seen[site.name] for site in chosen]), dim=1)  # [batch, n_neurons]
+            rows = torch.cat(
+                _effects(own, [seen[site.name] for site in chosen], len(labels)), dim=1
+            )  # [batch, n_neurons]
             member = (
                 torch.nn.functional.one_hot(labels, n_classes)
                 if members is None
@@ -191,14 +193,15 @@ def differentiable(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[di
         yield seen
 
 
-def _effects(value: torch.Tensor, seen: Sequence[Sequence[Activations]]) -> list[torch.Tensor]:
+def _effects(value: torch.Tensor, seen: Sequence[Sequence[Activations]], batch: int) -> list[torch.Tensor]:
     """Gradient x activation of each site, summed over an example's tokens: float64 [batch, width] each."""
     gradients = iter(torch.autograd.grad(value, [part.values for parts in seen for part in parts]))
     found = []
     for parts in seen:
         effects = [replace(part, values=_product(part.values.detach(), next(gradients))) for part in parts]
         whole = effects[0].joined(effects)
-        found.append(whole.summed(whole.values))
+        rows = whole.summed(whole.values)  # one for each window of an example
+        found.append(rows.reshape(batch, -1, rows.shape[-1]).sum(1))
     return found
 
 

@@ -139,9 +139,9 @@ class NeuronScores:
             top: Only the neurons with this many largest absolute values per column and statistic.
 
         Returns:
-            A frame with columns `layer` (integer, missing for the head), `kind`, `head` (missing outside attention),
-            `expert` (missing outside routed experts), `unit`, `metric`, `statistic`, `value`, `n` (observations that
-            the value comes from).
+            A frame with columns `site` (two of a block may be of one kind), `layer` (integer, missing for the head),
+            `kind`, `head` (missing outside attention), `expert` (missing outside routed experts), `unit`, `metric`,
+            `statistic`, `value`, `n` (observations that the value comes from).
         """
         import pandas as pd
 
@@ -197,19 +197,28 @@ class NeuronScores:
 
 
 def _neuron_frame(scores: NeuronScores) -> pd.DataFrame:
-    """layer, kind, head, expert and unit of every neuron."""
+    """site, layer, kind, head, expert and unit of every neuron."""
     import pandas as pd
 
     if not scores.sites:
         missing = pd.array([pd.NA] * scores.n_neurons, dtype="Int64")
         return pd.DataFrame(
-            {"layer": missing, "kind": None, "head": missing, "expert": missing, "unit": np.arange(scores.n_neurons)}
+            {
+                "site": None,
+                "layer": missing,
+                "kind": None,
+                "head": missing,
+                "expert": missing,
+                "unit": np.arange(scores.n_neurons),
+            }
         )
     frames = []
     for site in scores.sites:
         unit = np.arange(site.width)
         head = unit // (site.width // site.heads) if site.heads else None
         expert = unit // (site.width // site.experts) if site.experts else None
-        frame = pd.DataFrame({"layer": site.block, "kind": site.kind, "head": head, "expert": expert, "unit": unit})
+        frame = pd.DataFrame(
+            {"site": site.name, "layer": site.block, "kind": site.kind, "head": head, "expert": expert, "unit": unit}
+        )
         frames.append(frame.astype({"layer": "Int64", "head": "Int64", "expert": "Int64"}))
     return pd.concat(frames, ignore_index=True)

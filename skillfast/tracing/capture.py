@@ -52,7 +52,7 @@ def plain_mlp(model: nn.Module, site: Site) -> nn.Module | None:
 
     parent, _, projection = site.path.rpartition(".")
     owner = model.get_submodule(parent)
-    if projection != "fc2" or type(owner) is not Mlp or activation_name(owner.act) is None:
+    if projection != "fc2" or type(owner) is not Mlp or activation_name(owner.act) is None or site.layout != "tokens":
         return None
     dropping = owner.drop1.p > 0 and owner.drop1.training
     between = (owner.act, owner.drop1, owner.norm)

@@ -11,6 +11,7 @@ import torch
 from skillfast import ops
 from skillfast.backends.capture import as_tokens
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.activations import by_sample
 from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.tokens import on_device
 
@@ -33,10 +34,16 @@ class Expected:
     Attributes:
         mask: Which of the [batch, tokens] tokens are real; or None.
         values: Metrics, each [batch] or, with tokens as observations, [batch, tokens].
+        samples: How many the forward has; None where that was not seen.
     """
 
     mask: TokenMask | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: int | None = None
+
+    def begin(self, samples: int) -> None:
+        """A forward of this many samples begins."""
+        self.samples = samples
 
     def mask_for(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
         """The mask on the activations' device; None for activations without tokens."""
@@ -156,10 +163,11 @@ class PooledRows(_Rows):
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Pool a site's activations into its columns; return the activated tensor."""
+        shape, x = x.shape, by_sample(x, self.expected.samples, site.name)
         rows = self._reserved(site, x.shape[0])
         y, row = pooled_row(x, activation, self.pool, self.expected.mask_for(site, x), write)
         rows[:, self.columns[site.name]] = row
-        return y
+        return y.reshape(shape) if write else y
 
     def read_routed(self, site: Site, found: RoutedActivations) -> None:
         """Pool what was routed to each expert into the site's columns."""
@@ -234,6 +242,7 @@ class TokenRows(_Rows):
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Sum a site's activations over the tokens; return the activated tensor."""
+        shape, x = x.shape, by_sample(x, self.expected.samples, site.name)
         first = self._enter(site, x.shape[0])
         mask = self.expected.mask_for(site, x)
         tokens = as_tokens(x).shape[1]
@@ -262,7 +271,7 @@ class TokenRows(_Rows):
             assert self._picked_there is not None
             flowing = as_tokens(y if write else x)  # only an identity is not written
             self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked_there)
-        return y
+        return y.reshape(shape) if write else y
 
     def _begin(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
         """Room for a forward."""

@@ -19,6 +19,7 @@ from skillfast import ops
 from skillfast.backends.capture import accumulation_dtype
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import warn_incomplete
+from skillfast.models.projections import parent_of
 from skillfast.models.sites import choose_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.tracing.observations import pooled_row
 from skillfast.vocabulary import POOLS
@@ -198,6 +199,10 @@ class Prepared:
         gate.shift.copy_(shift)
 
 
+def _is_plain(model: nn.Module, site: Site) -> bool:
+    return site.layout == "tokens" and not isinstance(parent_of(model, site.path), nn.MultiheadAttention)
+
+
 def prepared(model: nn.Module) -> Prepared | None:
     """What a model was prepared for, compiled or not; None for one that was not."""
     return cast("Prepared | None", getattr(unwrap_compiled(model), PREPARED, None))
@@ -256,6 +261,11 @@ def prepare(
         raise ArgumentError(
             f"sites: expected ones whose neurons every token has, got {routed.name}, whose rows are as many as tokens "
             "are routed; leave out sites of kind expert and router, or trace the model that is not compiled"
+        )
+    if turned := next((site for site in chosen if not _is_plain(inner, site)), None):
+        raise ArgumentError(
+            f"sites: expected linear layers that take [batch, ..., D], got {turned.name} ({turned.path}), which takes "
+            "channels or tokens first, or is never called; leave it out, or trace the model that is not compiled"
         )
     warn_incomplete(inner)
     if (before := prepared(inner)) is not None:

@@ -20,6 +20,7 @@ from skillfast.models.sites import (
     refuse_compiled,
     unwrap_compiled,
 )
+from skillfast.models.watching import on_samples
 from skillfast.statistics import distributed
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bootstrap import adjusted
@@ -134,6 +135,7 @@ class Tracer:
             self._forwards = self._prepared.forwards(self._model)
             return self
         with ExitStack() as stack:  # undoes what was done where a later site fails
+            stack.callback(on_samples(self._model, self._expected.begin).remove)
             for site in self.sites:
                 rows = self._rows[site.name]
                 if site.experts is not None:
@@ -249,7 +251,7 @@ class Tracer:
         self._expected.values = {name: torch.as_tensor(value) for name, value in values.items()}
 
     def _expect_nothing(self) -> None:
-        self._expected.mask, self._expected.values = None, {}
+        self._expected.mask, self._expected.values, self._expected.samples = None, {}, None
 
     def _require_step(self, what: str) -> None:
         """Rows of an open forward lie in the accumulator's buffer, which must not be emptied under them."""

@@ -134,7 +134,7 @@ def test_per_class_accuracy_counts():
         (Skill("s", {"blocks.7.mlp": [0]}), {}, "expected sites that the model has, got 'blocks.7.mlp'"),
         (Skill("s", {"head": [24]}), {}, "expected indices below 24 in head, got 24"),
         (Skill("s", {"head": [0]}, fingerprint="0123"), {}, "expected one of the model's architecture"),
-        (SKILL, {"components": ("mlp", "nose")}, "expected some of mlp, attn, expert, router, head, got nose"),
+        (SKILL, {"components": ("mlp", "nose")}, "expected some of mlp, attn, ssm, expert, router, head, got nose"),
         (SKILL, {"mode": "noise"}, "mode: expected one of zero, mean, resample, constant, reroute, got 'noise'"),
         (SKILL, {"mode": "reroute", "scale": 0.5}, "scale: expected 0 with mode 'reroute', got 0.5"),
         (SKILL, {"mode": "mean"}, "expected reference=scores"),

@@ -188,10 +188,25 @@ def test_a_model_without_known_sites_is_refused(batches):
         skillfast.trace(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval(), batches)
 
 
-def test_a_model_that_folds_tokens_into_the_batch_is_refused():
-    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, num_classes=5).eval()
-    with pytest.raises(ModelError, match="models that fold tokens into the batch are not supported"):
-        skillfast.trace(swin, [(torch.randn(2, 3, 56, 56), torch.tensor([0, 1]))])
+class Mixed(torch.nn.Module):
+    """Rows of the batch are merged in threes on the way, so that no row is a sample's."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            [torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)})})]
+        )
+
+    def forward(self, x):
+        merged = self.blocks[0]["attn"]["proj"](x.reshape(3, -1, 8))
+        return merged.reshape(*x.shape)[:, 0, :5]
+
+
+def test_a_model_whose_rows_are_no_samples_is_refused():
+    with pytest.raises(
+        ModelError, match=r"blocks.0.attn: expected one row per sample \(2\), or one per window of each"
+    ):
+        skillfast.trace(Mixed().eval(), [(torch.randn(2, 3, 8), torch.tensor([0, 1]))], classes=5)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +245,18 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
 def test_the_data_frame_is_long(vit, batches):
     scores = skillfast.trace(vit, batches)
     frame = scores.to_dataframe(metric="label", top=4)
-    assert list(frame.columns) == ["layer", "kind", "head", "expert", "unit", "metric", "statistic", "value", "n"]
+    assert list(frame.columns) == [
+        "site",
+        "layer",
+        "kind",
+        "head",
+        "expert",
+        "unit",
+        "metric",
+        "statistic",
+        "value",
+        "n",
+    ]
     assert len(frame) == 5 * 4 * 6
     assert set(frame["statistic"]) == {
         "pearson", "spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info",

@@ -34,8 +34,8 @@ METHODS = (
     ("random_control", "random", "--random"),
 )
 KINDS = (
-    ("attn", "attention", "--attn"), ("mlp", "MLP", "--mlp"), ("expert", "experts", "--expert"),
-    ("router", "routers", "--router"), ("head", "classifier head", "--head"),
+    ("attn", "attention", "--attn"), ("mlp", "MLP", "--mlp"), ("ssm", "mixers", "--ssm"),
+    ("expert", "experts", "--expert"), ("router", "routers", "--router"), ("head", "classifier head", "--head"),
 )  # fmt: skip
 
 
