@@ -52,7 +52,7 @@ FAMILIES = {
             "n_layers": 2,
             "vocab_size": 256,
             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
 }
@@ -72,6 +72,8 @@ def made(family: str, backend: str | None = None) -> tuple[nn.Module, dict[str, 
         model_class, settings = FAMILIES[family]
         if not hasattr(transformers, model_class):
             pytest.skip(f"this transformers has no {model_class}")
+        if family == "dbrx" and transformers.__version__ < "5.24":
+            pytest.skip("DBRX's experts multiply by the transposed weights, as published, in later versions only")
         with torch.device("meta"):
             whole = getattr(transformers, model_class)(transformers.AutoConfig.for_model(family, **settings))
         with pytest.MonkeyPatch.context() as patch:
