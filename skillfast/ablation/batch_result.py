@@ -43,7 +43,7 @@ class Observed:
         return Observed(targets[labelled], labelled.nonzero()[:, 0].cpu(), labelled)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Their rows [..., n, D], of values [..., batch, D] or [..., batch, tokens, D]."""
+        """The rows [..., n, D] that are wanted, of values [..., batch, D] or [..., batch, tokens, D]."""
         return values if self.labelled is None else values[..., self.labelled.to(values.device), :]
 
 

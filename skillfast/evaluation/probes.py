@@ -104,7 +104,7 @@ class Reader:
         return [dealt != fold for fold in range(int(dealt.max()) + 1)]
 
     def _few(self, rows: np.ndarray, target: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Of these rows a few of the target, and as many of each of some other classes."""
+        """A few rows of the target among the rows given, and as many of each of some other classes."""
         labels = self.labels[rows]
         others = rng.permutation(np.setdiff1d(labels, target))[: OTHERS // SHOTS]
         own, *rest = (rng.permutation(rows[labels == label])[:SHOTS] for label in (target, *others.tolist()))

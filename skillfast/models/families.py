@@ -23,8 +23,8 @@ class Family:
         name: For people.
         attn: Regular expression of self-attention's output projection, relative to the block: `attn[.]proj`.
         mlp: Path of the MLP's last projection, relative to a block, as a regular expression.
-        ssm: The same of a state-space mixer's or a recurrence's projection.
-        cross_attn: The same of the projection of attention to another sequence.
+        ssm: Path of a state-space mixer's or a recurrence's projection.
+        cross_attn: Path of the projection of attention to another sequence.
         block: Regular expression that a block's path ends in.
         head: Path of the classifier or the language-model head; None where it is one of `HEADS`.
     """

@@ -123,7 +123,7 @@ def joined(parts: Sequence[Inputs], pad: int = 0) -> Inputs:
     """One batch of several; shorter texts are padded at their end, which their mask leaves out.
 
     Args:
-        parts: Of the same arguments.
+        parts: Inputs of the same arguments.
         pad: Token that pads `input_ids`; everything else is padded with 0.
 
     Raises:

@@ -89,7 +89,7 @@ def small_model(model_class: Any, config: Any) -> tuple[torch.nn.Module, dict[st
     """A small model of the transformers library, and inputs for it.
 
     Args:
-        model_class: Its class.
+        model_class: The model's class.
         config: The configuration of one of any size.
 
     Returns:

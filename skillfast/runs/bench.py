@@ -87,7 +87,7 @@ def bench(
     Args:
         config: The settings; with `model` and `loader` without those of model and data.
         model: A model of your own, in evaluation mode and on its device.
-        loader: Its labelled examples, in batches as `trace` takes them, one label per example: a third of each class
+        loader: The labelled examples, in batches as `trace` takes them, one label per example: a third of each class
             tests, a fifth of the rest validates; or a loader for each of `"select"`, `"validate"` and `"test"`.
         label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         quiet: Show no progress bars.

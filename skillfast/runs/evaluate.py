@@ -97,7 +97,7 @@ def evaluate(
         config: Model, data and method; with `model` and `loader` the method alone.
         grid: Sizes, layers and factors.
         model: A model of your own, in evaluation mode and on its device.
-        loader: Its labelled examples, in batches as `trace` takes them, one label per example: a third of each class
+        loader: The labelled examples, in batches as `trace` takes them, one label per example: a third of each class
             tests; or a loader for each of `"select"`, `"validate"` and `"test"`.
         label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
         metrics: Names of the metrics whose skills are evaluated.
