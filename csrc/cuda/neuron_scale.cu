@@ -80,11 +80,10 @@ void launch(const NeuronScaleArgs& args, cudaStream_t stream) {
   constexpr int n = kBytes / sizeof(T);
   const Flow& flow = args.flow;
   const unsigned rows = static_cast<unsigned>(flow.batch * flow.tokens);
-  const bool aligned = flow.width % n == 0 && flow.stride_batch % n == 0 && flow.stride_token % n == 0 &&
-                       reinterpret_cast<uintptr_t>(flow.x) % kBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(args.scale) % kBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(args.shift) % kBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(flow.out) % kBytes == 0;
+  const bool aligned =
+      flow.width % n == 0 && flow.stride_batch % n == 0 && flow.stride_token % n == 0 &&
+      reinterpret_cast<uintptr_t>(flow.x) % kBytes == 0 && reinterpret_cast<uintptr_t>(args.scale) % kBytes == 0 &&
+      reinterpret_cast<uintptr_t>(args.shift) % kBytes == 0 && reinterpret_cast<uintptr_t>(flow.out) % kBytes == 0;
   if (aligned) {
     scale_kernel<T, S, n><<<rows, kThreads, 0, stream>>>(args);
   } else {
