@@ -108,16 +108,17 @@ def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "code", "words"),
+    ("model_type", "name", "code", "words"),
     [
-        ("llama", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small copy"),
-        ("mixtral", 1, "experts"),
+        ("llama", "LlamaForCausalLM", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small copy"),
+        ("mixtral", "MixtralForCausalLM", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small"),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", 1, "o_b_proj"),
     ],
 )
-def test_info_certifies_sites(tmp_path, model_type, code, words):
+def test_info_certifies_sites(tmp_path, model_type, name, code, words):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.AutoConfig.for_model(model_type)
-    config.architectures = [f"{model_type.capitalize()}ForCausalLM"]
+    config.architectures = [name]
     config.save_pretrained(tmp_path)
     result = run("info", "--model", f"hf:{tmp_path}", "--verify")
     assert result.exit_code == code, result.output

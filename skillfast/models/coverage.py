@@ -77,7 +77,12 @@ class Coverage:
         }  # fmt: skip
 
 
-def coverage(model: torch.nn.Module, batch: Any = None, *, label_key: str | None = None) -> Coverage:
+def coverage(
+    model: torch.nn.Module,
+    batch: torch.Tensor | Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    label_key: str | None = None,
+) -> Coverage:
     """Certify that the sites of a model hold everything that its blocks do, or name what acts past them.
 
     Args:

@@ -72,6 +72,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
+    Family("PVTv2 of transformers", r"attention\.proj", r"mlp\.dense2", block=r"\blayers\.\d+\.blocks\.\d+"),
     Family("Mamba, Mamba-2, Falcon-Mamba", ssm=r"mixer\.out_proj"),
     Family("Jamba, Bamba, Granite 4, Falcon-H1, Zamba: the mixers", ssm=r"(?:mamba|mamba_decoder\.mamba)\.out_proj"),
     Family("Granite 4: the MLP", mlp=r"shared_mlp\.output_linear"),

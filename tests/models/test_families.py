@@ -110,7 +110,7 @@ CASES = {
 CROSS = {"t5", "t5-gated", "bart"}
 OTHERS = (
     "mamba", "zamba", "granitemoehybrid", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "lfm3", "ctrl", "cpmant",
-    "moshi", "gemma4_text", "whisper", "prophetnet", "blip_2_vision_model",
+    "moshi", "gemma4_text", "whisper", "prophetnet", "blip_2_vision_model", "pvt_v2",
 )  # fmt: skip
 TABLE = {
     **auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
