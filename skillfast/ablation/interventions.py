@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -407,6 +408,19 @@ def ablate(
         yield
 
 
+_STANDS_FOR: ContextVar[tuple[Inputs, int] | None] = ContextVar("skillfast_stands_for", default=None)
+
+
+@contextmanager
+def standing_for(inputs: Inputs, n: int) -> Iterator[None]:
+    """Tell ablations around it that a forward inside is of these examples, n times over, whatever it is called with."""
+    token = _STANDS_FOR.set((inputs, n))
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
+
+
 @contextmanager
 def _rows_of_calls(model: torch.nn.Module, bank: DonorBank | None) -> Iterator[Callable[[], torch.Tensor | None]]:
     """A function that gives the donors' rows of the forward that runs at the moment."""
@@ -416,7 +430,11 @@ def _rows_of_calls(model: torch.nn.Module, bank: DonorBank | None) -> Iterator[C
         return
 
     def begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running[:] = [bank.rows_of(model, _arguments(model, args, kwargs))]
+        told = _STANDS_FOR.get()
+        if told is None:
+            running[:] = [bank.rows_of(model, _arguments(model, args, kwargs))]
+        else:
+            running[:] = [bank.rows_of(model, told[0]).repeat(told[1])]
 
     def end(*_: object) -> None:
         running.clear()

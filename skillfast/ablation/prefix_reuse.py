@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from skillfast.ablation.donors import token_mask
 from skillfast.ablation.forward_trace import ForwardTrace, first_tensor, with_first_tensor
-from skillfast.ablation.interventions import Interventions, hooked
+from skillfast.ablation.interventions import Interventions, hooked, standing_for
 from skillfast.errors import ModelError
 from skillfast.models.activations import Activations, RoutedActivations
 from skillfast.models.batches import logits_of
@@ -360,6 +360,7 @@ class PrefixReuse:
                     rerouted.add_(_other_routes(cache, site, routes_of(found), n).to(rerouted.device))
 
                 stack.enter_context(watched(self.model, site, compare))
+            stack.enter_context(standing_for(cache.inputs, n))
             inputs = repeated(cache.inputs, rows) if rows else taken(cache.inputs, slice(1))
             output = logits_of(call(self.model, inputs), self.model)
         return _unstack(output, n), _unstack(seen[0], n) if seen else None, rerouted if cache.routes else None

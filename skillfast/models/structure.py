@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from skillfast.vocabulary import Kind
 
 _MULTIPLIES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addmv", "Mv", "Convolution", "Linear", "Mkldnn", "NativeMultiHead")
-_ATTENDS = ("Softmax", "ScaledDotProduct")
+_ATTENDS = ("Softmax", "SafeSoftmax", "ScaledDotProduct")
 _NAMED: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("mlp", re.compile(r"mlp|ffn|feed_?forward|^fc\d|experts?$", re.IGNORECASE)),
     ("attn", re.compile(r"att(?:n|ention)", re.IGNORECASE)),

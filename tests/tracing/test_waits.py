@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_vit
 from fake_cuda import DEVICE, CudaTensor, FakeCuda, to_cuda
+from packaging.version import Version
 
 from skillfast import (
     Categorical,
@@ -155,6 +156,9 @@ def test_the_stacks_of_a_sweep_wait_for_nothing(fake, on_cuda, vit, batches):
     np.testing.assert_allclose(got.margins, want.margins, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="older backward passes make CPU tensors of a fake device's"
+)
 def test_attribution_and_the_steps_of_masks_wait_for_nothing(fake, on_cuda, vit, batches):
     def waited(run):
         before = sum(fake.waits.values())
