@@ -138,9 +138,9 @@ class RoutedActivations(Activations):
         """Sums over an example's tokens, float64 [batch, D], of something that is shaped like `values`."""
         units = values.shape[-1]
         shape = (self.batch * self.n_experts + 1, units)  # the last one for rows of no expert
-        sums = values.new_zeros(shape, dtype=torch.float64)
+        sums = values.new_zeros(shape)
         place = torch.where(self.expert < self.n_experts, self.example * self.n_experts + self.expert, len(sums) - 1)
-        return sums.index_add_(0, place, values.double())[:-1].view(self.batch, -1)
+        return sums.index_add_(0, place, values)[:-1].view(self.batch, -1).double()
 
     def pooled(self, pool: Pool, mask: torch.Tensor | None) -> torch.Tensor:
         """One row per example [batch, D] of gate x activation, which is 0 where a token was not routed.
@@ -162,7 +162,8 @@ class RoutedActivations(Activations):
                     torch.where(here, order, tokens).amin(1) if pool == "cls" else torch.where(here, order, -1).amax(1)
                 )  # [batch]
                 here = here & (order == at[:, None])
-            row = self.summed(torch.where(here.flatten()[self.token][:, None], x, 0)) / here.sum(1)[:, None]
+            counted = x if mask is None and pool == "mean" else torch.where(here.flatten()[self.token][:, None], x, 0)
+            row = self.summed(counted) / here.sum(1)[:, None]
         return torch.where(here.any(1)[:, None], row, torch.nan)
 
     def _largest(self, x: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
