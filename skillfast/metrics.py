@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from skillfast.errors import ArgumentError
+from skillfast.transfer import moved
 from skillfast.vocabulary import METRICS
 
 
@@ -221,7 +222,7 @@ def classification_values(
             f"labels: expected {len(logits)} class indices in [0, {logits.shape[1]}), the model's outputs, got shape "
             f"{list(labels.shape)}{extent}"
         )
-    known = labels.to(logits.device, non_blocking=True)
+    known = moved(labels, logits.device)
     inside = known if at_once else known.clamp(0, logits.shape[1] - 1)  # an index out of range ends a CUDA process
     return {name: FUNCTIONS[name](logits, known if name == "label" else inside) for name in names}
 
@@ -268,7 +269,7 @@ def token_classification_values(
             f"labels: expected a token with a label in every example, got none in {int((counts == 0).sum())}; leave "
             "those out, or trace each token with pool='none'"
         )
-    targets, labelled = (x.to(logits.device, non_blocking=True) for x in (targets, labelled))
+    targets, labelled = (moved(x, logits.device) for x in (targets, labelled))
     values: dict[str, torch.Tensor] = {}
     for name in names:
         rows = []

@@ -164,6 +164,8 @@ class FakeCuda(TorchDispatchMode):
         if crossing:
             self.moved_bytes += made.numel() * made.element_size()
             asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            if asynchronous and not to_cuda:
+                raise RuntimeError(f"{func}: a copy to the host that does not block is read before it is there")
             if not (to_cuda and asynchronous):
                 self.waits["copy to the device" if to_cuda else "copy to the host"] += 1
         return made

@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "results"},
     {"ops", "data", "options"},
     {"metrics", "backends", "files", "progress", "settings"},
-    {"errors", "vocabulary", "_core", "kernels"},
+    {"errors", "vocabulary", "transfer", "_core", "kernels"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -21,6 +21,7 @@ from skillfast.models.inputs import described, examples_in
 from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
 from skillfast.tracing.prepared import prepared
+from skillfast.transfer import moved
 from skillfast.vocabulary import KINDS, MODES, Mode
 
 if TYPE_CHECKING:
@@ -141,8 +142,7 @@ class _Tables:
             scale[k, change.neurons] = change.scale
             if change.mean is not None:
                 shift[k, change.neurons] = (1 - change.scale) * change.mean.to(dtype)
-        moved = shift.to(device, non_blocking=True) if bool(shift.any()) else None
-        return _Tables(scale.to(device, non_blocking=True), moved)
+        return _Tables(moved(scale, device), moved(shift, device) if bool(shift.any()) else None)
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ from skillfast.models.activations import Activations, RoutedActivations
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, call, examples_in, repeated, taken
 from skillfast.models.watching import watched
+from skillfast.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -299,7 +300,7 @@ class PrefixReuse:
 
         def keep_neurons(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0][:, :1] if narrow else args[0]
-            cache.neurons[name] = x.index_select(-1, changed_neurons.to(x.device, non_blocking=True))
+            cache.neurons[name] = x.index_select(-1, moved(changed_neurons, x.device))
 
         stack.callback(self.model.get_submodule(point.site.path).register_forward_pre_hook(keep_neurons).remove)
 
@@ -446,13 +447,13 @@ class PrefixReuse:
         with torch.autocast(base.device.type, enabled=False):
             for out, i in zip(stacked.view(n, -1, stacked.shape[-1]), conditions, strict=True):
                 change = self._change(site, i)
-                where = torch.searchsorted(changed_neurons, change.neurons).to(base.device, non_blocking=True)
+                where = moved(torch.searchsorted(changed_neurons, change.neurons), base.device)
                 x = neurons.index_select(-1, where)
                 if change.mean is not None:
                     x = x - change.mean.to(x)
                 if cache.donors is not None and (other := change.donated(cache.donors)) is not None:
                     x = x - other[:, : base.shape[1]].to(x)
-                at = change.neurons.to(weight.device, non_blocking=True)
+                at = moved(change.neurons, weight.device)
                 columns = weight.index_select(1, at).to(base.dtype)  # [E, S]
                 out.addmm_(x.flatten(0, -2).to(base.dtype), columns.T, alpha=change.scale - 1)
         return with_first_tensor(kept, stacked)

@@ -10,6 +10,7 @@ import torch
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.inputs import Inputs, call, described, mapped, mask_of, taken
+from skillfast.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,11 +49,11 @@ class Batch:
 
     def inputs_to(self, device: torch.device) -> Batch:
         """The batch with its inputs on a device, and its labels where they are."""
-        return Batch(mapped(self.inputs, lambda x: x.to(device, non_blocking=True)), self.labels)
+        return Batch(mapped(self.inputs, lambda x: moved(x, device)), self.labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(self.inputs_to(device).inputs, self.labels.to(device, non_blocking=True))
+        return Batch(self.inputs_to(device).inputs, moved(self.labels, device))
 
     def split(self, size: int) -> Iterator[Batch]:
         """The examples in their order, `size` at a time."""

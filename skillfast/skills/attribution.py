@@ -16,6 +16,7 @@ from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_train
 from skillfast.models.watching import watched
 from skillfast.progress import track
 from skillfast.skills.ranking import NeuronRanking
+from skillfast.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -122,7 +123,7 @@ def _attributed(
             member = (
                 torch.nn.functional.one_hot(labels, n_classes)
                 if members is None
-                else members[done : done + len(labels)].to(rows.device, non_blocking=True)
+                else moved(members[done : done + len(labels)], rows.device)
             )  # [batch, n_columns]
             done += len(labels)
             if len(member) < len(labels):

@@ -23,6 +23,7 @@ from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.discriminant import linear_discriminant
 from skillfast.skills.ranking import NeuronRanking
+from skillfast.transfer import moved
 from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, SHARE
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class _Learner:
                     read = probes[i].read(embeddings[:n][mask[:n] == i]).sum()
                     loss = loss + erase * read / units[i] / own.shape[-1]
                 if n < len(rows):
-                    others_rows = rows[n:].to(self.intact.device, non_blocking=True)
+                    others_rows = moved(rows[n:], self.intact.device)
                     lost = kept_loss(logits[n:], self.intact[others_rows].to(logits), of[n:])
                     loss = loss + keep * lost.sum() / others.shape[-1]
                 (len(classes) * loss).backward()
@@ -275,7 +276,7 @@ class _Learner:
 
     def _there(self, host: torch.Tensor) -> torch.Tensor:
         """A tensor on the model's device, without waiting for it."""
-        return host.to(self.device, non_blocking=True)
+        return moved(host, self.device)
 
     def _logits(self, images: Inputs) -> torch.Tensor:
         trim = getattr(self.model, "trim", None)  # of texts, which are kept as long as the longest of them all
@@ -329,7 +330,7 @@ class _Learner:
                 def scaled(found: Activations, gate: torch.Tensor = gate) -> torch.Tensor:
                     x = found.values
                     if x.device not in masks:
-                        masks[x.device] = mask.to(x.device, non_blocking=True)
+                        masks[x.device] = moved(mask, x.device)
                     return found.scaled(gate.to(x.device, accumulation_dtype(x.dtype)), None, masks[x.device])
 
                 stack.enter_context(watched(self.model, site, scaled))

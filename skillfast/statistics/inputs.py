@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from skillfast.errors import ArgumentError
+from skillfast.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 def as_tensor(values: ArrayLike | torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """Anything array-like as a detached tensor; a read-only array (a memory map) is copied, torch cannot share it."""
     if isinstance(values, torch.Tensor):
-        return values.detach().to(device, non_blocking=True)
+        return moved(values.detach(), device)
     try:
         array = np.ascontiguousarray(values)
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, non_blocking=True)
+        return moved(torch.from_numpy(array if array.flags.writeable else array.copy()), device)
     except (TypeError, ValueError) as error:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ArgumentError(f"values: expected numbers, array-like, got {kind} ({error})") from error
@@ -61,7 +62,7 @@ def check_values(
         if values.is_complex():
             raise ArgumentError(f"metric {name!r}: expected real numbers, got {values.dtype}")
         if values.device.type == "cpu":
-            parts.append(metric.check(name, values).to(device, non_blocking=True))
+            parts.append(moved(metric.check(name, values), device))
             continue
         wide = values.to(device).double()
         right = metric.fits(wide)
@@ -79,4 +80,4 @@ def check_groups(groups: ArrayLike | torch.Tensor, n: int, device: torch.device)
             f"groups: expected {n} whole numbers below 2^53, got other values or shape {list(column.shape)}; "
             "number the groups"
         )
-    return column.to(device, non_blocking=True)
+    return moved(column, device)

@@ -18,6 +18,7 @@ from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bootstrap import Numbering, mix
 from skillfast.statistics.state import AccumulatorSettings, State
+from skillfast.transfer import moved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ MOST_HALVINGS = 5  # of the share of tokens in the sample: once rows are counted
 
 def on_device(index: np.ndarray, device: torch.device) -> torch.Tensor:
     """A host's array on a device, without waiting for it."""
-    return torch.from_numpy(index).to(device, non_blocking=True)
+    return moved(torch.from_numpy(index), device)
 
 
 class TokenMask:
@@ -49,7 +50,7 @@ class TokenMask:
     def on(self, device: torch.device) -> torch.Tensor:
         """The mask on a device."""
         if device not in self._on:
-            self._on[device] = next(iter(self._on.values())).to(device, non_blocking=device.type != "cpu")
+            self._on[device] = moved(next(iter(self._on.values())), device)
         return self._on[device]
 
     @property
@@ -65,7 +66,7 @@ class TokenMask:
     def index(self, device: torch.device) -> torch.Tensor:
         """int64 [n_real] on a device: which of the batch * tokens are real."""
         if device not in self._index:
-            self._index[device] = self.real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+            self._index[device] = moved(self.real.flatten().nonzero()[:, 0], device)
         return self._index[device]
 
 

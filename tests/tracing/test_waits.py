@@ -22,6 +22,7 @@ from skillfast import (
     sweep,
 )
 from skillfast.errors import ArgumentError
+from skillfast.metrics import classification_values
 from skillfast.tracing.trace import ClassificationForward, trace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/ops/test_gpu.py")
@@ -191,6 +192,20 @@ def test_what_does_not_fit_a_metric_is_refused_at_the_end(fake):
         for read in (statistics.compute, statistics.state_dict, lambda s=statistics: s.like().merge(s)):
             with pytest.raises(ArgumentError, match=f"metric '{name}': expected .* got others in a batch that came on"):
                 read()
+
+
+def test_what_comes_from_the_device_is_there_when_it_is_read(fake):
+    """An accumulator on the host, given what lies on the device: the copies block."""
+    x, given = torch.randn(6, 3), {"label": torch.arange(6) % 5, "loss": torch.randn(6)}
+    found = []
+    for device in ("cpu", DEVICE):
+        statistics = NeuronStatistics(3, METRICS, n_bootstrap=8)
+        there = {name: value.to(device) for name, value in given.items()}
+        statistics.update(x.to(device), there, groups=torch.arange(6).to(device))
+        found.append(statistics.compute())
+    same(found[1], found[0])
+    values = classification_values(torch.randn(6, 5), given["label"].to(DEVICE))
+    torch.testing.assert_close(values["label"], given["label"], rtol=0, atol=0)
 
 
 def test_ops_refuse_operands_of_two_devices(fake):
