@@ -83,7 +83,9 @@ class Binary:
         """Values [n] as float64 [n]; raises ArgumentError on anything but 0 and 1."""
         checked = values.double()
         if not bool(self.fits(checked).all()):
-            raise ArgumentError(f"metric {name!r}: expected 0 and 1, got other values; use Continuous() for them")
+            raise ArgumentError(
+                f"metric {name!r}: expected {self.expected}, got other values; use Continuous() for them"
+            )
         return checked
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ class Continuous:
         """Values [n] as float64 [n]; raises ArgumentError on a value that is not finite."""
         checked = values.double()
         if not bool(self.fits(checked).all()):
-            raise ArgumentError(f"metric {name!r}: expected finite values, got NaN or infinity; leave such rows out")
+            raise ArgumentError(f"metric {name!r}: expected {self.expected}, got NaN or infinity; leave such rows out")
         return checked
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:

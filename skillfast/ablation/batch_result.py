@@ -151,7 +151,9 @@ class BatchRecorder:
         if rerouted is not None:
             self.rerouted.append((at, rerouted))
         rows = self.observed.rows(logits)
-        kept = None if embeddings is None or self.embedding is None else self.observed.rows(embeddings).float()
+        kept = None
+        if embeddings is not None and self.embedding is not None:
+            kept = self.observed.rows(embeddings).float().contiguous()  # a view would keep all tokens of the stack
         self.told.append((at, rows.argmax(-1), margin(rows, self.observed.labels), kept))
 
     def result(self) -> BatchResult:

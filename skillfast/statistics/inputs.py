@@ -71,6 +71,16 @@ def check_values(
     return torch.stack(parts, 1)
 
 
+def check_token_values(name: str, values: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """A metric's values, one per example [batch] or per token [batch, tokens]; raises ArgumentError for others."""
+    if values.shape not in ((batch,), (batch, tokens)):
+        raise ArgumentError(
+            f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape {list(values.shape)}; give "
+            "one per example, or one per token of the blocks"
+        )
+    return values
+
+
 def check_groups(groups: ArrayLike | torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
     """Group numbers as float64 [n] on the device; those on a GPU are waited for."""
     column = as_tensor(groups).double()

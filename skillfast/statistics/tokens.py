@@ -202,12 +202,8 @@ class TokenStatistics:
                 "out n_bootstrap, or give them to step()"
             )
         flat = {}
-        for name, tensor in values.items():
-            if tensor.shape not in ((batch,), (batch, tokens)):
-                raise ArgumentError(
-                    f"metric {name!r}: expected values [{batch}] or [{batch}, {tokens}], got shape "
-                    f"{list(tensor.shape)}; give one per example, or one per token of the blocks"
-                )
+        for name, value in values.items():
+            tensor = inputs.check_token_values(name, value, batch, tokens)
             wide = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens)).flatten()
             flat[name] = wide if mask is None else wide.index_select(0, mask.index(wide.device))
         real = self.check(flat, batch * tokens if mask is None else mask.n_real)

@@ -12,7 +12,7 @@ from skillfast import ops
 from skillfast.backends.capture import as_tokens
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.activations import by_sample
-from skillfast.statistics.inputs import as_tensor
+from skillfast.statistics.inputs import as_tensor, check_token_values
 from skillfast.statistics.tokens import on_device
 
 if TYPE_CHECKING:
@@ -413,12 +413,7 @@ class RoutedRows(_Rows):
         token, example = found.token[at], found.example[at]
         of_rows = {}
         for name, value in (values or self.expected.values).items():
-            tensor = as_tensor(value).to(device)
-            if tensor.shape not in ((self.batch,), found.shape):
-                raise ArgumentError(
-                    f"metric {name!r}: expected values [{self.batch}] or {list(found.shape)}, got shape "
-                    f"{list(tensor.shape)}; give one per example, or one per token of the blocks"
-                )
+            tensor = check_token_values(name, as_tensor(value, device), *found.shape)
             of_rows[name] = tensor[example] if tensor.dim() == 1 else tensor.flatten()[token]
         numbers = torch.arange(self.batch) + self._examples if groups is None else as_tensor(groups)
         self.statistics.add(found.expert[at], found.values[at], of_rows, numbers.to(device)[example])

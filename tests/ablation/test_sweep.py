@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast import Condition, Skill, progress
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
+from skillfast.ablation.batch_result import BatchRecorder, Observed
 from skillfast.ablation.interventions import Interventions
 from skillfast.ablation.sweep import BatchRunner, SweepResult
 from skillfast.errors import ArgumentError, DataError
 from skillfast.memory.living import LivingBytes
+from skillfast.models.batches import Batch
 from skillfast.models.sites import find_sites
 from skillfast.vocabulary import KINDS
 
@@ -463,3 +465,15 @@ def test_what_a_forward_trace_counts(vit, batches):
     assert forward_trace.first_tensor(a) is a
     assert prefix_reuse._rows(a) == 2
     assert prefix_reuse._rows(torch.tensor(1.0)) == prefix_reuse._rows(None) == prefix_reuse._rows("a flag") == 0
+
+
+def test_embeddings_that_wait_keep_no_tokens():
+    """A classifier reads a view of the last block's output; what is kept of a condition is its row alone."""
+    batch = Batch(torch.zeros(4, 1), torch.arange(4) % 3)
+    observed = Observed(batch.labels, torch.arange(4), None)
+    recorder = BatchRecorder(observed, torch.randn(4, 3), torch.zeros(4, 8), 2, keep_logits=False)
+    tokens = torch.randn(2, 4, 50, 8)
+    recorder.set([0, 1], torch.randn(2, 4, 3), tokens[:, :, 0])
+    kept = recorder.told[0][3]
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+    np.testing.assert_array_equal(recorder.result().embeddings[1:], tokens[:, :, 0])
