@@ -63,7 +63,7 @@ N ?= 300
 SEED ?= 0
 mutants: $(VENV)/.installed-mutants
 	$(BIN)/python tests/mutants/run.py --seed $(SEED) \
-		$(if $(CHANGED),-n 40 --changed $(CHANGED) --seconds 120,-n $(N)) $(ARGS)
+		$(if $(CHANGED),-n 40 --changed $(CHANGED) --seconds 120 --budget 15,-n $(N)) $(ARGS)
 
 # The oldest versions that pyproject.toml declares; CI runs the core tests on them.
 oldest:

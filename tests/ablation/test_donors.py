@@ -62,6 +62,9 @@ def test_no_one_is_its_own_donor(vit, batches):
     assert set(rows.tolist()) == {0, 1, 2}
     other = drawn(vit, batches, n_donors=3, seed=1)
     assert not np.array_equal(other.indices, bank.indices)
+    per_token = drawn(vit, [(x, y[:, None].expand(-1, 17)) for x, y in batches], n_donors=3)
+    np.testing.assert_array_equal(per_token.indices, bank.indices)
+    np.testing.assert_array_equal(per_token.labels, [-1, -1, -1])
 
 
 def test_donors_are_a_simple_random_sample():
@@ -178,7 +181,7 @@ def test_what_has_no_donor_is_refused(vit, batches):
     assert "for 8 donors, got 0 MiB; lower n_donors" in text
     text = one_line(ArgumentError, drawn, vit, batches, [Skill("s", {"blocks.0.mlp": [400]})])
     assert "expected neurons that the model has, got 400 in blocks.0.mlp" in text
-    assert "in training mode" in one_line(ModelError, drawn, make_vit().train(), batches)
+    assert "donors: expected a model in evaluation mode" in one_line(ModelError, drawn, make_vit().train(), batches)
 
 
 def test_a_part_of_the_model_does_not_tell_who_is_whose_donor(vit, batches):

@@ -224,6 +224,10 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
         "condition: expected one of 'deer', 'deer (attn+mlp, x 2.0)', 'frog (x 0.5, resample)', 'mine', got 'cat'; "
         "see .names"
     )
+    more = skillfast.sweep(vit, batches, [Condition(deer, scale=s, name=f"x {s}") for s in range(6)])
+    assert "expected one of 'x 0', 'x 1', 'x 2', 'x 3', 'x 4', ..., got 'cat'" in one_line(
+        ArgumentError, more.__getitem__, "cat"
+    )
     with pytest.raises(DataError, match=r"got none; write it with SweepResult\.save$"):
         SweepResult.load(tmp_path)
     bare = skillfast.sweep(vit, batches, conditions[:1])

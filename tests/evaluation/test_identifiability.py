@@ -44,7 +44,8 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
     assert predict_assigned(vit, batches, [], assigned).shape == (0, 37)
     for wrong in (assigned[:-1], np.append(assigned, 0)):
         assert "for each example" in one_line(ArgumentError, predict_assigned, vit, batches, rows, wrong)
-    assert "in training mode" in one_line(ModelError, predict_assigned, vit.train(), batches, rows, assigned)
+    text = one_line(ModelError, predict_assigned, vit.train(), batches, rows, assigned)
+    assert "predict_assigned: expected a model in evaluation mode" in text
 
 
 def test_each_example_gets_its_own_donor(vit, batches):

@@ -2,7 +2,7 @@
 
 mutmut's operators and a few of our own make the changes; one of every (line, operator) can be drawn. Not counted:
 changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
-`device=`. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
+devices. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
 function is put in its place there (what runs at import is imported anew). Its tests are those of its package, first the
 files that name its module, and one case of every test before any other, until one fails or `BUDGET` is spent; left out
 are tests that are marked slow, need the trained default model or start processes, where no mutant in memory is. What is
@@ -52,12 +52,17 @@ RESULTS, COSTS = WORK / "results.jsonl", WORK / "costs.tsv"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
 ELSEWHERE = {  # tests of a package that do not lie in its folder
+    "ablation": [f"tests/{name}.py" for name in ("tracing/test_prepared", "tracing/test_waits", "models/test_experts")],
     "backends": ["tests/ops"],
     "evaluation": [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")],
-    "statistics": ["tests/tracing"],
-    "tracing": ["tests/statistics/test_streaming.py", "tests/statistics/test_inputs.py"],
+    "skills": [f"tests/{name}.py" for name in ("runs/test_selection", "runs/test_checkpoints", "tracing/test_waits")],
+    "statistics": ["tests/tracing", "tests/models/test_experts.py"],
+    "tracing": [
+        *(f"tests/statistics/test_{name}.py" for name in ("streaming", "inputs", "token_sample")),
+        *(f"tests/models/test_{name}.py" for name in ("experts", "batches", "causal")),
+    ],
 }
-BUDGET = 15.0  # seconds of CPU for the tests of a mutant
+BUDGET = 40.0  # seconds of CPU for the tests of a mutant
 USUAL = 0.2  # seconds of CPU of a test that has not run yet
 ENDLESS = 20.0  # seconds of CPU after which one test is taken not to end
 STARTS_PROCESSES = re.compile(r"torchrun|subprocess")
@@ -148,11 +153,13 @@ def code_with(module: cst.Module, parent: cst.CSTNode, node: cst.CSTNode, new: c
 
 
 def shape(code: str) -> str:
-    """What a module says, but for the devices of new tensors, which only a second device would show."""
+    """What a module says, but for where tensors are made or moved to, which only a second device would show."""
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             node.keywords = [k for k in node.keywords if k.arg != "device"]
+            if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("to", "moved"):
+                node.args = [a for a in node.args if ast.unparse(a).rpartition(".")[2] not in ("device", "None")]
     return ast.dump(tree)
 
 

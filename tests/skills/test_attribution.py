@@ -8,7 +8,7 @@ from conftest import make_vit, one_line
 from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.models.sites import choose_sites, find_sites
 from skillfast.skills.attribution import log_odds
 from skillfast.skills.ranking import NeuronRanking
@@ -132,6 +132,20 @@ def test_what_cannot_be_is_refused(batches):
         ArgumentError, skillfast.attribute, model, batches, classes=3
     )
     assert "expected at least one image" in one_line(ArgumentError, skillfast.attribute, model, [], classes=5)
-    assert "evaluation mode" in one_line(ModelError, skillfast.attribute, model.train(), batches, classes=5)
+    assert "attribute: expected a model in evaluation mode" in one_line(
+        ModelError, skillfast.attribute, model.train(), batches, classes=5
+    )
     found = skillfast.attribute(model.eval(), batches, classes=5)
     assert "expected attribution" in one_line(ArgumentError, skillfast.select, found, "pearson")
+
+
+def test_a_ranking_is_saved_and_loaded(batches, tmp_path):
+    found = skillfast.attribute(make_vit(depth=1), batches, classes=5)
+    assert found.save(tmp_path / "new") == tmp_path / "new" / "ranking.safetensors"
+    again = NeuronRanking.load(tmp_path / "new")
+    np.testing.assert_array_equal(again.values, found.values)
+    np.testing.assert_array_equal(again.n_observations, found.n_observations)
+    for name in ("method", "columns", "sites", "fingerprint", "settings"):
+        assert getattr(again, name) == getattr(found, name)
+    with pytest.raises(DataError, match=r"got none; write it with NeuronRanking\.save$"):
+        NeuronRanking.load(tmp_path)

@@ -445,7 +445,7 @@ def test_what_cannot_be_is_refused(batches):
     assert "batch_size: expected at least 2, got 1" in told(ArgumentError, model, batch_size=1)
     assert "expected at least one image" in told(ArgumentError, model, loader=[])
     assert "expected those of the model's architecture" in told(ArgumentError, make_vit(depth=2))
-    assert "evaluation mode" in told(ModelError, make_vit().train())
+    assert "learn_masks: expected a model in evaluation mode" in told(ModelError, make_vit().train())
     masks = learned(model, batches, attributions, steps=1)
     assert "start: expected learned masks, got attribution" in told(ArgumentError, model, start=attributions)
     others = dataclasses.replace(masks, columns=masks.columns[::-1])

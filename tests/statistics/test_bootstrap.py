@@ -207,3 +207,13 @@ def test_replicates_that_miss_a_rare_label_are_left_out(first):
     reach = stats.t.ppf(0.975, 63) * np.nanstd(z, axis=0, ddof=1)
     np.testing.assert_allclose(scores.pearson_low[:, 0], np.tanh(np.arctanh(scores.pearson[:, 0]) - reach), atol=1e-6)
     np.testing.assert_allclose(scores.pearson_high[:, 0], np.tanh(np.arctanh(scores.pearson[:, 0]) + reach), atol=1e-6)
+
+
+def test_a_neuron_that_is_the_metric_has_a_finite_interval():
+    x = torch.linspace(-1, 1, 64)[:, None].repeat(1, 2) * torch.tensor([1.0, -2.0])
+    acc = NeuronStatistics(2, {"y": Continuous()}, ("pearson",), n_bootstrap=50)
+    acc.update(x, {"y": x[:, 0]})
+    found = acc.compute()
+    for name in ("pearson", "pearson_low", "pearson_high"):
+        np.testing.assert_allclose(getattr(found, name)[:, 0], [1, -1], atol=1e-6)
+    assert (found.pearson_p < 1e-6).all()

@@ -224,4 +224,6 @@ def test_what_a_model_is_not_prepared_for_is_refused(images):
         skillfast.prepare(model)
     told = one_line(ArgumentError, skillfast.sweep, model, batches, [], keep_embeddings=True)
     assert "leave out keep_embeddings" in told
-    assert "training mode" in one_line(ModelError, skillfast.prepare, make_vit(depth=1).train())
+    assert "prepare: expected a model in evaluation mode" in one_line(
+        ModelError, skillfast.prepare, make_vit(depth=1).train()
+    )

@@ -79,6 +79,7 @@ def test_a_data_set_of_whole_batches_is_a_stream():
     batches = [torch.full((4,), i) for i in range(30)]
     found = plan(DataLoader(batches, batch_size=None), 20, 16)
     assert found.calibration == ()
+    assert not found.distributed
     drawn = [int(batch[0]) for batch in found.batches]
     assert sorted(drawn) == list(range(30)) != drawn
 
@@ -115,12 +116,20 @@ def test_rows_that_a_sampler_repeats_are_no_ones_own():
 def test_a_trace_counts_no_repeated_sample(vit, batches):
     images, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     sampler = DistributedSampler(range(37), 2, 1, shuffle=False)  # 18 of 37, and the first of all once more
+    per_token = {
+        "metrics": {"pixel": skillfast.Continuous()}, "pool": "none", "statistics": ("pearson",), "sites": ("mlp",),
+        "forward": lambda model, batch: (model(batch[0]), {"pixel": batch[0].flatten(1)[:, :17]}),
+    }  # fmt: skip
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         loader = DataLoader(TensorDataset(images, labels), 8, sampler=sampler)
         found = skillfast.trace(vit, loader, statistics=("pearson",))
+        tokens = skillfast.trace(vit, loader, **per_token)
     finally:
         distributed.destroy_process_group()
+    same = skillfast.trace(vit, [(images[1::2], labels[1::2])], **per_token)
+    assert tokens.n_observations == same.n_observations == 18 * 17
+    np.testing.assert_allclose(tokens.pearson, same.pearson, atol=1e-5)
     want = skillfast.trace(vit, [(images[1::2], labels[1::2])], statistics=("pearson",))
     assert found.n_observations == want.n_observations == 18
     np.testing.assert_allclose(found.pearson, want.pearson, atol=1e-5)
