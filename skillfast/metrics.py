@@ -271,14 +271,12 @@ def token_classification_values(
             f"labels: expected a token with a label in every example, got none in {int((counts == 0).sum())}; leave "
             "those out, or trace each token with pool='none'"
         )
-    targets, labelled = (moved(x, logits.device) for x in (targets, labelled))
+    known, labelled = (moved(x, logits.device) for x in (targets.clamp(min=0), labelled))
     values: dict[str, torch.Tensor] = {}
-    for name in names:
-        rows = []
-        for scores, wanted, here in zip(logits, targets, labelled, strict=True):  # never a second copy of all logits
-            found = FUNCTIONS[name](scores[here], wanted[here])
-            rows.append(torch.zeros(wanted.shape, dtype=found.dtype, device=found.device).masked_scatter(here, found))
-        values[name] = torch.stack(rows)
+    for name in names:  # of all tokens, since a GPU does not tell how many have a label; a row is copied at a time
+        rows = [FUNCTIONS[name](scores, wanted) for scores, wanted in zip(logits, known, strict=True)]
+        found = torch.stack(rows)
+        values[name] = found.masked_fill(~labelled, 0)
     if each:
         return values
     return {name: value.double().sum(1) / labelled.sum(1) for name, value in values.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -56,6 +55,14 @@ class Forecast:
             self._tell = None
 
 
+def length_of(iterable: Iterable[object]) -> int | None:
+    """How many items there are; None where that is not known."""
+    try:
+        return len(iterable)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return None
+
+
 def track(
     iterable: Iterable[T],
     description: str | Callable[[], str],
@@ -69,7 +76,7 @@ def track(
     Args:
         iterable: What to iterate over.
         description: The text before the bar, or a function that is called for it before every item.
-        total: Number of items; `len(iterable)` where it has one.
+        total: Number of items; `length_of(iterable)` by default.
         quiet: Never draw a bar.
 
     Yields:
@@ -81,8 +88,7 @@ def track(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
+    total = length_of(iterable) if total is None else total
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)

@@ -1,17 +1,20 @@
 """A CUDA device for tests on machines without one: CPU tensors that say they are on `cuda:0`.
 
 Inside `FakeCuda()` every tensor made or moved there is a `CudaTensor` around a CPU tensor. As on the device, an op that
-mixes both raises, and what makes the host wait (a value read, a copy that is not asynchronous, a result whose size
-depends on data) is counted by its name.
+mixes both raises, and what makes the host wait (a value read, a copy that is not asynchronous or whose memory is not
+pinned, a result whose size depends on data) is counted by its name. What is read on another stream than it was made on,
+before that stream has waited, raises, too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils import clip_grad
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
@@ -21,13 +24,48 @@ SIZED_BY_DATA = {
     "nonzero", "nonzero_numpy", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     "repeat_interleave",
 }  # fmt: skip
+_by_device = clip_grad._group_tensors_by_device_and_dtype
 STAND_INS = (
+    # Torch's C++ takes them for the host's.
+    (
+        clip_grad,
+        "_group_tensors_by_device_and_dtype",
+        lambda lists: {
+            (found[0][0].device, dtype): (found, at) for (_, dtype), (found, at) in _by_device(lists).items()
+        },
+    ),
     (torch.cuda, "_lazy_init", lambda: None),
     (torch.cuda, "mem_get_info", lambda _=None: (1 << 36, 1 << 36)),
     # Views made by a mode are no views to inference mode.
     (torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext()),
 )
 MOVES = {"_to_copy", "copy_", "_copy_from"}
+PAGEABLE = 1 << 16  # bytes that are copied at once without pinned memory
+
+
+class Stream:
+    """Work in its order, which waits for events of other streams."""
+
+    def __init__(self, *_):
+        self.work = 0
+        self.waited = {}
+
+    def record_event(self):
+        return self, self.work
+
+    def wait_event(self, event):
+        stream, work = event
+        self.waited[stream] = max(work, self.waited.get(stream, 0))
+
+
+def _record_stream(tensor, stream):
+    tensor.streams = (*tensor.streams, stream)
+
+
+def _pinned(tensor):
+    copy = tensor.clone()
+    copy.pinned = True
+    return copy
 
 
 class CudaTensor(torch.Tensor):
@@ -37,6 +75,8 @@ class CudaTensor(torch.Tensor):
     """
 
     held: torch.Tensor
+    made = None  # on which stream, and which of its works
+    streams = ()  # that its memory waits for
     device = DEVICE
     is_cuda = True
     is_cpu = False
@@ -97,10 +137,52 @@ class FakeCuda(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.moved_bytes = 0
         self.ops: Counter[str] = Counter()
+        self.pageable = PAGEABLE
+        self.stream = Stream()
+        self.here = threading.local()
+
+    @property
+    def current(self):
+        return getattr(self.here, "stream", self.stream)
+
+    @contextmanager
+    def on(self, stream):
+        """`torch.cuda.stream`; threads come to the device by it."""
+        before, self.here.stream = self.current, stream
+        with ExitStack() as stack:
+            if self not in _get_current_dispatch_mode_stack():
+                TorchDispatchMode.__enter__(self)
+                stack.callback(TorchDispatchMode.__exit__, self, None, None, None)
+            yield
+        self.here.stream = before
+
+    def _stamped(self, tensor):
+        self.current.work += 1
+        tensor.made = (self.current, self.current.work)
+        return tensor
+
+    def _check_streams(self, func, tensors):
+        for tensor in tensors:
+            stream, work = tensor.made or (self.current, 0)
+            if stream is self.current:
+                continue
+            if self.current.waited.get(stream, 0) < work:
+                raise RuntimeError(f"{func}: read on another stream before it was there")
+            if self.current not in tensor.streams:
+                raise RuntimeError(f"{func}: read on a stream that its memory does not wait for")
 
     def __enter__(self):
-        self._real = [(owner, name, getattr(owner, name)) for owner, name, _ in STAND_INS]
-        for owner, name, stand_in in STAND_INS:
+        stand_ins = (
+            *STAND_INS,
+            (torch.cuda, "Stream", Stream),
+            (torch.cuda, "stream", self.on),
+            (torch.cuda, "current_stream", lambda _=None: self.current),
+            (torch.Tensor, "record_stream", _record_stream),
+            (torch.Tensor, "pin_memory", _pinned),
+            (torch.Tensor, "is_pinned", lambda tensor: hasattr(tensor, "pinned")),
+        )
+        self._real = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
+        for owner, name, stand_in in stand_ins:
             setattr(owner, name, stand_in)
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(
@@ -123,6 +205,7 @@ class FakeCuda(TorchDispatchMode):
         wanted = kwargs.get("device")
         if not there and not is_cuda(wanted):
             return func(*args, **kwargs)
+        self._check_streams(func, there)
         if name in MOVES:
             return self._move(func, name, args, kwargs, there)
         mixed = [leaf for leaf in tensors if not isinstance(leaf, CudaTensor) and leaf.dim()]
@@ -153,7 +236,7 @@ class FakeCuda(TorchDispatchMode):
             result = func(held, **{**kwargs, "device": None if target is None else torch.device("cpu")})
             if crossing and result is held:
                 result = held.clone()
-            made = CudaTensor(result) if to_cuda else result
+            made = self._stamped(CudaTensor(result)) if to_cuda else result
         else:
             target, source = args[:2]
             crossing = isinstance(source, CudaTensor) != isinstance(target, CudaTensor) and source.dim() > 0
@@ -166,15 +249,20 @@ class FakeCuda(TorchDispatchMode):
             asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
             if asynchronous and not to_cuda:
                 raise RuntimeError(f"{func}: a copy to the host that does not block is read before it is there")
+            if to_cuda and asynchronous and made.nbytes > self.pageable and not source.is_pinned():
+                self.waits["copy of pageable memory"] += 1
             if not (to_cuda and asynchronous):
                 self.waits["copy to the device" if to_cuda else "copy to the host"] += 1
         return made
 
-    @staticmethod
-    def _wrapped(func, result, leaves):
+    def _wrapped(self, func, result, leaves):
         """The result on the device; an argument that was written in place is returned as it is."""
         own = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, CudaTensor)}
-        return tree_map_only(torch.Tensor, lambda held: own[id(held)] if id(held) in own else CudaTensor(held), result)
+
+        def wrapped(held):
+            return self._stamped(own[id(held)] if id(held) in own else CudaTensor(held))
+
+        return tree_map_only(torch.Tensor, wrapped, result)
 
 
 def to_cuda(module):

@@ -11,10 +11,10 @@ import torch
 
 from skillfast.ablation.interventions import Interventions, hooked
 from skillfast.errors import ArgumentError
-from skillfast.models.batches import read_batch
+from skillfast.models.batches import fed_batches
 from skillfast.models.sites import module_device, refuse_compiled, refuse_training
 from skillfast.models.watching import watched
-from skillfast.progress import Forecast, track
+from skillfast.progress import Forecast, length_of, track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,8 +62,9 @@ def predict_assigned(
     forecast = Forecast(f"{len(rows)} {what} on {len(assigned):,} examples: {n:,} forwards", n) if what and n else None
     found, done = [np.empty((len(rows), 0), np.int64)], 0
     with torch.inference_mode():
-        for batch in track(loader, f"predictions of {what or 'each example'}", quiet=quiet):
-            examples = read_batch(batch).to(wanted.device)
+        batches = fed_batches(loader, wanted.device)
+        for batch in track(batches, f"predictions of {what or 'each example'}", length_of(loader), quiet):
+            examples = batch.to(wanted.device)
             own = wanted[done : done + len(examples.labels)]
             if len(own) < len(examples.labels):
                 break

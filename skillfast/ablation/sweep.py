@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ from skillfast.ablation.prepared_runner import PreparedRunner
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
 from skillfast.metrics import Categorical, per_class_accuracy, per_class_mean
-from skillfast.models.batches import Batch, classes_of, logits_of, read_batch
+from skillfast.models.batches import Batch, classes_of, fed_batches, logits_of, read_batch
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.inputs import Inputs, call, examples_in, out_of_memory, repeated, taken
 from skillfast.models.sites import module_device, refuse_training
-from skillfast.progress import Forecast, track
+from skillfast.progress import Forecast, length_of, track
 from skillfast.tracing.prepared import prepared, to_run
 
 if TYPE_CHECKING:
@@ -298,23 +299,30 @@ def sweep(
         if prepared(model) is None
         else PreparedRunner(model, interventions)
     )
-    parts = []
     with torch.inference_mode():
-        for batch in track(loader, f"sweep of {len(conditions)} conditions", quiet=quiet):
-            found = read_batch(batch, label_key, tokens=True)
-            if not found.labels.numel():
-                continue
-            wrong = not found.per_token and int(found.labels.min()) < 0
-            if wrong or int(found.labels.max()) >= len(class_names):
-                raise ArgumentError(
-                    f"labels: expected class indices in [0, {len(class_names)}), got {int(found.labels.min())} to "
-                    f"{int(found.labels.max())}; check classes="
-                )
-            parts.append(runner.run(found, keep_embeddings, keep_logits=keep_margins))
+        read = partial(_read, n_classes=len(class_names), key=label_key)
+        batches, length = fed_batches(loader, module_device(model), read), length_of(loader)
+        parts = [
+            runner.run(batch, keep_embeddings, keep_logits=keep_margins)
+            for batch in track(batches, f"sweep of {len(conditions)} conditions", length, quiet)
+            if batch.labels.numel()
+        ]
     if not parts:
         raise ArgumentError("sweep: expected at least one batch, got an empty loader")
     whole = BatchResult.joined(parts)
     return _result(whole, class_names, names, runner.interventions.donors, keep_predictions, keep_margins)
+
+
+def _read(given: Any, n_classes: int, key: str | None) -> Batch:
+    """A batch whose labels are class indices, or those of tokens, below 0 for none; raises ArgumentError for others."""
+    found = read_batch(given, key, tokens=True)
+    if found.labels.numel():
+        least, most = int(found.labels.min()), int(found.labels.max())
+        if (least < 0 and not found.per_token) or most >= n_classes:
+            raise ArgumentError(
+                f"labels: expected class indices in [0, {n_classes}), got {least} to {most}; check classes="
+            )
+    return found
 
 
 def _result(

@@ -28,6 +28,14 @@ class LabelledDataset(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+class Batches(Protocol):
+    """A map-style dataset that gives whole batches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: Sequence[int]) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Splits:
     """A dataset in three parts that share no example.
@@ -73,7 +81,7 @@ class TensorImages:
 
 
 def loader(
-    dataset: LabelledDataset,
+    dataset: LabelledDataset | Batches,
     batch_size: int,
     shuffle: bool = False,
     seed: int = 0,

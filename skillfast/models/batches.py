@@ -10,10 +10,10 @@ import torch
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.inputs import Inputs, call, described, mapped, mask_of, taken
-from skillfast.transfer import moved
+from skillfast.transfer import fed, moved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 LABELS = ("labels", "label")
 """Keys of a batch's labels, as the transformers and datasets libraries name them."""
@@ -28,10 +28,12 @@ class Batch:
     Attributes:
         inputs: What the model is called with: a tensor [batch, ...], or its keyword arguments.
         labels: int64 [batch], class indices; or [batch, tokens], below 0 for tokens without one.
+        host_mask: The `attention_mask` of inputs that were moved, where they came from; else None.
     """
 
     inputs: Inputs
     labels: torch.Tensor
+    host_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -39,8 +41,8 @@ class Batch:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """True for real tokens [batch, tokens]: the inputs' `attention_mask`; None without one."""
-        return mask_of(self.inputs)
+        """True for real tokens [batch, tokens]: `attention_mask`, on the host if it came from there; None without."""
+        return mask_of(self.inputs) if self.host_mask is None else self.host_mask
 
     @property
     def per_token(self) -> bool:
@@ -48,12 +50,16 @@ class Batch:
         return self.labels.dim() == 2
 
     def inputs_to(self, device: torch.device) -> Batch:
-        """The batch with its inputs on a device, and its labels where they are."""
-        return Batch(mapped(self.inputs, lambda x: moved(x, device)), self.labels)
+        """The batch with its inputs on a device, and its labels and mask where they are."""
+        return self.with_inputs(lambda x: moved(x, device))
+
+    def with_inputs(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with every tensor of its inputs changed, and its labels and mask where they are."""
+        return Batch(mapped(self.inputs, change), self.labels, self.mask)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(self.inputs_to(device).inputs, moved(self.labels, device))
+        return Batch(mapped(self.inputs, lambda x: moved(x, device)), moved(self.labels, device))
 
     def split(self, size: int) -> Iterator[Batch]:
         """The examples in their order, `size` at a time."""
@@ -61,7 +67,8 @@ class Batch:
 
     def taken(self, rows: slice | torch.Tensor) -> Batch:
         """Some examples, by a slice or by int64 [n]."""
-        return Batch(taken(self.inputs, rows), self.labels[rows])
+        mask = None if self.host_mask is None else self.host_mask[rows]
+        return Batch(taken(self.inputs, rows), self.labels[rows], mask)
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """What the model answers: [batch, classes], or [batch, tokens, classes] where tokens have labels.
@@ -130,6 +137,19 @@ def read_batch(batch: Any, key: str | None = None, *, tokens: bool = False) -> B
             "label_key= for another key, or metrics= and forward= to trace other values"
         )
     return found
+
+
+def fed_batches(
+    loader: Iterable[Any], device: torch.device, read: Callable[[Any], Batch] = read_batch
+) -> Iterator[Batch]:
+    """Batches of a loader with their inputs on a device and their labels on the host, where they are checked.
+
+    Args:
+        loader: Batches as people have them.
+        device: Where the model takes its inputs; for a GPU they are read and copied ahead (`transfer.fed`).
+        read: What reads and checks one.
+    """
+    return fed(loader, device, read, Batch.with_inputs)
 
 
 def inputs_of(batch: Any, key: str | None = None) -> Inputs:

@@ -12,13 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from skillfast.data.splits import TensorImages, loader
+from skillfast.data.splits import loader
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.batches import Batch, fed_batches, read_batch
 from skillfast.progress import track
+from skillfast.transfer import moved
 from skillfast.vocabulary import FINETUNE, Finetune
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from skillfast.data.splits import LabelledDataset, Splits
     from skillfast.models.loading import LoadedModel
@@ -117,14 +119,15 @@ def finetune(
     with _only_trainable(model, _parts(model, mode)) as parts, _seeded(seed, device):
         cached = _cache_frozen(model, mode, data, batch_size, device, dtype, quiet)
         forward: Callable[[Tensor], Tensor] = model
+        rows: LabelledDataset | _Frozen = data
         if cached is not None:
-            forward, data, augment = cached[0], cached[1], None
+            forward, rows, augment = cached[0], cached[1], None
         for part in parts:
             part.train()
         try:
             rates = lr, head_lr or lr
             _train(
-                forward, model, data, epochs, rates, batch_size, seed, device, dtype, quiet, augment, label_smoothing
+                forward, model, rows, epochs, rates, batch_size, seed, device, dtype, quiet, augment, label_smoothing
             )
         finally:
             model.eval()
@@ -162,13 +165,14 @@ def accuracy(
         Share of correct answers per class, float64 `[n_classes]` on the CPU; NaN for a class without images.
     """
     device = torch.device(device)
-    hits = []
-    for images, labels in track(loader(dataset, batch_size), "measuring accuracy", quiet=quiet):
+    predicted, labels = [], []
+    batches = loader(dataset, batch_size)
+    for batch in track(fed_batches(batches, device), "measuring accuracy", len(batches), quiet):
         with _autocast(device, dtype):
-            predicted = model(images.to(device)).argmax(dim=1)
-        hits.append(labels[predicted.cpu() == labels])
-    n_classes = len(dataset.classes)
-    right = torch.bincount(torch.cat(hits), minlength=n_classes)
+            predicted.append(model(batch.inputs).argmax(dim=1))
+        labels.append(batch.labels)
+    n_classes, true = len(dataset.classes), torch.cat(labels)
+    right = torch.bincount(true[torch.cat(predicted).cpu() == true], minlength=n_classes)
     return right.double() / torch.bincount(dataset.labels, minlength=n_classes).double()
 
 
@@ -234,6 +238,31 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=device.type == "cuda" and dtype != torch.float32)
 
 
+class _Frozen:
+    """What the frozen layers make of every image, taken by batches.
+
+    Args:
+        features: `[n, ...]`, on any device.
+        labels: int64 `[n]`, on the host.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """A batch; torch's DataLoader calls this where it exists."""
+        index = torch.tensor(rows)
+        return Batch(self.features.index_select(0, moved(index, self.features.device)), self.labels[index])
+
+    @staticmethod
+    def collate(batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
+
+
 def _cache_frozen(
     model: nn.Module,
     mode: Finetune,
@@ -242,8 +271,8 @@ def _cache_frozen(
     device: torch.device,
     dtype: torch.dtype,
     quiet: bool,
-) -> tuple[Callable[[Tensor], Tensor], TensorImages] | None:
-    """Evaluate the frozen layers once per image.
+) -> tuple[Callable[[Tensor], Tensor], _Frozen] | None:
+    """Evaluate the frozen layers once per image; what they give stays on a GPU where it takes a quarter of it at most.
 
     Returns:
         The rest of the model as a function and its inputs as a dataset; None where the model is not known well enough
@@ -253,20 +282,28 @@ def _cache_frozen(
     if first is None or rest is None:
         return None
     kept: list[Tensor] = []
+    there = torch.device("cpu")
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept.append(inputs[0].detach().cpu())
+        kept.append(moved(inputs[0].detach(), there if kept else None))
 
     hook = first.register_forward_pre_hook(keep)
+    batches = loader(data, batch_size)
     try:
-        for images, _ in track(loader(data, batch_size), "evaluating the frozen layers", quiet=quiet):
+        for batch in track(fed_batches(batches, device), "evaluating the frozen layers", len(batches), quiet):
             with torch.no_grad(), _autocast(device, dtype):
-                model(images.to(device))
-            if kept[0].nbytes / len(kept[0]) * len(data) > _CACHE_LIMIT:
+                model(batch.inputs)
+            if len(kept) > 1:
+                continue
+            whole = kept[0].nbytes / len(kept[0]) * len(data)
+            if whole > _CACHE_LIMIT:
                 return None
+            if device.type == "cuda" and 2 * whole <= torch.cuda.mem_get_info(device)[0] // 4:  # parts and all of them
+                there = device
+            kept[0] = moved(kept[0], there)
     finally:
         hook.remove()
-    return rest, TensorImages(torch.cat(kept), data.labels, data.classes)
+    return rest, _Frozen(torch.cat(kept), data.labels)
 
 
 def _cut(model: nn.Module, mode: Finetune) -> tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]:
@@ -301,7 +338,7 @@ def _groups(model: nn.Module, head_lr: float) -> list[dict[str, Any]]:
 def _train(
     forward: Callable[[Tensor], Tensor],
     model: nn.Module,
-    data: LabelledDataset,
+    data: LabelledDataset | _Frozen,
     epochs: int,
     rates: tuple[float, float],
     batch_size: int,
@@ -323,26 +360,32 @@ def _train(
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and dtype == torch.float16)
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    epoch, loss = 0, torch.zeros(())
+    epoch, loss, told = 0, torch.zeros(()), ""
 
-    def passes() -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal epoch
+    def read(given: Any) -> Batch:
+        batch = read_batch(given)
+        return batch if augment is None else batch.with_inputs(lambda images: augment(images, generator))
+
+    def passes() -> Iterator[Batch]:
+        nonlocal epoch, told
         for epoch in range(1, epochs + 1):
-            yield from batches
-            if not bool(loss.isfinite()):
+            yield from fed_batches(batches, device, read)
+            last = loss.item()  # waits for a GPU, once per epoch
+            told = f", loss {last:.3f}"
+            if not math.isfinite(last):
                 raise ModelError(
-                    f"training: expected a finite loss, got {loss.item()} in epoch {epoch}; lower the learning rate "
+                    f"training: expected a finite loss, got {last} in epoch {epoch}; lower the learning rate "
                     f"(it was {lr:g})"
                 )
 
     def describe() -> str:
-        return f"training, epoch {epoch} of {epochs}, loss {loss.item():.3f}"
+        return f"training, epoch {epoch} of {epochs}{told}"
 
-    for images, labels in track(passes(), describe, total=total, quiet=quiet):
-        inputs = images if augment is None else augment(images, generator)
+    for given in track(passes(), describe, total=total, quiet=quiet):
+        batch = given.to(device)
         with _autocast(device, dtype):
-            logits = forward(inputs.to(device))
-        loss = nn.functional.cross_entropy(logits.float(), labels.to(device), label_smoothing=label_smoothing)
+            logits = forward(batch.inputs)  # type: ignore[arg-type]  # this project's own loaders give one tensor
+        loss = nn.functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical
-from skillfast.models.batches import Batch, classes_of, read_batch
+from skillfast.models.batches import Batch, classes_of, fed_batches, read_batch
 from skillfast.models.inputs import mapped
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
-from skillfast.progress import track
+from skillfast.progress import length_of, track
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.transfer import moved
 
@@ -112,8 +113,9 @@ def _attributed(
         total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64, device=device)
         counts = torch.zeros(len(columns), dtype=torch.int64, device=device)
         done = 0
-        for batch in track(loader, "attribution", quiet=quiet):
-            found = class_batch(batch, n_classes, device, label_key)
+        batches = fed_batches(loader, device, partial(class_batch, n_classes=n_classes, key=label_key))
+        for batch in track(batches, "attribution", length_of(loader), quiet):
+            found = batch.to(device)
             labels = found.labels
             with differentiable(model, chosen) as seen:
                 own = log_odds(found.logits(model), labels).sum()
@@ -162,8 +164,8 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, labels[:, None])[:, 0] - logits.masked_fill(own, -torch.inf).logsumexp(1)
 
 
-def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | None = None) -> Batch:
-    """A batch on the device; raises ArgumentError for labels that are no class indices."""
+def class_batch(batch: Any, n_classes: int, key: str | None = None) -> Batch:
+    """A batch where it is; raises ArgumentError for labels that are no class indices."""
     found = read_batch(batch, key)
     labels = found.labels
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
@@ -175,7 +177,7 @@ def class_batch(batch: Any, n_classes: int, device: torch.device, key: str | Non
     def saved(x: torch.Tensor) -> torch.Tensor:
         return x.clone() if x.is_inference() else x  # which autograd does not save
 
-    return Batch(mapped(found.inputs, saved), saved(labels)).to(device)
+    return Batch(mapped(found.inputs, saved), saved(labels))
 
 
 @contextmanager

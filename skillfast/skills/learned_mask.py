@@ -16,7 +16,7 @@ from skillfast.memory.usage import free_bytes
 from skillfast.metrics import margin
 from skillfast.models.adam import Adam
 from skillfast.models.batches import logits_of
-from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, split, taken, trimmed
+from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, mask_of, split, taken, trimmed
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
 from skillfast.progress import Forecast, track
@@ -204,19 +204,26 @@ class _Learner:
         self.most = torch.tensor([float(int(max_site_share * width)) for width in self.widths], device=self.device)
         self.attributions = torch.from_numpy(attributions.values.T).float()
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        self.gathers = False  # whether the images are on the GPU
         self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class, label_key, pad)
-        with torch.no_grad():
-            self.intact = torch.cat([self._logits(part) for part in split(self.images, 256)])
         if self.device.type == "cuda":
             self._move_images()
-        else:
+        with torch.no_grad():
+            self.intact = torch.cat([self._logits(part) for part in split(self.images, 256)])
+        if self.device.type != "cuda":
             self.intact = self.intact.cpu()
 
     def _move_images(self) -> None:
-        """Keep the images on the GPU where they take a quarter of what is free at most: steps gather them there."""
+        """Keep the images on the GPU where they take a quarter of what is free at most: steps gather them there.
+
+        Texts stay on the host, which looks for their padding.
+        """
+        if self._text:
+            return
         free = free_bytes(self.device)
-        if isinstance(self.images, torch.Tensor) and free is not None and bytes_of(self.images) <= free // 4:
-            self.images = self.images.to(self.device)
+        if free is not None and bytes_of(self.images) <= free // 4:
+            self.images = mapped(self.images, self._there)
+            self.gathers = True
 
     def classes(self) -> torch.Tensor:
         """Classes that a mask can be learned for: with attributions, images of their own, and others' images."""
@@ -278,8 +285,13 @@ class _Learner:
         """A tensor on the model's device, without waiting for it."""
         return moved(host, self.device)
 
+    @property
+    def _text(self) -> bool:
+        """Whether the images are texts, which are kept as long as the longest of them all."""
+        return hasattr(self.model, "trim") or mask_of(self.images) is not None
+
     def _logits(self, images: Inputs) -> torch.Tensor:
-        trim = getattr(self.model, "trim", None)  # of texts, which are kept as long as the longest of them all
+        trim = getattr(self.model, "trim", None)
         shorter: Any = trim(images) if trim is not None and isinstance(images, torch.Tensor) else trimmed(images)
         given = mapped(shorter, self._there)
         return logits_of(call(self.model, given), self.model).float()
@@ -336,8 +348,7 @@ class _Learner:
                 stack.enter_context(watched(self.model, site, scaled))
             if self.head is not None:  # after its gate, as hooks run in their order
                 stack.callback(self.model.get_submodule(self.head).register_forward_pre_hook(keep).remove)
-            on_host = not isinstance(self.images, torch.Tensor) or self.images.device.type == "cpu"
-            return self._logits(taken(self.images, rows if on_host else self._there(rows))), embeddings
+            return self._logits(taken(self.images, self._there(rows) if self.gathers else rows)), embeddings
 
     def _initial(self, classes: torch.Tensor, start: NeuronRanking | None) -> torch.Tensor:
         """Strengths to start from: masks, where there are some, else attributions.
@@ -497,7 +508,7 @@ def _first_images(
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
     for given in loader:
-        batch = class_batch(given, n_classes, torch.device("cpu"), key)
+        batch = class_batch(given, n_classes, key).to(torch.device("cpu"))
         label = batch.labels
         if per_class is None:
             most = min(IMAGES, IMAGE_BYTES // max(1, bytes_of(taken(batch.inputs, slice(1)))))

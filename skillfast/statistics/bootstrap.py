@@ -17,6 +17,7 @@ from scipy import stats
 from skillfast import ops
 from skillfast.errors import ArgumentError
 from skillfast.statistics.moments import ROUNDING
+from skillfast.transfer import moved
 
 LEVEL = 0.95
 _POISSON = stats.poisson(1).cdf(np.arange(12))  # beyond 11 the rest is 1e-9
@@ -35,10 +36,29 @@ def mix(*parts: np.ndarray | int) -> np.ndarray:
     return state
 
 
-def weights(seed: int, groups: np.ndarray, replicates: int) -> np.ndarray:
-    """Poisson(1) weights float32 [n, replicates] of groups (integers [n])."""
-    bits = mix(seed, groups[:, None], np.arange(replicates)[None, :])
-    return np.searchsorted(_POISSON, bits.astype(np.float64) * 2.0**-64, side="right").astype(np.float32)
+def weights(seed: int, groups: torch.Tensor, replicates: int) -> torch.Tensor:
+    """Poisson(1) weights float32 [n, replicates] of groups int64 [n], on their device: by `mix`, bit for bit."""
+    seeded = torch.full((), int(mix(seed).astype(np.int64)), device=groups.device)
+    bits = _mixed(_mixed(seeded, groups[:, None]), torch.arange(replicates, device=groups.device))
+    high, low = _shifted(bits, 32), bits & 0xFFFFFFFF
+    uniform = (high.double() * 2.0**32 + low.double()) * 2.0**-64  # rounded once, as the whole number is
+    return torch.bucketize(uniform, moved(torch.from_numpy(_POISSON), groups.device), right=True).float()
+
+
+def _mixed(state: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A step of `mix` in int64, whose sums and products wrap around to the same bits."""
+    state = state + part + _signed(0x9E3779B97F4A7C15)
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    return (bits >> by) & ((1 << (64 - by)) - 1)  # without copies of the sign
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64)  # of a number from 2^63 on
 
 
 @dataclass
@@ -143,7 +163,7 @@ class Replicates:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, groups: torch.Tensor) -> None:
         """Count rows x [n, D] of groups int64 [n], with columns y float64 [n, M] that are shifted already."""
-        w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(x.device)  # [n, B]
+        w = weights(self.seed, groups, len(self.count))  # [n, B]
         wide = w.double()
         self.count += wide.sum(0)
         self.sum_y += wide.T @ y
@@ -164,7 +184,7 @@ class Replicates:
             y: float64 [n, M], columns about the shift.
             groups: int64 [n].
         """
-        w = torch.from_numpy(weights(self.seed, groups.cpu().numpy(), len(self.count))).to(sums.device).double()
+        w = weights(self.seed, groups, len(self.count)).double()
         x, squares = sums.double()
         many = w * counts[:, None]  # [n, B]
         self.count += many.sum(0)

@@ -19,11 +19,11 @@ from skillfast.metrics import (
     token_classification,
     token_classification_values,
 )
-from skillfast.models.batches import classes_of, predicts_words, read_batch
+from skillfast.models.batches import classes_of, fed_batches, predicts_words, read_batch
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.inputs import call
 from skillfast.models.sites import choose_sites, module_device, refuse_training
-from skillfast.progress import track
+from skillfast.progress import length_of, track
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import calibration_rows, exact_rows
 from skillfast.statistics.inputs import as_tensor
@@ -169,18 +169,22 @@ def trace(
             metrics = token_classification(
                 (classes if classes is not None else classes_of(loader, model)) if named else None, each=pool == "none"
             )
+    calibration = order.calibration
     if forward is None:
         own = ClassificationForward(metrics, each=pool == "none", label_key=label_key)
+        if mask is None:  # else batches are read by someone else, too
+            device = module_device(model)
+            batches, calibration = (fed_batches(part, device, own.read) for part in (batches, calibration))
         mask = mask or partial(own.mask, model)
     tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
     counter = _BatchCounter(tracer, model, forward or own, mask)
     with tracer, torch.inference_mode():
         if set(statistics) != {"pearson"}:
-            for batch in order.calibration:
+            for batch in calibration:
                 counter.count(batch)
             if tracer.n_observations:
                 tracer.calibrate()
-        for batch in track(batches, "trace", total=_length(loader), quiet=quiet):
+        for batch in track(batches, "trace", total=length_of(loader), quiet=quiet):
             counter.count(batch, valid)
     if order.distributed:
         tracer.all_reduce()
@@ -236,13 +240,6 @@ class _BatchCounter:
         self.tracer.expect(mask, **values)
         self.run(self.model, batch)
         self.tracer.step()
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:  # a stream
-        return None
 
 
 def correlate(

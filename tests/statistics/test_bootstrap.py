@@ -23,9 +23,11 @@ def sample(n, width=5, seed=0):
 
 
 def test_weights_are_poisson_and_reproducible():
-    w = bootstrap.weights(3, np.arange(20_000), 16)
-    assert np.array_equal(w, bootstrap.weights(3, np.arange(20_000), 16))
-    assert not np.array_equal(w, bootstrap.weights(4, np.arange(20_000), 16))
+    w = bootstrap.weights(3, torch.arange(20_000), 16).numpy()
+    assert np.array_equal(w, bootstrap.weights(3, torch.arange(20_000), 16))
+    assert not np.array_equal(w, bootstrap.weights(4, torch.arange(20_000), 16))
+    bits = bootstrap.mix(3, np.arange(20_000)[:, None], np.arange(16))  # by NumPy's whole numbers without a sign
+    assert np.array_equal(w, stats.poisson(1).ppf(bits * 2.0**-64))
     counts = np.bincount(w.astype(int).ravel(), minlength=8)[:8]
     expected = stats.poisson(1).pmf(np.arange(8)) * w.size
     assert stats.chisquare(counts[:6], expected[:6] * counts[:6].sum() / expected[:6].sum()).pvalue > 1e-3
@@ -39,7 +41,7 @@ def test_replicates_equal_weighted_correlations():
     for index in torch.arange(700).split(50):
         acc.update(x[index], {k: v[index] for k, v in values.items()}, groups=index)
     acc.compute()
-    w = bootstrap.weights(7, np.arange(700), 12)
+    w = bootstrap.weights(7, torch.arange(700), 12).numpy()
     y = np.column_stack([torch.nn.functional.one_hot(values["label"], 3), values["loss"]])
     r = acc.state.replicates.pearson(slice(0, 5)).numpy()
     for b in range(12):

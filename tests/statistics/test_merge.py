@@ -111,7 +111,8 @@ def check(state, x, values, groups=None, rows=slice(None)):
     none = torch.zeros(3, dtype=torch.bool)
     r = state.moments.pearson(none, none).numpy()
     np.testing.assert_allclose(r, np.corrcoef(x.T, y.T)[:3, 3:], atol=1e-6)
-    weights = bootstrap.weights(0, np.arange(len(x)) if groups is None else groups, REPLICATES).astype(int)
+    numbers = torch.arange(len(x)) if groups is None else torch.as_tensor(groups).long()
+    weights = bootstrap.weights(0, numbers, REPLICATES).numpy().astype(int)
     got = state.replicates.pearson(slice(0, 3)).numpy()
     for b in range(REPLICATES):
         cov = np.cov(np.column_stack([x, y]).T, fweights=weights[:, b])

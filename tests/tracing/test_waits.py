@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_vit
 from fake_cuda import DEVICE, CudaTensor, FakeCuda, to_cuda
 from packaging.version import Version
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from skillfast import (
     Categorical,
@@ -20,9 +24,13 @@ from skillfast import (
     learn_masks,
     ops,
     sweep,
+    transfer,
 )
+from skillfast.ablation.sweep import BatchRunner
+from skillfast.data.splits import Splits, TensorImages
 from skillfast.errors import ArgumentError
-from skillfast.metrics import classification_values
+from skillfast.metrics import classification_values, token_classification_values
+from skillfast.models import training
 from skillfast.tracing.trace import ClassificationForward, trace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/ops/test_gpu.py")
@@ -31,8 +39,11 @@ BLOCKS = ("mlp", "attn", "head")
 
 
 @pytest.fixture
-def fake():
+def fake(monkeypatch):
+    """A device on which these small images are large ones: they have to be pinned."""
+    monkeypatch.setattr(transfer, "AT_ONCE", 1 << 12)
     with FakeCuda() as mode:
+        mode.pageable = 1 << 12
         yield mode
 
 
@@ -113,17 +124,27 @@ def test_metrics_of_each_token_wait_for_nothing(fake, on_cuda, vit, batches, mas
     same(got, want)
 
 
-def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_cuda, vit, batches):
+@pytest.fixture
+def marked(fake, monkeypatch):
+    """Lets calls of a method note how often the host has waited before."""
+
+    def mark(owner, name):
+        marks, method = [], getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            marks.append(sum(fake.waits.values()))
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+        return marks
+
+    return mark
+
+
+def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_cuda, vit, batches, marked):
     """With host batches, as a loader gives them; the edges are set, and the scores are read, once."""
-    seen = []
-
-    classification_forward = ClassificationForward(None, each=False, label_key=None)
-
-    def forward(model, batch):
-        seen.append(sum(fake.waits.values()))
-        return classification_forward(model, batch)
-
-    got = trace(on_cuda, batches, forward=forward, classes=5)
+    seen = marked(ClassificationForward, "__call__")
+    got = trace(on_cuda, batches, classes=5)
     passes = seen[-len(batches) :]
     assert passes[0] == passes[-1], "a batch waited"
     same(got, trace(vit, batches, classes=5))
@@ -141,13 +162,12 @@ def conditions(count):
     ]
 
 
-def test_the_stacks_of_a_sweep_wait_for_nothing(fake, on_cuda, vit, batches):
+def test_the_stacks_of_a_sweep_wait_for_nothing(fake, on_cuda, vit, batches, marked):
     """The host waits for a batch's outcome, and not for each condition's."""
     waits = []
     for count in (2, 9):
-        marks = []
-        seen = (marks.append(sum(fake.waits.values())) or batch for batch in batches)
-        sweep(on_cuda, seen, conditions(count), classes=5)
+        marks = marked(BatchRunner, "run")
+        sweep(on_cuda, batches, conditions(count), classes=5)
         waits.append(np.diff(marks)[1:])  # the first batch finds its routes
         assert (waits[-1] == waits[-1][0]).all()
     assert waits[0][0] == waits[1][0] <= 8
@@ -175,6 +195,73 @@ def test_attribution_and_the_steps_of_masks_wait_for_nothing(fake, on_cuda, vit,
     assert short == long
     want = learn_masks(vit, batches, attributions, steps=7)
     np.testing.assert_allclose(masks.values, want.values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="older backward passes make CPU tensors of a fake device's"
+)
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_the_steps_of_training_wait_for_nothing(fake, vit, mode, batches, monkeypatch):
+    """Only the end of an epoch reads the loss; what frozen layers give stays on the device."""
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    data = TensorImages(images, labels, "abcde")
+    splits = Splits("tiny", tuple("abcde"), data, data, data)
+    here, there = copy.deepcopy(vit), to_cuda(vit)
+    monkeypatch.setattr(there, "to", lambda _: there)
+    monkeypatch.setattr(training, "_seeded", lambda *_: nullcontext())  # of a device's generator
+    monkeypatch.setattr(training, "accuracy", torch.no_grad()(training.accuracy.__wrapped__))
+    waits = []
+    for size in (20, 8):  # 2 and 5 steps
+        before = sum(fake.waits.values())
+        training.finetune(there, splits, mode, epochs=2, batch_size=size, device=DEVICE, quiet=True)
+        waits.append(sum(fake.waits.values()) - before)
+        training.finetune(here, splits, mode, epochs=2, batch_size=size, quiet=True)
+    assert waits[0] == waits[1] == 3  # two losses and the accuracy
+    for name, weight in there.state_dict().items():
+        torch.testing.assert_close(weight.cpu(), here.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_replicates_and_labels_of_tokens_wait_for_nothing(fake, on_cuda, vit, batches, pool):
+    """Bootstrap weights are hashed on the device, tokens without a label computed and left out there."""
+    tokens = vit.pos_embed.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    targets = [torch.randint(-2, 5, (len(y), tokens), generator=generator) for _, y in batches]
+    waited = []
+
+    def run(tracer, model, images, labels, i):
+        before = fake.waits.copy()
+        hidden = model.forward_features(images)
+        values = token_classification_values(model.head(hidden), targets[i], each=True)
+        few = {name: value.double().mean(1) for name, value in values.items()}
+        tracer.step(label=labels, loss=few["loss"])
+        waited.append(fake.waits - before)
+
+    settings = {"pool": pool, "sites": ("mlp",), "n_bootstrap": 8, "buffer_rows": 10, "statistics": ("pearson",)}
+    got = scores_of(on_cuda, batches, run, **settings)
+    assert waited == [{}] * len(batches)
+    same(got, scores_of(vit, batches, run, **settings))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "max", "none"])
+def test_no_size_in_a_step_depends_on_data(vit, batches, pool, monkeypatch):
+    """Tensors without values on a CUDA device: whatever would look at one raises."""
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None: (1 << 36, 1 << 36))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    with FakeTensorMode(), torch.no_grad():
+        for module in vit.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"))
+        with Tracer(vit, METRICS, pool=pool, statistics=("pearson",), buffer_rows=12) as tracer:
+            for images, labels in batches:
+                logits = vit(torch.empty(images.shape, device="cuda"))
+                label = torch.empty(labels.shape, dtype=torch.int64, device="cuda")
+                tracer.step(label=label, loss=torch.nn.functional.cross_entropy(logits, label, reduction="none"))
+        with pytest.raises(DataDependentOutputException):
+            tracer.compute()
 
 
 def test_what_does_not_fit_a_metric_is_refused_at_the_end(fake):
