@@ -207,6 +207,10 @@ class NeuronStatistics:
         x = self._activations(activations)
         self._update(x, self._with_groups(self.check(metrics, x.shape[0]), groups))
 
+    def update_checked(self, x: torch.Tensor, checked: torch.Tensor, groups: torch.Tensor) -> None:
+        """Count rows [n, n_neurons] with values as made by `check`, of groups float64 [n] that were checked, too."""
+        self._update(x, self.state.with_groups(checked, groups))
+
     def _update(self, x: torch.Tensor, values: torch.Tensor) -> None:
         step = self.settings.buffer_rows
         for rows, checked in zip(x.split(step), values.split(step), strict=True):

@@ -49,7 +49,7 @@ def reduce(state: State, group: dist.ProcessGroup | None) -> None:
     """Sum all processes' states in place; their buffers are empty and their edges the same."""
     before = state.moments
     state.moments = reduce_moments(before, group)
-    state.shifted |= int(state.moments.count) > 0
+    state.shifted |= int(state.moments.count.sum()) > 0
     if state.replicates is not None:
         dx = before.shift_x.double() - state.moments.shift_x.double()
         state.replicates = state.replicates.reshift(dx, before.shift_y - state.moments.shift_y)
@@ -63,8 +63,9 @@ def reduce_moments(state: CoMoments, group: dist.ProcessGroup | None) -> CoMomen
     total = state.count.clone()
     dist.all_reduce(total, group=group)
     # The processes' mean shift, weighted by their rows: one that lies within everybody's data.
-    weight = state.count.double() / total.clamp_min(1).double()
-    shift_x, shift_y = state.shift_x.double() * weight, state.shift_y * weight
+    weight = state.count.double() / total.clamp_min(1)
+    shift_x = state.shift_x.double() * weight[..., None]
+    shift_y = state.shift_y * (state.count.sum().double() / total.sum().clamp_min(1))
     dist.all_reduce(shift_x, group=group)
     dist.all_reduce(shift_y, group=group)
     moved = state.reshift(shift_x.float(), shift_y)

@@ -1,5 +1,7 @@
 """Co-moments of D neurons and M metric columns, streamed and merged: what Pearson's r is made of.
 
+Experts have D neurons and a count each; their sums are stacked [experts, ...] and share the columns' shift.
+
 Both variables are shifted by the mean of the first buffer, so that float32 rows with a large offset lose nothing;
 sums live in float64; two states merge after one is re-shifted onto the other (Chan, Golub and LeVeque, 1979).
 """
@@ -40,16 +42,17 @@ class CoMoments:
     sum_xy: torch.Tensor
 
     @staticmethod
-    def zeros(n_neurons: int, n_columns: int, device: torch.device) -> CoMoments:
-        """A state that has seen nothing and has no shift yet."""
+    def zeros(n_neurons: int, n_columns: int, device: torch.device, experts: int | None = None) -> CoMoments:
+        """A state that has seen nothing and has no shift yet; with `experts` one of each, stacked."""
+        stack = () if experts is None else (experts,)
 
         def sums(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            return torch.zeros((*stack, *shape), dtype=torch.float64, device=device)
 
         return CoMoments(
-            count=torch.zeros((), dtype=torch.int64, device=device),
-            shift_x=torch.zeros(n_neurons, dtype=torch.float32, device=device),
-            shift_y=sums(n_columns),
+            count=torch.zeros(stack, dtype=torch.int64, device=device),
+            shift_x=torch.zeros((*stack, n_neurons), dtype=torch.float32, device=device),
+            shift_y=torch.zeros(n_columns, dtype=torch.float64, device=device),
             sum_x=sums(n_neurons),
             sum_xx=sums(n_neurons),
             sum_y=sums(n_columns),
@@ -60,6 +63,11 @@ class CoMoments:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def of_expert(self, expert: int) -> CoMoments:
+        """One expert's co-moments, as views."""
+        own = {name: tensor[expert] for name, tensor in self.tensors().items() if name != "shift_y"}
+        return CoMoments(shift_y=self.shift_y, **own)
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The count and the sums by name: everything but the shift, so that two states with one shift add up."""
@@ -93,24 +101,25 @@ class CoMoments:
         """Count examples whose rows were summed already: each has one value per column and `counts` rows.
 
         Args:
-            sums: [2, n, D], sums of the rows about the shift, and of their squares.
-            counts: int64 [n].
+            sums: [2, n, D], sums of the rows about the shift, and of their squares; of experts [2, n, experts, D].
+            counts: int64 [n]; of experts [n, experts].
             shifted: float64 [n, M], columns about the shift.
         """
         x, squares = sums.double()
-        weighted = shifted * counts[:, None]
-        self.count += counts.sum()
+        weights = counts.double().movedim(0, -1)  # [..., n]
+        self.count += counts.sum(0)
         self.sum_x += x.sum(0)
         self.sum_xx += squares.sum(0)
-        self.sum_y += weighted.sum(0)
-        self.sum_yy += (weighted * shifted).sum(0)
-        self.sum_xy += shifted.T @ x
+        self.sum_y += weights @ shifted
+        self.sum_yy += weights @ shifted.square()
+        self.sum_xy += shifted.T @ x.movedim(0, -2)
 
     def reshift(self, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
         """The rows summed about another shift (float32 [D], float64 [M]), in float64."""
-        n = self.count.double()
-        dx = self.shift_x.double() - shift_x.double()  # [D]
+        n = self.count.double()[..., None]
+        dx = self.shift_x.double() - shift_x.double()  # [..., D]
         dy = self.shift_y - shift_y  # [M]
+        sum_xy = self.sum_xy + dy[:, None] * self.sum_x[..., None, :] + self.sum_y[..., None] * dx[..., None, :]
         return CoMoments(
             count=self.count.clone(),
             shift_x=shift_x.clone(),
@@ -119,7 +128,7 @@ class CoMoments:
             sum_xx=self.sum_xx + 2 * dx * self.sum_x + n * dx.square(),
             sum_y=self.sum_y + n * dy,
             sum_yy=self.sum_yy + 2 * dy * self.sum_y + n * dy.square(),
-            sum_xy=self.sum_xy + dy[:, None] * self.sum_x + self.sum_y[:, None] * dx + n * dy[:, None] * dx,
+            sum_xy=sum_xy + n[..., None] * dy[:, None] * dx[..., None, :],
         )
 
     def merge(self, other: CoMoments) -> None:

@@ -187,7 +187,7 @@ class State:
     @property
     def n_observations(self) -> int:
         """Rows counted so far, those in the buffer included."""
-        return int(self.moments.count) + self.buffer.filled - self.buffer.summed
+        return int(self.moments.count.sum()) + self.buffer.filled - self.buffer.summed
 
     @property
     def nbytes(self) -> int:

@@ -117,6 +117,29 @@ class TokenSample:
         return self.below(self.kept)
 
 
+def values_of_tokens(
+    state: State, values: Mapping[str, torch.Tensor], batch: int, tokens: int, mask: TokenMask | None
+) -> torch.Tensor:
+    """Metrics of every token, checked: float64 [batch, tokens, metrics]; 0 where the mask leaves a token out.
+
+    The first of them set the columns' shift.
+    """
+    flat = {}
+    for name, value in values.items():
+        tensor = inputs.check_token_values(name, value, batch, tokens)
+        wide = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens)).flatten()
+        flat[name] = wide if mask is None else wide.index_select(0, mask.index(wide.device))
+    n = batch * tokens if mask is None else mask.n_real
+    real = inputs.check_values(state.settings.metrics, flat, n, state.device, state.faults)
+    checked = real
+    if mask is not None:
+        checked = real.new_zeros(batch * tokens, real.shape[1]).index_copy_(0, mask.index(state.device), real)
+    if not state.shifted:
+        state.moments.shift_y.copy_(state.settings.expand(real).mean(0))
+        state.shifted = True
+    return checked.view(batch, tokens, -1)
+
+
 class TokenStatistics:
     """Correlates every neuron with every metric over tokens.
 
@@ -201,19 +224,7 @@ class TokenStatistics:
                 "n_bootstrap: expected metrics with one value per example, got values told before the forward; leave "
                 "out n_bootstrap, or give them to step()"
             )
-        flat = {}
-        for name, value in values.items():
-            tensor = inputs.check_token_values(name, value, batch, tokens)
-            wide = (tensor if tensor.dim() == 2 else tensor[:, None].expand(-1, tokens)).flatten()
-            flat[name] = wide if mask is None else wide.index_select(0, mask.index(wide.device))
-        real = self.check(flat, batch * tokens if mask is None else mask.n_real)
-        checked = real
-        if mask is not None:
-            checked = real.new_zeros(batch * tokens, real.shape[1]).index_copy_(0, mask.index(self.device), real)
-        if not self._sums.shifted:
-            self._sums.moments.shift_y.copy_(self._sums.settings.expand(real).mean(0))
-            self._sums.shifted = True
-        return checked.view(batch, tokens, -1)
+        return values_of_tokens(self._sums, values, batch, tokens, mask)
 
     def shifted_columns(self, checked: torch.Tensor) -> torch.Tensor:
         """Metric columns about their shift: float32 [batch, tokens, M]."""

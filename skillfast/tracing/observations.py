@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from skillfast import ops
 from skillfast.backends.capture import as_tokens
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.activations import by_sample
-from skillfast.statistics.inputs import as_tensor, check_token_values
+from skillfast.statistics.inputs import as_tensor
+from skillfast.statistics.routed import RoutedRows
 from skillfast.statistics.tokens import on_device
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from skillfast.models.activations import RoutedActivations
     from skillfast.models.sites import Site
     from skillfast.statistics.accumulator import NeuronStatistics
+    from skillfast.statistics.moments import CoMoments
     from skillfast.statistics.routed import RoutedStatistics
     from skillfast.statistics.scores import NeuronScores
     from skillfast.statistics.tokens import TokenMask, TokenStatistics
@@ -323,10 +325,7 @@ class TokenRows(_Rows):
         missing = self.columns.keys() - self.fired
         if self._values is not None:
             if values or valid is not None:
-                raise ArgumentError(
-                    "step: expected no values after expect() told them, got "
-                    f"{', '.join(values) or 'valid'}; tell everything to expect(), rows to leave out by its mask"
-                )
+                _refuse_after_expect(values)
             for name in missing:
                 self._add_nothing(name, device)
             self.statistics.add_accumulated(
@@ -377,53 +376,87 @@ class TokenRows(_Rows):
         return self.statistics.scores()
 
 
-class RoutedRows(_Rows):
-    """Each token an observation of the experts that it was routed to: rows of a forward, until its metrics are known.
+class RoutedTokens(_Rows):
+    """Each token an observation of the experts that it was routed to.
+
+    As of other tokens, each example's sums are enough for Pearson's r where metrics have a value per example, and
+    metrics per token are expected before the forward. Rows of a forward are kept only where ranks need them.
 
     Args:
         site: A site of experts or of a router.
         expected: Shared by all.
-        statistics: Accumulators of the site's experts.
+        statistics: Accumulator of the site's experts.
     """
 
     def __init__(self, site: Site, expected: Expected, statistics: RoutedStatistics) -> None:
         super().__init__([site], expected)
         self.statistics = statistics
-        self._found: RoutedActivations | None = None
-        self._mask: torch.Tensor | None = None  # bool [batch, tokens]
         self._examples = 0  # counted so far
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rows: RoutedRows | None = None
+        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # of each example and expert, and their numbers
+        self._added: CoMoments | None = None  # of this forward
+        self._values: torch.Tensor | None = None  # float64 [batch, tokens, metrics], where they were expected
 
     def read_routed(self, site: Site, found: RoutedActivations) -> None:
-        """Keep the rows of a forward, gate x activation each."""
+        """Sum the rows of a forward, gate x activation each, or keep them."""
         self._enter(site, found.batch)
-        self._found = replace(found, values=found.values * found.gate.to(found.values.dtype)[:, None])
-        self._mask = self.expected.mask_of_rows(site, found)
+        expert = found.expert.clamp(max=found.n_experts)
+        if (mask := self.expected.mask_of_rows(site, found)) is not None:
+            expert = torch.where(mask.flatten()[found.token], expert, found.n_experts)
+        rows = RoutedRows(found.values, found.gate, expert, found.token, found.shape)
+        if self.expected.values:
+            self._values = self.statistics.check_tokens(self.expected.values, *found.shape, self.expected.mask)
+        if self.statistics.keeps_rows:
+            self._rows = rows
+            return
+        self.statistics.center(rows)
+        if self._values is None:
+            self._sums = self.statistics.summed(rows)
+        else:
+            self._added = self.statistics.accumulated(rows, self._values)
 
     def count(self, values: Mapping[str, Any], valid: torch.Tensor | None, groups: Any) -> None:
         """Count the forward's rows with the metrics of their tokens."""
-        if self._found is None or self.batch is None:
+        if self.batch is None:
             return
-        found, device = self._found, self._found.token.device
-        real = found.expert < found.n_experts
-        if self._mask is not None:
-            real &= self._mask.flatten()[found.token]
-        if (keep := _kept(valid, self.batch)) is not None:
-            real &= on_device(keep, device)[found.example]
-        at = real.nonzero()[:, 0]
-        token, example = found.token[at], found.example[at]
-        of_rows = {}
-        for name, value in (values or self.expected.values).items():
-            tensor = check_token_values(name, as_tensor(value, device), *found.shape)
-            of_rows[name] = tensor[example] if tensor.dim() == 1 else tensor.flatten()[token]
-        numbers = torch.arange(self.batch) + self._examples if groups is None else as_tensor(groups)
-        self.statistics.add(found.expert[at], found.values[at], of_rows, numbers.to(device)[example])
+        if self._values is not None and (values or valid is not None):
+            _refuse_after_expect(values)
+        if self._added is not None:
+            self.statistics.add_accumulated(self._added)
+        else:
+            self._count_later(values, _kept(valid, self.batch), groups)
         self._examples += self.batch
         self.discard()
+
+    def _count_later(self, values: Mapping[str, Any], keep: np.ndarray | None, groups: Any) -> None:
+        assert self.batch is not None
+        n, statistics = self.batch, self.statistics
+        checked = self._values
+        if checked is None:
+            checked = statistics.check(_per_sample(values, n), n)
+        if self._sums is not None:
+            sums, counts = self._sums
+            if keep is not None:
+                here = on_device(np.flatnonzero(keep), statistics.device)
+                sums, counts, checked = sums[:, here], counts[here], checked[here]
+            statistics.add_sums(sums, counts, checked)
+        elif self._rows is not None:
+            rows = self._rows
+            example = rows.example
+            if keep is not None:
+                of_row = on_device(keep, statistics.device)[example]
+                rows = replace(rows, expert=torch.where(of_row, rows.expert, statistics.n_experts))
+            numbers = torch.arange(n) + self._examples if groups is None else as_tensor(groups)
+            each = checked[example] if checked.dim() == 2 else checked.flatten(0, 1)[rows.token]
+            statistics.add(rows, each, as_tensor(numbers, statistics.device)[example])
 
     def discard(self) -> None:
         """Forget the forward that waits."""
         super().discard()
-        self._found = self._mask = None
+        self._forget()
 
     def calibrate(self) -> None:
         """Forget what was counted: each expert's first tokens set its bins' edges."""
@@ -432,6 +465,13 @@ class RoutedRows(_Rows):
     def scores(self) -> NeuronScores:
         """Scores of all neurons of the site."""
         return self.statistics.scores()
+
+
+def _refuse_after_expect(values: Mapping[str, Any]) -> NoReturn:
+    raise ArgumentError(
+        f"step: expected no values after expect() told them, got {', '.join(values) or 'valid'}; tell everything to "
+        "expect(), rows to leave out by its mask"
+    )
 
 
 def _per_sample(values: Mapping[str, Any], n: int) -> dict[str, torch.Tensor]:

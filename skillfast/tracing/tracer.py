@@ -29,7 +29,7 @@ from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading, reading_routed
-from skillfast.tracing.observations import Expected, PooledRows, RoutedRows, TokenRows
+from skillfast.tracing.observations import Expected, PooledRows, RoutedTokens, TokenRows
 from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
 
 
-Rows = PooledRows | TokenRows | RoutedRows
+Rows = PooledRows | TokenRows | RoutedTokens
 
 
 class Tracer:
@@ -118,7 +118,7 @@ class Tracer:
             rows: Rows
             if pool == "none" and (experts := members[0].experts) is not None:
                 routed = RoutedStatistics(experts, width // experts, metrics, statistics, **settings)
-                rows = RoutedRows(members[0], self._expected, routed)
+                rows = RoutedTokens(members[0], self._expected, routed)
             elif pool == "none":
                 tokens = TokenStatistics(width, metrics, statistics, **settings)
                 rows = TokenRows(members, self._expected, tokens)
@@ -142,7 +142,7 @@ class Tracer:
                     assert not isinstance(rows, TokenRows)
                     stack.enter_context(reading_routed(self._model, site, partial(rows.read_routed, site)))
                 else:
-                    assert not isinstance(rows, RoutedRows)
+                    assert not isinstance(rows, RoutedTokens)
                     stack.enter_context(reading(self._model, site, partial(rows.read, site)))
             self._stack = stack.pop_all()
         return self
@@ -214,7 +214,7 @@ class Tracer:
                     )
                 rows = self._prepared.gate(self._model, site).rows[:n]
                 group = self._rows[site.name]
-                assert not isinstance(group, RoutedRows)  # no expert is prepared
+                assert not isinstance(group, RoutedTokens)  # no expert is prepared
                 group.read(site, rows, "identity", False)
 
     def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from skillfast.errors import ArgumentError
 from skillfast.statistics import bootstrap, distributed
 from skillfast.statistics.bins.overflow import SPILL_ROWS, widened
 from skillfast.statistics.bins.table import BinTable
+from skillfast.statistics.routed import RoutedRows, RoutedStatistics
 from skillfast.statistics.tokens import TokenStatistics
 
 METRICS = {"label": Categorical(2), "loss": Continuous()}
@@ -380,3 +381,36 @@ def test_the_size_of_the_sample_counts():
     ]
     sums = 8 * (1 + 3 * 2 + 3 * 3 + 3 * 3) + 4 * 3  # count, columns, neurons and their products in float64, the shift
     assert sizes == [sums, 2 * sums]
+
+
+def test_experts_of_processes_with_shifts_of_their_own_add_up(two):
+    """Sums that are stacked by expert, one of which only one of the processes saw; counting goes on after the sum."""
+    x, values = data()
+    expert = torch.arange(len(x)) % 3
+    expert[: len(x) // 2][expert[: len(x) // 2] == 2] = 1
+    shards = [
+        RoutedStatistics(
+            3, 3, METRICS, ("pearson",), bins=4, n_bootstrap=None, seed=0, buffer_rows=16, device=torch.device("cpu")
+        )
+        for _ in range(2)
+    ]
+
+    def count(shard, at):
+        rows = RoutedRows(x[at], torch.ones(len(at)), expert[at], torch.arange(len(at)), (len(at), 1))
+        shard.center(rows)
+        shard.add_sums(*shard.summed(rows), shard.check(part(values, at), len(at)))
+
+    last = torch.arange(len(x) - 20, len(x))
+    for shard, at in zip(shards, torch.arange(len(x) - 20).split(len(x) // 2), strict=True):
+        count(shard, at)
+    two.run(lambda shard: shard.all_reduce(), shards)
+    for shard in shards:
+        count(shard, last)
+        scores = shard.scores()
+        for e in range(3):
+            own = expert == e
+            loss = values["loss"][own].double()
+            want = np.corrcoef(x[own].double().numpy().T, loss.numpy())[:3, 3]
+            np.testing.assert_allclose(scores.pearson[3 * e : 3 * e + 3, -1], want, atol=1e-6)
+            np.testing.assert_allclose(scores.mean[3 * e : 3 * e + 3], x[own].double().mean(0), rtol=1e-6)
+            assert set(scores.n_routed[3 * e : 3 * e + 3]) == {int(own.sum())}
