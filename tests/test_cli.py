@@ -252,10 +252,10 @@ def test_help_is_fast_and_imports_no_torch(command):
     environment = {**os.environ, "COVERAGE_PROCESS_START": ""}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment, cwd="/")
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = os.times()
         subprocess.run([SKILLFAST, *command, "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        times.append(sum(os.times()[2:4]) - sum(before[2:4]))  # of CPU, which other processes take nothing from
     assert min(times) < 0.3
 
 

@@ -414,11 +414,15 @@ def test_a_sweep_says_how_many_tokens_were_routed_otherwise():
         for mode in ("zero", "reroute")
     ]
     found = skillfast.sweep(classifier, loader, conditions).rerouted
-    for condition, share in zip(conditions, found, strict=True):
+    real = torch.arange(ids["input_ids"].shape[1]).expand_as(ids["input_ids"]) < torch.tensor([[9], [4], [7], [2]])
+    classifier.token_mask = lambda x: real[: len(x)]  # the others are padding, which is not counted
+    padded = skillfast.sweep(classifier, loader, conditions).rerouted
+    for condition, *shares in zip(conditions, found, padded, strict=True):
         with skillfast.ablate(classifier, condition.skill, mode=condition.mode):
             now = {path: args[1].sort(-1).values for path, args in plain_inputs(model, ids).items()}
-        changed = [(now[path] != before).any(-1).float().mean() for path, before in intact.items()]
-        assert share == pytest.approx(float(torch.stack(changed).mean()))
+        changed = torch.stack([(now[path] != before).any(-1) for path, before in intact.items()])
+        changed = changed.view(len(intact), *real.shape)
+        assert shares == pytest.approx([float(changed.float().mean()), float(changed[:, real].float().mean())])
     assert found[2] == 0  # in the last block, whose routes nothing before it changed
     assert found[3] > 0.1
     assert skillfast.sweep(classifier, loader, conditions[:1]).renamed({conditions[0].name: "a"}).rerouted.shape == (1,)
