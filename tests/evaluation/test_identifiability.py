@@ -39,6 +39,7 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
     rows = [[Condition(skill, scale=scale) for skill in some] for some in (skills, skills[::-1])]
     found = predict_assigned(vit, batches, rows, assigned)
     np.testing.assert_array_equal(found[0], want)
+    assert found.dtype == np.int64
     turned = np.where(assigned < 0, -1, 1 - assigned)
     np.testing.assert_array_equal(found[1], predict_assigned(vit, batches, rows[:1], turned)[0])
     assert predict_assigned(vit, batches, [], assigned).shape == (0, 37)

@@ -52,7 +52,11 @@ RESULTS, COSTS = WORK / "results.jsonl", WORK / "costs.tsv"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
 ELSEWHERE = {  # tests of a package that do not lie in its folder
-    "ablation": [f"tests/{name}.py" for name in ("tracing/test_prepared", "tracing/test_waits", "models/test_experts")],
+    "ablation": [
+        "tests/evaluation/test_identifiability.py",
+        "tests/models/test_experts.py",
+        *(f"tests/tracing/test_{name}.py" for name in ("prepared", "waits")),
+    ],
     "backends": ["tests/ops"],
     "evaluation": [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")],
     "skills": [f"tests/{name}.py" for name in ("runs/test_selection", "runs/test_checkpoints", "tracing/test_waits")],
