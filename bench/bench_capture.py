@@ -2,9 +2,8 @@
 
     pytest bench/bench_capture.py --benchmark-only -s                      # ViT-S/16; some minutes on 2 cores
     SKILLFAST_BENCH_MODEL=vit_base_patch16_224 pytest bench/bench_capture.py --benchmark-only -s
-    SKILLFAST_BENCH_DEVICE=cuda pytest bench/bench_capture.py --benchmark-only -s
 
-A case is timed only after what it traces has equalled plain hooks on the same model. On CUDA the batch is 256.
+A case is timed only after what it traces has equalled plain hooks on the same model. GPUs have `bench/gpu.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from skillfast.models.sites import find_sites
 from skillfast.vocabulary import STATISTICS
 
 MODEL = os.environ.get("SKILLFAST_BENCH_MODEL", "vit_small_patch16_224")
-DEVICE = torch.device(os.environ.get("SKILLFAST_BENCH_DEVICE", "cpu"))
-BATCH = int(os.environ.get("SKILLFAST_BENCH_BATCH", "256" if DEVICE.type == "cuda" else "64"))
+BATCH = int(os.environ.get("SKILLFAST_BENCH_BATCH", "64"))
 PAIRS = int(os.environ.get("SKILLFAST_BENCH_PAIRS", "15"))
 METRICS = {"label": Categorical(10), "confidence": Continuous(), "loss": Continuous()}
 
@@ -30,17 +28,17 @@ METRICS = {"label": Categorical(10), "confidence": Continuous(), "loss": Continu
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return timm.create_model(MODEL, num_classes=10).eval().to(DEVICE)
+    return timm.create_model(MODEL, num_classes=10).eval()
 
 
 @pytest.fixture(scope="module")
 def batch():
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(BATCH, 3, 224, 224, generator=generator).to(DEVICE)
+    images = torch.randn(BATCH, 3, 224, 224, generator=generator)
     values = {
-        "label": torch.arange(BATCH, device=DEVICE) % 10,
-        "confidence": torch.rand(BATCH, generator=generator).to(DEVICE),
-        "loss": torch.rand(BATCH, generator=generator).to(DEVICE),
+        "label": torch.arange(BATCH) % 10,
+        "confidence": torch.rand(BATCH, generator=generator),
+        "loss": torch.rand(BATCH, generator=generator),
     }
     return images, values
 
@@ -81,7 +79,7 @@ def warmed(model, batch, pool, statistics):
 
 def bill(model, batch, paired, pool, statistics, dtype):
     images, values = batch
-    with torch.inference_mode(), torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype != torch.float32):
+    with torch.inference_mode(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         tracer = warmed(model, batch, pool, statistics)
 
         def traced():
@@ -92,15 +90,13 @@ def bill(model, batch, paired, pool, statistics, dtype):
         return paired(traced, lambda: model(images), PAIRS)
 
 
-LIMITS = {("cpu", torch.float32): "1.03", ("cpu", torch.bfloat16): "1.05", ("cuda", torch.bfloat16): "1.05"}
+LIMITS = {torch.float32: "1.03", torch.bfloat16: "1.05"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_pooled_all_statistics(model, batch, paired, ratios, dtype):
     ratio = bill(model, batch, paired, "mean", STATISTICS, dtype)
-    ratios.add(
-        f"{MODEL}, {dtype}, pooled, all four", "traced / plain", ratio, limit=LIMITS.get((DEVICE.type, dtype), "")
-    )
+    ratios.add(f"{MODEL}, {dtype}, pooled, all four", "traced / plain", ratio, limit=LIMITS[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
