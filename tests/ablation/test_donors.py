@@ -181,6 +181,12 @@ def test_what_has_no_donor_is_refused(vit, batches):
     assert "for 8 donors, got 0 MiB; lower n_donors" in text
     text = one_line(ArgumentError, drawn, vit, batches, [Skill("s", {"blocks.0.mlp": [400]})])
     assert "expected neurons that the model has, got 400 in blocks.0.mlp" in text
+    images, each = 8 * 3 * 16 * 16 * 4, (17 * (3 + 2 + 1) + 2) * 4  # bytes; 17 tokens, the head's pooled
+    with pytest.raises(ArgumentError, match="for 8 donors"):
+        drawn(vit, batches, memory_budget=images + 8 * each - 1)
+    drawn(vit, batches, memory_budget=images + 8 * each)
+    text = one_line(ArgumentError, drawn, vit, batches, [Skill("s", {"blocks.9.mlp": [3]})])
+    assert "expected neurons that the model has, got 3 in blocks.9.mlp" in text
     assert "donors: expected a model in evaluation mode" in one_line(ModelError, drawn, make_vit().train(), batches)
 
 

@@ -183,12 +183,15 @@ def test_a_sweep_says_what_it_will_run_and_how_long_that_takes(vit, batches, mon
     conditions = [Condition(Skill(name, {name: [0]})) for name in ("blocks.0.mlp", "blocks.1.attn", "head")]
     clock = iter(range(1000))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 3.0 * next(clock))
-    lines = []
+    lines, done, ran = [], [], progress.Forecast.ran
+    monkeypatch.setattr(progress.Forecast, "ran", lambda self, work: done.append(work) or ran(self, work))
     with progress.telling(lines.append):
         skillfast.sweep(vit, loader, [], classes=5)
         assert lines == []
+        done.clear()
         skillfast.sweep(vit, loader, conditions, classes=5)
     work = 37 * (1 + 1 + 2 / 3)
+    assert sum(done) == pytest.approx(work)
     assert lines[0] == f"3 conditions on 37 examples: 111 forwards, as long as {work:.0f} whole ones"
     assert lines[1:] == [f"about {3 / 10 * (work - 10):.0f} s to go"]  # the intact forward of 10 took 3 s
     lines.clear()
@@ -230,6 +233,11 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
     )
     with pytest.raises(DataError, match=r"got none; write it with SweepResult\.save$"):
         SweepResult.load(tmp_path)
+    first, last = (skillfast.sweep(vit, batches, [c], keep_predictions=True) for c in (conditions[0], conditions[3]))
+    joined = first.joined(last)
+    assert joined.names == ("deer", "mine")
+    np.testing.assert_array_equal(joined.predictions_of(["mine", "deer"]), result.predictions[[3, 0]])
+    np.testing.assert_array_equal(joined["mine"].margin, last["mine"].margin)
     bare = skillfast.sweep(vit, batches, conditions[:1])
     bare.save(tmp_path)
     bare = SweepResult.load(tmp_path)

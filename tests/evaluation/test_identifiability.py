@@ -15,6 +15,7 @@ from skillfast.ablation.assigned import predict_assigned
 from skillfast.data import TensorImages, loader
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.evaluation.identifiability import drops, identifiability
+from skillfast.progress import telling
 from skillfast.runs.identifiability import identify, seed_overlaps
 from skillfast.skills.attribution import attribute_groups
 
@@ -37,7 +38,10 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
             with ablate(vit, skill, scale=scale):
                 want = np.where(assigned == i, vit(images).argmax(1).numpy(), want)
     rows = [[Condition(skill, scale=scale) for skill in some] for some in (skills, skills[::-1])]
-    found = predict_assigned(vit, batches, rows, assigned)
+    lines = []
+    with telling(lines.append):
+        found = predict_assigned(vit, batches, rows, assigned, what="candidates")
+    assert lines[0] == "2 candidates on 37 examples: 74 forwards"
     np.testing.assert_array_equal(found[0], want)
     assert found.dtype == np.int64
     turned = np.where(assigned < 0, -1, 1 - assigned)
