@@ -147,7 +147,7 @@ def selectivity(predictions: np.ndarray, oracle: np.ndarray, intact: np.ndarray,
     least, most, harm_ends = found.bracket(_HARM)
     _, whole, whole_ends = found.bracket(_SIZE)
     if gross_loss == 0:  # estimates without an event do not vary; harm is at most the gross loss
-        harm_ends[1] = whole_ends[1] = gross_ends[1]
+        harm_ends[1], whole_ends[1] = gross_ends[1], max(whole_ends[1], gross_ends[1])  # gains are changes, too
     change, change_ends = -lost, [-change_ends[1], -change_ends[0]]
     below = {"ratio": abs(change), "strict_ratio": whole, "harm_ratio": most}
     ends = {"ratio": max(map(abs, change_ends)), "strict_ratio": whole_ends[1], "harm_ratio": harm_ends[1]}

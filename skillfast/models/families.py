@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,13 +40,18 @@ class Family:
 
     def patterns(self) -> tuple[tuple[str, Kind, re.Pattern[str]], ...]:
         """(role, kind, pattern of the whole path) of each; the group `block` is what a block's sites share."""
-        parts: tuple[tuple[str, Kind, str], ...] = (
-            ("attn", "attn", self.attn), ("mlp", "mlp", self.mlp), ("ssm", "ssm", self.ssm),
-            ("cross_attn", "attn", self.cross_attn),
-        )  # fmt: skip
-        return tuple(
-            (role, kind, re.compile(rf"(?P<block>.*?{self.block})\.(?:{part})")) for role, kind, part in parts if part
-        )
+        return _patterns(self)
+
+
+@cache
+def _patterns(family: Family) -> tuple[tuple[str, Kind, re.Pattern[str]], ...]:
+    parts: tuple[tuple[str, Kind, str], ...] = (
+        ("attn", "attn", family.attn), ("mlp", "mlp", family.mlp), ("ssm", "ssm", family.ssm),
+        ("cross_attn", "attn", family.cross_attn),
+    )  # fmt: skip
+    return tuple(
+        (role, kind, re.compile(rf"(?P<block>.*?{family.block})\.(?:{part})")) for role, kind, part in parts if part
+    )
 
 
 FAMILIES: tuple[Family, ...] = (

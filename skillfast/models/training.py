@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skillfast.data.splits import loader
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import Batch, fed_batches, read_batch
-from skillfast.progress import track
+from skillfast.progress import Forecast, track
 from skillfast.transfer import moved
 from skillfast.vocabulary import FINETUNE, Finetune
 
@@ -361,6 +361,7 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     epoch, loss, told = 0, torch.zeros(()), ""
+    forecast = Forecast(f"{epochs} x {len(data):,} examples, forward and backward", total)
 
     def read(given: Any) -> Batch:
         batch = read_batch(given)
@@ -393,3 +394,4 @@ def _train(
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
+        forecast.ran(1)

@@ -108,7 +108,7 @@ def bench(
             say(f"an unfinished run goes on after {', '.join(session.resumed)}")
         stage, subject = session.stage, session.subject
         stage("baseline", lambda: _announce_baseline(session))
-        scores = stage("trace", lambda: subject.trace("select", quiet=quiet), Kept.by(NeuronScores.load))
+        scores = stage("trace", lambda: session.trace("select"), Kept.by(NeuronScores.load))
         chosen, ranked = _choose(session, scores)
         skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
@@ -133,7 +133,7 @@ def bench(
         if scores.pearson is not None:
             held_out = stage(
                 "trace_test",
-                lambda: subject.trace("test", statistics=("pearson",), quiet=quiet),
+                lambda: session.trace("test", statistics=("pearson",)),
                 Kept.by(NeuronScores.load),
             )
             found["correlations"] = top_correlations(scores, held_out)

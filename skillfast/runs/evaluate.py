@@ -215,7 +215,7 @@ def _evaluate_causal(
 
 def _scores(session: Session) -> NeuronScores:
     """A trace of the select part."""
-    return session.stage("trace", lambda: session.subject.trace("select", quiet=session.quiet))
+    return session.stage("trace", lambda: session.trace("select"))
 
 
 def _cases(

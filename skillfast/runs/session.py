@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,15 +22,17 @@ from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
 from skillfast.runs.digests import data_digest, weights_digest
 from skillfast.runs.given import given_subject
+from skillfast.statistics.scoring import undefined
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from skillfast.models.coverage import Coverage
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.given import Given
     from skillfast.runs.kept import Kept
     from skillfast.runs.subject import Subject
+    from skillfast.statistics.scores import NeuronScores
 
     Say = Callable[[str], None]
 
@@ -92,6 +95,23 @@ class Session:
         if self.checkpoints.save(what, value, kept, self.clock.seconds[name] - before, peak_memory()):
             self._last = what
         return value
+
+    def trace(self, part: str, *, statistics: Sequence[str] | None = None) -> NeuronScores:
+        """Trace a part of the data; what has no score is said in a line instead of a warning of Python's.
+
+        Args:
+            part: `"select"`, `"validate"` or `"test"`.
+            statistics: Others than those of the settings.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "some scores are not defined", RuntimeWarning)
+            scores = self.subject.trace(part, statistics=statistics, quiet=self.quiet)
+        if parts := undefined(scores):
+            line = f"{part}: some scores are not defined: {'; '.join(parts)}"
+            if "correct" in scores.reasons.get("constant_metric", ()):
+                line += f"; the model errs on none of the {scores.n_observations:,} examples, or on all"
+            self.say(line)
+        return scores
 
     def finish(self) -> None:
         """Remove what was kept for resuming, once results are written; trained weights stay in the output folder."""

@@ -25,4 +25,4 @@ def traced(config: BenchConfig, *, quiet: bool = True, say: Callable[[str], None
         SkillfastError: Anything that stops the run, in one line.
     """
     with open_session(config, quiet=quiet, say=say) as session:
-        return session.stage("trace", lambda: session.subject.trace("select", quiet=quiet))
+        return session.stage("trace", lambda: session.trace("select"))

@@ -92,12 +92,15 @@ def _bin_scores(state: State, non_finite: torch.Tensor, rate: float) -> BinScore
     return exact(BinLayout.of(settings.metrics, settings.bins), rows, settings.named(values), rate)
 
 
-def warn_of_reasons(scores: NeuronScores) -> None:
-    """Warns once of whatever has no score or stale edges, by reason."""
-    if not scores.reasons:
-        return
-    parts = [
+def undefined(scores: NeuronScores) -> list[str]:
+    """Whatever has no score or stale edges, in words, by reason."""
+    return [
         f"{name} ({len(where)} neurons)" if isinstance(where[0], int) else f"{name} ({', '.join(map(str, where))})"
         for name, where in scores.reasons.items()
     ]
-    warnings.warn(f"some scores are not defined: {'; '.join(parts)}", RuntimeWarning, stacklevel=3)
+
+
+def warn_of_reasons(scores: NeuronScores) -> None:
+    """Warns once of whatever has no score or stale edges, by reason."""
+    if parts := undefined(scores):
+        warnings.warn(f"some scores are not defined: {'; '.join(parts)}", RuntimeWarning, stacklevel=3)

@@ -292,7 +292,10 @@ def test_the_published_protocol_is_the_default(cifar: Path, monkeypatch: pytest.
 
     scratch = prepared()
     assert scratch.trained["n_train"] == 90
-    assert said == ["training all weights of vit_tiny_patch16_224 (scratch weights) on 90 images"]
+    assert said == [
+        "training all weights of vit_tiny_patch16_224 (scratch weights) on 90 images",
+        "train: 1 x 90 examples, forward and backward",
+    ]
     assert [len(part) for part in (scratch.splits.select, scratch.splits.validate, scratch.splits.test)] == [50, 10, 20]
     assert prepared(train_per_class=5).trained["n_train"] == 40  # what was asked for
     weights = cifar / "weights.safetensors"

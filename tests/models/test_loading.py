@@ -22,6 +22,7 @@ from skillfast.models import digits, loading, training, weights
 from skillfast.models.digits import digits_model, load_or_train_digits
 from skillfast.models.loading import cache_dir, create_model, parse_model_kwargs
 from skillfast.models.training import accuracy, finetune, resolve_finetune
+from skillfast.progress import telling
 
 TINY = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -361,7 +362,9 @@ def test_digits_augmentation_is_small_and_seeded():
     assert torch.equal(*moved)
     assert moved[0].shape == images.shape
     assert 0.1 < (moved[0] - images).std() < 0.8 * images.std()
-    assert torch.isclose(moved[0].min(), images.min(), atol=1e-5)
+    same = (moved[0] == images).flatten(1).all(1)
+    assert 0.2 < same.float().mean() < 0.6  # as sharp as those that are to be read
+    assert moved[0][~same].mean() == pytest.approx(float(images[~same].mean()), abs=0.1)  # dark outside, as inside
 
 
 def test_digits_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -370,7 +373,10 @@ def test_digits_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = load_digits(1)
     few = TensorImages(whole.select.images[:64], whole.select.labels[:64], whole.classes)
     splits = replace(whole, select=few)
-    first, trained = load_or_train_digits(splits, 1, quiet=True)
+    lines: list[str] = []
+    with telling(lines.append):
+        first, trained = load_or_train_digits(splits, 1, quiet=True)
+    assert lines == ["1 x 64 examples, forward and backward"]  # said before they run
     (path,) = (tmp_path / "new" / "folder").iterdir()
     assert path.suffix == ".safetensors"
     monkeypatch.setattr(digits, "finetune", None)  # a second time it is not trained
@@ -406,12 +412,13 @@ def test_digits_model_is_what_it_says():
     assert loaded.data_config["input_size"] == (1, 8, 8)
     assert loaded.model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert (len(loaded.model.blocks), loaded.model.embed_dim, loaded.model.patch_embed.num_patches) == (4, 128, 16)
+    patches = loaded.model.patch_embed(load_digits().select.images[:64])
+    assert 0.2 < loaded.model.pos_embed.std() / patches.std() < 2  # where a patch is is not drowned by what it shows
 
 
 @pytest.mark.slow
 def test_default_model_reads_digits(trained_digits: torch.nn.Module):
     splits = load_digits(0)
     loaded, trained = load_or_train_digits(splits, 0, quiet=True)
-    # Training rounds otherwise on another processor or with more threads: 0.965 to 0.976 were seen.
-    assert float(accuracy(loaded.model, splits.test).mean()) >= 0.95
+    assert float(accuracy(loaded.model, splits.test).mean()) >= 0.97
     assert trained["n_train"] == len(splits.select)

@@ -42,7 +42,9 @@ def test_the_page_says_what_a_removal_costs_over_all_examples():
     )
     assert "a change of -37.5 points, the largest of the 2 removals" in text
     assert "between -2.00 and +1.00 in 3 draws" in text
-    assert "a mean |r| (Pearson) of 0.78 with label, 0.35 with confidence." in text  # no neuron has one with the loss
+    assert "a mean |r| (Pearson) of 0.78 with label, 0.35 with confidence." in text
+    assert "loss is the same for all examples that skills are chosen from, so nothing follows it." in text
+    assert "confidence is the same" not in text
     assert "0.78 (0.83)" in text
     assert "label:airplane head 0 -0.83 +0.78" in text
     assert "not defined (not defined)" not in text

@@ -64,6 +64,7 @@ def correlated(results: BenchResults) -> dict[str, Any]:
     written = [
         f"{_size(values.test)} with {name}" for name, values in metrics.items() if finite(values.test) is not None
     ]
+    flat = " and ".join(name for name, values in metrics.items() if finite(values.select) is None)
     return {
         "top": top,
         "metrics": list(metrics),
@@ -73,6 +74,7 @@ def correlated(results: BenchResults) -> dict[str, Any]:
                 f"{number_of(results.dataset.n_select)} examples that skills are chosen from, have on the test "
                 f"examples a mean |r| (Pearson) of {', '.join(written) or UNDEFINED}."
             ),
+            f"{flat} is the same for all examples that skills are chosen from, so nothing follows it." if flat else "",
             "A neuron that follows a metric need not cause it: only a removal tells.",
         ],
         "places": [
