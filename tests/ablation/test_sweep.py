@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import replace
 
@@ -468,6 +469,8 @@ def test_what_a_forward_trace_counts(vit, batches):
     trace = forward_trace.trace_forward(vit, batches[0][0][:2])
     assert trace.tokens == 17  # 16 patches and the class token
     assert trace.sequential
+    for leaves, more in (([True], False), ([None, False], False), ([True, True], True), ([False, False, None], True)):
+        assert dataclasses.replace(trace, batched={"block": leaves}).takes_more("block") is more
     a, b = torch.zeros(2), torch.ones(2)
     for output in ((a, b), [a, b]):
         assert forward_trace.first_tensor(output) is a

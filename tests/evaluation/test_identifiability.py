@@ -41,7 +41,10 @@ def test_each_example_runs_under_its_own_skill(vit, batches, scale):
     lines = []
     with telling(lines.append):
         found = predict_assigned(vit, batches, rows, assigned, what="candidates")
+        told = len(lines)
+        predict_assigned(vit, batches, rows, assigned)
     assert lines[0] == "2 candidates on 37 examples: 74 forwards"
+    assert len(lines) == told  # of what has no name nothing is said
     np.testing.assert_array_equal(found[0], want)
     assert found.dtype == np.int64
     turned = np.where(assigned < 0, -1, 1 - assigned)
