@@ -166,12 +166,23 @@ class RoutedActivations(Activations):
             row = self.summed(counted) / here.sum(1)[:, None]
         return torch.where(here.any(1)[:, None], row, torch.nan)
 
+    def routed_share(self, pool: Pool, mask: torch.Tensor | None) -> torch.Tensor:
+        """Share of each example's tokens that were routed to each expert [batch, experts].
+
+        Args:
+            pool: Which tokens count: with `"cls"` or `"last"` that one, else all.
+            mask: bool [batch, tokens], False for padding; None without.
+        """
+        one = torch.ones(len(self.token), dtype=torch.float32, device=self.token.device)
+        return replace(self, values=one[:, None], gate=one).pooled("mean" if pool == "max" else pool, mask)
+
     def _largest(self, x: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         """Largest row of each example and expert [batch, D]; 0 counts where a token was not routed to it."""
         real = here.flatten()[self.token] & (self.expert < self.n_experts)
-        place = (self.example * self.n_experts + self.expert)[real]
-        largest = x.new_full((self.batch * self.n_experts, x.shape[-1]), -torch.inf)
-        largest.index_reduce_(0, place, x[real], "amax")
-        routed = torch.bincount(place, minlength=len(largest)).view(self.batch, -1)
-        passed = (routed < here.sum(1)[:, None]).flatten()[:, None]  # [batch * experts, 1]
-        return torch.where(passed, largest.clamp(min=0), largest).view(self.batch, -1)
+        segments = self.batch * self.n_experts
+        place = torch.where(real, self.example * self.n_experts + self.expert, segments)  # the last one: of no expert
+        largest = x.new_full((segments + 1, x.shape[-1]), -torch.inf)
+        largest.scatter_reduce_(0, place[:, None].expand_as(x), x, "amax")
+        routed = here.new_zeros(segments + 1, dtype=torch.int64).index_add_(0, place, torch.ones_like(place))[:-1]
+        passed = (routed.view(self.batch, -1) < here.sum(1)[:, None]).flatten()[:, None]  # [batch * experts, 1]
+        return torch.where(passed, largest[:-1].clamp(min=0), largest[:-1]).view(self.batch, -1)

@@ -139,7 +139,8 @@ def warn_incomplete(model: torch.nn.Module) -> None:
     if kind in _told:
         return
     if not is_configured(model) and (
-        sum(p.numel() for p in model.parameters()) > MOST_COPIED or any(m._forward_pre_hooks for m in model.modules())
+        sum(p.numel() for p in model.parameters()) > MOST_COPIED
+        or any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     ):
         return
     try:

@@ -147,6 +147,17 @@ FAMILIES: tuple[Family, ...] = (
         block=r"\blayers\.\d+",
     ),
     Family("BLIP, InstructBLIP: towers", r"self_attn\.projection", r"mlp\.fc2"),
+    Family(
+        "SeamlessM4T; the dense layers of NLLB-MoE",
+        mlp=r"ffn\.fc2",
+        cross_attn=r"cross_attention\.out_proj",
+        block=r"\blayers\.\d+",
+    ),
+    Family("Switch Transformers: the dense layers", mlp=r"layer\.[12]\.mlp\.wo"),
+    Family("LongCat-Flash: two of each in a block", r"self_attn\.\d\.o_proj", r"mlps\.\d\.down_proj", r"\blayers\.\d+"),
+    Family("NeoMME", r"self_attn\.output_projection\.o_proj"),
+    Family("DeepSeek V4", r"self_attn\.o_b_proj"),
+    Family("Gemma 3n: the low-rank residual", mlp=r"laurel\.linear_right"),
     Family("T5: cross-attention", cross_attn=r"layer\.1\.EncDecAttention\.o"),
     Family("BERT, GPT-2: cross-attention", cross_attn=r"crossattention\.(?:output\.dense|c_proj)"),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,8 +139,8 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     sites = named.sites
     if not sites:
         raise ModelError(
-            f"{type(model).__name__}: expected blocks named as in a known family, got none; declare its "
-            "sites: "
+            f"{type(model).__name__}: expected blocks named as in a known family, got none; let "
+            "skillfast.discover(model, batch) find and certify its sites, or declare them: "
             'sites={"blocks.0.mlp": "<path of the projection>", ..., "head": "<path>"}, or for a whole family '
             "skillfast.models.sites.register_family"
         )
@@ -178,6 +178,13 @@ class _Names:
         self.sites.append(
             Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts, inside=block)
         )
+
+
+def router_of(site: Site) -> Site:
+    """The site of the gates of a block's experts, with a neuron for each."""
+    assert site.experts is not None
+    name = f"blocks.{site.block}.router"
+    return replace(site, name=name, kind="router", width=site.experts)
 
 
 def module_device(module: torch.nn.Module) -> torch.device:

@@ -14,6 +14,8 @@ from skillfast.models.sites import Site, site_slices
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
 
 SCHEMA = "skillfast.scores/1"
@@ -30,6 +32,7 @@ OF_NEURONS = (
     "too_few_tokens",
     "constant_where_routed",
 )  # reasons that hold indices of neurons
+_ROUTED = "routed."  # before the names of the shares' arrays in a file
 _PER_NEURON = ("mean", "std", "n_routed")
 
 
@@ -46,6 +49,8 @@ class NeuronScores:
             are many; None without such statistics.
         n_routed: int64 [n_neurons], observations of each neuron where tokens are observations and some sites are of
             experts, which count the tokens that were routed to each; None elsewhere.
+        routed: Scores of another value, the share of an example's tokens that was routed to each expert: a neuron for
+            each, by the site of its router (`scores.routed["blocks.3.router"]`); None without pooled experts.
         pearson: float64 [n_neurons, n_columns], Pearson's r; NaN where it is not defined, None where not asked for.
         pearson_low: float64 [n_neurons, n_columns], lower end of the 95 % bootstrap interval of r; None without
             `n_bootstrap`.
@@ -79,6 +84,7 @@ class NeuronScores:
     n_observations: int
     n_ranked: int | None = None
     n_routed: np.ndarray | None = None
+    routed: NeuronScores | None = None
     pearson: np.ndarray | None = None
     pearson_low: np.ndarray | None = None
     pearson_high: np.ndarray | None = None
@@ -121,14 +127,16 @@ class NeuronScores:
         slices = self.site_slices()
         if site not in slices:
             raise ArgumentError(f"site: expected one of {', '.join(slices) or 'none (no model)'}, got {site!r}")
-        rows = slices[site]
+        return self.taken(slices[site], tuple(s for s in self.sites if s.name == site))
+
+    def taken(self, rows: slice, sites: tuple[Site, ...]) -> NeuronScores:
+        """The scores of a slice of the neurons, which are those of these sites."""
         reasons: dict[str, tuple[Any, ...]] = {
             name: tuple(i - rows.start for i in where if rows.start <= i < rows.stop) if name in OF_NEURONS else where
             for name, where in self.reasons.items()
         }
         arrays: dict[str, Any] = {name: array[rows] for name, array in self.arrays().items()}
-        chosen = tuple(s for s in self.sites if s.name == site)
-        return replace(self, sites=chosen, reasons={k: v for k, v in reasons.items() if v}, **arrays)
+        return replace(self, sites=sites, routed=None, reasons={k: v for k, v in reasons.items() if v}, **arrays)
 
     def to_dataframe(self, site: str | None = None, metric: str | None = None, top: int | None = None) -> pd.DataFrame:
         """Long form, one row per neuron, column and statistic; needs pandas.
@@ -165,8 +173,15 @@ class NeuronScores:
     def save(self, directory: str | Path) -> Path:
         """Write `scores.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        header = {
-            "schema": SCHEMA,
+        arrays, header = self.arrays(), self._header()
+        if self.routed is not None:
+            arrays |= {f"{_ROUTED}{name}": array for name, array in self.routed.arrays().items()}
+            header["routed"] = self.routed._header()
+        files.write_arrays(path, arrays, {"schema": SCHEMA, **header})
+        return path
+
+    def _header(self) -> dict[str, Any]:
+        return {
             "columns": self.columns,
             "n_observations": self.n_observations,
             "n_ranked": self.n_ranked,
@@ -175,8 +190,6 @@ class NeuronScores:
             "fingerprint": self.fingerprint,
             "reasons": self.reasons,
         }
-        files.write_arrays(path, self.arrays(), header)
-        return path
 
     @staticmethod
     def load(directory: str | Path) -> NeuronScores:
@@ -184,16 +197,26 @@ class NeuronScores:
         path, remedy = Path(directory) / FILE, "write it with NeuronScores.save or `skillfast trace`"
         arrays, header = files.read_arrays(path, SCHEMA, remedy)
         with files.whole(path, remedy):
-            return NeuronScores(
-                columns=tuple(header["columns"]),
-                n_observations=header["n_observations"],
-                n_ranked=header["n_ranked"],
-                sites=tuple(Site(**site) for site in header["sites"]),
-                pool=header["pool"],
-                fingerprint=header["fingerprint"],
-                reasons={name: tuple(where) for name, where in header["reasons"].items()},
-                **arrays,
+            routed = None
+            if (told := header.get("routed")) is not None:
+                named = {name: array for name, array in arrays.items() if name.startswith(_ROUTED)}
+                routed = _of_header({name.removeprefix(_ROUTED): array for name, array in named.items()}, told)
+            return replace(
+                _of_header({n: a for n, a in arrays.items() if not n.startswith(_ROUTED)}, header), routed=routed
             )
+
+
+def _of_header(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> NeuronScores:
+    return NeuronScores(
+        columns=tuple(header["columns"]),
+        n_observations=header["n_observations"],
+        n_ranked=header["n_ranked"],
+        sites=tuple(Site(**site) for site in header["sites"]),
+        pool=header["pool"],
+        fingerprint=header["fingerprint"],
+        reasons={name: tuple(where) for name, where in header["reasons"].items()},
+        **arrays,
+    )
 
 
 def _neuron_frame(scores: NeuronScores) -> pd.DataFrame:

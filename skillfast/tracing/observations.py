@@ -12,6 +12,7 @@ from skillfast import ops
 from skillfast.backends.capture import as_tokens
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.activations import by_sample
+from skillfast.models.sites import router_of
 from skillfast.statistics.inputs import as_tensor
 from skillfast.statistics.routed import RoutedRows
 from skillfast.statistics.tokens import on_device
@@ -78,6 +79,12 @@ def pooled_row(
     return ops.act_mask_pool(x, activation, pool, mask=mask, write=write)
 
 
+def _columns(sites: Sequence[Site], start: int = 0) -> dict[str, slice]:
+    """Name of each site -> columns of its neurons, from a first one on."""
+    ends = (start + np.cumsum([site.width for site in sites])).tolist()
+    return {site.name: slice(end - site.width, end) for site, end in zip(sites, ends, strict=True)}
+
+
 class _Rows:
     """What both kinds have in common: columns of the sites, and which of them fired.
 
@@ -87,9 +94,8 @@ class _Rows:
     """
 
     def __init__(self, sites: Sequence[Site], expected: Expected) -> None:
-        ends = np.cumsum([site.width for site in sites]).tolist()
         self.sites = tuple(sites)
-        self.columns = {site.name: slice(end - site.width, end) for site, end in zip(sites, ends, strict=True)}
+        self.columns = _columns(sites)
         self.expected = expected
         self.fired: set[str] = set()
         self.batch: int | None = None
@@ -153,7 +159,7 @@ class PooledRows(_Rows):
     Args:
         sites: Sites on one device.
         expected: Shared by all.
-        statistics: Accumulator of these sites' neurons.
+        statistics: Accumulator of these sites' neurons, and behind them of the shares of tokens at each expert.
         pool: How tokens become one row.
     """
 
@@ -161,6 +167,8 @@ class PooledRows(_Rows):
         super().__init__(sites, expected)
         self.statistics = statistics
         self.pool = pool
+        self.routed = slice(sum(site.width for site in sites), statistics.settings.n_neurons)
+        self._shares = _columns([router_of(site) for site in sites if site.kind == "expert"], self.routed.start)
         self._rows: torch.Tensor | None = None  # [batch, sum of widths]
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
@@ -174,7 +182,10 @@ class PooledRows(_Rows):
     def read_routed(self, site: Site, found: RoutedActivations) -> None:
         """Pool what was routed to each expert into the site's columns."""
         rows = self._reserved(site, found.batch)
-        rows[:, self.columns[site.name]] = found.pooled(self.pool, self.expected.mask_of_rows(site, found)).to(rows)
+        mask = self.expected.mask_of_rows(site, found)
+        rows[:, self.columns[site.name]] = found.pooled(self.pool, mask).to(rows)
+        if site.kind == "expert":
+            rows[:, self._shares[router_of(site).name]] = found.routed_share(self.pool, mask)
 
     def _reserved(self, site: Site, batch: int) -> torch.Tensor:
         """Rows of the buffer for a forward's examples."""
@@ -187,8 +198,11 @@ class PooledRows(_Rows):
         """Count the forward's rows with their metrics."""
         if self._rows is None or self.batch is None:
             return
-        for name in self.columns.keys() - self.fired:
-            self._rows[:, self.columns[name]] = torch.nan  # never a row of an earlier batch
+        for site in self.sites:
+            if site.name not in self.fired:  # never a row of an earlier batch
+                self._rows[:, self.columns[site.name]] = torch.nan
+                if site.kind == "expert":
+                    self._rows[:, self._shares[router_of(site).name]] = torch.nan
         n = self.batch
         keep = _kept(valid, n)
         if keep is not None:

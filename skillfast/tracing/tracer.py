@@ -18,6 +18,7 @@ from skillfast.models.sites import (
     fingerprint,
     module_device,
     refuse_compiled,
+    router_of,
     unwrap_compiled,
 )
 from skillfast.models.watching import on_samples
@@ -111,6 +112,8 @@ class Tracer:
         self._rows: dict[str, Rows] = {}  # site -> the group that it is in
         for (device, _), members in by_group.items():
             width = sum(site.width for site in members)
+            if pool != "none":  # and the share of an example's tokens at each expert
+                width += sum(site.experts or 0 for site in members if site.kind == "expert")
             warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
             settings: dict[str, Any] = {
                 "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "buffer_rows": buffer_rows, "device": device,
@@ -294,19 +297,27 @@ class Tracer:
         self._require_step("compute")
         computed = {id(group): group.scores() for group in self._groups()}
         parts = [self._site_scores(site, computed) for site in self.sites]
-        starts = np.cumsum([0, *(site.width for site in self.sites)]).tolist()
+        silent = tuple(site.name for site in self.sites if site.name not in self._seen)
+        routed = [part for group in self._groups() if (part := _routed(group, computed[id(group)])) is not None]
+        scores = replace(self._joined(parts, silent), routed=self._joined(routed, ()) if routed else None)
+        warn_of_reasons(scores)
+        return scores
+
+    def _joined(self, parts: Sequence[NeuronScores], silent: tuple[str, ...]) -> NeuronScores:
+        """Scores of several sites; of those that never fired no neuron has a reason of its own."""
+        starts = np.cumsum([0, *(part.n_neurons for part in parts)]).tolist()
         reasons = {
             name: tuple(
                 i + start
-                for site, part, start in zip(self.sites, parts, starts, strict=False)
-                if site.name in self._seen
+                for part, start in zip(parts, starts, strict=False)
+                if not {site.name for site in part.sites} & set(silent)
                 for i in part.reasons.get(name, ())
             )
             for name in OF_NEURONS
         }
         for name in ("constant_metric", "metric_beyond_float32"):
             reasons[name] = parts[0].reasons.get(name, ())
-        reasons["hook_never_fired"] = tuple(site.name for site in self.sites if site.name not in self._seen)
+        reasons["hook_never_fired"] = silent
         if any(part.n_routed is not None for part in parts):
             parts = [
                 replace(part, n_routed=np.full(part.n_neurons, part.n_observations)) if part.n_routed is None else part
@@ -317,17 +328,22 @@ class Tracer:
         }
         if "pearson_p" in arrays:  # over all neurons, on however many devices they are
             arrays["pearson_q"] = adjusted(arrays["pearson_p"])
-        scores = replace(
+        return replace(
             parts[0],
             **arrays,
-            sites=self.sites,
+            sites=tuple(site for part in parts for site in part.sites),
             reasons={name: where for name, where in reasons.items() if where},
             pool=self._pool,
             fingerprint=fingerprint(self._model),
         )
-        warn_of_reasons(scores)
-        return scores
 
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
         group = self._rows[site.name]
         return replace(computed[id(group)], sites=group.sites)[site.name]
+
+
+def _routed(group: Rows, scores: NeuronScores) -> NeuronScores | None:
+    """Scores of the shares of tokens at the experts of a group, by the sites of their routers; None without experts."""
+    if not isinstance(group, PooledRows) or group.routed.start == group.routed.stop:
+        return None
+    return scores.taken(group.routed, tuple(router_of(site) for site in group.sites if site.kind == "expert"))

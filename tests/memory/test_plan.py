@@ -187,4 +187,4 @@ def test_settings_that_cannot_be_used(change, words):
 
 def test_a_model_of_no_family_cannot_be_planned(tmp_path):
     name = config_file(tmp_path, "albert", "AlbertForMaskedLM")
-    assert "declare its sites" in one_line(ModelError, plan, name)
+    assert "skillfast.discover(model, batch)" in one_line(ModelError, plan, name)

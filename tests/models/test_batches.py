@@ -370,12 +370,13 @@ def test_sites_that_are_incomplete_are_told_once(monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_is_watched_is_not_copied(monkeypatch):
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_model_that_is_watched_is_not_copied(monkeypatch, register):
     """What hooks on a copy would do, nobody knows."""
     monkeypatch.setattr(coverage, "_told", {})
     monkeypatch.setattr(coverage, "coverage", lambda _: pytest.fail("certified"))
     model = make_vit()
-    model.blocks[0].register_forward_pre_hook(lambda *_: None)
+    getattr(model.blocks[0], register)(lambda *_: None)
     coverage.warn_incomplete(model)
 
 

@@ -179,6 +179,46 @@ def test_the_sites_of_experts_hold_all_that_they_do(family):
     assert not [name for name in found.unexercised if ".experts." in name], found
 
 
+def check_share(found: skillfast.NeuronScores, index: torch.Tensor, mask: torch.Tensor, y: torch.Tensor) -> None:
+    """The share of each example's tokens at each expert, against the choices of a plain forward."""
+    here = torch.stack([(index == expert).any(1) for expert in range(found.n_neurons)], 1).view(*mask.shape, -1)
+    share = ((here & mask[:, :, None]).sum(1) / mask.sum(1)[:, None]).double().numpy()
+    np.testing.assert_allclose(found.mean, share.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.std, share.std(0), atol=1e-6)
+    for expert in np.flatnonzero(share.std(0) > 1e-3):
+        assert found.pearson[expert, 0] == pytest.approx(np.corrcoef(share[:, expert], y.numpy())[0, 1], abs=1e-5)
+
+
+def test_shares_of_tokens_at_experts_are_of_what_is_pooled_and_are_kept(tmp_path):
+    """Of the last real token's experts with `pool="last"`; a skill of them is of the routers' neurons."""
+    model, inputs = made("qwen3_moe", "grouped_mm")
+    seen = plain_inputs(model, inputs)
+    mask = torch.ones(inputs["input_ids"].shape, dtype=torch.bool)
+    mask[1, 5:] = False
+    scores = {}
+    for pool, y in (("last", torch.tensor([0.3, -1.0, 2.0, 0.5])), ("max", torch.tensor([1.0, 2.0, 4.0, 3.0]))):
+        with torch.no_grad(), skillfast.Tracer(model, {"y": Continuous()}, sites=["expert"], pool=pool) as tracer:
+            tracer.expect(mask)
+            model(**inputs)
+            tracer.step(y=y)
+        scores = tracer.compute()
+        assert {site.kind for site in scores.sites} == {"expert"}
+        last = mask & (mask.cumsum(1) == mask.sum(1)[:, None])
+        for site in scores.sites:
+            index = seen[site.path][1]
+            check_share(scores.routed[f"blocks.{site.block}.router"], index, last if pool == "last" else mask, y)
+    scores.save(tmp_path)
+    loaded = skillfast.NeuronScores.load(tmp_path)
+    assert loaded.routed.sites == scores.routed.sites
+    for name, array in scores.routed.arrays().items():
+        np.testing.assert_array_equal(loaded.routed.arrays()[name], array)
+    assert loaded.arrays().keys() == scores.arrays().keys()
+    skill = skillfast.select(loaded.routed, method="pearson", share=0.25)["y"]
+    assert set(skill.neurons) <= {site.name for site in find_sites(model) if site.kind == "router"}
+    with skillfast.ablate(model, skill), torch.no_grad():
+        model(**inputs)
+
+
 @pytest.mark.parametrize(("family", "backend"), CASES)
 def test_traced_values_equal_a_plain_reading(family, backend):
     """Means, deviations and correlations of all experts' units and of the gates, padding left out."""
@@ -203,6 +243,7 @@ def test_traced_values_equal_a_plain_reading(family, backend):
         hidden, index, gates = seen[site.path]
         if site.kind == "expert":
             each = plain_reading(experts, hidden.reshape(len(index), -1), index, gates)
+            check_share(scores.routed[f"blocks.{site.block}.router"], index, mask, y)
         else:
             each = np.zeros((len(index), site.width))
             for slot in range(index.shape[1]):

@@ -322,7 +322,7 @@ def test_a_registered_family_is_known(monkeypatch):
     assert len(families._registered) == 1
     assert [site.name for site in find_sites(Mine())] == ["blocks.0.mlp", "blocks.1.mlp", "head"]
     families._registered.clear()
-    assert "declare its sites" in one_line(ModelError, find_sites, Mine())
+    assert "skillfast.discover(model, batch)" in one_line(ModelError, find_sites, Mine())
 
 
 def test_modules_that_are_linear_layers_but_not_of_torch_are_sites():

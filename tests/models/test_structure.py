@@ -60,7 +60,7 @@ def unknown() -> tuple[nn.Module, torch.Tensor]:
 
 def test_what_writes_to_the_stream_is_found_and_declared():
     model, x = unknown()
-    assert "declare its sites" in one_line(ModelError, find_sites, model)
+    assert "skillfast.discover(model, batch)" in one_line(ModelError, find_sites, model)
     sites = skillfast.discover(model, x)
     kinds = {("look.back", "attn"), ("wide.b", "mlp"), ("local", "mlp")}
     want = {(f"{stage}.{i}.{path}", kind) for stage in ("first", "second") for i in range(2) for path, kind in kinds}
