@@ -32,7 +32,7 @@ def first_or_last(mask, tokens, POOL: tl.constexpr, HAS_MASK: tl.constexpr):
     return tl.cast(at, tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens"])  # one program for batches of any size
 def act_mask_pool_kernel(
     x, mask, center, out, pooled, stride_batch, stride_token, batch, tokens, width,
     ACTIVATION: tl.constexpr, POOL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CENTER: tl.constexpr,

@@ -23,7 +23,7 @@ TILE = {"BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_M": 16}
 OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}  # else ptxas spills registers for occupancy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "samples"])  # one program for batches of any size
 def act_pool_accumulate_kernel(
     x, mask, out, y, center, sum_x, sum_xx, sum_xy, stride_batch, stride_token, batch, tokens, width, columns, samples,
     ACTIVATION: tl.constexpr, HAS_MASK: tl.constexpr, WRITE: tl.constexpr, Y_PER_TOKEN: tl.constexpr,

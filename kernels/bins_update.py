@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TILE = {"BLOCK_N": 16, "BLOCK_D": 64}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one program for batches of any size
 def bins_update_kernel(
     x, edges, channels, hats, table, n, width, bins, metrics, counts, weights, stride_row,
     LEVELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

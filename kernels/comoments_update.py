@@ -17,7 +17,7 @@ TILE = {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_M": 16, "CHUNK": 256}
 OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}  # else ptxas spills registers for occupancy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one program for batches of any size
 def comoments_update_kernel(
     x, y, shift, sum_x, sum_xx, sum_xy, n, width, columns, stride_row,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,

@@ -10,7 +10,7 @@ from torch import Tensor
 from skillfast.backends.capture import as_tokens, unit_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one program for batches of any size
 def neuron_scale_kernel(
     x, scale, shift, condition, out, stride_batch, stride_token, tokens, width,
     HAS_SHIFT: tl.constexpr, HAS_CONDITION: tl.constexpr, BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ that runs it. Import this module for its side effect (the registration), call th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ _LIBRARY.define(
 
 MAX_BINS = 256
 CAPTURE_POOLS = (*POOLS, "moments")
+_PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -133,7 +134,7 @@ def act_mask_pool(
     if center is not None:
         _expect("act_mask_pool center's shape", [x.shape[-1]], list(center.shape))
         _expect("act_mask_pool center's dtype", accumulation_dtype(x.dtype), center.dtype)
-    return torch.ops.skillfast.act_mask_pool(x, activation, pool, mask, center, write)
+    return _run("act_mask_pool", x, activation, pool, mask, center, write)
 
 
 def act_pool_accumulate(
@@ -175,7 +176,7 @@ def act_pool_accumulate(
         _refuse(f"{op} y", f"[{batch}, M] or [{batch}, {tokens}, M]", f"shape {list(y.shape)}")
     _expect(f"{op} y's dtype", torch.float32, y.dtype)
     _check_sums(op, width, y.shape[-1], center=center, sums=sums)
-    return torch.ops.skillfast.act_pool_accumulate(x, y, center, *sums, activation, mask, write)
+    return _run("act_pool_accumulate", x, y, center, *sums, activation, mask, write)
 
 
 def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -212,7 +213,7 @@ def neuron_scale(x: Tensor, scale: Tensor, shift: Tensor | None = None, conditio
         _expect("neuron_scale condition's shape", [x.shape[0]], list(condition.shape))
         _expect("neuron_scale condition's dtype", torch.int64, condition.dtype)
         _check_indices("neuron_scale condition", condition, 0, scale.shape[0])
-    return torch.ops.skillfast.neuron_scale(x, scale, shift, condition)
+    return _run("neuron_scale", x, scale, shift, condition)
 
 
 def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx: Tensor, sum_xy: Tensor) -> None:
@@ -240,7 +241,7 @@ def comoments_update(x: Tensor, y: Tensor, shift: Tensor, sum_x: Tensor, sum_xx:
         _refuse("comoments_update y", f"[{n}, M]", f"shape {list(y.shape)}")
     _expect("comoments_update y's dtype", torch.float32, y.dtype)
     _check_sums("comoments_update", width, y.shape[1], shift=shift, sums=(sum_x, sum_xx, sum_xy))
-    torch.ops.skillfast.comoments_update(x, y, shift, sum_x, sum_xx, sum_xy)
+    _run("comoments_update", x, y, shift, sum_x, sum_xx, sum_xy)
 
 
 def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table: Tensor) -> None:
@@ -281,7 +282,24 @@ def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table:
     _check_contiguous("bins_update", "edges", edges)
     _check_contiguous("bins_update", "table", table)
     _check_indices("bins_update channels", channels, -1, counts)
-    torch.ops.skillfast.bins_update(x, edges, channels, hats, table)
+    _run("bins_update", x, edges, channels, hats, table)
+
+
+def _run(op: str, x: Tensor, *rest: Any) -> Any:
+    """Run an op, past torch's dispatcher where that would hand it on as it is: half of what a call costs the host.
+
+    It is needed by gradients, `torch.compile`, `vmap`, and modes and tensors of other kinds than torch's own.
+    """
+    wanted = torch.is_grad_enabled()
+    tensors = [x, *(value for value in rest if isinstance(value, Tensor))]
+    if (
+        all(type(tensor) in _PLAIN and not (wanted and tensor.requires_grad) for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    ):
+        return backends.implementation(op, x)(x, *rest)
+    return _DISPATCHED[op](x, *rest)
 
 
 def _chosen(op: str) -> Callable[..., Tensor | None]:
@@ -291,7 +309,9 @@ def _chosen(op: str) -> Callable[..., Tensor | None]:
     return run
 
 
+_DISPATCHED: dict[str, Callable[..., Any]] = {}
 for _op in ("neuron_scale", "comoments_update", "bins_update", "act_mask_pool", "act_pool_accumulate"):
+    _DISPATCHED[_op] = getattr(torch.ops.skillfast, _op)
     for _device in ("CPU", "CUDA"):
         _LIBRARY.impl(_op, _chosen(_op), _device)
 

@@ -33,6 +33,7 @@ calls: Counter[tuple[str, str]] = Counter()
 
 _explicit: ContextVar[str | None] = ContextVar("skillfast_backend", default=None)
 _told: set[tuple[str, str]] = set()
+_choices: dict[tuple[str, str, torch.dtype, str | None], tuple[str, Callable[..., Any]]] = {}
 
 
 def _checked(name: str) -> str | None:
@@ -66,29 +67,34 @@ def _backend(name: str) -> ModuleType:
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that runs `op` on the tensor's device and dtype."""
-    device, dtype = tensor.device, tensor.dtype
     explicit = _explicit.get() or _checked(os.environ.get("SKILLFAST_BACKEND", "auto"))
+    asked = (op, tensor.device.type, tensor.dtype, explicit)
+    if asked not in _choices:
+        name = _available(op, tensor.device, tensor.dtype, explicit)
+        _choices[asked] = name, _backend(name).IMPLEMENTATIONS[op]
+    name, run = _choices[asked]
+    calls[op, name] += 1
+    return run
+
+
+def _available(op: str, device: torch.device, dtype: torch.dtype, explicit: str | None) -> str:
+    """The backend that runs `op` there."""
     if explicit is not None:
         reason = _backend(explicit).unavailable(op, device, dtype)
         if reason is not None:
             raise BackendError(f"{op} on {device.type}: backend {explicit!r} was asked for, but {reason}")
-        return _counted(op, explicit)
+        return explicit
     reasons: list[str] = []
     for name in PREFERENCE.get(device.type, ("reference",)):
         reason = _backend(name).unavailable(op, device, dtype)
         if reason is None:
             if reasons and (op, name) not in _told:
                 _told.add((op, name))
-                warnings.warn(f"{op} runs on backend {name!r}: {'; '.join(reasons)}", RuntimeWarning, stacklevel=3)
-            return _counted(op, name)
+                warnings.warn(f"{op} runs on backend {name!r}: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4)
+            return name
         if _backend(name).implements(op, device):
             reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op}: no backend for {device.type} and {dtype}: {'; '.join(reasons)}")
-
-
-def _counted(op: str, name: str) -> Callable[..., Any]:
-    calls[op, name] += 1
-    return _backend(name).IMPLEMENTATIONS[op]
 
 
 def status() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+@cache
+def _kernel(op: str) -> Callable:
+    launch: Callable = importlib.import_module(f"skillfast.kernels.{op}").launch
+    return launch
+
+
 def _launcher(op: str) -> Callable:
     def launch(x: torch.Tensor, *rest: object) -> object:
-        kernel = importlib.import_module(f"skillfast.kernels.{op}")
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
-            return kernel.launch(x, *rest)
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return _kernel(op)(x, *rest)
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            return _kernel(op)(x, *rest)
 
     return launch
 

@@ -17,7 +17,10 @@ from op_cases import (
     run_op,
     scale_case,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from skillfast import _core, backends, ops
 from skillfast.backends import reference
@@ -213,6 +216,7 @@ def test_the_automatic_choice_says_once_where_it_fell_back(monkeypatch):
     monkeypatch.setattr(native, "_core", None)
     monkeypatch.setattr(native, "_import_error", "not there", raising=False)
     monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_choices", {})
     x, scale = torch.ones(2, 3), torch.ones(1, 3)
     with pytest.warns(RuntimeWarning, match="neuron_scale runs on backend 'reference': native: .* not built") as told:
         _ = [ops.neuron_scale(x, scale) for _ in range(2)]
@@ -228,6 +232,7 @@ def test_on_cuda_only_what_could_run_there_and_cannot_is_told(monkeypatch, built
 
     monkeypatch.setattr(native, "_core", SimpleNamespace(HAS_CUDA=built))
     monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_choices", {})
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -235,6 +240,29 @@ def test_on_cuda_only_what_could_run_there_and_cannot_is_told(monkeypatch, built
             backends.implementation(op, x)
     want = [] if built else ["neuron_scale runs on backend 'triton': native: the C++ extension was built without nvcc"]
     assert [str(warning.message) for warning in told] == want
+
+
+def test_the_dispatcher_is_left_out_where_it_has_nothing_to_do(monkeypatch):
+    """And not where gradients, transforms or modes need it."""
+    x, scale = torch.randn(2, 3, 4), torch.ones(1, 4)
+    want = x * scale
+    called = []
+    real = ops._DISPATCHED["neuron_scale"]
+    monkeypatch.setitem(ops._DISPATCHED, "neuron_scale", lambda *given: called.append(1) or real(*given))
+    torch.testing.assert_close(ops.neuron_scale(x, scale), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(ops.neuron_scale(x, torch.nn.Parameter(scale)), want)
+    assert not called
+    wanted = x.clone().requires_grad_()
+    ops.neuron_scale(wanted, scale).sum().backward()
+    torch.testing.assert_close(wanted.grad, torch.ones_like(x))
+    with FlopCounterMode(display=False):
+        ops.neuron_scale(x, scale)
+    with FakeTensorMode() as mode:
+        assert ops.neuron_scale(mode.from_tensor(x), mode.from_tensor(scale)).shape == x.shape
+    assert len(called) == 3
+    seen = make_fx(lambda a, b: ops.neuron_scale(a, b))(x, scale)
+    assert any(node.target is torch.ops.skillfast.neuron_scale.default for node in seen.graph.nodes)
 
 
 def test_the_environment_chooses_a_backend(monkeypatch):
