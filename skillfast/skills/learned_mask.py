@@ -502,7 +502,7 @@ def _parts(own: torch.Tensor, others: torch.Tensor, step: int) -> Iterator[tuple
 
 
 def _first_images(
-    loader: Iterable[Any], n_classes: int, per_class: int | None, key: str | None = None, pad: int = 0
+    loader: Iterable[Any], n_classes: int, per_class: int | None, key: str | None, pad: int
 ) -> tuple[Inputs, torch.Tensor]:
     """The first images of each class and their labels [n]; None for as many as the bounds allow."""
     seen = torch.zeros(n_classes, dtype=torch.int64)

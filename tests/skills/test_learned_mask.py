@@ -248,6 +248,9 @@ def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
     assert float(found[1, -1]) == 2
     torch.testing.assert_close(found[2], rows[2] / 2)  # nothing to remove
     assert not found[3].any()
+    learner.attributions[4] = 0
+    learner.attributions[4, 7] = 4.0  # the weakest of those that a cut removes is 0
+    torch.testing.assert_close(learner._initial(torch.tensor([4]), None)[0], learner.attributions[4] / 4)
 
 
 def test_masks_start_from_others(setting):

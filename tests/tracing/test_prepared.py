@@ -224,6 +224,9 @@ def test_what_a_model_is_not_prepared_for_is_refused(images):
         skillfast.prepare(model)
     told = one_line(ArgumentError, skillfast.sweep, model, batches, [], keep_embeddings=True)
     assert "leave out keep_embeddings" in told
+    with skillfast.Tracer(model, {"label": Categorical(5)}, sites=("mlp",)) as tracer:
+        told = one_line(ArgumentError, tracer.expect, torch.ones(2, 1))
+    assert f"expected at most {skillfast.tracing.prepared.prepared(model).rows} x 0 tokens" in told
     assert "prepare: expected a model in evaluation mode" in one_line(
         ModelError, skillfast.prepare, make_vit(depth=1).train()
     )

@@ -310,3 +310,26 @@ def test_a_group_that_saw_no_forward_waits(vit):
         vit.head(torch.randn(4, 24))
         tracer.step(label=torch.arange(4))
     assert [group.statistics.n_observations for group in tracer._groups()] == [0, 4]
+
+
+@pytest.mark.filterwarnings("ignore:some scores are not defined")
+def test_a_site_that_saw_no_forward_has_no_scores(vit):
+    x, loss = torch.randn(4, 17, 24), torch.randn(4, 17)
+    with skillfast.Tracer(vit, {"loss": Continuous()}, sites=("mlp",), pool="none") as tracer, torch.no_grad():
+        tracer.expect(loss=loss)
+        vit.blocks[0](x)
+        tracer.step()
+    scores = tracer.compute()
+    assert np.isfinite(scores["blocks.0.mlp"].pearson).all()
+    for site in scores.sites[1:]:
+        assert np.isnan(scores[site.name].pearson).all()
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_what_an_open_forward_forbids_says_its_name(vit, batches, pool):
+    with skillfast.Tracer(vit, {"label": Categorical(5)}, pool=pool) as tracer, torch.no_grad():
+        vit(batches[0][0])
+        for call in (tracer.calibrate, tracer.all_reduce, tracer.compute, tracer.expect):
+            text = one_line(ModelError, call)
+            assert text.startswith(f"{call.__name__}: expected step() or discard() after the last forward")
+        tracer.discard()
