@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Fewer steps and epochs.")
     parser.add_argument("--retrain-epochs", type=int, help="0 leaves retraining out.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="File for the rows and what made them.")
     given = parser.parse_args()
     config = BenchConfig.of(seed=given.seed)
     if given.dataset == "cifar10":
@@ -333,13 +333,26 @@ def main() -> None:
             seed=given.seed,
         )
     epochs = given.retrain_epochs if given.retrain_epochs is not None or not given.quick else 16
+    tune = 60 if given.quick else 240
     print(f"{'':24} retained forgotten readout  info lost  steps  member  seconds")
     with open_session(config) as session:
-        rows = compare(
-            session.subject, given.target, tune=60 if given.quick else 240, retrain_epochs=epochs, seed=given.seed
-        )
+        rows = compare(session.subject, given.target, tune=tune, retrain_epochs=epochs, seed=given.seed)
+        splits = session.subject.splits
+    print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes of processor time to make them")
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        made = {
+            "dataset": given.dataset,
+            "class": splits.classes[given.target],
+            "examples": {"select": len(splits.select), "test": len(splits.test)},
+            "tuning_steps": tune,
+            "retrain_epochs": epochs,
+            "seed": given.seed,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "rows": [asdict(row) for row in rows],
+        }
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(made, indent=2) + "\n")
 
 
 if __name__ == "__main__":

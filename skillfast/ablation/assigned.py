@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from skillfast.ablation.interventions import Interventions, hooked
+from skillfast.ablation.shared_forwards import SharedForwards
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import fed_batches
 from skillfast.models.sites import module_device, refuse_compiled, refuse_training
-from skillfast.models.watching import watched
 from skillfast.progress import Forecast, length_of, track
 
 if TYPE_CHECKING:
@@ -36,8 +34,9 @@ def predict_assigned(
 ) -> np.ndarray:
     """Predict every example under one condition of each row, the one that is assigned to it.
 
-    A row costs one forward of the data, however many conditions are in it: removals of 100 classes' skills, each on the
-    examples of its own class, cost as much as those of 10.
+    A row costs at most one forward of the data, however many conditions are in it: removals of 100 classes' skills,
+    each on the examples of its own class, cost as much as those of 10. Rows that are alike in the first blocks share
+    these.
 
     Args:
         model: In evaluation mode.
@@ -58,9 +57,10 @@ def predict_assigned(
     refuse_compiled(model)
     refuse_training(model, "predict_assigned")
     wanted = torch.from_numpy(assigned).to(module_device(model))
-    n = len(rows) * len(assigned)
-    forecast = Forecast(f"{len(rows)} {what} on {len(assigned):,} examples: {n:,} forwards", n) if what and n else None
+    drawn = np.array([donors is not None and any(c.mode == "resample" for c in row) for row in rows], dtype=bool)
     found, done = [np.empty((len(rows), 0), np.int64)], 0
+    shared: SharedForwards | None = None
+    forecast: Forecast | None = None
     with torch.inference_mode():
         batches = fed_batches(loader, wanted.device)
         for batch in track(batches, f"predictions of {what or 'each example'}", length_of(loader), quiet):
@@ -68,14 +68,21 @@ def predict_assigned(
             own = wanted[done : done + len(examples.labels)]
             if len(own) < len(examples.labels):
                 break
+            if not done:
+                shared = SharedForwards(
+                    model, [row for row, other in zip(rows, drawn, strict=True) if not other], examples
+                )
+                work = shared.work + int(drawn.sum())
+                forecast = _forecast(len(rows), what, len(assigned), work) if what and rows else None
+            assert shared is not None
             predicted = np.empty((len(rows), len(own)), np.int64)
-            for i, conditions in enumerate(rows):
-                # made anew for each batch, since the tables of many rows and classes would not fit
-                predicted[i] = _predicted(model, examples, Interventions(model, conditions, None, donors), own)
-                if forecast is not None:
-                    forecast.ran(len(own))
+            predicted[~drawn] = shared.predict(examples, own)
+            for i in np.flatnonzero(drawn).tolist():
+                predicted[i] = _with_donors(model, examples, Interventions(model, rows[i], None, donors), own)
             found.append(predicted)
             done += len(own)
+            if forecast is not None:
+                forecast.ran(len(own))
         else:
             if done == len(wanted):
                 return np.concatenate(found, 1)
@@ -84,15 +91,16 @@ def predict_assigned(
     )
 
 
-def _predicted(model: torch.nn.Module, examples: Batch, interventions: Interventions, own: torch.Tensor) -> np.ndarray:
-    """Predictions of a batch's examples, each under its own condition."""
-    if interventions.donors is None:
-        each = torch.where(own < 0, len(interventions.conditions), own)
-        with ExitStack() as stack:
-            for site in interventions.sites:
-                change = partial(interventions.apply_each, site, condition=each)
-                stack.enter_context(watched(model, site, change))
-            return examples.logits(model).argmax(-1).cpu().numpy()
+def _forecast(rows: int, what: str, examples: int, work: float) -> Forecast:
+    """Says what will be run, in forwards of an example; `work` is how many whole ones an example takes."""
+    whole = "" if work == rows else f", as long as {work * examples:,.0f} whole ones"
+    return Forecast(f"{rows} {what} on {examples:,} examples: {rows * examples:,} forwards{whole}", examples)
+
+
+def _with_donors(
+    model: torch.nn.Module, examples: Batch, interventions: Interventions, own: torch.Tensor
+) -> np.ndarray:
+    """Predictions of a batch's examples, each under its own condition, one condition after the other."""
     found = torch.empty(len(own), dtype=torch.int64)
     for condition in own.unique().tolist():
         at = own == condition

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from skillfast.models.sites import Site
 
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
+HALF_TOLERANCE = 3e-2
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -219,13 +222,13 @@ class PrefixReuse:
                 if route.point is None:
                     break
                 kind = (route.point.block is None, route.point.site and route.point.site.kind, route.narrow)
-                if not self._agrees(whole, point, condition, whole.logits, tolerance, changed=False):
+                if not self.agrees(whole, point, condition, whole.logits, tolerance, changed=False):
                     continue
-                if kind in proven or self._agrees(whole, point, condition, plain(condition), tolerance):
+                if kind in proven or self.agrees(whole, point, condition, plain(condition), tolerance):
                     proven.add(kind)
                     break
 
-    def _agrees(
+    def agrees(
         self,
         cache: PrefixCache,
         point: ResumePoint,
@@ -235,6 +238,7 @@ class PrefixReuse:
         *,
         changed: bool = True,
     ) -> bool:
+        """Whether the route from a point gives these logits; `changed=False` changes no neuron."""
         try:
             got = self.run(cache, point, [condition], changed=changed)[0]
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ModelError) as error:
@@ -349,7 +353,7 @@ class PrefixReuse:
             sites = self.interventions.sites
             rows = n if route.point is None or route.whole_stem else 0
             if route.point is not None:
-                sites = self._set_up(stack, cache, route, conditions, changed)
+                sites = self.set_up(stack, cache, route, conditions, changed)
             sites = sites if changed else []
             stack.enter_context(hooked(self.model, self.interventions, sites, conditions, lambda: cache.donors))
             if self.trace.head is not None:
@@ -366,7 +370,7 @@ class PrefixReuse:
             output = logits_of(call(self.model, inputs), self.model)
         return _unstack(output, n), _unstack(seen[0], n) if seen else None, rerouted if cache.routes else None
 
-    def _set_up(
+    def set_up(
         self, stack: ExitStack, cache: PrefixCache, route: Route, conditions: Sequence[int], changed: bool
     ) -> list[Site]:
         """Set up a run from the middle; returns the sites whose input is still to be changed."""

@@ -16,7 +16,7 @@ from skillfast import files
 from skillfast.ablation.batch_result import BatchRecorder, BatchResult, Observed, embedding_of
 from skillfast.ablation.forward_trace import trace_forward
 from skillfast.ablation.interventions import Condition, Interventions, hooked
-from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint
+from skillfast.ablation.prefix_reuse import HALF_TOLERANCE, TOLERANCE, PrefixCache, PrefixReuse, ResumePoint
 from skillfast.ablation.prepared_runner import PreparedRunner
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit, rows_that_fit
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from skillfast.ablation.donors import DonorBank
     from skillfast.statistics.scores import NeuronScores
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of logits, as a share of the largest
-HALF_TOLERANCE = 3e-2
 SCHEMA = "skillfast.sweep/1"
 FILE = "sweep.safetensors"
 

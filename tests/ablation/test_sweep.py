@@ -459,10 +459,10 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
         runner = BatchRunner(vit, Interventions(vit, conditions), None)
         ready = runner._prepared(images)
         point = next(iter(ready.routes))
-        cache, tolerance = ready.fill_cache(images), sweep.TOLERANCE[torch.float32]
-        assert ready._agrees(cache, point, 0, runner._plain(images, 0), tolerance)
-        assert ready._agrees(cache, point, 0, vit(images), tolerance, changed=False)
-        assert not ready._agrees(cache, point, 0, vit(images), tolerance)
+        cache, tolerance = ready.fill_cache(images), prefix_reuse.TOLERANCE[torch.float32]
+        assert ready.agrees(cache, point, 0, runner._plain(images, 0), tolerance)
+        assert ready.agrees(cache, point, 0, vit(images), tolerance, changed=False)
+        assert not ready.agrees(cache, point, 0, vit(images), tolerance)
 
 
 def test_what_a_forward_trace_counts(vit, batches):
