@@ -358,7 +358,7 @@ def test_the_first_images_of_each_class_are_kept(monkeypatch):
     loader = list(zip(images.split(50), labels.split(50), strict=True))
 
     def kept(per_class=None):
-        found, of = learned_mask._first_images(loader, 2, per_class)
+        found, of = learned_mask._first_images(loader, 2, per_class, None, 0)
         assert torch.equal(found[:, 0].long() % 2, of)
         return sorted(found[:, 0].long().tolist())
 
