@@ -5,7 +5,8 @@
 Each kernel is compiled for sm_90 with the attributes that Triton gives it where widths and addresses are multiples of
 16, as in every usual model. Counted are the instructions of its innermost loop over activations, per 8 of them (16
 bytes of bfloat16), registers, spills, shared memory, the widest load, and how many blocks a multiprocessor holds.
-`bins_update` is left out: its time is that of its atomics.
+`bins_update` is left out: its time is that of its atomics, and on a GPU the CUDA source runs (`tests/ops/test_csrc.py`
+holds its limits).
 
 Beside each stands what a roofline makes of it, the share of a copy's bandwidth that the loop reaches where memory and
 the four schedulers of a multiprocessor are the only limits: bytes moved over bandwidth against instructions over issue

@@ -111,6 +111,19 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           }
           if (error != nullptr) throw std::runtime_error(std::string("neuron_scale on CUDA: ") + error);
         });
+  m.def("bins_update_cuda", [](uintptr_t x, int64_t stride_row, int64_t n, int64_t width, int64_t bins, int64_t metrics,
+                               int64_t counts, int64_t weights, uintptr_t edges, uintptr_t channels, uintptr_t hats,
+                               uintptr_t table, int dtype, uintptr_t stream) {
+    const char* error = nullptr;
+    {
+      py::gil_scoped_release release;
+      error = bins_update_cuda(
+          {at<const void>(x), stride_row, n, width, bins, metrics, counts, weights, at<const float>(edges),
+           at<const int16_t>(channels), at<const int16_t>(hats), at<int32_t>(table), static_cast<DType>(dtype)},
+          at<void>(stream));
+    }
+    if (error != nullptr) throw std::runtime_error(std::string("bins_update on CUDA: ") + error);
+  });
 #else
   m.attr("HAS_CUDA") = false;
 #endif

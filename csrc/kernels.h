@@ -91,6 +91,7 @@ const char* cpu_threads_runtime();   // "openmp" where the process already runs 
 #ifdef SKILLFAST_HAS_CUDA
 // Runs on `stream` of the current device; returns null, or CUDA's message for what failed.
 const char* neuron_scale_cuda(const NeuronScaleArgs& args, void* stream);
+const char* bins_update_cuda(const BinsArgs& args, void* stream);
 #endif
 
 }  // namespace skillfast

@@ -35,6 +35,22 @@ def bins_update(
     dtype: int,
     n_threads: int,
 ) -> None: ...
+def bins_update_cuda(
+    x: int,
+    stride_row: int,
+    n: int,
+    width: int,
+    bins: int,
+    metrics: int,
+    counts: int,
+    weights: int,
+    edges: int,
+    channels: int,
+    hats: int,
+    table: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
 def act_mask_pool(
     flow: _Flow, activation: int, pool: int, mask: int, center: int, pooled: int, n_threads: int
 ) -> None: ...

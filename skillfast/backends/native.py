@@ -76,10 +76,15 @@ def bins_update(x: Tensor, edges: Tensor, channels: Tensor, hats: Tensor, table:
         return
     x, channels, hats = unit_stride(x), channels.contiguous(), hats.contiguous()
     bins, weights = edges.shape[1] + 1, hats.shape[1]
-    _core.bins_update(
+    arguments = (
         _at(x), x.stride(0), n, width, bins, channels.shape[1], table.shape[1] // bins - weights, weights, _at(edges),
-        _at(channels), _at(hats), _at(table), _DTYPES[x.dtype], torch.get_num_threads(),
+        _at(channels), _at(hats), _at(table), _DTYPES[x.dtype],
     )  # fmt: skip
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            _core.bins_update_cuda(*arguments, torch.cuda.current_stream(x.device).cuda_stream)
+    else:
+        _core.bins_update(*arguments, torch.get_num_threads())
 
 
 def act_mask_pool(
@@ -121,7 +126,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "act_mask_pool": act_mask_pool,
     "act_pool_accumulate": act_pool_accumulate,
 }
-_ON_CUDA = ("neuron_scale",)
+_ON_CUDA = ("neuron_scale", "bins_update")
 
 
 def implements(op: str, device: torch.device) -> bool:

@@ -24,10 +24,12 @@ from skillfast.models.sites import (
 from skillfast.models.watching import on_samples
 from skillfast.statistics import distributed
 from skillfast.statistics.accumulator import NeuronStatistics
+from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bootstrap import adjusted
 from skillfast.statistics.routed import RoutedStatistics
 from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
+from skillfast.statistics.state import needs_bins
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading, reading_routed
 from skillfast.tracing.observations import Expected, PooledRows, RoutedTokens, TokenRows
@@ -64,7 +66,8 @@ class Tracer:
         bins: Bins per neuron for all but Pearson's r; 2 to 256.
         n_bootstrap: Replicates of a bootstrap for intervals of Pearson's r, 64 say; None for none.
         seed: Seed of the bootstrap's replicates.
-        buffer_rows: Observations collected before one update of the state.
+        buffer_rows: Observations collected before one update of the state; by default 512, on a GPU as many pooled rows
+            as are kept before the bins have edges (16 per bin), so that tables are read and written rarely.
 
     Raises:
         ArgumentError: An unknown site, pool or statistic.
@@ -82,7 +85,7 @@ class Tracer:
         bins: int = BINS,
         n_bootstrap: int | None = None,
         seed: int = 0,
-        buffer_rows: int = BUFFER_ROWS,
+        buffer_rows: int | None = None,
     ) -> None:
         self._prepared = prepared(model)
         if self._prepared is None:
@@ -116,7 +119,8 @@ class Tracer:
                 width += sum(site.experts or 0 for site in members if site.kind == "expert")
             warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
             settings: dict[str, Any] = {
-                "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "buffer_rows": buffer_rows, "device": device,
+                "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "device": device,
+                "buffer_rows": BUFFER_ROWS if buffer_rows is None else buffer_rows,
             }  # fmt: skip
             rows: Rows
             if pool == "none" and (experts := members[0].experts) is not None:
@@ -126,6 +130,8 @@ class Tracer:
                 tokens = TokenStatistics(width, metrics, statistics, **settings)
                 rows = TokenRows(members, self._expected, tokens)
             else:
+                if buffer_rows is None and device.type == "cuda" and needs_bins(statistics):
+                    settings["buffer_rows"] = exact_rows(bins)
                 pooled = NeuronStatistics(width, metrics, statistics, **settings)
                 rows = PooledRows(members, self._expected, pooled, pool)
             self._rows |= {site.name: rows for site in members}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from itertools import product
 
 import pytest
 import torch
+from conftest import ROOT
 from op_cases import DTYPES, ISAS, bins_case, expected_bins, isa, run_bins  # noqa: F401
 from torch.library import opcheck
 
@@ -107,3 +111,91 @@ def test_arguments_that_do_not_fit_are_refused(name, change, said):
     arguments[name] = change(arguments[name])
     with pytest.raises(ArgumentError, match=said):
         ops.bins_update(**arguments)
+
+
+# Runs the threads of each phase of a block of the CUDA kernel one after the other, forwards or backwards, in memory
+# that holds something before and is followed by words that nobody may write.
+ON_HOST = """
+#include "cuda/bins_block.h"
+#include <vector>
+using namespace skillfast;
+using namespace skillfast::bins_block;
+struct Plain { static void add(int32_t* at, int32_t value) { *at += value; } };
+
+template <bool kShared>
+bool run(const BinsArgs& args, const Shape& shape, bool backwards) {
+  const auto read = [&](int64_t at) { return static_cast<const float*>(args.x)[at]; };
+  for (int64_t first = 0; first < args.width; first += shape.neurons) {
+    std::vector<int32_t> memory(shape.bytes / 4 + 64, -77);
+    Block<Plain, kShared> block{args, shape, first, memory.data()};
+    std::vector<float> value(shape.threads);
+    const auto all = [&](auto phase) {
+      for (int i = 0; i < shape.threads; ++i) phase(backwards ? shape.threads - 1 - i : i);
+    };
+    all([&](int t) { block.begin(t), block.read_payload(t, 0), value[t] = block.value_of(t, 0, read); });
+    for (int64_t tile = 0; tile * shape.rows < args.n; ++tile) {
+      all([&](int t) {
+        const float next = block.value_of(t, tile + 1, read);
+        block.read_payload(t, tile + 1);
+        block.count(t, tile, value[t]);
+        value[t] = next;
+      });
+    }
+    all([&](int t) { block.end(t); });
+    for (std::size_t i = shape.bytes / 4; i < memory.size(); ++i) {
+      if (memory[i] != -77) return false;
+    }
+  }
+  return true;
+}
+
+extern "C" int bins_on_host(const void* x, int64_t stride, int64_t n, int64_t width, int64_t bins, int64_t metrics,
+                            int64_t counts, int64_t weights, const float* edges, const int16_t* channels,
+                            const int16_t* hats, int32_t* table, int64_t shared_bytes, int backwards) {
+  const BinsArgs args{x,       stride, n,        width, bins,  metrics,       counts,
+                      weights, edges,  channels, hats,  table, DType::float32};
+  const Shape shape = shape_of(args, shared_bytes);
+  if (shape.threads > 1024 || (shape.shared && shape.bytes > shared_bytes)) return -1;
+  const bool kept = shape.shared ? run<true>(args, shape, backwards) : run<false>(args, shape, backwards);
+  return kept ? (shape.shared ? shape.neurons : 0) : -2;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("bins")
+    (folder / "bins.cpp").write_text(ON_HOST)
+    library = folder / "bins.so"
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, "-o", str(library), str(folder / "bins.cpp")], check=True)
+    run = ctypes.CDLL(str(library)).bins_on_host
+    run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int]
+    return run
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("shared", "neurons", "sizes"),
+    [
+        (232_448, 8, (600, 37, 128, 2, 12, 16)),  # an H100's, and what a run traces
+        (232_448, 16, (300, 33, 100, 3, 7, 0)),
+        (232_448, 4, (40, 9, 256, 1, 20, 24)),
+        (232_448, 1, (20, 3, 256, 1, 150, 8)),
+        (232_448, 0, (20, 11, 256, 1, 1000, 8)),  # no table fits
+        (49_152, 2, (300, 5, 128, 1, 10, 16)),
+        (232_448, 16, (1, 1, 2, 1, 1, 0)),
+    ],
+)
+def test_the_cuda_block_counts_as_the_reference_on_the_host(on_host, shared, neurons, sizes, backwards):
+    """The kernel's own source, but for its barriers and atomics."""
+    n, width, n_bins, metrics, counts, hats = sizes
+    x, edges, channels, weights, table = bins_case(n, width, n_bins, metrics=metrics, counts=counts, hats=hats)
+    weights[:, ::3] = 0
+    got = table.clone()
+    at = [tensor.data_ptr() for tensor in (edges, channels, weights, got)]
+    found = on_host(x.data_ptr(), x.stride(0), n, width, n_bins, metrics, counts, hats, *at, shared, backwards)
+    assert found == neurons
+    assert torch.equal(got, run_bins("reference", x, edges, channels, weights, table))

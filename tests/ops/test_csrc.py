@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -78,3 +80,31 @@ int main() {
     if code == 77:
         pytest.skip("this compiler has no _Float16 to compare with")
     assert code == 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_cuda_tables_are_counted_in_shared_memory(tmp_path):
+    """For Hopper: no spills, a block's 1,024 threads fit, and atomics are those of shared memory where tables are."""
+    triton = pytest.importorskip("triton")
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    binary = tmp_path / "bins.cubin"
+    command = ["nvcc", "-arch=sm_90", "-std=c++17", "-O3", "-Xptxas", "-v", "-DSKILLFAST_HAS_CUDA", "-cubin"]
+    done = subprocess.run(
+        [*command, f"-I{ROOT / 'csrc'}", "-o", str(binary), str(ROOT / "csrc" / "cuda" / "bins.cu")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    told = done.stdout + done.stderr
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", told)]
+    assert len(registers) == 8  # four types, in shared memory or not
+    assert max(registers) <= 56
+    assert set(re.findall(r"(\d+) bytes spill", told)) == {"0"}
+    sass = subprocess.run([str(disassembler), "-c", str(binary)], check=True, capture_output=True, text=True).stdout
+    kernels = sass.split("\n.text.")[1:]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        in_shared = "Lb1EEEv" in kernel.split(":")[0]
+        atomics = set(re.findall(r"\b(ATOMS|ATOMG|ATOM|RED|REDG)\b\.", kernel))
+        assert atomics == ({"ATOMS"} if in_shared else {"REDG"})
+        assert len(re.findall(r"\bBAR\.SYNC", kernel)) == 2  # before the first tile, and one for each

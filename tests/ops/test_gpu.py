@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import DTYPES, comoments_case, expected_scale, run_op, scale_case
+from op_cases import DTYPES, bins_case, comoments_case, expected_scale, run_bins, run_op, scale_case
 
 import skillfast
 from skillfast import backends
@@ -22,6 +22,20 @@ def test_neuron_scale_on_cuda(backend, dtype, shape):
     got = run_op("neuron_scale", backend, *(t.cuda() for t in case))
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-6)
     torch.testing.assert_close(got.double().cpu(), expected_scale(*case), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "width", "n_bins", "counts", "hats"),
+    [(1, 1, 2, 2, 0), (63, 7, 100, 7, 16), (2100, 1000, 128, 12, 16), (300, 37, 256, 1000, 8)],
+)
+def test_bins_update_in_cuda(n, width, n_bins, counts, hats, dtype):
+    """The tables of the last case fit no shared memory."""
+    if not backends.native_has_cuda():
+        pytest.skip("the extension was built without nvcc")
+    case = bins_case(n, width, n_bins, dtype, counts=counts, hats=hats)
+    got = run_bins("native", *(t.cuda() for t in case))
+    assert torch.equal(got.cpu(), run_bins("reference", *case))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -150,6 +150,19 @@ def test_a_trace_waits_for_nothing_between_its_first_batch_and_its_end(fake, on_
     same(got, trace(vit, batches, classes=5))
 
 
+def test_tables_on_a_device_are_written_as_rarely_as_kept_rows_allow(fake, on_cuda, vit, batches, monkeypatch):
+    """Pooled rows alone: those of tokens and experts come in numbers of their own."""
+    monkeypatch.setattr("skillfast.tracing.tracer.BUFFER_ROWS", 10)
+    settings = {"bins": 2, "sites": ("mlp",)}
+    counted = []
+    for more in ({}, {"buffer_rows": 5}, {"statistics": ("pearson",)}, {"pool": "none"}):
+        tracer = Tracer(on_cuda, METRICS, **settings, **more)
+        statistics = tracer._groups()[0].statistics
+        counted.append(getattr(statistics, "_sampled", statistics).settings.buffer_rows)
+    assert counted == [16 * 2, 5, 10, 10]
+    assert Tracer(vit, METRICS, **settings)._groups()[0].statistics.settings.buffer_rows == 10
+
+
 def conditions(count):
     skills = [
         Skill(str(i), {"blocks.0.mlp": [i, i + 3], "blocks.1.attn": [i], "blocks.2.attn": [3], "head": [1]})
