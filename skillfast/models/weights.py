@@ -7,7 +7,6 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import timm
 from torch import Tensor, nn
 
 from skillfast.errors import ModelError
@@ -35,6 +34,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"checkpoint '{path}': expected a file ending in {', '.join(_SUFFIXES)}, got '{path.suffix}'; "
             "convert it to safetensors"
         )
+    import timm  # seconds, which those who read no file need not wait for
+
     try:
         with silent():
             state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)

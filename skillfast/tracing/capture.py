@@ -8,6 +8,7 @@ pre-hook reads the projection's input.
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,18 @@ if TYPE_CHECKING:
 
 def activation_name(module: nn.Module) -> Activation | None:
     """The op's name for an activation module, or None for one that it does not have."""
-    from timm.layers import GELU, GELUTanh
-
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    names: dict[type[nn.Module], Activation] = {
-        GELU: "gelu", GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity",
+    names: dict[object, Activation] = {
+        _of_timm("GELU"): "gelu", _of_timm("GELUTanh"): "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu",
+        nn.Identity: "identity",
     }  # fmt: skip
     return names.get(type(module))
+
+
+def _of_timm(name: str) -> object:
+    """A class of timm's layers; None while nobody has imported timm, so that no model is made of it."""
+    return getattr(sys.modules.get("timm.layers"), name, None)
 
 
 def plain_mlp(model: nn.Module, site: Site) -> nn.Module | None:
@@ -48,11 +53,11 @@ def plain_mlp(model: nn.Module, site: Site) -> nn.Module | None:
     It is one of timm's `Mlp`, whose dropout and norm between activation and projection do nothing, and which nobody
     watches there with hooks of their own.
     """
-    from timm.layers import Mlp
-
     parent, _, projection = site.path.rpartition(".")
-    owner = model.get_submodule(parent)
-    if projection != "fc2" or type(owner) is not Mlp or activation_name(owner.act) is None or site.layout != "tokens":
+    owner: Any = model.get_submodule(parent)
+    if projection != "fc2" or site.layout != "tokens" or type(owner) is not _of_timm("Mlp"):
+        return None
+    if activation_name(owner.act) is None:
         return None
     dropping = owner.drop1.p > 0 and owner.drop1.training
     between = (owner.act, owner.drop1, owner.norm)
