@@ -79,6 +79,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
     Family("PVTv2 of transformers", r"attention\.proj", r"mlp\.dense2", block=r"\blayers\.\d+\.blocks\.\d+"),
+    Family("PVT of transformers", mlp=r"mlp\.dense2", block=r"\bblock\.\d+\.\d+"),
+    Family("SwiftFormer of transformers", mlp=r"(?:local_representation\.)?point_wise_conv2", block=r"\bblocks\.\d+"),
+    Family("FocalNet", r"modulation\.projection_out"),
     Family("Mamba, Mamba-2, Falcon-Mamba", ssm=r"mixer\.out_proj"),
     Family("Jamba, Bamba, Granite 4, Falcon-H1, Zamba: the mixers", ssm=r"(?:mamba|mamba_decoder\.mamba)\.out_proj"),
     Family("Granite 4: the MLP", mlp=r"shared_mlp\.output_linear"),
@@ -97,6 +100,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Moshi", r"self_attn\.o_proj\.linear", r"mlp\.fc2"),
     Family("Gemma 4: inputs per layer", mlp=r"per_layer_projection"),
     Family("timm: CoAt", r"factoratt_crpe\d?\.proj", r"mlp\d?\.fc2"),
+    Family("timm: CrossViT, between its branches", mlp=r"(?:revert_)?projs\.\d+\.2", block=r"\bblocks\.\d+"),
     Family("timm: CSATv2, MetaFormer", r"token_mixer\.proj|attn\.conv|attn\.attn\.qkv", r"(?:token_mixer\.)?pwconv2"),
     Family("timm: DaViT, TNT", r"attn_(?:in|out)\.proj", r"cpe[12]\.proj|mlp_in\.fc2|proj"),
     Family(

@@ -49,6 +49,7 @@ _SIZES: dict[str, int] = {
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), EXPERTS
     ),
     **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_k", "num_selected_experts"), 2),
+    "zero_expert_num": 2,
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 16),
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "word_embed_proj_dim": HIDDEN, "rotary_dim": 8,

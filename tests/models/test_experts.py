@@ -43,7 +43,7 @@ FAMILIES = {
     "flex_olmo": ("FlexOlmoForCausalLM", {}),
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}),
-    "longcat_flash": ("LongcatFlashForCausalLM", {"zero_expert_num": 2}),  # experts that compute nothing
+    "longcat_flash": ("LongcatFlashForCausalLM", {}),  # experts that compute nothing
     "llama4_text": ("Llama4ForCausalLM", {}),  # code of its own, gates on the inputs
     "dbrx": (  # code of its own, weights in two dimensions
         "DbrxForCausalLM",

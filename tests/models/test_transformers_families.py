@@ -68,6 +68,7 @@ ENCODERS = {
     "roformer": "RoFormerForMaskedLM", "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
     "bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration", "marian": "MarianMTModel",
     "pegasus": "PegasusForConditionalGeneration", "m2m_100": "M2M100ForConditionalGeneration",
+    "seamless_m4t": "SeamlessM4TForTextToText", "neomme": "NeoMMEForMaskedLM",
 }  # fmt: skip
 VISION = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "beit": "BeitForImageClassification",
@@ -78,7 +79,8 @@ VISION = {
     "swin": "SwinForImageClassification", "swinv2": "Swinv2ForImageClassification",
     "hiera": "HieraForImageClassification", "convnextv2": "ConvNextV2ForImageClassification",
     "segformer": "SegformerForImageClassification", "pvt_v2": "PvtV2ForImageClassification",
-    "blip_2_vision_model": "Blip2VisionModel",
+    "blip_2_vision_model": "Blip2VisionModel", "pvt": "PvtForImageClassification",
+    "swiftformer": "SwiftFormerForImageClassification", "focalnet": "FocalNetForImageClassification",
 }  # fmt: skip
 CASES = [(family, name) for table in (CAUSAL, ENCODERS, VISION) for family, name in table.items()]
 
