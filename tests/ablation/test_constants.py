@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 import skillfast
 from skillfast import Condition, Skill
-from skillfast.ablation.constants import mean_constants, optimal_constants
+from skillfast.ablation.constants import _Learned, mean_constants, optimal_constants
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.replacements import replacements
-from skillfast.models.sites import declare_sites
+from skillfast.models.sites import Site, declare_sites
 
 SKILL = Skill("mine", {"blocks.0.mlp": [0, 5, 95], "blocks.1.attn": [3, 4]})
 
@@ -96,6 +98,22 @@ def test_optimal_constants_cost_the_least():
     assert loss(1, found[1]) == loss(1, means[1])
     again = optimal_constants(model, data, skills, bank, steps=60)
     torch.testing.assert_close(again, found)
+
+
+def test_every_window_of_an_example_gets_its_skills_constants():
+    """Windows of an example lie in the batch one after the other."""
+    x = torch.randn(6, 4, 5)  # two windows of each of three examples
+    site = Site("blocks.0.attn", "attn", 0, "blocks.0.attn.proj", 5, heads=1)
+    skills = [Skill("a", {site.name: [1]}), Skill("b", {site.name: [0, 3]})]
+    activations = {site.name: torch.randn(7, 4, 3)}  # of neurons 0, 1 and 3, of seven donors
+    bank = SimpleNamespace(activations=activations, places=lambda _, index: torch.tensor([0, 1, 9, 2])[index])
+    learned = _Learned(site, skills, bank)
+    learned.without = torch.tensor([1, 0, 1])
+    got, values = learned.replace(SimpleNamespace(values=x)), learned.constants.detach()
+    for i, k in enumerate((1, 1, 0, 0, 1, 1)):
+        want = x[i].clone()
+        want[:, skills[k].neurons[site.name]] = values[learned.skill == k]
+        torch.testing.assert_close(got[i], want)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_rows_give_what_plain_forwards_do(deep, batches, scale):
     rows, assigned = rows_of(deep, scale), np.random.default_rng(1).integers(-1, 3, 37)
     want = alone(deep, batches, rows, assigned)
     assert len(np.unique(want, axis=0)) > len(rows) / 2
+    plain = predict_assigned(deep, batches, [rows[0], []], assigned)  # a row that changes nothing
+    np.testing.assert_array_equal(plain, [want[0], alone(deep, batches, rows[:1], np.full(37, -1))[0]])
     ran = []
     handles = [
         block.mlp.fc1.register_forward_pre_hook(lambda _, args: ran.append(len(args[0]))) for block in deep.blocks

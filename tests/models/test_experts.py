@@ -519,6 +519,8 @@ def test_a_planted_unit_is_found_and_removed_alone():
             "blocks.1.experts": [EXPERT * units + UNIT]
         }
         assert np.nanmax(column) > 0.99
+        best = scores.to_dataframe(metric=f"label:{CLASS}", top=1).iloc[0]
+        assert (best["site"], best["expert"], best["unit"]) == ("blocks.1.experts", EXPERT, EXPERT * units + UNIT)
     attributions = skillfast.attribute(classifier, loader, sites=["expert"])
     share = 1 / scores.n_neurons
     learned = skillfast.learn_masks(classifier, loader, attributions, share=share, steps=4, batch_size=20)

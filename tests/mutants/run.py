@@ -58,7 +58,10 @@ ELSEWHERE = {  # tests of a package that do not lie in its folder
         *(f"tests/tracing/test_{name}.py" for name in ("prepared", "waits")),
     ],
     "backends": ["tests/ops"],
-    "evaluation": [f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")],
+    "evaluation": [
+        "tests/ablation/test_constants.py",
+        *(f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")),
+    ],
     "skills": [f"tests/{name}.py" for name in ("runs/test_selection", "runs/test_checkpoints", "tracing/test_waits")],
     "statistics": ["tests/tracing", "tests/models/test_experts.py"],
     "tracing": [

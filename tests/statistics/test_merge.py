@@ -274,6 +274,8 @@ def test_tables_past_int32_merge(stored):
     assert torch.equal(total(b), once * 29)
     assert int(a.table.max()) < 1 << 30
     assert len(a.values()["loss"]) == 100
+    a.add(torch.randn(5, 3), {"label": torch.arange(5) % 2, "loss": torch.randn(5)})
+    assert int(total(a).sum()) > int(once.sum()) * 48
 
 
 def test_tables_past_int32_add_up_over_processes(two):

@@ -313,12 +313,14 @@ def test_a_group_that_saw_no_forward_waits(vit):
 
 
 @pytest.mark.filterwarnings("ignore:some scores are not defined")
-def test_a_site_that_saw_no_forward_has_no_scores(vit):
+@pytest.mark.parametrize("told", [True, False])  # before the forward, per token, or after it, per example
+def test_a_site_that_saw_no_forward_has_no_scores(vit, told):
     x, loss = torch.randn(4, 17, 24), torch.randn(4, 17)
     with skillfast.Tracer(vit, {"loss": Continuous()}, sites=("mlp",), pool="none") as tracer, torch.no_grad():
-        tracer.expect(loss=loss)
+        if told:
+            tracer.expect(loss=loss)
         vit.blocks[0](x)
-        tracer.step()
+        tracer.step(**({} if told else {"loss": loss[:, 0]}))
     scores = tracer.compute()
     assert np.isfinite(scores["blocks.0.mlp"].pearson).all()
     for site in scores.sites[1:]:
