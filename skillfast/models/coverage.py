@@ -104,10 +104,12 @@ def coverage(
     model = unwrap_compiled(model)
     refuse_compiled(model)
     find_sites(model)  # a model without sites is told so before anything is run
-    if batch is not None:
-        return _covered(model, inputs_of(batch, label_key), "the batch that was given")
-    model = _configured_part(model)
-    found = _told[_kind_of(model)] = _covered(*made_inputs(model))
+    part = _configured_part(model)
+    if batch is None:
+        found = _covered(*made_inputs(part))
+    else:
+        found = _covered(model, inputs_of(batch, label_key), "the batch that was given")
+    _told[_kind_of(part)] = found
     return found
 
 

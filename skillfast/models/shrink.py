@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 LAYERS = 4  # kept at least, where the model has as many
 HIDDEN, INNER, HEADS, HEAD_WIDTH, VOCABULARY, EXPERTS = 64, 96, 4, 16, 256, 4
 EXAMPLES, TOKENS, ENCODED = 4, 32, 5  # of the inputs that are made: many tokens, so that every expert is reached
-IMAGE = 64  # height and width where the configuration has none
+IMAGE = 64  # height and width at most of a model in stages, and of one whose configuration has none
 MOST_WEIGHTS = 100_000_000  # of a copy
 
 _LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
-    "num_encoder_layers", "depth",
+    "num_encoder_layers", "depth", "num_blocks",
 )  # fmt: skip
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), HIDDEN),
@@ -32,7 +32,8 @@ _SIZES: dict[str, int] = {
             "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
             "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
             "ffn_hidden_size", "shared_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp",
-            "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width",
+            "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width", "dim_ff", "dff",
+            "block_ff_dim",
         ),
         INNER,
     ),
@@ -55,7 +56,7 @@ _SIZES: dict[str, int] = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "word_embed_proj_dim": HIDDEN, "rotary_dim": 8,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8,
     "mamba_d_state": 8, "state_size": 8, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_d_ssm": 128,
-    "linear_num_heads": 4, "linear_head_dim": 16, "qk_head_dim": 32,
+    "linear_num_heads": 4, "linear_head_dim": 16, "qk_head_dim": 32, "chunk_size": 16, "mamba_chunk_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "hidden_size_per_layer_input": 8, "mamba_n_groups": 1, "n_groups": 1, "embedding_size": HIDDEN,
     "embedding_dim": HIDDEN, "num_kv_shared_layers": 1,
@@ -212,8 +213,12 @@ def _narrow(config: Any) -> None:
             _set(config, name, [min(size, item) for item in value])
     patch = _get(config, "patch_size")
     size = _get(config, "image_size")
-    if size is not None and isinstance(patch, int) and not hasattr(config, "depths"):
-        _set(config, "image_size", 2 * patch if isinstance(size, int) else [2 * patch] * len(size))
+    staged = hasattr(config, "depths")
+    if staged and _is_count(config, "window_size"):
+        _set(config, "window_size", 2)  # the last of four stages is no wider
+    if size is not None and (staged or isinstance(patch, int)):
+        side = IMAGE if staged else 2 * patch
+        _set(config, "image_size", min(side, size) if isinstance(size, int) else [min(side, one) for one in size])
     expand = next((v for n in ("mamba_expand", "expand") if isinstance(v := _get(config, n), int)), None)
     for count, width in _STATE_HEADS:
         if expand is not None and _is_count(config, count) and _is_count(config, width):

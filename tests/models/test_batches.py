@@ -370,6 +370,18 @@ def test_sites_that_are_incomplete_are_told_once(monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("batch", [None, torch.randn(6, 3, 16, 16)])
+def test_what_somebody_has_been_told_is_not_certified_again(monkeypatch, batch):
+    monkeypatch.setattr(coverage, "_told", {})
+    model = make_vit()
+    declare_sites(model, {site.name: site.path for site in find_sites(model) if site.name != "blocks.1.mlp"})
+    assert not skillfast.coverage(model, batch).complete
+    monkeypatch.setattr(coverage, "coverage", lambda _: pytest.fail("certified"))
+    coverage.warn_incomplete(model)
+    with pytest.raises(pytest.fail.Exception):
+        coverage.warn_incomplete(make_vit(depth=2))
+
+
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 def test_a_model_that_is_watched_is_not_copied(monkeypatch, register):
     """What hooks on a copy would do, nobody knows."""
