@@ -20,7 +20,7 @@ def peak(rows):
 
 @pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_rows():
-    few, many = peak(4_096), peak(32_768)
+    few, many = peak(4_096), peak(16_384)
     # At this size the allocator's own noise is up to 2 %; at full size the whole growth stays below that.
     assert many["counting_mib"] <= 1.05 * few["counting_mib"]
     assert many["counting_mib"] <= 1.2 * 1024 / 4
