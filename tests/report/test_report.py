@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import html
 import http.server
 import importlib.util
@@ -53,6 +54,7 @@ def rendered(results, skills):
     return report.render(*typed(results, skills))
 
 
+@functools.cache
 def validator(name):
     schema = records.schema({"results": BenchResults, "skills": Skills}[name])
     jsonschema.Draft202012Validator.check_schema(schema)
