@@ -166,12 +166,13 @@ def kinds_of(settings: PlanConfig) -> dict[str, Metric]:
     return {name: metric.kind for name, metric in parse_metrics(settings.metrics, classes).items()}
 
 
-def _plan(name: str, model: torch.nn.Module, settings: PlanConfig, capacity: int | None) -> Plan:
+def _plan(name: str, model: torch.nn.Module, settings: PlanConfig, capacity: int | None, forward: bool = True) -> Plan:
+    """The plan; without what a forward takes where `forward` is not set."""
     sites = choose_sites(model, settings.sites)
     metrics = kinds_of(settings)
     itemsize = getattr(torch, settings.dtype).itemsize
     weights = footprint.weights_by_part(model, itemsize, settings.bits)
-    peaks = _forward_peaks(model, settings.batch_size, settings.tokens)
+    peaks = _forward_peaks(model, settings.batch_size, settings.tokens) if forward else {}
     blocks = footprint.blocks_of(model)
     widths = dict.fromkeys(weights, 0)
     for site in sites:
@@ -242,14 +243,24 @@ def _remedies(name: str, model: torch.nn.Module, settings: PlanConfig, capacity:
         changes += [("--bits 8", {"bits": 8}), ("--bits 4", {"bits": 4})]
     changes += [(f"--devices {settings.devices * n}", {"devices": settings.devices * n}) for n in (2, 4, 8)]
     strongest = {"statistics": ("pearson",), "batch_size": 1, "bits": 4}
-    changes += [("--statistics pearson --batch-size 1 --bits 4", strongest)]
+
+    def fitting(change: dict[str, Any]) -> int | None:
+        """The largest peak, where it fits; no forward is run where the rest alone does not."""
+        peak = 0
+        for forward in (False, True):
+            devices = _plan(name, model, replace(settings, **change), capacity, forward).devices
+            if (peak := max(device.peak for device in devices)) > capacity:
+                return None
+        return peak
+
     found: dict[str, tuple[str, int]] = {}
     for words, change in changes:
-        peak = max(device.peak for device in _plan(name, model, replace(settings, **change), capacity).devices)
-        if peak <= capacity:
-            found.setdefault(words.split()[0] if len(change) == 1 else words, (words, peak))
-    alone = {key: value for key, value in found.items() if " --" not in key}
-    return list((alone or found).values())
+        option = words.split()[0]
+        if option not in found and (peak := fitting(change)) is not None:
+            found[option] = (words, peak)
+    if not found and (peak := fitting(strongest)) is not None:
+        return [("--statistics pearson --batch-size 1 --bits 4", peak)]
+    return list(found.values())
 
 
 def _halves(n: int) -> list[int]:

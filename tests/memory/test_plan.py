@@ -50,21 +50,47 @@ def test_published_models_are_planned_without_memory(name):
     assert largest < 1.25 * min(device.peak for device in found.devices)
 
 
-def test_remedies_are_settings_that_fit():
-    settings = PlanConfig(devices=8, tokens=64)
-    name, memory = str(DATA / "llama-3.1-405b.json"), parse_bytes("80GiB")
+def test_remedies_are_settings_that_fit(tmp_path):
+    """An eighth of the blocks of the largest model on an eighth of its devices: 103 GiB."""
+    settings = PlanConfig(devices=1, tokens=64)
+    large = json.loads((DATA / "llama-3.1-405b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**large, "num_hidden_layers": 16}))
+    name, memory = str(tmp_path / "config.json"), parse_bytes("80GiB")
     found = plan(name, settings, device_memory=memory)
     said = dict(found.remedies)
-    assert {"--bits 8", "--devices 16"} <= said.keys()
-    for change, words in (({"bits": 8}, "--bits 8"), ({"devices": 16}, "--devices 16")):
+    assert {"--bits 8", "--devices 2"} <= said.keys()
+    for change, words in (({"bits": 8}, "--bits 8"), ({"devices": 2}, "--devices 2")):
         again = plan(name, replace(settings, **change), device_memory=memory)
         assert again.fits
         assert max(device.peak for device in again.devices) == said[words]
     assert "does not fit: largest peak" in found.verdict()
     assert "--bits 8: " in found.verdict()
-    hopeless = plan(name, settings, device_memory=1 << 20)
+
+
+def test_where_weights_alone_do_not_fit_no_batch_is_tried(tmp_path, monkeypatch):
+    forwards = []
+    monkeypatch.setattr(footprint, "forward_peaks", lambda model, batch, tokens: forwards.append(batch) or {})
+    hopeless = plan(config_file(tmp_path), PlanConfig(batch_size=8, tokens=4), device_memory=1 << 10)
     assert not hopeless.remedies
     assert "no single setting" in hopeless.verdict()
+    assert forwards == [8]
+
+
+def test_a_smaller_batch_is_a_remedy_that_fits(tmp_path):
+    name, settings = config_file(tmp_path), PlanConfig(statistics=("pearson",), batch_size=64, tokens=64)
+    (device,) = plan(name, settings, device_memory=1 << 40).devices
+    found = plan(name, settings, device_memory=device.peak - 1)
+    (less,) = plan(name, replace(settings, batch_size=32), device_memory=1 << 40).devices
+    assert dict(found.remedies)["--batch-size 32"] == less.peak < device.peak
+
+
+def test_where_nothing_alone_fits_the_strongest_together_do(tmp_path):
+    name, settings = config_file(tmp_path), PlanConfig(batch_size=64, tokens=64)
+    together = replace(settings, statistics=("pearson",), batch_size=1, bits=4)
+    (device,) = plan(name, together, device_memory=1 << 40).devices
+    found = plan(name, settings, device_memory=device.peak)
+    assert found.remedies == (("--statistics pearson --batch-size 1 --bits 4", device.peak),)
+    assert not plan(name, settings, device_memory=device.peak - 1).remedies
 
 
 @pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman"), skillfast.vocabulary.STATISTICS])
@@ -125,8 +151,8 @@ def test_weights_and_parts_add_up():
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        ({"statistics": ("pearson",), "batch_size": 16, "tokens": 256, "examples": 64}, {}),
-        ({"bins": 64, "batch_size": 64, "tokens": 16, "examples": 1536}, {"vocab_size": 1000}),
+        ({"statistics": ("pearson",), "batch_size": 16, "tokens": 256, "examples": 32}, {}),
+        ({"bins": 64, "batch_size": 64, "tokens": 4, "examples": 1536}, {"vocab_size": 1000}),
     ],
     ids=["forward", "state"],
 )
