@@ -65,7 +65,11 @@ class RoutedRows:
 
     def at(self, rows: slice | torch.Tensor) -> RoutedRows:
         """Some of the rows."""
-        return replace(self, x=self.x[rows], gate=self.gate[rows], expert=self.expert[rows], token=self.token[rows])
+
+        def taken(values: torch.Tensor) -> torch.Tensor:
+            return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
+
+        return replace(self, x=taken(self.x), gate=taken(self.gate), expert=taken(self.expert), token=taken(self.token))
 
 
 class RoutedStatistics:
@@ -183,7 +187,8 @@ class RoutedStatistics:
     def _shifted(self, rows: RoutedRows) -> torch.Tensor:
         """Gate x activation about the shifts, in memory of its own."""
         x = rows.gated()
-        return x.sub_(self._sums.moments.shift_x.to(x.dtype)[rows.expert.clamp(max=self.n_experts - 1)])
+        shift = self._sums.moments.shift_x.to(x.dtype)
+        return x.sub_(shift.index_select(0, rows.expert.clamp(max=self.n_experts - 1)))
 
     def add_sums(self, sums: torch.Tensor, counts: torch.Tensor, checked: torch.Tensor) -> None:
         """Count examples by the sums over their rows.
