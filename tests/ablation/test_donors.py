@@ -161,6 +161,13 @@ def test_padding_is_no_donor(tmp_path, name):
     condition = Condition(skill, mode="resample")
     swept = skillfast.sweep(model, batched(4), [condition], donors=alone, classes=3, keep_predictions=True)
     np.testing.assert_array_equal(swept.predictions[0], logits[10].argmax(1))
+    with skillfast.ablate(model, skill, mode="resample", donors=alone):  # whose padding an inner sweep knows, too
+        same = Condition(Skill("same", {"blocks.1.attn": [2]}), scale=1.0)
+        inner = skillfast.sweep(model, batched(4), [same], classes=3, keep_margins=True)
+    torch.testing.assert_close(torch.from_numpy(inner.baseline_logits), logits[10], rtol=1e-4, atol=1e-5)
+    labels = torch.cat([labels for _, labels in batched(4)])
+    want = skillfast.metrics.margin(logits[10], labels).numpy()
+    np.testing.assert_allclose(inner.margins[0], want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_has_no_donor_is_refused(vit, batches):

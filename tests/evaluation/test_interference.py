@@ -8,7 +8,15 @@ from scipy.stats import false_discovery_control, t, ttest_rel
 
 import skillfast
 from skillfast.evaluation.directions import angles as turned
-from skillfast.evaluation.interference import RELEVANT, Effects, Margins, find_pairs, interference, replicated_q
+from skillfast.evaluation.interference import (
+    RELEVANT,
+    Effects,
+    Margins,
+    _Shift,
+    find_pairs,
+    interference,
+    replicated_q,
+)
 from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
 from skillfast.results.records import to_json
 from skillfast.skills.skill import overlap
@@ -322,3 +330,11 @@ def test_planted_inhibition_and_shared_neurons_are_competition_and_linkage():
     assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["competition"]] == [(["0", "1"], [1, 1])]
     assert [(pair["classes"], pair["beyond_oracle"]) for pair in found["linkage"]] == [(["2", "4"], [-1, -1])]
     assert found["strongest"]["overlap"] == {"one": "2", "other": "4", "jaccard": 1}
+
+
+def test_a_shift_that_is_not_known_has_a_p_of_1():
+    shift = _Shift(np.array([np.nan, 0.0, 3.0]), np.array([1.0, np.inf, 0.01]), np.full(3, 9.0))
+    for least in (0.0, 1.0):
+        assert shift.p_above(np.full(3, least))[0] == shift.p_below(np.full(3, least))[0] == 1
+    assert shift.p_above(np.zeros(3))[1] == 0.5
+    assert shift.p_above(np.ones(3))[2] < 1e-6

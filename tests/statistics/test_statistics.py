@@ -291,3 +291,14 @@ def test_a_memory_map_is_read(tmp_path):
     acc = NeuronStatistics(4, METRICS)
     acc.update(np.load(tmp_path / "x.npy", mmap_mode="r"), values)
     np.testing.assert_allclose(acc.compute().pearson, oracle(x, values), atol=1e-6)
+
+
+def test_r_of_columns_in_a_line_stays_within_its_range():
+    """Of a thousand factors many give 1 + 1e-16 before rounding is cut off."""
+    y = torch.randn(37, generator=torch.Generator().manual_seed(0))
+    factors = torch.linspace(-3, 3, 1000)
+    acc = NeuronStatistics(1000, {"y": Continuous()}, ("pearson",))
+    acc.update(y[:, None] * factors, {"y": y})
+    found = acc.compute().pearson[:, 0]
+    assert (found.min(), found.max()) == (-1, 1)
+    np.testing.assert_allclose(found, np.sign(factors.numpy()), atol=1e-6)
