@@ -204,9 +204,9 @@ def test_attribution_and_the_steps_of_masks_wait_for_nothing(fake, on_cuda, vit,
     assert few == all_of_them
     np.testing.assert_allclose(attributions.values, attribute(vit, batches, classes=5).values, rtol=1e-4, atol=1e-6)
     short, _ = waited(lambda: learn_masks(on_cuda, batches, attributions, steps=2))
-    long, masks = waited(lambda: learn_masks(on_cuda, batches, attributions, steps=7))
+    long, masks = waited(lambda: learn_masks(on_cuda, batches, attributions, steps=4))
     assert short == long
-    want = learn_masks(vit, batches, attributions, steps=7)
+    want = learn_masks(vit, batches, attributions, steps=4)
     np.testing.assert_allclose(masks.values, want.values, rtol=1e-3, atol=1e-3)
 
 
