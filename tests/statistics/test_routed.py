@@ -96,6 +96,11 @@ def test_sums_of_all_experts_are_those_of_float64(monkeypatch, dtype, per_token,
     with FakeCuda() if device == "cuda" else nullcontext() as fake:
         there = DEVICE if device == "cuda" else "cpu"
         statistics = made(there)
+        # a first step whose rows are all left out
+        nothing = {"label": torch.zeros(0, dtype=torch.int64), "loss": torch.zeros(0)}
+        none = torch.zeros(2, 0, EXPERTS, UNITS), torch.zeros(0, EXPERTS, dtype=torch.int64)
+        none = [x.to(there, non_blocking=True) for x in none]
+        statistics.add_sums(*none, statistics.check(nothing, 0))
         for rows, values in found:
             count(statistics, rows, values, per_token, there)
         assert fake is None or not fake.waits

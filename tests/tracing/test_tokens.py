@@ -335,3 +335,15 @@ def test_what_an_open_forward_forbids_says_its_name(vit, batches, pool):
             text = one_line(ModelError, call)
             assert text.startswith(f"{call.__name__}: expected step() or discard() after the last forward")
         tracer.discard()
+
+
+def test_a_site_without_tokens_takes_values_of_one_token(vit):
+    x, loss = torch.randn(30, 24), torch.randn(30)
+    with skillfast.Tracer(vit, {"loss": Continuous()}, sites=("head",), pool="none") as tracer, torch.no_grad():
+        tracer.expect(loss=loss[:, None])
+        vit.head(x)
+        tracer.step()
+    scores = tracer.compute()
+    assert scores.n_observations == 30
+    want = np.corrcoef(x.T, loss)[-1, :-1]
+    np.testing.assert_allclose(scores.pearson[:, 0], want, atol=1e-6)
