@@ -133,6 +133,8 @@ def test_what_has_no_direction_has_no_angle():
     assert undefined.tolist() == [False, False, True, True]  # no image, and one, of which there are no halves
     constant = np.full_like(embeddings, 0.1)
     assert np.isnan(angles(constant, embeddings, labels, 4)[0]).all()
+    rounded = (1000 + 1e-5 * rng.normal(size=(21, 4))).astype(np.float64)  # less than float32 keeps of 1,000
+    assert np.isnan(angles(rounded, embeddings, labels, 4)[0]).all()
     gone = np.tile(embeddings.mean(0, dtype=np.float64), (21, 1))
     assert np.isnan(angles(embeddings, gone, labels, 4)[0]).all()
     assert np.isnan(angles(embeddings[:, :0], embeddings[:, :0], labels, 4)[0]).all()  # all coordinates left out

@@ -12,11 +12,13 @@ from skillfast.evaluation.interference import (
     RELEVANT,
     Effects,
     Margins,
+    _difference,
     _Shift,
     find_pairs,
     interference,
     replicated_q,
 )
+from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
 from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
 from skillfast.results.records import to_json
 from skillfast.skills.skill import overlap
@@ -338,3 +340,15 @@ def test_a_shift_that_is_not_known_has_a_p_of_1():
         assert shift.p_above(np.full(3, least))[0] == shift.p_below(np.full(3, least))[0] == 1
     assert shift.p_above(np.zeros(3))[1] == 0.5
     assert shift.p_above(np.ones(3))[2] < 1e-6
+
+
+def test_turns_that_random_draws_do_as_well_differ_by_nothing():
+    """The groups of images that are left out move both alike, so that the interval of the difference is a point."""
+    rng = np.random.default_rng(0)
+    angles, left_out = rng.uniform(10, 40, (3, 3)), rng.uniform(10, 40, (3, 8, 3))
+    draws = np.stack([angles] * 4), np.stack([left_out] * 4)
+    found = _difference((angles, left_out), draws)
+    assert [found.own_angle_deg, found.other_angle_deg] == pytest.approx([0, 0], abs=1e-9)
+    each = np.array([np.diagonal(angles)] * 4)  # draws are alike, classes are not
+    want = jackknife_interval(0.0, np.zeros(8), -180.0, 180.0, variance_of_mean(each))
+    assert found.ci95["own_angle_deg"] == pytest.approx(want)

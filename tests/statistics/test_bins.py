@@ -14,7 +14,15 @@ from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
 from skillfast.statistics.bins import estimates
 from skillfast.statistics.bins import overflow as spilling
-from skillfast.statistics.bins.edges import _with_tails, atomic_bins, build_edges, calibration_rows, next_value
+from skillfast.statistics.bins.edges import (
+    _runs,
+    _threshold,
+    _with_tails,
+    atomic_bins,
+    build_edges,
+    calibration_rows,
+    next_value,
+)
 from skillfast.statistics.bins.layout import BinLayout, hat_positions, hat_weights
 from skillfast.statistics.bins.scores import column_ranks, exact, finalise, fit_continuous, sorted_ranks
 from skillfast.statistics.bins.table import BinTable
@@ -512,3 +520,13 @@ def test_ranks_by_one_sort_are_those_of_scipy(n, levels):
     """The ranks of a GPU's rows, which are not copied to the host to be ranked."""
     rows = torch.randint(-levels, levels, (n, 17), generator=torch.Generator().manual_seed(n)).double() / 7
     torch.testing.assert_close(sorted_ranks(rows), column_ranks(rows), rtol=0, atol=0)
+
+
+def test_a_run_that_just_reaches_the_largest_rows_is_found():
+    """Every other of 101 rows is looked at, so that of four equal ones at the end the last pair alone tells."""
+    values = torch.arange(101.0)[None].repeat(2, 1)
+    values[0, 97:] = 100.0
+    found = _runs(values, torch.tensor([101, 101]), bins=40, most=3)
+    assert _threshold(torch.tensor([101]), 40).tolist() == [4]
+    assert (found.value[0, 0], found.start[0, 0], found.length[0, 0]) == (100, 97, 4)
+    assert not found.length[1].any()

@@ -347,3 +347,19 @@ def test_a_site_without_tokens_takes_values_of_one_token(vit):
     assert scores.n_observations == 30
     want = np.corrcoef(x.T, loss)[-1, :-1]
     np.testing.assert_allclose(scores.pearson[:, 0], want, atol=1e-6)
+
+
+def test_what_is_expected_takes_the_place_of_what_was(vit, batches):
+    images, _ = batches[0]
+    loss = torch.randn(len(images), generator=torch.Generator().manual_seed(1))
+    hidden = torch.ones(len(images), 17, dtype=torch.bool)
+    hidden[:, 5:] = False
+    found = []
+    for masks in ((hidden, None), (None,)):
+        with skillfast.Tracer(vit, {"loss": Continuous()}, sites=("mlp",)) as tracer, torch.no_grad():
+            for mask in masks:
+                tracer.expect(mask)
+            vit(images)
+            tracer.step(loss=loss)
+        found.append(tracer.compute().pearson)
+    np.testing.assert_array_equal(*found)
