@@ -112,7 +112,7 @@ def test_bench_by_a_method_that_is_named(pictures, tmp_path, method):
     [
         ("llama", "LlamaForCausalLM", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small copy"),
         ("mixtral", "MixtralForCausalLM", 0, "sites cover 100 % of the blocks' weights (random inputs, on a small"),
-        ("deepseek_v4", "DeepseekV4ForCausalLM", 1, "o_b_proj"),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", 1, "past them act model.layers.*.attn_hc.fn (0.79 %)"),
     ],
 )
 def test_info_certifies_sites(tmp_path, model_type, name, code, words):
