@@ -119,6 +119,7 @@ class _Estimates:
     def bracket(self, which: slice) -> tuple[float, float, list[float]]:
         """The lower and the upper estimate, with the 95 % interval of what lies between them; it is no less than 0."""
         low, high = (float(value) for value in self.values[which])
+        high = max(high, 0.0)  # a sum of weights may miss 0 by an ulp
         variances = np.diagonal(self.covariance)[which]
         if not np.isfinite(variances).all():  # one example of each class says nothing of others
             return low, high, [0.0, 1.0]

@@ -86,7 +86,7 @@ def _harm(change: np.ndarray, labels: np.ndarray, losses: np.ndarray, gains: np.
     for label in np.unique(labels):
         for row, estimate in enumerate((cross_fitted, plug_in)):
             values[row, labels == label] = per_example(estimate, change[labels == label])
-    low, high = strata.mean(values).tolist()
+    low, high = (float(estimate(losses, gains, n).mean()) for estimate in (cross_fitted, plug_in))
     ends = bracket_limits(low, high, *np.diagonal(strata.covariance(values)).tolist())
     return Harm(
         plug_in=high,

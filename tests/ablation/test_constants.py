@@ -129,6 +129,11 @@ def test_classes_are_marked_where_zero_differs_from_mean_or_constants(zero, mean
     assert own.marked == marked
     assert found.per_class["b"].resample == pytest.approx(0.3)
     assert found.average.resample == pytest.approx(0.15)
+    intact = labels.copy()
+    intact[:4] = 1  # wrong before: two of them are right again, and one more is lost
+    predictions[0, :10] = [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    found = replacements(predictions, intact, labels, ["a", "b"])
+    assert found.per_class["a"].zero == pytest.approx(0.1 - 0.2)
 
 
 def test_intervals_of_drops_cover():

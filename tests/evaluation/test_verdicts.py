@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from skillfast.evaluation.power import loss_p, power, smallest_visible
+from skillfast.evaluation.selectivity import selectivity
 from skillfast.evaluation.verdicts import verdicts
 
 K = 5
@@ -82,3 +83,15 @@ def test_few_examples_decide_nothing():
     found = verdicts(*removals(np.random.default_rng(0), np.zeros((K, K)), n=6), NAMES)
     assert {one.verdict for one in found.values()} == {"undecided"}
     assert found["a"].visible_of_all is None
+
+
+def test_losses_that_gains_make_up_for_are_no_harm_below_0():
+    """What examples add to an estimate of 0 is not 0, and adds up to it within rounding."""
+    for n in range(20, 80):
+        labels = np.arange(3).repeat(n)
+        intact, predictions = labels.copy(), np.tile(labels, (3, 1))
+        predictions[0, n], intact[n + 1] = 2, 2  # of class b one is lost and one gained
+        harm = verdicts(predictions, intact, labels, "abc")["a"].harm
+        assert harm.plug_in == 0
+        assert harm.cross_fitted < 0
+        assert selectivity(predictions[None], predictions, intact, labels).harm.plug_in >= 0

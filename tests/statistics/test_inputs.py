@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -227,3 +228,18 @@ def test_sweeps_take_generators_and_refuse_skills(vit, batches):
     for scale in (1e39, "a"):
         with pytest.raises(ArgumentError, match="scale: expected a finite number"):
             Condition(skill, scale=scale)
+
+
+def test_neighbours_of_float32_vary_and_what_float64_says_between_them_does_not():
+    """Values of float64 are rounded to float32 before they are squared, so that what lies within is no variance."""
+    y = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    neighbour = torch.nextafter(torch.tensor(1000.0), torch.tensor(2000.0))
+    x = torch.where(y > 0, neighbour, torch.tensor(1000.0))[:, None]
+    for given, constant in ((x, False), (x.double(), True)):
+        acc = NeuronStatistics(1, {"y": Continuous()}, ("pearson",))
+        acc.update(given, {"y": y})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = acc.compute().pearson[0, 0]
+        assert np.isnan(found) == constant
+        assert constant or found == pytest.approx(np.corrcoef(y > 0, y)[0, 1], abs=1e-3)
