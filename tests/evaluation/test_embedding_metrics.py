@@ -133,7 +133,7 @@ def test_invariances(pair):
     np.testing.assert_allclose(turned.rank_preservation, want.rank_preservation, atol=1e-6)
     np.testing.assert_array_equal(turned.knn_accuracy_change, want.knn_accuracy_change)
     assert turned.cka == pytest.approx(want.cka)
-    assert cka(before, 3 * after @ turn + 5) == pytest.approx(want.cka)
+    assert cka(before, 3 * after @ turn + np.arange(12)) == pytest.approx(want.cka)
     together = EmbeddingMetrics(before @ turn, labels).compare(7 * after @ turn)
     np.testing.assert_allclose(together.cosine, want.cosine, atol=1e-6)
 
@@ -372,3 +372,46 @@ def test_the_intervals_cover():
         low, high = result["ci95"]["cosine"]
         held += low <= np.cos(turns).mean() <= high
     assert 138 <= held <= 147
+
+
+def test_a_difference_is_missing_where_either_side_is_and_reasons_name_the_classes(pair):
+    before, after, labels = pair
+    metrics = EmbeddingMetrics(before, np.where(labels == 2, 3, labels))
+    skills, still = [metrics.compare(after)] * 4, [metrics.compare(np.full_like(before, 0.1))] * 4
+    for ours, theirs in ((skills, still), (still, skills)):
+        found = standard_metrics(metrics, ours, np.zeros(4), "abcd", theirs)
+        assert found.difference.cka is found.difference.ci95.cka is None
+        assert found.difference.cosine == pytest.approx(found.cosine - found.random_control.cosine)
+    single = np.array([0] * 7 + [1])
+    found = EmbeddingMetrics(before[:8], single).compare(after[:8])
+    result = to_json(standard_metrics(EmbeddingMetrics(before[:8], single), [found] * 3, np.zeros(3), "abc"))
+    assert result["reasons"] == {"one_image": ["b"], "no_images": ["c"]}
+
+
+def test_the_record_of_each_removal(pair):
+    before, after, labels = pair
+    before = before.copy()
+    before[[4, 9]] = 0
+    metrics = EmbeddingMetrics(before, labels, n_neighbours=4, max_anchors=60)
+    found = [metrics.compare(after, [1, 2]), metrics.compare(after[:, ::-1]), metrics.compare(before)]
+    result = standard_metrics(metrics, found, np.array([0.25, np.nan, 0.75]), "abc")
+    for i, (name, one) in enumerate(zip("abc", found, strict=True)):
+        entry = result.per_class[name]
+        per_image = (one.cosine, one.rank_preservation, one.knn_accuracy_change)
+        want = [np.nanmean(row) for row in per_image] + [one.cka, np.nanmean(one.knn_accuracy_change[labels == i])]
+        keys = ("cosine", "rank_preservation", "knn_accuracy_change", "cka", "target_knn_accuracy_change")
+        assert [getattr(entry, key) for key in keys] == pytest.approx(want)
+        change = [np.nanmean(one.knn_accuracy_change[labels == j]) for j in range(3)]
+        assert entry.knn_accuracy_change_per_class == pytest.approx(change)
+        assert entry.coordinates_left_out == one.n_written == (2 if i == 0 else 0)
+    for key in keys:
+        assert getattr(result, key) == pytest.approx(np.mean([getattr(result.per_class[c], key) for c in "abc"]))
+    assert [result.per_class[name].target_drop for name in "abc"] == [0.25, None, 0.75]
+    assert result.target_drop == 0.5
+    assert (result.n_neighbours, result.n_ranked) == (4, 60)
+    assert result.random_control is result.difference is None
+    kept = np.setdiff1d(np.arange(150), [4, 9])
+    few = EmbeddingMetrics(before[kept], labels[kept], n_neighbours=4)
+    assert result.knn_accuracy == few.knn_accuracy()
+    assert 0.5 < result.knn_accuracy < 1
+    assert standard_metrics(few, [few.compare(after[kept])] * 3, np.zeros(3), "abc").n_ranked == 148

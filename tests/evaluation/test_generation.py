@@ -17,7 +17,7 @@ import skillfast
 from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError
-from skillfast.evaluation.generation import corpus_bleu, perplexity
+from skillfast.evaluation.generation import corpus_bleu, perplexity, text_measures
 from skillfast.metrics import TOKEN_LOG_PROBABILITY
 from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
@@ -231,3 +231,23 @@ def test_the_command(folder, tmp_path):
         assert result.exit_code == code, result.output
         assert words in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_measures_of_texts_equal_plain_sums():
+    rng = np.random.default_rng(0)
+    counts, rows = rng.integers(1, 9, 12), rng.integers(0, 12, (200, 12))
+    intact, sums = -rng.gamma(2, size=(2, 12)) * counts
+    weights = np.stack([np.bincount(row, minlength=12) for row in rows])
+    texts = ["a good film and a story", "one bad story about nothing"]
+    found = text_measures(sums, intact, counts, weights, texts, [*texts[:1], "one bad story about a film"])
+    drawn, before = (np.array([np.exp(-s[row].sum() / counts[row].sum()) for row in rows]) for s in (sums, intact))
+    whole, was = (np.exp(-s.sum() / counts.sum()) for s in (sums, intact))
+    bleu = sacrebleu.corpus_bleu(texts, [[texts[0], "one bad story about a film"]]).score
+    assert found.values == pytest.approx({"perplexity": whole, "bleu": bleu})
+    assert found.change == pytest.approx({"perplexity": whole - was, "bleu": bleu - 100})
+    for ends, values in ((found.ci95, drawn), (found.change_ci95, drawn - before)):
+        assert ends["perplexity"] == pytest.approx(np.quantile(values, [0.025, 0.975]))
+        assert ends["bleu"] is None
+    endless = text_measures(sums * 1e4, intact * 1e4, counts, weights, [], [])
+    assert endless.values == endless.change == endless.ci95 == endless.change_ci95 == {"perplexity": None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from skillfast.evaluation.harm import cross_fitted, noise_floor, per_example, plug_in, size
-from skillfast.evaluation.intervals import share_limits
+from skillfast.evaluation.intervals import difference_limits, share_limits
 from skillfast.evaluation.selectivity import class_terms, oracle_selectivity, selectivity
 
 K = 10
@@ -205,3 +205,32 @@ def test_one_example_of_each_class_leaves_all_open():
     assert low < 0.5 < high
     worse = selectivity(np.where(np.eye(3, dtype=bool), same, (labels + 1) % 3)[None], same, labels, labels)
     assert worse.harm.ci95 == [0, 1]
+
+
+def test_where_nothing_changes_intervals_count_the_decisions_that_could_have():
+    """Of 90 examples 90 of the own class and 180 of others; no loss is no certainty of no harm."""
+    labels = np.arange(3).repeat(30)
+    same = np.tile(labels, (3, 1))
+    found = selectivity(same[None], same, labels, labels)
+    none = np.zeros((2, 2))
+    assert found.ci95.target_drop == pytest.approx(difference_limits(0, 0, none, 90))
+    for ends in (found.ci95.regret, found.ci95.other_change):
+        assert ends == pytest.approx(difference_limits(0, 0, none, 180))
+    assert found.ci95.gross_loss == pytest.approx(share_limits(0, 0, 180))
+    assert found.ci95.agreement == pytest.approx([1 - share_limits(0, 0, 180)[1], 1])
+    assert found.harm.ci95 == pytest.approx([0, share_limits(0, 0, 180)[1]])
+    gone = np.where(labels == np.arange(3)[:, None], (labels + 1) % 3, labels)
+    wrong = (labels + 1) % 3
+    found = selectivity(same[None], same, wrong, labels)  # all that was wrong is right: others only gain
+    assert [found.other_change, found.other_abs_change] == pytest.approx([1, 1])
+    assert found.gross_loss == found.harm.plug_in == 0
+    assert found.harm.cross_fitted == pytest.approx(0, abs=1e-8)
+    assert found.harm.ci95[1] == found.ci95.gross_loss[1]
+    assert found.at_least.ratio is None  # the own class gains as well
+    found = selectivity(gone[None], same, labels, labels)
+    assert found.target_drop == pytest.approx(1)
+    assert found.ratio is found.harm_ratio is found.strict_ratio is None  # nothing to divide by
+    low = found.ci95.target_drop[0]
+    assert found.at_least.ratio == pytest.approx(low / difference_limits(0, 0, none, 180)[1])
+    assert found.at_least.harm_ratio == pytest.approx(low / share_limits(0, 0, 180)[1])
+    assert found.at_least.strict_ratio == found.at_least.harm_ratio

@@ -4,7 +4,7 @@ import numpy as np
 import planted
 import pytest
 import torch
-from scipy.stats import false_discovery_control, t, ttest_rel
+from scipy.stats import false_discovery_control, t, ttest_1samp, ttest_rel
 
 import skillfast
 from skillfast.evaluation.directions import angles as turned
@@ -13,6 +13,8 @@ from skillfast.evaluation.interference import (
     Effects,
     Margins,
     _difference,
+    _left_out,
+    _paired,
     _Shift,
     find_pairs,
     interference,
@@ -352,3 +354,84 @@ def test_turns_that_random_draws_do_as_well_differ_by_nothing():
     each = np.array([np.diagonal(angles)] * 4)  # draws are alike, classes are not
     want = jackknife_interval(0.0, np.zeros(8), -180.0, 180.0, variance_of_mean(each))
     assert found.ci95["own_angle_deg"] == pytest.approx(want)
+
+
+def test_intervals_of_angles_end_at_0_and_at_180_degrees():
+    rng = np.random.default_rng(0)
+    *effects, margins = world(rng)
+    angles = np.where(np.eye(K, dtype=bool), 178.0, 2.0)
+    left_out = angles[:, None] + rng.normal(0, 9, (K, 8, K))
+    draws = (180.0 - angles)[None], np.repeat((180 - angles)[None, :, None], 8, 2)
+    found = interference((angles, left_out), *effects, np.eye(K), "abcde", margins, draws)
+    ends = np.array(found.ci95.angles_deg)
+    assert (ends[np.eye(K, dtype=bool), 1] == 180).all()
+    assert (ends[~np.eye(K, dtype=bool), 0] == 0).all()
+    assert found.ci95.own_angle_deg[1] == 180
+    assert found.ci95.other_angle_deg[0] == 0
+    assert found.random_control.own_angle_deg == 2
+    assert found.random_control.other_angle_deg == 178
+    each = np.array([np.diagonal(draws[0][0])])
+    want = jackknife_interval(
+        176.0, _left_out(angles, left_out)["own_angle_deg"] - 2, -180, 180, variance_of_mean(each)
+    )
+    assert found.difference.ci95["own_angle_deg"] == pytest.approx(want)
+    assert want[1] == 180
+    assert found.difference.own_angle_deg == -found.difference.other_angle_deg == 176
+
+
+def test_means_and_the_strongest_angle_leave_out_what_has_none():
+    rng = np.random.default_rng(0)
+    *effects, margins = world(rng)
+    angles = rng.uniform(1, 40, (K, K))
+    angles[:, 3] = angles[2, 0] = np.nan
+    left_out = np.repeat(angles[:, None], 4, 1) + rng.normal(size=(K, 4, K))
+    overlap_of = rng.random((K, K)) / 2
+    np.fill_diagonal(overlap_of, 1)
+    draws = angles + rng.normal(size=(3, K, K)), left_out + rng.normal(size=(3, K, 4, K))
+    found = interference((angles, left_out), *effects, overlap_of, "abcde", margins, draws)
+    for name, which in (("own_angle_deg", np.eye(K, dtype=bool)), ("other_angle_deg", ~np.eye(K, dtype=bool))):
+        mean = np.nanmean(angles[which])
+        assert getattr(found, name) == pytest.approx(mean)
+        assert getattr(found.random_control, name) == pytest.approx(np.nanmean(draws[0][:, which]))
+        without = np.array([np.nanmean(left_out[:, g][which]) for g in range(4)])
+        assert getattr(found.ci95, name) == pytest.approx(jackknife_interval(mean, without, 0, 180))
+        random_without = np.array([np.nanmean(draws[1][:, :, g][:, which]) for g in range(4)])
+        each = np.array(
+            [[row[i] if "own" in name else np.nanmean(np.delete(row, i)) for i, row in enumerate(d)] for d in draws[0]]
+        )
+        difference = mean - np.nanmean(draws[0][:, which])
+        ends = jackknife_interval(difference, without - random_without, -180, 180, variance_of_mean(each))
+        assert getattr(found.difference, name) == pytest.approx(difference)
+        assert found.difference.ci95[name] == pytest.approx(ends)
+    for i, j in np.ndindex(K, K):
+        ends = found.ci95.angles_deg[i][j]
+        if np.isnan(angles[i, j]):
+            assert found.angles_deg[i][j] is ends is None
+        else:
+            assert found.angles_deg[i][j] == angles[i, j]
+            assert ends == pytest.approx(jackknife_interval(angles[i, j], left_out[i, :, j], 0, 180))
+    for part, matrix in (("angle", angles), ("overlap", overlap_of)):
+        i, j = np.unravel_index(np.nanargmax(np.where(np.eye(K), np.nan, matrix)), (K, K))
+        assert list(to_json(getattr(found.strongest, part)).values()) == ["abcde"[i], "abcde"[j], matrix[i, j]]
+    assert found.overlap == overlap_of.tolist()
+    assert found.reasons.no_direction == ["a", "d"]
+    assert found.reasons.no_images is found.reasons.one_image is None
+    none = (np.full((3, K, K), np.nan), np.full((3, K, 4, K), np.nan))
+    missing = interference((angles, left_out), *effects, overlap_of, "abcde", margins, none)
+    assert missing.difference.own_angle_deg is missing.difference.ci95["own_angle_deg"] is None
+    missing = interference((none[0][0], none[1][0]), *effects, overlap_of, "abcde", margins, draws)
+    assert missing.difference.own_angle_deg is missing.own_angle_deg is missing.ci95.own_angle_deg is None
+
+
+def test_shifts_of_few_images_have_students_tails():
+    """Of two images a t test with one degree of freedom; one image says nothing, and none has no shift."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 0, 1, 1, 1, 2])
+    shift = rng.normal(1, 1, (2, 6))
+    found = _paired(shift, labels, 4)
+    p = found.p_above(np.zeros(4))
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert p[i, j] == pytest.approx(ttest_1samp(shift[i, labels == j], 0, alternative="greater").pvalue)
+    assert (p[:, 2] == 0.5).all()
+    assert (p[:, 3] == 1).all()
+    assert np.isinf(found.variance[:, 2]).all()

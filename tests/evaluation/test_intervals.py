@@ -48,6 +48,10 @@ def test_strata_equal_a_plain_loop():
     want = sum(np.cov(part) / part.shape[1] for part in parts) / 16
     np.testing.assert_allclose(strata.covariance(values), want)
     assert strata.effective == pytest.approx(16 / sum(1 / part.shape[1] for part in parts))
+    gap = Strata(np.where(labels == 3, 5, labels))  # classes without examples do not count
+    assert gap.effective == pytest.approx(strata.effective)
+    assert gap.classes.tolist() == [0, 1, 2, 5]
+    np.testing.assert_allclose(gap.mean(values), strata.mean(values))
     over_all = Strata(labels, np.bincount(labels) / 60)
     np.testing.assert_allclose(over_all.mean(values), values.mean(1))
     assert over_all.effective == pytest.approx(60)

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from skillfast import Condition, Skill, ablate
 from skillfast.data import TensorImages, loader
 from skillfast.data.splits import few_per_class
-from skillfast.evaluation.jackknife import deal
+from skillfast.evaluation.jackknife import deal, jackknife_interval
 from skillfast.evaluation.probes import (
     OTHERS,
     SHOTS,
@@ -234,3 +234,56 @@ def test_the_head_is_read_where_it_is_linear(vit):
     np.testing.assert_array_equal(weight, vit.head.weight.detach())
     np.testing.assert_array_equal(bias, vit.head.bias.detach())
     assert linear_head(vit, site, 4) is None  # label words of a vocabulary
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_nothing_tells_apart_has_no_share():
+    """Neither the classifier nor a probe ever predicts it: no 0 / 0, and the means are those of the others."""
+    labels = np.arange(3).repeat(20)
+    never = np.where(labels == 2, 0, labels)
+    rows = np.tile(never, (3, 1))
+    found = information(Readings(never, rows, rows[:, None], rows[:, None], 20), rows, never, labels, "abc")
+    told = found.per_class["c"]
+    assert (told.readout_lost, told.information_lost, told.relearned, told.relearned_without) == (None,) * 4
+    assert (told.recall, told.recall_removed, told.recall_refitted) == (0, 0, 0)
+    assert (found.readout_lost, found.information_lost, found.relearned, found.relearned_without) == (0, 0, 1, 1)
+    assert found.ci95.readout_lost == found.ci95.information_lost == [0, 0]
+    assert found.ci95.relearned == found.ci95.relearned_without == [1, 1]
+
+
+def test_shares_and_recalls_equal_a_loop_over_classes_and_draws():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 30 + [1] * 24 + [2] * 41 + [4])
+    n = len(labels)
+
+    def noisy(right, *shape):
+        return np.where(rng.random((*shape, n)) < right, labels, rng.integers(0, 5, (*shape, n)))
+
+    baseline, intact, predictions, refitted = noisy(0.9), noisy(0.95), noisy(0.3, 5), noisy(0.7, 5)
+    relearned, without = noisy(0.6, 5, 3), noisy(0.4, 5, 2)
+    baseline[-1] = intact[-1] = 3  # the only example of class 4 is not told apart
+    found = information(Readings(intact, refitted, relearned, without, 64), predictions, baseline, labels, "abcde")
+    dealt = deal(labels, 40)
+
+    def told(rows, i):
+        return np.mean([told_apart(row, labels, i, dealt) for row in rows], 0)
+
+    shares = {name: [] for name in ("readout_lost", "information_lost", "relearned", "relearned_without")}
+    for i, name in enumerate("abcde"):
+        entry, own = found.per_class[name], labels == i
+        for key, rows in (("recall", baseline), ("recall_removed", predictions[i]), ("recall_refitted", refitted[i])):
+            assert getattr(entry, key) == (pytest.approx((rows[own] == i).mean()) if own.any() else None)
+        if name in "de":
+            assert entry.readout_lost is entry.relearned is None
+            continue
+        before = told([baseline], i)
+        shares["readout_lost"].append(1 - told([predictions[i]], i) / before)
+        shares["information_lost"].append(1 - told([refitted[i]], i) / told([intact], i))
+        shares["relearned"].append(told(relearned[i], i) / before)
+        shares["relearned_without"].append(told(without[i], i) / before)
+        assert [getattr(entry, key) for key in shares] == pytest.approx([rows[-1][0] for rows in shares.values()])
+    for key, rows in shares.items():
+        mean = np.mean(rows, 0)
+        assert getattr(found, key) == pytest.approx(mean[0])
+        assert getattr(found.ci95, key) == pytest.approx(jackknife_interval(mean[0], mean[1:], -np.inf, np.inf))
+    assert (found.n_fitted, found.shots, found.steps) == (64, 5, 30)

@@ -20,8 +20,8 @@ from tiny_models import WORDS, save_model
 from skillfast import BenchConfig, Skill
 from skillfast.cli import main
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.tasks import RIDGE, Outputs, TaskMeasures, expected_shared, overlaps
-from skillfast.metrics import parse_metrics
+from skillfast.evaluation.tasks import RIDGE, Outputs, TaskMeasures, _pearson, expected_shared, overlaps
+from skillfast.metrics import Categorical, Continuous, parse_metrics
 from skillfast.models.sites import find_sites
 from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
@@ -236,3 +236,51 @@ def test_the_command(folder, tmp_path):
         assert result.exit_code == 2, result.output
         assert words in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_every_measure_of_a_task_says_what_it_is():
+    rng = np.random.default_rng(0)
+    rows, held = rng.normal(size=(2, 60, 4)).astype(np.float32)
+    columns = [
+        {"length": x @ [1.0, 2, 0, 0] + 0.1 * rng.normal(size=60), "genre": np.where(x[:, 3] > 0, "film", "story")}
+        for x in (rows, held)
+    ]
+    logits, labels = torch.from_numpy(rng.normal(size=(60, 2))), torch.from_numpy(rng.integers(0, 2, 60))
+    kinds = {"length": Continuous(), "genre": Categorical(["film", "story"])}
+    names = ["label", "correct", "loss", "confidence", "column:length", "column:genre"]
+    tasks = parse_metrics(names, ["a", "b"], kinds)
+    intact = Outputs(logits, labels, held)
+    measures = TaskMeasures(tasks, intact, columns[1], columns[0], rows)
+    found = measures.values(Outputs(logits + 1 * (labels == 0)[:, None] * torch.tensor([1.0, 0]), labels, held))
+    assert found["length: R\N{SUPERSCRIPT TWO} of a probe"] > 0.99
+    assert found["genre: accuracy of a probe"] > 0.8
+    assert found["loss: mean"] < measures.values(intact)["loss: mean"]
+    assert measures.values(intact)["loss: r with intact"] == pytest.approx(1)
+    probe = (
+        "the model does not give out {}: {} of a linear probe of it, from the embeddings that enter the classifier, "
+        "fitted on those of the intact model on other examples"
+    )
+    right = "share of held-out examples that are predicted right"
+    assert measures.words == {
+        "label: accuracy": right,
+        "correct: accuracy": right,
+        "loss: mean": "mean loss on held-out examples",
+        "loss: r with intact": "Pearson's r of each example's loss with the intact model's",
+        "confidence: mean": "mean confidence on held-out examples",
+        "confidence: r with intact": "Pearson's r of each example's confidence with the intact model's",
+        "confidence: AUROC of right": "AUROC: how well confidence tells right predictions from wrong ones",
+        "length: R\N{SUPERSCRIPT TWO} of a probe": probe.format("length", "R\N{SUPERSCRIPT TWO}"),
+        "length: r of a probe": probe.format(
+            "length", "Pearson's r with the truth, which a mere shift of the embeddings leaves,"
+        ),
+        "genre: accuracy of a probe": probe.format("genre", "accuracy"),
+    }
+
+
+def test_what_only_rounding_moves_has_no_correlation():
+    x = np.linspace(1, 2, 9)
+    assert _pearson(x, x**2) == pytest.approx(np.corrcoef(x, x**2)[0, 1])
+    assert _pearson(x, 1e6 + 0.1 * x) == pytest.approx(1)
+    for constant in (np.zeros(9), np.full(9, 0.1), 1e6 + 1e-5 * x, -1e6 - 1e-5 * x):
+        assert np.isnan(_pearson(x, constant))
+        assert np.isnan(_pearson(constant, x))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
+from skillfast.evaluation.harm import cross_fitted, noise_floor, plug_in
+from skillfast.evaluation.intervals import difference_limits as limits
 from skillfast.evaluation.power import loss_p, power, smallest_visible
 from skillfast.evaluation.selectivity import selectivity
 from skillfast.evaluation.verdicts import verdicts
@@ -95,3 +97,42 @@ def test_losses_that_gains_make_up_for_are_no_harm_below_0():
         assert harm.plug_in == 0
         assert harm.cross_fitted < 0
         assert selectivity(predictions[None], predictions, intact, labels).harm.plug_in >= 0
+
+
+def test_a_verdict_says_what_these_examples_would_have_shown():
+    harm = np.zeros((K, K))
+    harm[1, 3] = 0.3
+    predictions, intact, labels = removals(np.random.default_rng(3), harm, n=80)
+    predictions[0, labels == 4] = 4  # one class gains
+    labels, intact, predictions = labels[10:], intact[10:], predictions[:, 10:]  # of class a 70
+    found = verdicts(predictions, intact, labels, NAMES)
+    for i, name in enumerate(NAMES):
+        change = (predictions[i] == labels) * 1 - (intact == labels)
+        others = [change[labels == j] for j in range(K) if j != i]
+        losses, gains, n = (
+            np.array([f(x) for x in others]) for f in (lambda x: (x < 0).sum(), lambda x: (x > 0).sum(), len)
+        )
+        chance, least = np.mean(np.minimum(losses, gains) / n), 80 if i == 0 else 70
+        one = found[name]
+        assert one.target_drop == pytest.approx(-change[labels == i].mean())
+        assert one.visible_alone == pytest.approx(smallest_visible(least, chance, 0.05))
+        assert one.visible_of_all == pytest.approx(smallest_visible(least, chance, 0.05 / 20))
+        p = [
+            binomtest(int(a), int(a + b), alternative="greater").pvalue if a + b else 1
+            for a, b in zip(losses, gains, strict=True)
+        ]
+        assert one.harmed == [
+            c for c, value in zip([c for c in NAMES if c != name], p, strict=True) if value <= 0.05 / 4
+        ]
+        assert [one.harm.plug_in, one.harm.cross_fitted, one.harm.noise_floor] == pytest.approx(
+            [estimate(losses, gains, n).mean() for estimate in (plug_in, cross_fitted, noise_floor)]
+        )
+        bounds = [
+            limits((x < 0).mean(), (x > 0).mean(), np.cov(x < 0, x > 0) / len(x), len(x), norm.isf(0.05 / 4))[1]
+            for x in others
+        ]
+        assert one.others_lose_at_most == pytest.approx(max(bounds))
+        own = change[labels == i]
+        want = limits((own < 0).mean(), (own > 0).mean(), np.cov(own < 0, own > 0) / len(own), len(own))
+        assert one.ci95 == pytest.approx(want)
+        assert 0 <= one.harm.ci95[0] <= max(0, one.harm.cross_fitted) <= one.harm.plug_in <= one.harm.ci95[1] <= 1
