@@ -12,7 +12,7 @@ PIP_INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $
 INSTALL := $(call PIP_INSTALL,$(VENV))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format docs mutants oldest clean
+.PHONY: bench test lint format docs mutants oldest plotly clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -71,6 +71,21 @@ oldest:
 	PYENV_VERSION=3.10 python3.10 -m venv .oldest || $(PYTHON) -m venv .oldest
 	$(call PIP_INSTALL,.oldest) -c .ci/oldest.txt pybind11 scikit-build-core cmake ninja
 	SKILLFAST_CUDA=OFF $(call PIP_INSTALL,.oldest) -c .ci/oldest.txt --no-build-isolation '.[test]'
+
+# What pages draw with: plotly.js with the kinds of traces that they have, a quarter of the whole. Kept in the repository,
+# so that nobody who installs needs npm.
+PLOTLY ?= 4.1.1
+plotly:
+	mkdir -p build/plotly
+	cd build/plotly && npm install --silent --no-save --prefix . plotly.js@$(PLOTLY) esbuild@0.28.2
+	printf '%s\n' "const Plotly = require('plotly.js/lib/core');" \
+		"Plotly.register([require('plotly.js/lib/bar'), require('plotly.js/lib/heatmap')]);" \
+		"module.exports = Plotly;" >build/plotly/index.js
+	cd build/plotly && npx esbuild index.js --bundle --minify --format=iife --global-name=Plotly --target=es2017 \
+		--define:global=window --legal-comments=eof --log-level=error \
+		--banner:js="/*! plotly.js v$(PLOTLY), scatter, bar and heatmap alone. Copyright Plotly, Inc. MIT licence. */" \
+		--outfile=../../skillfast/report/plotly.min.js
+	rm skillfast/report/plotly.min.css
 
 clean:
 	rm -rf $(VENV) .oldest build dist site

@@ -18,13 +18,12 @@ def render(package: str, drawn: dict[str, Any], /, **context: Any) -> str:
     """
     import jinja2
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
     # our own files and encoded JSON: everything else in the page is escaped
     inline = {
         "style": Markup(_resource("skillfast.report", "page.css")),
         "script": Markup(_resource(package, "page.js")),
-        "plotly": Markup(get_plotlyjs()),
+        "plotly": Markup(_resource("skillfast.report", "plotly.min.js")),
         "data": Markup(script_json(drawn)),
     }
     environment = jinja2.Environment(
