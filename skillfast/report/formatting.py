@@ -73,6 +73,12 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
+def rounded(value: Any, digits: int) -> float | None:
+    """The value to so many digits, which is all that a figure shows, or None where it is not defined."""
+    found = finite(value)
+    return None if found is None else round(found, digits)
+
+
 def _fixed(value: float, digits: int, signed: bool) -> str:
     text = f"{abs(value):,.{digits}f}"
     if float(text.replace(",", "")) == 0:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import finite
+from skillfast.report.formatting import rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # beyond this many classes a cell is too small for its number
 MAX_WRITTEN = 20
@@ -130,14 +133,14 @@ def heatmap(
     rows: list[list[Any]],
     x: list[str],
     y: list[str],
-    text: list[list[str]],
+    number: Callable[[Any], str],
     bar: str,
     bar_format: str = "",
     **more: Any,
 ) -> dict[str, Any]:
-    """A matrix in colours, with its numbers where they fit, and a colour bar titled `bar`."""
+    """A matrix in colours, with its numbers, as `number` writes them, where they fit, and a colour bar titled `bar`."""
     few = max(len(x), len(y)) <= MAX_WRITTEN
-    written = {"text": text, "texttemplate": "%{text}"} if few else {}
+    written = {"text": [[number(v) for v in row] for row in rows], "texttemplate": "%{text}"} if few else {}
     gap = 1 if few else 0
     return {
         "type": "heatmap",
@@ -165,7 +168,7 @@ def row_mark(n_rows: int) -> dict[str, Any]:
 
 def in_points(rows: list[list[Any]]) -> list[list[float | None]]:
     """Fractions as percentage points."""
-    return [[None if finite(v) is None else round(100 * float(v), 4) for v in row] for row in rows]
+    return [[rounded(None if v is None else 100 * v, 2) for v in row] for row in rows]
 
 
 def largest(rows: list[list[float | None]], at_least: float) -> float:

@@ -284,12 +284,10 @@ def test_steps_and_places():
     from skillfast.report.bench import figures
 
     results, skills = both()
-    steps = figures.removal_steps(typed(results, skills)[0])
-    for i, frame in enumerate(steps["frames"]):
-        own, others, oracle = (bars["y"] for bars in frame["data"])
-        assert own[i] == pytest.approx(100 * results["removal_matrix"][i][i])
-        assert others[i] is None
-        assert oracle[i] == pytest.approx(100 * results["oracle"]["removal_matrix"][i][i])
+    found = typed(results, skills)[0]
+    drawn = figures.removal_matrix(found)["data"][0]["z"], figures.removal_steps(found)["layout"]["meta"]["oracle"]
+    for rows, matrix in zip(drawn, (results, results["oracle"]), strict=True):
+        assert rows == [pytest.approx([100 * v for v in row], abs=0.005) for row in matrix["removal_matrix"]]
     places = figures.location_steps(*typed(results, skills))
     neurons = skills["skills"][3]["neurons"]
     drawn = sum(sum(bars["y"]) for bars in places["frames"][4]["data"])

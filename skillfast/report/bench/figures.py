@@ -1,10 +1,10 @@
-"""The figures as plotly JSON: plain dicts of `data`, `layout` and, where they are stepped through, `frames`."""
+"""The figures as plotly JSON: plain dicts of `data`, `layout` and, where the page has no other source, `frames`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, term_value
+from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, rounded, term_value
 from skillfast.report.parts import (
     DIVERGING,
     MAX_WRITTEN,
@@ -49,7 +49,7 @@ def removal_matrix(results: BenchResults) -> Figure:
         rows,
         names,
         names,
-        [[cell(v) for v in row] for row in results.removal_matrix],
+        lambda v: cell(None if v is None else v / 100),
         "change in accuracy, percentage points",
         zmin=-limit,
         zmid=0,
@@ -82,15 +82,11 @@ def _bars(name: str, x: list[str], y: list[Any], hue: str, hover: str, **more: A
     }
 
 
-def _heights(rows: list[list[Any]], best: list[list[Any]], i: int) -> list[list[Any]]:
-    """Bars for one removal: the removed class, the others, the oracle's."""
-    own = [v if j == i else None for j, v in enumerate(rows[i])]
-    others = [None if j == i else v for j, v in enumerate(rows[i])]
-    return [own, others, best[i]]
-
-
 def removal_steps(results: BenchResults) -> Figure:
-    """The change in every class's accuracy for one removal, the oracle's beside it; one frame per removed skill."""
+    """The change in every class's accuracy for one removal, the oracle's beside it.
+
+    The page makes the bars from rows of `removal_matrix` and of the oracle's, which stands in the layout's `meta`.
+    """
     names = labels(results.dataset.classes)
     rows = in_points(results.removal_matrix)
     best = in_points(results.oracle.removal_matrix)
@@ -103,8 +99,7 @@ def removal_steps(results: BenchResults) -> Figure:
     ]
     hover = "<b>%{x}</b>: %{y:+.1f} points"
     data = [
-        _bars(name, names, heights, hue, hover, width=width, offset=offset)
-        for (name, hue, offset), heights in zip(styles, _heights(rows, best, 0), strict=True)
+        _bars(name, names, [None] * len(names), hue, hover, width=width, offset=offset) for name, hue, offset in styles
     ]
     every = [v for matrix in (rows, best) for row in matrix for v in row if v is not None]
     low, high = min([0.0, *every]), max([0.0, *every])
@@ -113,11 +108,9 @@ def removal_steps(results: BenchResults) -> Figure:
         barmode="overlay",
         xaxis=across(names),
         yaxis=amounts("change in accuracy, points", range=[low - pad, high + pad]),
+        meta={"oracle": best},
     )
-    frames = [
-        {"name": str(i), "data": [{"y": heights} for heights in _heights(rows, best, i)]} for i in range(len(names))
-    ]
-    return {"data": data, "layout": layout, "frames": frames}
+    return {"data": data, "layout": layout}
 
 
 def _note(row: str, text: str) -> dict[str, Any]:
@@ -252,7 +245,7 @@ def location_matrix(results: BenchResults, skills: Skills) -> Figure:
         counts,
         sites,
         names,
-        [[str(count or "") for count in row] for row in counts],
+        lambda count: str(count or ""),
         "neurons of the skill",
         zmin=0,
         colorscale=SEQUENTIAL,
@@ -347,12 +340,12 @@ def overlap(results: BenchResults) -> Figure:
     names = labels(results.dataset.classes)
     assert results.interference is not None
     found = results.interference.overlap
-    rows = [[None if i == j else finite(v) for j, v in enumerate(row)] for i, row in enumerate(found)]
+    rows = [[None if i == j else rounded(v, 4) for j, v in enumerate(row)] for i, row in enumerate(found)]
     trace = heatmap(
         rows,
         names,
         names,
-        [["" if v is None else number_of(round(100 * v)) for v in row] for row in rows],
+        lambda v: "" if v is None else number_of(round(100 * v)),
         "neurons in both, of those in either",
         ".0%",
         zmin=0,

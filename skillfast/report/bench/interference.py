@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import MINUS, UNDEFINED, finite, interval, number_of, percent, points
+from skillfast.report.formatting import MINUS, UNDEFINED, finite, interval, number_of, percent, points, rounded
 from skillfast.report.parts import SEQUENTIAL, Figure, across, base, down, heatmap, labels, largest
 from skillfast.results.records import to_json
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEGREE = "\N{DEGREE SIGN}"
 MOST_PAIRS = 12
+MAX_INTERVALS = 100  # classes; beyond them the intervals of all pairs would be most of the page
 HIGH = 0.9  # who watches embeddings takes a similarity above this for nothing to see
 SMALL = 0.2  # and a change below this part of the target's loss
 
@@ -57,19 +58,23 @@ def angles(results: BenchResults) -> Figure:
     assert found is not None
     assert found.angles_deg is not None
     assert found.ci95 is not None
-    rows = [[finite(v) for v in row] for row in found.angles_deg]
+    rows = [[rounded(v, 2) for v in row] for row in found.angles_deg]
+    ends = found.ci95.angles_deg
+    more: dict[str, Any] = {}
+    if len(names) <= MAX_INTERVALS:
+        more = {"customdata": [[interval(pair, degrees) for pair in row] for row in ends]}
     trace = heatmap(
         rows,
         names,
         names,
-        [["" if v is None else f"{v:.0f}" if v >= 9.95 else f"{v:.1f}" for v in row] for row in rows],
+        lambda v: "" if v is None else f"{v:.0f}" if v >= 9.95 else f"{v:.1f}",
         "turn of the class's mean embedding, degrees",
         zmin=0,
         zmax=largest(rows, 0.1),
         colorscale=SEQUENTIAL,
-        customdata=[[interval(ends, degrees) for ends in row] for row in found.ci95.angles_deg],
-        hovertemplate=f"without the skill of <b>%{{y}}</b><br><b>%{{x}}</b> turns by %{{z:.1f}}{DEGREE} %{{customdata}}"
-        "<extra></extra>",
+        **more,
+        hovertemplate=f"without the skill of <b>%{{y}}</b><br><b>%{{x}}</b> turns by %{{z:.1f}}{DEGREE}"
+        f"{' %{customdata}' * bool(more)}<extra></extra>",
     )
     return {"data": [trace], "layout": base(xaxis=across(names), yaxis=down(names, "removed skill"))}
 

@@ -64,6 +64,15 @@
     }).catch(() => undefined); // plotly rejects an animation that a newer one replaces
   }
 
+  // the removed class, the others, and the oracle's beside them
+  function bars(index) {
+    const row = figures["removal-matrix"].data[0].z[index];
+    const own = row.map((value, other) => (other === index ? value : null));
+    const others = row.map((value, other) => (other === index ? null : value));
+    const heights = [own, others, figures["removal-steps"].layout.meta.oracle[index]];
+    return { data: heights.map((y) => ({ y })), traces: [0, 1, 2] };
+  }
+
   function mark(id, index) {
     const [shape] = themed(figures[id].layout.shapes);
     const moved = { ...shape, y0: index + shape.y0, y1: index + shape.y1 };
@@ -80,7 +89,7 @@
     strong.textContent = name;
     at("status").replaceChildren("Without the skill of ", strong, ` (${step} of ${count}): ${steps[step - 1]}`);
     at("stepper").dataset.step = step;
-    await Promise.all([mark("removal-matrix", step - 1), animate("removal-steps", String(step - 1))]);
+    await Promise.all([mark("removal-matrix", step - 1), animate("removal-steps", bars(step - 1))]);
   }
 
   function go(target) {

@@ -41,17 +41,17 @@ def make_figures(results: BenchResults, skills: Skills) -> dict[str, Any]:
 def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
     classes = results.dataset.classes
     interfering = results.interference is not None and results.interference.strongest is not None
-    matrix = [[cell(v) for v in row] for row in results.removal_matrix]
+    few = len(classes) <= MAX_WRITTEN
     embeddings = interference.embedding_rows(results) if results.standard_metrics else []
     return {
         "results": results,
         "classes": classes,
         "skill_names": [skill.name for skill in skills.skills],
-        "few": len(classes) <= MAX_WRITTEN,
+        "few": few,
         "summary": words.summary(results),
         "tiles": words.tiles(results),
         "definitions": words.definitions(results, skills),
-        "matrix": matrix,
+        "matrix": [[cell(v) for v in row] for row in results.removal_matrix] if few else [],
         "selectivity": words.selectivity_rows(results),
         "verdicts": words.verdict_rows(results) if results.verdicts else None,
         "draws": results.random_control.draws,

@@ -153,21 +153,20 @@ def by_layer(results: EvaluationResults, measure: str, random: bool) -> Figure:
     rows = [o for o in results.outcomes if o.scale == 0 and o.share == share[o.skill]]
     skills, places = (list(dict.fromkeys(getattr(o, key) for o in rows)) for key in ("skill", "layers"))
     at = {(o.skill, o.layers): o for o in rows}
-    changes, controls, texts = [], [], []
+    changes, controls = [], []
     for name in skills:
         found = [at.get((name, place)) for place in places]
         own = [None if o is None else _scaled(measure, o.change[measure]) for o in found]
         drawn = [None if o is None else _scaled(measure, o.random.change[measure].mean) for o in found]
         changes.append(own)
         controls.append(drawn)
-        texts.append(["" if v is None else f"{v:+.3g}" if v else "0" for v in (drawn if random else own)])
     limit = largest([*changes, *controls], 1.0)
     unit = "points" if measure in FRACTIONS else NAMES[measure]
     trace = heatmap(
         controls if random else changes,
         labels([layer_word(place) for place in places]),
         labels(skills),
-        texts,
+        lambda v: "" if v is None else f"{v:+.3g}" if v else "0",
         f"change of {NAMES[measure]}{', points' if measure in FRACTIONS else ''}",
         zmin=-limit,
         zmid=0,
