@@ -3,10 +3,12 @@
 mutmut's operators and a few of our own make the changes; one of every (line, operator) can be drawn. Not counted:
 changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
 devices. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
-function is put in its place there (what runs at import is imported anew). Its tests are those of its package, first the
-files that name its module, and one case of every test before any other, until one fails or `BUDGET` is spent; left out
-are tests that are marked slow, need the trained default model or start processes, where no mutant in memory is. What is
-known of each mutant is kept in build/mutants/results.jsonl, what the tests cost in costs.tsv.
+function is put in its place there (what runs at import is imported anew). Its tests are those that run the changed
+line, cheap ones that name it or its module before others, until one fails or `BUDGET` is spent; left out are tests that
+are marked slow, need the trained default model or start processes, where no mutant in memory is. Which lines a test
+runs is recorded once, in minutes (`--record` records all tests and tries nothing; `--changed` records nothing and takes
+the tests of the package). What is known of each mutant is kept in build/mutants/results.jsonl, what a test runs in
+reach.jsonl.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from collections import Counter, defaultdict
 from dataclasses import fields
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING
 
 import libcst as cst
@@ -48,27 +50,11 @@ if TYPE_CHECKING:
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 WORK = ROOT / "build" / "mutants"
-RESULTS, COSTS = WORK / "results.jsonl", WORK / "costs.tsv"
+RESULTS, REACH = WORK / "results.jsonl", WORK / "reach.jsonl"
 PACKAGE = Path(importlib.util.find_spec("skillfast").submodule_search_locations[0])
 SCOPE = ("statistics", "evaluation", "skills", "ablation", "tracing", "backends/reference.py")
-ELSEWHERE = {  # tests of a package that do not lie in its folder
-    "ablation": [
-        "tests/evaluation/test_identifiability.py",
-        "tests/models/test_experts.py",
-        *(f"tests/tracing/test_{name}.py" for name in ("prepared", "waits")),
-    ],
-    "backends": ["tests/ops"],
-    "evaluation": [
-        "tests/ablation/test_constants.py",
-        *(f"tests/runs/test_{name}.py" for name in ("evaluate", "bench", "selection", "real_run")),
-    ],
-    "skills": [f"tests/{name}.py" for name in ("runs/test_selection", "runs/test_checkpoints", "tracing/test_waits")],
-    "statistics": ["tests/tracing", "tests/models/test_experts.py"],
-    "tracing": [
-        *(f"tests/statistics/test_{name}.py" for name in ("streaming", "inputs", "token_sample")),
-        *(f"tests/models/test_{name}.py" for name in ("experts", "batches", "causal")),
-    ],
-}
+FOLDERS = ("statistics", "tracing", "ops", "evaluation", "skills", "ablation")
+MOST_CASES = 6  # of a test in another folder
 BUDGET = 40.0  # seconds of CPU for the tests of a mutant
 USUAL = 0.2  # seconds of CPU of a test that has not run yet
 ENDLESS = 20.0  # seconds of CPU after which one test is taken not to end
@@ -205,52 +191,151 @@ def drawn(paths: list[str], changed: dict[str, set[int]] | None, seed: int) -> I
         yield mutant | {"code": code}
 
 
+def sources() -> list[str]:
+    places = [ROOT / "skillfast" / part for part in SCOPE]
+    files = [file for place in places for file in ([place] if place.suffix else sorted(place.rglob("*.py")))]
+    return [str(file.relative_to(ROOT)) for file in files]
+
+
 def import_all() -> None:
-    for part in SCOPE:
-        for path in [PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"):
-            importlib.import_module(".".join(["skillfast", *path.relative_to(PACKAGE).with_suffix("").parts]))
+    for path in sources():
+        importlib.import_module(path.removesuffix(".py").replace("/", "."))
+
+
+def all_tests() -> list[Path]:
+    """Files of tests that lie in the packages' folders or name one of them."""
+    named = re.compile(rf"skillfast.({'|'.join(FOLDERS)})\b")
+    files = sorted(file for file in (ROOT / "tests").rglob("test_*.py") if "triton" not in file.name)
+    return [file for file in files if file.parent.name in FOLDERS or named.search(file.read_text())]
 
 
 def tests_of(path: str) -> tuple[list[str], set[str]]:
-    """Files of tests for a module, those that name it first, then those that are called as it is; and these two."""
+    """Files of tests in a module's package or that import from it; and those that name it or are called as it is."""
     _, package, *_, name = Path(path).with_suffix("").parts
     dotted = ".".join(Path(path).with_suffix("").parts)
-    parent = dotted.rpartition(".")[0]
-    named = re.compile(rf"\b{re.escape(dotted)}\b|\b{re.escape(parent)} import .*\b{name}\b")
-    places = [ROOT / place for place in (f"tests/{package}", *ELSEWHERE.get(package, []))]
-    files = {file for place in places for file in ([place] if place.suffix else place.glob("test_*.py"))}
+    named = re.compile(rf"\b{re.escape(dotted)}\b|\b{re.escape(dotted.rpartition('.')[0])} import .*\b{name}\b")
     own = re.compile("|".join(part.rstrip("s") for part in Path(path).with_suffix("").parts[2:]))
-
-    def place(file: Path) -> tuple[bool, bool, str]:
-        return not named.search(file.read_text()), not own.search(file.stem), str(file)
-
-    files = {file for file in files if "triton" not in file.name}
-    near = {str(file.relative_to(ROOT)) for file in files if not all(place(file)[:2])}
-    return [str(file.relative_to(ROOT)) for file in sorted(files, key=place)], near
-
-
-def affordable(item: pytest.Item) -> bool:
-    return not COSTLY & set(item.fixturenames) and not STARTS_PROCESSES.search(inspect.getsource(item.function))
+    files, near = [], set()
+    for file in all_tests():
+        text, place = file.read_text(), str(file.relative_to(ROOT))
+        if file.parent.name == package or f"skillfast.{package}" in text:
+            files.append(place)
+            if named.search(text) or own.search(file.stem):
+                near.add(place)
+    return files, near
 
 
-def in_turn(items: list[pytest.Item], mutant: dict) -> list[pytest.Item]:
-    """A mutant's tests: those that name the function or its class first, then files that are near its module.
+def affordable(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Tests that a mutant may meet, those of the packages first; of others a few cases of each test."""
+    near, far = [], defaultdict(list)
+    for item in items:
+        if not COSTLY & set(item.fixturenames) and not STARTS_PROCESSES.search(inspect.getsource(item.function)):
+            own = item.path.parent.name in FOLDERS
+            (near if own else far[item.nodeid.partition("[")[0]]).append(item)
+    near.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+    return near + [item for cases in far.values() for item in cases[:: -(-len(cases) // MOST_CASES)]]
 
-    Of either kind one case of every test comes before any other, and cheap ones, as far as known, come first.
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:10]
+
+
+def digests(path: str) -> list[list[str]]:
+    """Names of a file, its functions and its lines that stay when lines move: for each line, from narrow to wide."""
+    lines = (ROOT / path).read_text().splitlines()
+    functions = [""] * (len(lines) + 1)
+
+    def name(node: ast.AST, names: tuple[str, ...]) -> None:
+        for child in ast.iter_child_nodes(node):
+            below = names
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                below = (*names, child.name)
+                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                functions[first : child.end_lineno + 1] = [".".join(below)] * (child.end_lineno + 1 - first)
+            name(child, below)
+
+    name(ast.parse("\n".join(lines)), ())
+    return [
+        [digest(path, function, text.strip()), digest(path, function), digest(path)]
+        for function, text in zip(functions, ["", *lines], strict=True)
+    ]
+
+
+class Reach:
+    """Which lines of the packages each test runs; what a shared fixture runs counts for every test that takes it."""
+
+    def __init__(self) -> None:
+        self.lines, self.of_fixtures = set(), defaultdict(set)
+        self.digests = {str(target({"file": path})): digests(path) for path in sources()}
+
+    def enter(self, frame: FrameType, _event: str, _arg: object) -> Callable | None:
+        return self.step if frame.f_code.co_filename in self.digests else None
+
+    def step(self, frame: FrameType, event: str, _arg: object) -> Callable:
+        if event == "line":
+            self.lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return self.step
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> Iterator[None]:
+        before, self.lines = self.lines, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                self.of_fixtures[fixturedef.baseid, fixturedef.argname] |= self.lines
+            self.lines = before | self.lines
+
+    def record(self, item: pytest.Item, following: pytest.Item | None) -> dict:
+        self.lines, before, failed = set(), cpu_seconds(), item.session.testsfailed
+        sys.settrace(self.enter)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        finally:
+            sys.settrace(None)
+        for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+            self.lines |= self.of_fixtures[definitions[-1].baseid, name]
+        reached = {name for file, line in self.lines for name in self.digests[file][line]}
+        passed = item.session.testsfailed == failed
+        cost = round(cpu_seconds() - before, 2)
+        return {"test": named(item), "cost": cost, "passed": passed, "reached": sorted(reached)}
+
+
+def named(item: pytest.Item) -> str:
+    """A test's name, another one if the test is changed."""
+    return f"{item.nodeid} {digest(inspect.getsource(item.function))}"
+
+
+def recorded() -> dict[str, dict]:
+    """What each test that was recorded costs, and what it runs."""
+    records = map(json.loads, REACH.read_text().splitlines() if REACH.exists() else [])
+    return {record["test"]: record | {"reached": set(record["reached"])} for record in records}
+
+
+def in_turn(items: list[pytest.Item], mutant: dict, known: dict[str, dict]) -> list[pytest.Item]:
+    """A mutant's tests: those that run its line, or its function where none is known to, or its file.
+
+    Cheap ones come first; one that does not name the function or its class, that lies far from its module or of which
+    another case comes before counts as more costly. A test that was not recorded is taken to run the line if it is of
+    the package.
     """
-    costs = dict(line.rsplit("\t", 1) for line in COSTS.read_text().splitlines()) if COSTS.exists() else {}
-    places = {file: place for place, file in enumerate(mutant["tests"])}
     public = [name for name in mutant["function"].split(".") if len(name) > 3 and not name.startswith("_")]
     names = re.compile("|".join(rf"\b{name}\b" for name in public) or "$^")
+    records = [known.get(named(item)) for item in items]
+    of_line = digests(mutant["file"])[mutant["line"]]
+    place = next((p for p in of_line if any(r and p in r["reached"] for r in records)), None)
     seen, found = Counter(), []
-    for item in items:
+    for item, record in zip(items, records, strict=True):
         file, test = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
-        if file in places:
-            unnamed = not names.search(inspect.getsource(item.function))
-            cost = round(float(costs.get(item.nodeid, USUAL)), 1)
-            found.append(((unnamed, file not in mutant["near"], seen[test] > 0, cost, places[file], len(found)), item))
+        sound = record and record["passed"] and record["cost"] < ENDLESS / 2
+        if (sound and place in record["reached"]) if record else file in mutant["tests"]:
+            weight = max(record["cost"], 0.02) if record else USUAL
+            weight *= 1 if names.search(inspect.getsource(item.function)) else 3
+            weight *= 1 if file in mutant["near"] else 3
+            weight *= 4 if seen[test] else 1
             seen[test] += 1
-    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+            found.append((weight, len(found), item))
+    return [item for *_, item in sorted(found, key=lambda entry: entry[:2])]
 
 
 def cpu_seconds() -> float:
@@ -261,12 +346,37 @@ class Runner:
     """Tries mutants in forks of a process that has collected all tests; with a folder, tries the only one here."""
 
     def __init__(self, mutants: list[dict], args: argparse.Namespace, here: Path | None = None) -> None:
-        self.mutants, self.args, self.here = mutants, args, here
+        self.mutants, self.args, self.here, self.known = mutants, args, here, recorded()
+
+    def record(self, session: pytest.Session) -> None:
+        """Records, in a fork, the tests that were not recorded yet."""
+        items = [item for item in affordable(session.items) if named(item) not in self.known]
+        if not items:
+            return
+        print(f"recording what {len(items)} tests run", file=PROGRESS, flush=True)
+        pid = os.fork()
+        if not pid:
+            try:
+                reach = Reach()
+                session.config.pluginmanager.register(reach)
+                with REACH.open("a") as file:
+                    for item, following in itertools.zip_longest(items, items[1:]):
+                        file.write(json.dumps(reach.record(item, following)) + "\n")
+                        file.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(0)
+        os.waitpid(pid, 0)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if self.here:
             self.run_tests(session, self.mutants[0], self.here)
         import_all()
+        if not self.args.changed:
+            self.record(session)
+        self.known = recorded()
         live = defaultdict(list)
         for function in gc.get_objects():
             if type(function) is FunctionType and function.__code__.co_filename.startswith(str(PACKAGE)):
@@ -291,19 +401,18 @@ class Runner:
             redirect(folder)
             session.config._tmp_path_factory._given_basetemp = folder / "tmp"
             session.config._tmp_path_factory._basetemp = None
-            chosen = in_turn([item for item in session.items if affordable(item)], mutant)
-            stop = cpu_seconds() + self.args.budget
-            (folder / "test.txt").write_text("no test")
+            chosen = in_turn(affordable(session.items), mutant, self.known)
+            stop, ran = cpu_seconds() + self.args.budget, 0
             for item, following in itertools.zip_longest(chosen, chosen[1:]):
                 (folder / "test.txt").write_text(item.nodeid)
                 signal.setitimer(signal.ITIMER_PROF, ENDLESS)  # of a loop that does not end
-                before = cpu_seconds()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                with COSTS.open("a") as file:
-                    file.write(f"{item.nodeid}\t{cpu_seconds() - before:.2f}\n")
+                ran += 1
                 if session.testsfailed or cpu_seconds() > stop:
                     break
             status = int(session.testsfailed > 0)
+            if not status:
+                (folder / "test.txt").write_text(f"{ran} of {len(chosen)} tests")
         except BaseException:
             traceback.print_exc()
         finally:
@@ -377,7 +486,7 @@ def fork(runner: Runner, folder: Path, mutant: dict | None = None) -> int:
         )
         options = f"-q -p no:cacheprovider --capture=sys --tb=line --timeout=300 --basetemp={folder / 'tmp'}"
         options += " --hypothesis-seed=0 -W ignore::pytest.PytestAssertRewriteWarning"
-        files = sorted({file for m in runner.mutants for file in m["tests"]})
+        files = files_for(runner, mutant)
         collected = pytest.main([*files, *options.split(), "-m", "not slow and not gpu"], [runner])
         os._exit(1 if mutant else int(collected))  # a mutant that comes here could not be imported
     except BaseException:
@@ -386,6 +495,17 @@ def fork(runner: Runner, folder: Path, mutant: dict | None = None) -> int:
         sys.stderr.flush()
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         os._exit(1)
+
+
+def files_for(runner: Runner, mutant: dict | None) -> list[str]:
+    """Files of tests to collect: those that may run the lines of the mutant, all of them for all mutants."""
+    if not mutant and not runner.args.changed:
+        return [str(file) for file in all_tests()]
+    files = {file for m in runner.mutants for file in m["tests"]}
+    if mutant:
+        place = digest(mutant["file"])
+        files |= {test.partition("::")[0] for test, record in runner.known.items() if place in record["reached"]}
+    return sorted(file for file in files if (ROOT / file).exists())
 
 
 def try_all(mutants: list[dict], start: Callable[[dict, Path], int], args: argparse.Namespace) -> None:
@@ -446,17 +566,18 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of CPU for the tests of a mutant")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=36000, help="when to begin no other mutant")
+    parser.add_argument("--record", action="store_true", help="record what tests run that are not recorded, and end")
     parser.add_argument("--intact", action="store_true", help="change nothing: every one has to survive")
     args = parser.parse_args()
     args.stop, args.results = time.time() + args.seconds, WORK / "intact.jsonl" if args.intact else RESULTS
     changed = changed_lines(args.changed) if args.changed else None
-    files = [file for part in SCOPE for file in sorted((ROOT / "skillfast" / part).rglob("*.py"))]
-    paths = [str(file.relative_to(ROOT)) for file in [*files, ROOT / "skillfast" / SCOPE[-1]]]
-    paths = [path for path in paths if changed is None or path in changed]
+    paths = [path for path in sources() if changed is None or path in changed]
     mutants = list(itertools.islice(drawn(paths, changed, args.seed), args.n))
     known = outcomes(args.results)
     mutants = [mutant for mutant in mutants if re.search(args.only, mutant["file"])]
-    if not mutants:
+    if args.record:
+        mutants = []
+    elif not mutants:
         print("no line to change")
         return 0
     tried = {"again": ("killed", "timeout"), "more": ("killed", "timeout", "survived")}.get(args.those, ())
@@ -470,7 +591,7 @@ def main() -> int:
         importlib.import_module(name)
     for mutant in todo:
         mutant["tests"], mutant["near"] = tests_of(mutant["file"])
-    if todo and os.waitpid(fork(Runner(todo, args), WORK), 0)[1]:
+    if (todo or args.record) and os.waitpid(fork(Runner(todo, args), WORK), 0)[1]:
         raise SystemExit(f"mutants: expected tests that can be collected, got errors; see {WORK / 'output.txt'}")
 
     def start(mutant: dict, folder: Path) -> int:
