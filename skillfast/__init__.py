@@ -29,6 +29,7 @@ _PUBLIC = {
     "DonorBank": "ablation.donors",
     "SweepResult": "ablation.sweep",
     "ablate": "ablation.interventions",
+    "export": "ablation.export",
     "donors": "ablation.donors",
     "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
@@ -46,6 +47,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from skillfast.ablation.donors import DonorBank as DonorBank
     from skillfast.ablation.donors import donors as donors
+    from skillfast.ablation.export import export as export
     from skillfast.ablation.interventions import Condition as Condition
     from skillfast.ablation.interventions import ablate as ablate
     from skillfast.ablation.sweep import SweepResult as SweepResult

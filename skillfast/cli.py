@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 
 _quiet = click.option("--quiet", is_flag=True, help="No progress bars and no tables, only results and errors.")
 _subject = options(options_of(ModelConfig), options_of(DataConfig))
+_skills = options(
+    click.option(
+        "--skills", "skills_from", required=True, type=click.Path(), help="skills.json, or a folder with one."
+    ),
+    click.option("--skill", "names", multiple=True, help="Names of skills; all by default."),
+    options_of(AblateConfig, only=["scale"]),
+    click.option("--components", type=Names(), default=",".join(words.KINDS), show_default=True),
+)
+_reference = click.option(
+    "--reference", type=click.Path(), help="Folder with this model's scores.safetensors, for --mode mean."
+)
 
 
 def _config(given: dict[str, Any]) -> BenchConfig:
@@ -109,11 +120,8 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
 
 @main.command(cls=Command)
 @_subject
-@click.option("--skills", "skills_from", required=True, type=click.Path(), help="skills.json, or a folder with one.")
-@click.option("--skill", "names", multiple=True, help="Names of skills; all by default.")
-@options_of(AblateConfig, only=["scale"])
+@_skills
 @options_of(RunConfig, but=["output", "resume"])
-@click.option("--components", type=Names(), default=",".join(words.KINDS), show_default=True)
 @click.option(
     "--mode",
     type=click.Choice([mode for mode in words.MODES if mode != "constant"]),
@@ -121,7 +129,7 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
     show_default=True,
     help="What is left: nothing, the neuron's mean, or a donor's activation, one of the examples to select on.",
 )
-@click.option("--reference", type=click.Path(), help="Folder with this model's scores.safetensors, for --mode mean.")
+@_reference
 @_quiet
 def ablate(
     quiet: bool,
@@ -139,12 +147,8 @@ def ablate(
     from skillfast.statistics.scores import NeuronScores
 
     config = _config(given)
-    skills = load_skills(skills_from)
+    chosen = list(load_skills(skills_from, names).values())
     scores = None if reference is None else NeuronScores.load(reference)
-    unknown = [name for name in names if name not in skills]
-    if unknown:
-        raise ArgumentError(f"skill: expected some of {', '.join(skills)}, got {', '.join(unknown)}")
-    chosen = [skills[name] for name in names] if names else list(skills.values())
     result = ablated(config, chosen, components, mode=mode, reference=scores, quiet=quiet, say=_say(quiet))
     _show(
         accuracy_table(
@@ -153,6 +157,50 @@ def ablate(
             {s.name: row for s, row in zip(chosen, result.per_class_accuracy, strict=True)},
         )
     )
+
+
+@main.command(cls=Command)
+@options_of(ModelConfig, only=["model", "model_kwargs", "checkpoint", "pretrained", "pad_token"])
+@_skills
+@click.option("--mode", type=click.Choice(words.FOLDED), default="zero", show_default=True, help="What is left.")
+@_reference
+@click.option("--output", required=True, type=click.Path(), help="A new folder, for the checkpoint.")
+@_quiet
+def export(
+    quiet: bool,
+    skills_from: str,
+    names: tuple[str, ...],
+    components: tuple[str, ...],
+    mode: words.Mode,
+    reference: str | None,
+    output: str,
+    scale: float,
+    **given: Any,
+) -> None:
+    """Write a checkpoint without a skill, or with an amplified one, that runs without skillfast.
+
+    The model is that of the run whose folder --skills names, if no --model is given. Equal to `ablate`: the factor is
+    folded into the columns of the output projections.
+    """
+    from skillfast.runs.export import exported
+    from skillfast.statistics.scores import NeuronScores
+
+    if given["model_kwargs"]:
+        from skillfast.models.loading import parse_model_kwargs
+
+        given["model_kwargs"] = parse_model_kwargs(given["model_kwargs"])
+    path = exported(
+        _made(ModelConfig, {**given, "model_kwargs": dict(given["model_kwargs"])}),
+        skills_from,
+        output,
+        names=names,
+        scale=scale,
+        mode=mode,
+        reference=None if reference is None else NeuronScores.load(reference),
+        components=components,
+        quiet=quiet,
+    )
+    click.echo(f"checkpoint: {path}")
 
 
 @main.command(cls=Command)

@@ -19,6 +19,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 POOLS: tuple[Pool, ...] = get_args(Pool)
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MODES: tuple[Mode, ...] = get_args(Mode)
+FOLDED: tuple[Mode, ...] = ("zero", "mean")  # the same for every example, so that weights can do it
 STATISTICS = ("pearson", "spearman", "auroc", "mutual_info")
 LEARNED = ("mask", "erase")
 METHODS = (*STATISTICS, "attribution", *LEARNED)

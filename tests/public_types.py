@@ -5,6 +5,7 @@ Lines that must be refused carry `type: ignore[...]`; a type that decays to Any 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,6 @@ from skillfast import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch.utils.data import DataLoader
 
 
@@ -50,6 +49,7 @@ def trace_select_ablate_sweep(model: torch.nn.Module, loader: DataLoader[Any], f
     result = skillfast.sweep(model, loader, [Condition(skill), Condition(by_hand, components=("mlp",), scale=2.0)])
     assert_type(result, SweepResult)
     assert_type(result.per_class_accuracy, np.ndarray)
+    assert_type(skillfast.export(model, [skill, by_hand], folder, scale=0.5), Path)
     skillfast.save_skills(folder, skills.values())
     assert_type(skillfast.load_skills(folder), dict[str, Skill])
     return result

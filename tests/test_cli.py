@@ -13,9 +13,12 @@ from pathlib import Path
 import click
 import jsonschema
 import pytest
+import torch
 from click.testing import CliRunner
-from conftest import SAFELY, make_pictures
+from conftest import SAFELY, changed, make_pictures
 
+import skillfast
+from skillfast import Skill, load_skills
 from skillfast.cli import main
 from skillfast.options import Command, Numbers, _given_once
 from skillfast.results import records
@@ -95,6 +98,57 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "pink")
     assert result.exit_code == 2
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
+
+
+def test_export_of_a_run(bench_output, tmp_path):
+    """The run's own model, with the weights that it trained; no data is read."""
+    import timm
+    from safetensors.torch import load_file
+
+    neurons = load_skills(bench_output)["red"].neurons
+    result = run("export", "--skills", bench_output, "--skill", "red", "--output", tmp_path / "made", "--scale", 0.5)
+    assert result.exit_code == 0, result.output
+    assert result.output.strip().endswith(f"checkpoint: {tmp_path / 'made'}")
+    again = timm.create_model(f"local-dir:{tmp_path / 'made'}", pretrained=True).state_dict()
+    trained = load_file(bench_output / "model.safetensors")
+    assert again.keys() == trained.keys()
+    paths = {"attn": "attn.proj", "mlp": "mlp.fc2"}
+    for site, index in neurons.items():
+        block, _, kind = site.rpartition(".")
+        name = f"{block}.{paths[kind]}.weight" if block else "head.weight"
+        trained[name][:, index] *= 0.5
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    named = [*TINY, "--checkpoint", bench_output / "model.safetensors", "--skills", bench_output, "--skill", "red"]
+    result = run("export", *named, "--scale", 0.5, "--output", tmp_path / "named")
+    assert result.exit_code == 0, result.output
+    assert all(
+        torch.equal(load_file(tmp_path / "named" / "model.safetensors")[name], trained[name]) for name in trained
+    )
+    for wrong, words in (
+        (["--skill", "pink"], "skill: expected some of blue, green, red, got pink"),
+        (["--output", tmp_path / "made"], "expected a new one, got files in it"),
+        (["--mode", "mean"], "mode 'mean': expected reference=scores of a trace, got none"),
+        ([*TINY, "--skill", "red"], "weights: expected --checkpoint or --pretrained with vit_tiny_patch16_224"),
+    ):
+        options = changed(["--skills", bench_output, "--output", tmp_path / "other"], wrong)
+        result = run("export", *options)
+        assert result.exit_code == 2, result.output
+        assert words in result.output
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_of_the_default_model(trained_digits, tmp_path):
+    import timm
+
+    skillfast.save_skills(tmp_path, [Skill("3", {"blocks.1.mlp": [4, 7], "head": [0]})])
+    result = run("export", "--skills", tmp_path, "--output", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    again = timm.create_model(f"local-dir:{tmp_path / 'made'}", pretrained=True).state_dict()
+    weights = trained_digits.state_dict()
+    differ = {name: (again[name] != weights[name]).nonzero()[:, -1].unique().tolist() for name in weights}
+    assert {name: columns for name, columns in differ.items() if columns} == {
+        "blocks.1.mlp.fc2.weight": [4, 7], "head.weight": [0],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["spearman", "auroc", "mutual_info", "attribution", "erase"])

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import changed
 from tiny_models import WORDS, save_model
@@ -75,6 +76,17 @@ def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
     result = run("ablate", *ablate, "--skills", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "skill pos" in result.output
+    result = run("export", "--skills", tmp_path / "out", "--skill", "pos", "--output", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    transformers = pytest.importorskip("transformers")
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made").state_dict()
+    source = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    differ = {name for name in source if not torch.equal(made[name], source[name])}
+    skill = skillfast.load_skills(tmp_path / "out")["pos"]
+    assert len(differ) == len(skill.neurons) > 0
+    for name in differ:
+        assert int((made[name] != source[name]).any(0).sum()) in {len(index) for index in skill.neurons.values()}
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow

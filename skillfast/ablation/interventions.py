@@ -326,7 +326,7 @@ def _check(skill: Skill, sites: dict[str, Site], fingerprint_of_model: str) -> N
 
 def _reference_mean(reference: NeuronScores | None, site: Site) -> torch.Tensor:
     if reference is None:
-        raise ArgumentError("mode 'mean': expected reference=scores of a trace, got none")
+        raise ArgumentError("mode 'mean': expected reference=scores of a trace, got none; trace this model")
     if site.experts is not None:
         raise ArgumentError(
             f"mode 'mean': expected sites whose neurons every token has, got {site.name}, whose mean counts tokens "

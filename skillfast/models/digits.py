@@ -64,6 +64,17 @@ def digits_model(seed: int = 0) -> LoadedModel:
     return LoadedModel(model.eval(), "digits", config, head_replaced=False, source="scratch")
 
 
+def digits_by_name() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Make the default model as timm makes it by name, untrained, and say from which arguments."""
+    arguments = {name: value for name, value in _DIGITS.items() if name != "num_classes"}
+    images = {"input_size": (1, 8, 8), "mean": (DIGITS_MEAN,), "std": (DIGITS_STD,), "crop_pct": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", num_classes=_DIGITS["num_classes"], pretrained_cfg_overlay=images, **arguments
+        )
+    return model, arguments
+
+
 def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> tuple[LoadedModel, dict[str, Any]]:
     """Load the default model from the cache, or train it on the CPU (half a minute on two cores) and cache it.
 

@@ -39,18 +39,29 @@ _CHOICES = ("softmax", "sigmoid", "topk")  # of routers, on a value for each tok
 
 def experts_of(module: torch.nn.Module) -> tuple[int, int] | None:
     """Experts and units of each, for a module that holds the routed experts of a block; None for any other module."""
-    weight = _down_projections(module)
+    weight = down_projections(module)
     takes = None if weight is None else len(inspect.signature(module.forward).parameters)
     if weight is None or not (takes == 3 or (takes == 1 and getattr(module, "num_experts", None) == len(weight))):
         return None
-    if weight.dim() == 3:
-        return weight.shape[0], weight.shape[1 if takes == 1 or getattr(module, "is_transposed", False) else 2]
-    experts: Any = getattr(module, "num_experts", 1)
-    return experts, weight.shape[0] // experts
+    experts, units, *_ = by_unit(module, weight).shape
+    return experts, units
 
 
-def _down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
-    """The parameter that holds all experts' down projections, one after the other; None where there is none."""
+def by_unit(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A view [experts, units, outputs] of a tensor that is shaped like the down projections of a module of experts."""
+    if weight.dim() == 2:
+        experts: Any = getattr(module, "num_experts", 1)
+        return weight.view(experts, -1, weight.shape[1])
+    return weight if units_first(module) else weight.transpose(1, 2)
+
+
+def units_first(module: torch.nn.Module) -> bool:
+    """Whether experts' matrices are [in, out], as in the code of Llama 4 and GPT-OSS, and not [out, in]."""
+    return getattr(module, "is_transposed", False) or not takes_gates(module)
+
+
+def down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """Find the parameter that holds all experts' down projections, one after the other; None where there is none."""
     inner = getattr(module, "mlp", None)
     for weight, dims in ((getattr(module, "down_proj", None), 3), (getattr(inner, "w2", None), 2)):  # the latter: DBRX
         if isinstance(weight, torch.nn.Parameter) and weight.dim() == dims:
@@ -360,7 +371,7 @@ class _Forward(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if self.watchers and not self.at_once and name in _PRODUCTS and len(args) > 1:
-            if name == "bmm" and args[1] is _down_projections(self.module):
+            if name == "bmm" and args[1] is down_projections(self.module):
                 x = args[0]  # [experts, tokens, units]
                 gates = self.gates
                 rows = self._passed(x.flatten(0, 1), gates.expert, gates.token, gates.gate)
@@ -376,7 +387,7 @@ class _Forward(TorchFunctionMode):
 
     def _expert_of(self, weight: Any) -> int | None:
         """The expert whose slice of the down projections a matrix is; None for another matrix."""
-        whole = _down_projections(self.module)
+        whole = down_projections(self.module)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or whole is None:
             return None
         if weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():

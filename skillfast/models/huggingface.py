@@ -16,7 +16,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.weights import first_line, probe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from skillfast.vocabulary import Task
 
@@ -130,6 +130,27 @@ def load_language_model(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # classification heads of decoders look for the last token
     return LanguageModel(model.eval(), tokenizer, name, task, _context(model.config, tokenizer), bool(missing))
+
+
+def save_language_model(
+    model: torch.nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a folder that `from_pretrained` opens, without bars and log lines.
+
+    Args:
+        model: A model of the transformers library.
+        folder: Where to.
+        tokenizer: The tokenizer or processor, if the model has one.
+        state: Weights to write instead of the model's, under the same names.
+    """
+    with _silent(_library()):
+        model.save_pretrained(folder, state_dict=None if state is None else dict(state))  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:

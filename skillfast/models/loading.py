@@ -23,7 +23,7 @@ from skillfast.models.weights import first_line, fit_checkpoint, hub, read_check
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LoadedModel:
 
 def create_model(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     *,
     pretrained: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -60,6 +60,7 @@ def create_model(
     Args:
         name: timm's name, with or without a pretrained tag.
         num_classes: outputs of the classifier; where the weights come with another number, the classifier is made anew.
+            None: as many as the weights have.
         pretrained: load the weights that timm knows for it, from the local cache or the hub.
         checkpoint: load these weights instead: a `.safetensors` file, or a `.pt`, `.pth` or `.bin` file that holds
             nothing but weights.
@@ -77,6 +78,8 @@ def create_model(
         raise ArgumentError("--model-kwarg num_classes: expected no such argument, got one; the dataset determines it")
     download = pretrained and checkpoint is None
     state = None if checkpoint is None else read_checkpoint(Path(checkpoint))
+    if num_classes is None:
+        num_classes = _classes_of(name, cfg, state)
     # timm is strict about a download's tensors only where the classifier stays as it is
     first_classes = cfg.get("num_classes", num_classes) if download else num_classes
     with torch.random.fork_rng(devices=[]), hub(name, cfg, quiet) if download else silent():
@@ -94,6 +97,20 @@ def create_model(
     if state is not None:
         head_replaced, source = fit_checkpoint(model, name, state, f"checkpoint '{checkpoint}'"), "checkpoint"
     return LoadedModel(model.eval(), name, _data_config(model, kwargs), head_replaced, source)
+
+
+def _classes_of(name: str, cfg: dict[str, Any], state: dict[str, Tensor] | None) -> int:
+    """How many classes a checkpoint's classifier has, or the one that timm downloads."""
+    if state is None:
+        return cfg["num_classes"]
+    classifier = cfg.get("classifier", "head")
+    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
+    if weight is None:
+        raise ModelError(
+            f"checkpoint of '{name}': expected the weight of its classifier {classifier}, got none; pass a checkpoint "
+            "with a classifier"
+        )
+    return len(weight)
 
 
 def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch import nn
 if TYPE_CHECKING:
     from skillfast.vocabulary import Layout
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def input_width(module: nn.Module) -> int | None:
@@ -22,7 +23,7 @@ def input_width(module: nn.Module) -> int | None:
     """
     if isinstance(width := getattr(module, "in_features", None), int):
         return width
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return module.in_channels
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
@@ -37,7 +38,7 @@ def parent_of(model: nn.Module, path: str) -> nn.Module:
 
 def layout_of(model: nn.Module, path: str) -> Layout:
     """Where the projection at a path takes its neurons."""
-    if isinstance(model.get_submodule(path), _CONVOLUTIONS):
+    if isinstance(model.get_submodule(path), CONVOLUTIONS):
         return "channels_first"
     parent = parent_of(model, path)
     attention = parent if isinstance(parent, nn.MultiheadAttention) else getattr(parent, "self_attn", None)

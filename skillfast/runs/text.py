@@ -14,7 +14,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, parse_metrics
 from skillfast.models import training
 from skillfast.models.causal import CausalForward, CausalModel
-from skillfast.models.huggingface import load_config, load_language_model, quantization
+from skillfast.models.huggingface import load_config, load_language_model, quantization, save_language_model
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, batches, split_text
@@ -225,8 +225,7 @@ def _folder_of(loaded: LanguageModel) -> Kept[dict[str, Any]]:
     """A training's result: a folder that `hf:FOLDER` names, and how the model was trained."""
 
     def save(trained: dict[str, Any], folder: Path) -> None:
-        loaded.model.save_pretrained(folder / MODEL)  # type: ignore[operator]
-        loaded.tokenizer.save_pretrained(folder / MODEL)
+        save_language_model(loaded.model, folder / MODEL, tokenizer=loaded.tokenizer)
         JSON.save(trained, folder)
 
     def load(folder: Path) -> dict[str, Any]:

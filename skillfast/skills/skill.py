@@ -149,11 +149,26 @@ def save_skills(directory: str | Path, skills: Iterable[Skill]) -> Path:
     return path
 
 
-def load_skills(directory: str | Path) -> dict[str, Skill]:
-    """Read a folder's `skills.json`, or that file; raises DataError where it is missing, broken or another version."""
+def load_skills(directory: str | Path, names: Iterable[str] = ()) -> dict[str, Skill]:
+    """Read a folder's `skills.json`, or that file.
+
+    Args:
+        directory: The folder, or the file.
+        names: Skills to take, in this order; all by default.
+
+    Raises:
+        ArgumentError: A name that no skill has.
+        DataError: A file that is missing, broken or of another version.
+    """
     path = Path(directory)
     path = path if path.is_file() else path / FILE
     remedy = "write it with save_skills or `skillfast bench`"
     found = records.read(Skills, path, remedy)
     made = [Skill(**msgspec.structs.asdict(entry), fingerprint=found.fingerprint) for entry in found.skills]
-    return {skill.name: skill for skill in made}
+    skills = {skill.name: skill for skill in made}
+    names = list(names)
+    if unknown := [name for name in names if name not in skills]:
+        raise ArgumentError(
+            f"skill: expected some of {', '.join(skills)}, got {', '.join(unknown)}; {path} has no others"
+        )
+    return {name: skills[name] for name in names} if names else skills
