@@ -42,7 +42,7 @@ class PreparedRunner:
         self.factors = [interventions.factors(i) for i in range(len(interventions.conditions))]
         self.head = next((site for site in known.sites if site.kind == "head"), None)
 
-    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool = True) -> BatchResult:
+    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool) -> BatchResult:
         """Run one batch under the intact model and every condition."""
         batch = batch.to(self.device)
         self.known.expect(self.inner, None)

@@ -157,9 +157,7 @@ class SweepResult:
         Raises:
             ArgumentError: An unknown name, or a sweep that did not keep embeddings.
         """
-        if self.embeddings is None:
-            raise ArgumentError("embeddings: expected a sweep that kept them, got none; pass keep_embeddings=True")
-        return self.embeddings[[self._row(name) for name in names]]
+        return self._of("embeddings", names)
 
     def renamed(self, names: Mapping[str, str]) -> SweepResult:
         """The result of some of the conditions alone, under other names; without embeddings.
@@ -198,12 +196,14 @@ class SweepResult:
                 "classes; sweep the same loader"
             )
         both = (self.predictions_of(self.names), other.predictions_of(other.names))
+        routed = [part.rerouted for part in (self, other) if part.rerouted is not None]
         return replace(
             self,
             names=self.names + other.names,
             per_class_accuracy=np.concatenate([self.per_class_accuracy, other.per_class_accuracy]),
             per_class_margin=np.concatenate([self.per_class_margin, other.per_class_margin]),
             predictions=np.concatenate(both),
+            rerouted=np.concatenate(routed) if len(routed) == 2 else None,
             baseline_logits=None,
             margins=None,
             baseline_embeddings=None,
@@ -281,7 +281,9 @@ def sweep(
     conditions = list(conditions)
     for condition in conditions:
         if not isinstance(condition, Condition):
-            raise ArgumentError(f"conditions: expected Condition(skill), got {type(condition).__name__}")
+            raise ArgumentError(
+                f"conditions: expected Condition(skill), got {type(condition).__name__}; give one for each skill"
+            )
     names = tuple(condition.name for condition in conditions)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -300,13 +302,13 @@ def sweep(
     with torch.inference_mode():
         read = partial(_read, n_classes=len(class_names), key=label_key)
         batches, length = fed_batches(loader, module_device(model), read), length_of(loader)
-        parts = [
-            runner.run(batch, keep_embeddings, keep_logits=keep_margins)
-            for batch in track(batches, f"sweep of {len(conditions)} conditions", length, quiet)
-            if batch.labels.numel()
-        ]
+        parts = []
+        for batch in track(batches, f"sweep of {len(conditions)} conditions", length, quiet):
+            if batch.labels.numel():
+                # no comprehension, which is a frame of its own to the warning's stacklevel before Python 3.12
+                parts.append(runner.run(batch, keep_embeddings, keep_logits=keep_margins))  # noqa: PERF401
     if not parts:
-        raise ArgumentError("sweep: expected at least one batch, got an empty loader")
+        raise ArgumentError("sweep: expected at least one batch, got an empty loader; check its batches")
     whole = BatchResult.joined(parts)
     return _result(whole, class_names, names, runner.interventions.donors, keep_predictions, keep_margins)
 
@@ -381,7 +383,7 @@ class BatchRunner:
         self._forecast: Forecast | None = None
         self._most_rows: int | None = None  # halved when memory ran out
 
-    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool = True) -> BatchResult:
+    def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool) -> BatchResult:
         """Run one batch under the intact model and every condition."""
         batch = batch.to(self.device)
         reuse = self._prepared(batch.inputs)

@@ -61,7 +61,7 @@ def _sums(
     rows: list[np.ndarray], squares: list[np.ndarray], labels: np.ndarray, n_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per class the number of examples [K], the sums of rows [2, K, E] and of products of a row with itself [3, K]."""
-    order = np.argsort(labels, kind="stable")
+    order = np.argsort(labels)
     present, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     n, sums, own = np.zeros(n_classes), np.zeros((2, n_classes, rows[0].shape[1])), np.zeros((3, n_classes))
     n[present] = counts

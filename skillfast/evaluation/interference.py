@@ -169,7 +169,7 @@ def _against_draws(margins: Margins, labels: np.ndarray, k: int) -> _Shift:
     within = one.variance.sum((0, 1)) / (k * (draws - 1))  # what of it the choice of images explains
     more = np.maximum(between - within, 0) * (1 + 1 / draws)
     variance = images.variance + more
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(invalid="ignore"):
         freedom = variance**2 / (images.variance**2 / images.freedom + more**2 / (k * (draws - 1)))
     return _Shift(images.mean, variance, np.where(variance > 0, freedom, 1))
 

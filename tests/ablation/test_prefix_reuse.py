@@ -9,7 +9,15 @@ import torch
 
 from skillfast import Condition, Skill
 from skillfast.ablation.interventions import Interventions
-from skillfast.ablation.prefix_reuse import PrefixCache, PrefixReuse, ResumePoint, Route, _other_routes, _repeat
+from skillfast.ablation.prefix_reuse import (
+    PrefixCache,
+    PrefixReuse,
+    ResumePoint,
+    Route,
+    _other_routes,
+    _repeat,
+    replaced_forward,
+)
 from skillfast.ablation.sweep import BatchRunner
 from skillfast.errors import ModelError
 from skillfast.models.sites import find_sites
@@ -155,3 +163,13 @@ def test_other_experts_are_counted_per_condition_of_real_tokens(vit):
     assert cache.routed == 3
     assert _repeat("flag", 3) == "flag"
     assert _repeat(torch.arange(2), 2).tolist() == [0, 1, 0, 1]
+
+
+def test_a_forward_that_is_replaced_comes_back():
+    module, x = torch.nn.ReLU(), torch.tensor(-2.0)
+    with replaced_forward(module, lambda x: x):
+        with pytest.raises(ZeroDivisionError), replaced_forward(module, lambda _: 1 / 0):
+            module(x)
+        assert module(x) == -2
+    assert module(x) == 0
+    assert "forward" not in vars(module)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_vit
 
+import skillfast
 from skillfast import Condition, Skill, progress
 from skillfast.ablation.assigned import predict_assigned
 from skillfast.ablation.prefix_reuse import PrefixReuse
@@ -123,3 +124,59 @@ def test_texts_with_padding_share_too():
     np.testing.assert_array_equal(
         predict_assigned(model, [texts], rows, assigned), alone(model, [texts], rows, assigned)
     )
+
+
+def test_a_single_row_and_a_prepared_model_are_not_planned(deep, batches):
+    rows, ran = rows_of(deep)[-3:], []
+    handle = deep.register_forward_pre_hook(lambda *_: ran.append(0))
+    one = planned(deep, rows[:1], batches[0])
+    handle.remove()
+    assert ran == []
+    assert (one.whole, one.begun, one.work) == ([0], {}, 1)
+    assigned = np.arange(37) % 3
+    want = alone(deep, batches, rows, assigned)
+    model = make_vit(depth=DEPTH)
+    model.load_state_dict(deep.state_dict())
+    ready = skillfast.prepare(model)
+    assert planned(ready, rows, batches[0]).begun == {}
+    np.testing.assert_array_equal(predict_assigned(ready, batches, rows, assigned), want)
+
+
+def test_rows_go_on_only_from_rows_that_do_the_same_before(deep, batches):
+    """Two rows share a forward up to the block where a scale, a mean or a neuron is another one's."""
+    bank = {"blocks.0.mlp": torch.tensor([1.0, 2.0]), "blocks.2.mlp": torch.tensor([3.0])}
+    skill = Skill("s", {"blocks.0.mlp": [1, 2], "blocks.2.mlp": [4]})
+
+    def begun(*conditions):
+        return planned(deep, [[condition] for condition in conditions], batches[0]).begun
+
+    def constant(late=3.0):
+        return Condition(skill, mode="constant", constants={**bank, "blocks.2.mlp": torch.tensor([late])})
+
+    assert begun(constant(), constant(), Condition(skill)) == {1: (0, DEPTH)}
+    assert begun(constant(), constant(4.0)) == {1: (0, 2)}
+    assert begun(Condition(skill), Condition(skill, scale=0.5)) == {}
+    assert begun(Condition(skill), Condition(Skill("t", {"blocks.0.mlp": [1, 2], "blocks.2.mlp": [5]}))) == {1: (0, 2)}
+    other_order = planned(deep, [[Condition(skill), constant()], [constant(), Condition(skill)]], batches[0])
+    assert other_order.begun == {}
+
+
+def test_as_many_examples_run_at_once_as_their_states_fit(deep, batches):
+    """Of each example the hidden states of the stages are held, 17 tokens of 24 floats each."""
+    rows, assigned = rows_of(deep)[-4:], np.arange(37) % 3
+    shared = planned(deep, rows, batches[0])
+    stages = {stage for _, stage in shared.begun.values()} - {DEPTH}
+    assert shared._kept_bytes == len(stages) * 17 * 24 * 4
+    sizes = []
+    handle = deep.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    want = predict_assigned(deep, batches, rows, assigned)
+    sizes.clear()
+    with limited_memory(int(4.5 * shared._kept_bytes)), torch.inference_mode():
+        found = shared.predict(read_batch(batches[0]), torch.from_numpy(assigned[:10]))
+    assert max(sizes) == 4
+    np.testing.assert_array_equal(found, want[:, :10])
+    single = [(batches[0][0][:1], batches[0][1][:1])]  # is proven twice over
+    assert planned(deep, rows, single[0]).begun == shared.begun
+    np.testing.assert_array_equal(predict_assigned(deep, single, rows, assigned[:1]), want[:, :1])
+    handle.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in deep.modules())

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skillfast
 from skillfast import Condition, Skill, progress
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
-from skillfast.ablation.batch_result import BatchRecorder, Observed
+from skillfast.ablation.batch_result import BatchRecorder, BatchResult, Observed
 from skillfast.ablation.interventions import Interventions
 from skillfast.ablation.sweep import BatchRunner, SweepResult
 from skillfast.errors import ArgumentError, DataError
@@ -343,8 +343,9 @@ def test_activations_that_are_not_finite_are_removed(vit, batches):
     with torch.no_grad():
         vit.blocks[1].mlp.fc1.bias[5] = torch.inf
     skill = Skill("s", {"blocks.1.mlp": [5]})
-    with pytest.warns(RuntimeWarning, match="which gives logits that are not finite"):
+    with pytest.warns(RuntimeWarning, match="which gives logits that are not finite") as told:
         result = skillfast.sweep(vit, batches, [Condition(skill)], keep_embeddings=True)
+    assert [warning.filename for warning in told] == [__file__]
     assert not np.isfinite(result.baseline_embeddings).all()
     assert np.isfinite(result.embeddings).all()
 
@@ -357,7 +358,7 @@ def test_a_batch_of_one_sample(vit, batches):
 
 def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
     conditions = [Condition(Skill(str(i), {"blocks.0.attn": [i]})) for i in range(9)]
-    want = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
+    want = skillfast.sweep(vit, batches, conditions, keep_predictions=True, keep_margins=True)
     original, sizes = prefix_reuse.PrefixReuse.run, []
 
     def limited(self, cache, point, some, **more):
@@ -367,10 +368,15 @@ def test_memory_runs_out_and_the_stack_is_halved(vit, batches, monkeypatch):
         return original(self, cache, point, some, **more)
 
     monkeypatch.setattr(prefix_reuse.PrefixReuse, "run", limited)
-    got = skillfast.sweep(vit, batches, conditions, keep_predictions=True)
+    got = skillfast.sweep(vit, batches, conditions, keep_predictions=True, keep_margins=True)
     assert max(sizes) > 20
     assert sum(size > 20 for size in sizes) <= 3  # it is remembered
     np.testing.assert_array_equal(got.predictions, want.predictions)
+    np.testing.assert_allclose(got.margins, want.margins, rtol=1e-3, atol=1e-3)
+    assert (np.abs(want.margins - want.margins[:1]).max(1) > 0.005).sum() == 8  # each condition does something else
+    monkeypatch.setattr(prefix_reuse.PrefixReuse, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        skillfast.sweep(vit, batches, conditions)
 
 
 def test_what_a_sample_keeps_is_what_the_budget_counts(vit, batches, monkeypatch):
@@ -467,6 +473,29 @@ def test_tolerances_are_below_what_a_wrong_route_gives(vit, batches):
 
 def test_what_a_forward_trace_counts(vit, batches):
     trace = forward_trace.trace_forward(vit, batches[0][0][:2])
+    blocks = ["blocks.0", "blocks.1", "blocks.2"]
+    names = [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
+    assert list(trace.blocks) == blocks
+    assert list(trace.sites) == list(find_sites(vit))
+    assert dict(trace.block_of) == {**{name: int(name[7]) for name in names}, "head": None}
+    assert dict(trace.parents) == {name: name for name in names}
+    assert dict(trace.feeds) == {
+        f"{b}.{kind}": f"{b}.{norm}"
+        for b in blocks
+        for kind, norm in zip(("attn", "mlp"), ("norm1", "norm2"), strict=True)
+    }
+    assert {block: many[0] for block, many in trace.batched.items()} == dict.fromkeys(blocks, True)
+    assert trace.head.name == "head"
+    assert trace.head_is_last
+    assert trace.dtype == torch.float32
+    assert [s.name for s in trace.sites_until(trace.sites[3])] == names[2:4]
+    assert [s.name for s in trace.sites_until(trace.sites[2])] == names[2:3]
+    twice = forward_trace.trace_forward(vit, batches[0][0][:4])
+    assert 0 < trace.running_bytes == pytest.approx(twice.running_bytes, rel=0.1)  # per sample
+    two, one, number = torch.zeros(2, 3), torch.zeros(1, 3), torch.tensor(2)
+    by_sample = [forward_trace._by_sample(leaf, 2) for leaf in (two, one, number, None, "flag", torch.zeros(3))]
+    assert by_sample == [True, None, False, None, False, False]
+    assert forward_trace._by_sample(one, 1) is True
     assert trace.tokens == 17  # 16 patches and the class token
     assert trace.sequential
     for leaves, more in (([True], False), ([None, False], False), ([True, True], True), ([False, False, None], True)):
@@ -492,3 +521,95 @@ def test_embeddings_that_wait_keep_no_tokens():
     kept = recorder.told[0][3]
     assert kept.untyped_storage().nbytes() == kept.nbytes
     np.testing.assert_array_equal(recorder.result().embeddings[1:], tokens[:, :, 0])
+
+
+def test_labels_are_class_indices_and_those_of_tokens_may_be_none(vit, batches):
+    def swept(labels):
+        return skillfast.sweep(vit, [(batches[0][0][: len(labels)], labels)], [], classes=5)
+
+    assert swept(torch.tensor([0, 4])).labels.tolist() == [0, 4]
+    for wrong in (torch.tensor([0, 5]), torch.tensor([-1, 4])):
+        text = one_line(ArgumentError, swept, wrong)
+        assert f"labels: expected class indices in [0, 5), got {int(wrong[0])} to {int(wrong[1])}" in text
+    read = [sweep._read((torch.zeros(2, 3), torch.tensor([[-1, 4, 0], [2, -100, -1]])), 5, None).labels.min()]
+    assert read == [-100]
+    with pytest.raises(ArgumentError, match=r"got -1 to 5; check classes="):
+        sweep._read((torch.zeros(1, 3), torch.tensor([[-1, 5, 0]])), 5, None)
+    assert "expected at least one batch" in one_line(ArgumentError, skillfast.sweep, vit, [], [], classes=5)
+    text = one_line(ArgumentError, skillfast.sweep, vit, batches, [Skill("s", {})], classes=5)
+    assert "conditions: expected Condition(skill), got Skill" in text
+
+
+def test_results_of_two_sweeps_are_joined_and_renamed():
+    rng = np.random.default_rng(0)
+
+    def result(names, **more):
+        k = len(names)
+        return SweepResult(
+            classes=("a", "b"), names=names, labels=np.array([0, 1, 1]), baseline=np.ones(2),
+            per_class_accuracy=rng.random((k, 2)), baseline_margin=np.ones(2), per_class_margin=rng.random((k, 2)),
+            top2=np.zeros((3, 2), int), predictions=rng.integers(0, 2, (k, 3)), baseline_logits=rng.random((3, 2)),
+            margins=rng.random((k, 3)), baseline_embeddings=rng.random((3, 4)), embeddings=rng.random((k, 3, 4)),
+            **{"rerouted": rng.random(k), **more},
+        )  # fmt: skip
+
+    one, other = result(("x", "y")), result(("z",))
+    joined = one.joined(other)
+    assert joined.names == ("x", "y", "z")
+    for kept in ("per_class_accuracy", "per_class_margin", "predictions", "rerouted"):
+        np.testing.assert_array_equal(getattr(joined, kept), [*getattr(one, kept), *getattr(other, kept)])
+    left_out = ("baseline_logits", "margins", "baseline_embeddings", "embeddings")
+    assert all(getattr(joined, kept) is None for kept in left_out)
+    assert one.joined(result(("z",), rerouted=None)).rerouted is None
+    renamed = one.renamed({"y": "new"})
+    assert renamed.names == ("new",)
+    for kept in ("per_class_accuracy", "per_class_margin", "predictions", "margins", "rerouted"):
+        np.testing.assert_array_equal(getattr(renamed, kept), getattr(one, kept)[1:])
+    assert renamed.baseline_embeddings is renamed.embeddings is None
+    np.testing.assert_array_equal(one.embeddings_of(["y", "x"]), one.embeddings[[1, 0]])
+    bare = dataclasses.replace(one, predictions=None, margins=None, rerouted=None, embeddings=None).renamed({"x": "x"})
+    assert bare.predictions is bare.margins is bare.rerouted is None
+    assert "pass keep_embeddings=True" in one_line(ArgumentError, bare.embeddings_of, ["x"])
+    text = one_line(ArgumentError, one.joined, dataclasses.replace(other, labels=np.array([0, 1])))
+    assert "sweeps: expected the same examples in both, got 3 and 2 of other classes" in text
+
+
+def test_a_batch_is_recorded_token_by_token():
+    """Predictions, margins and embeddings of the tokens that have a label, against NumPy."""
+    rng = np.random.default_rng(0)
+    labels, logits = np.array([[2, -1, 0], [-100, 1, 1]]), rng.normal(size=(3, 2, 3, 4)).astype(np.float32)
+    embeddings = rng.normal(size=(3, 2, 3, 5)).astype(np.float32)
+    whole, rows = (torch.from_numpy(x) for x in (logits, embeddings))
+    model = torch.nn.Identity()
+    batch = Batch(torch.zeros(2, 3), torch.from_numpy(labels))
+    kept = labels >= 0
+    recorders = []
+    for keep in (True, False):
+        observed = Observed.of(batch, whole[0], model)
+        recorder = BatchRecorder(
+            observed, whole[0], rows[0] if keep else None, 3, keep_logits=keep, donors=torch.tensor([7, 9]), routed=12
+        )
+        recorder.set([2], whole[2:], rows[2:], torch.tensor([4]))
+        recorder.set([0], whole[1:2], rows[1:2] if keep else None)
+        recorders.append(recorder.result())
+    found, bare = recorders
+    of = [logits[i][kept] for i in (0, 1, 0, 2)]  # nothing was told of the second condition
+    true = labels[kept]
+    np.testing.assert_array_equal(found.labels, true)
+    np.testing.assert_array_equal(found.predictions, [x.argmax(1) for x in of])
+    np.testing.assert_array_equal(found.second, np.argsort(of[0], 1)[:, -2])
+    own = [x[np.arange(4), true] for x in of]
+    rest = [np.where(np.eye(4)[true] > 0, -np.inf, x).max(1) for x in of]
+    np.testing.assert_allclose(found.margins, np.subtract(own, rest), rtol=1e-5)
+    np.testing.assert_array_equal(found.logits, of[0])
+    np.testing.assert_array_equal(found.embeddings, [embeddings[i][kept] for i in (0, 1, 0, 2)])
+    np.testing.assert_array_equal(found.donors, [7, 7, 9, 9])
+    np.testing.assert_array_equal(found.routes, [12, 0, 0, 4])
+    assert bare.logits is bare.embeddings is None
+    both = BatchResult.joined([found, found])
+    assert both.predictions.shape == both.margins.shape == (4, 8)
+    assert both.embeddings.shape == (4, 8, 5)
+    assert both.logits.shape == (8, 4)
+    np.testing.assert_array_equal(both.donors, [7, 7, 9, 9] * 2)
+    np.testing.assert_array_equal(both.routes, [24, 0, 0, 8])
+    assert BatchResult.joined([bare, bare]).embeddings is None

@@ -382,6 +382,10 @@ def test_a_difference_is_missing_where_either_side_is_and_reasons_name_the_class
         found = standard_metrics(metrics, ours, np.zeros(4), "abcd", theirs)
         assert found.difference.cka is found.difference.ci95.cka is None
         assert found.difference.cosine == pytest.approx(found.cosine - found.random_control.cosine)
+    found = standard_metrics(metrics, skills, np.zeros(4), "abcd", skills * 2).difference
+    for key in ("cosine", "rank_preservation", "knn_accuracy_change", "cka"):  # images move both alike
+        assert getattr(found, key) == 0
+        assert getattr(found.ci95, key) == pytest.approx([0, 0], abs=1e-12)
     single = np.array([0] * 7 + [1])
     found = EmbeddingMetrics(before[:8], single).compare(after[:8])
     result = to_json(standard_metrics(EmbeddingMetrics(before[:8], single), [found] * 3, np.zeros(3), "abc"))

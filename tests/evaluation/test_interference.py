@@ -233,9 +233,9 @@ def test_classes_without_images_are_named():
     found = to_json(interference(turns(angles), *same, np.eye(4), "abcd", margins))
     assert found["reasons"] == {"no_images": ["c"], "one_image": ["d"]}
     assert [row[2] for row in found["angles_deg"]] == [None] * 4
-    angles[:, 1] = np.nan
+    angles[:, [1, 3]] = np.nan
     found = to_json(interference(turns(angles), *same, np.eye(4), "abcd", margins))
-    assert found["reasons"]["no_direction"] == ["b"]
+    assert found["reasons"]["no_direction"] == ["b", "d"]
 
 
 def test_the_difference_to_random_draws():

@@ -187,7 +187,7 @@ def test_a_sweep_of_mappings_starts_in_the_middle():
     with torch.inference_mode():
         runner = BatchRunner(model, Interventions(model, [condition]), None)
         for batch in batches:
-            runner.run(read_batch(batch), keep_embeddings=True)
+            runner.run(read_batch(batch), keep_embeddings=True, keep_logits=False)
     (route,) = runner.reuse.routes.values()
     assert route.point.block == 1
     assert not route.whole_stem
