@@ -165,3 +165,45 @@ def test_a_class_that_loses_everything_loses_no_more():
         found = replacements(wrong, labels, labels, ["a", "b"])
         assert max(found.average.zero, *(row.zero for row in found.per_class.values())) <= 1
         assert own_control(wrong, labels, labels).ci95[1] <= 1
+
+
+def test_constants_are_those_of_adam_on_the_cross_entropy(vit, batches):
+    """From the means, in units of each neuron's deviation, with plain hooks; examples that repeat the loader."""
+    skills = [SKILL, Skill("other", {"blocks.0.mlp": [5, 7]})]
+    bank = skillfast.donors(vit, batches, skills, n_donors=8)
+    found = optimal_constants(vit, batches, skills, bank, steps=6, seed=3)
+    sites = {"blocks.0.mlp": vit.blocks[0].mlp.fc2, "blocks.1.attn": vit.blocks[1].attn.proj}
+    keys = [(k, name) for name in sites for k, skill in enumerate(skills) if name in skill.neurons]
+    mean, deviation = {}, {}
+    for k, name in keys:
+        rows = bank.activations[name][..., torch.isin(bank.neurons[name], skills[k].neurons[name])].flatten(0, 1)
+        mean[k, name], deviation[k, name] = rows.mean(0), rows.std(0, correction=0)
+        np.testing.assert_allclose(mean_constants(skills[k], bank)[name], rows.mean(0), rtol=1e-5)
+    moved = {key: torch.zeros_like(mean[key], requires_grad=True) for key in keys}
+    adam, generator = torch.optim.Adam(moved.values(), lr=0.3), torch.Generator().manual_seed(3)
+    for step in range(6):
+        x, y = batches[step % len(batches)]
+        without, handles = torch.randint(2, (len(x),), generator=generator), []
+        for name, module in sites.items():
+
+            def hook(_, args, name=name, without=without):
+                rows = args[0].clone()
+                for k in (k for k in (0, 1) if (k, name) in mean):
+                    at = (without == k).nonzero()
+                    rows[at[..., None], torch.arange(17)[:, None], skills[k].neurons[name]] = (
+                        mean[k, name] + deviation[k, name] * moved[k, name]
+                    )
+                return (rows,)
+
+            handles.append(module.register_forward_pre_hook(hook))
+        adam.zero_grad()
+        cross_entropy(vit(x), y).backward()
+        adam.step()
+        for handle in handles:
+            handle.remove()
+    for k, name in keys:
+        want = mean[k, name] + deviation[k, name] * moved[k, name].detach()
+        torch.testing.assert_close(found[k][name], want, rtol=1e-3, atol=1e-3)
+        assert float((found[k][name] - mean[k, name]).abs().min()) > 0
+    assert [list(constants) for constants in found] == [["blocks.0.mlp", "blocks.1.attn"], ["blocks.0.mlp"]]
+    assert not any(module._forward_pre_hooks for module in vit.modules())

@@ -238,3 +238,26 @@ def test_a_call_tells_examples_apart_by_its_arguments_but_labels():
     assert seen[1] == {"x": x, "attention_mask": mask}
     assert seen[2] == {"x": x}
     assert not model._forward_pre_hooks
+
+
+def test_donors_run_a_few_at_a_time_and_keep_what_a_plain_forward_gives(vit, batches):
+    images, sizes, seen = torch.cat([x for x, _ in batches]), [], []
+    handle = vit.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    bank = drawn(vit, batches, n_donors=36)
+    handle.remove()
+    assert sizes == [16, 16, 4]
+    assert drawn(vit, batches, n_donors=100).digests.shape == (37,)
+    assert (np.diff(bank.digests.astype(float)) > 0).all()
+    for site in find_sites(vit):
+        if site.name in SKILL.neurons:
+            vit.get_submodule(site.path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        vit(images[bank.indices])
+    for name, x in zip(bank.activations, seen, strict=True):
+        assert bank.neurons[name].tolist() == SKILL.neurons[name].tolist()
+        torch.testing.assert_close(bank.activations[name], x[..., SKILL.neurons[name]], rtol=1e-4, atol=1e-4)
+    assert bank.places("head", torch.tensor([2, 1])).tolist() == [1, 0]
+    assert bank.places("head", torch.tensor([1, 3])) is bank.places("blocks.0.attn", torch.tensor([0])) is None
+    assert (bank.seed, bank.fingerprint) == (0, skillfast.models.sites.fingerprint(vit))
+    negative = drawn(vit, batches, seed=-5)
+    assert not np.array_equal(negative.indices, drawn(vit, batches, seed=5).indices)

@@ -10,6 +10,7 @@ import torch
 import skillfast
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import Site
+from skillfast.skills.ranking import NeuronRanking, ranking_of
 from skillfast.skills.skill import matched_skills, overlap, random_skills
 
 pytestmark = pytest.mark.filterwarnings("ignore:no neuron was chosen")
@@ -206,3 +207,79 @@ def test_matched_neurons_are_as_active_and_none_of_the_skills():
     assert {int(drawn.neurons["x"][0]) for drawn in one} == {*range(192, 200), *range(201, 210)}  # 17 nearest others
     most = skillfast.Skill("m", {"blocks.0.mlp": range(390)})
     assert matched_skills(most, means, 1, rng)[0].neurons["blocks.0.mlp"].tolist() == list(range(390, 400))
+
+
+@pytest.mark.parametrize("method", ["pearson", "auroc", "attribution", "mask"])
+@pytest.mark.parametrize(("signed", "contrastive"), [(True, False), (False, False), (True, True)])
+def test_choices_are_those_of_a_plain_loop(method, signed, contrastive):
+    """Neurons one after the other, best first, of either site no more than its share and never what goes against it."""
+    rng = np.random.default_rng(0)
+    values = rng.random((12, 4)).round(1) - (0 if method == "auroc" else 0.5)  # with ties
+    values[[1, 9]] = np.nan
+    columns, share, most = ("label:a", "label:b", "label:c", "loss"), 0.45, 0.5
+    if method in ("pearson", "auroc"):
+        made = skillfast.NeuronScores(
+            columns, np.zeros(12), np.ones(12), 9, **{method: values}, sites=SITES, fingerprint="f"
+        )
+    else:
+        made = NeuronRanking(method, columns, values, SITES, np.full(4, 9), "f", {"seed": 3})
+    if method == "mask" and contrastive:
+        with pytest.raises(ArgumentError, match="contrastive: expected False with learned masks"):
+            skillfast.select(made, contrastive=True)
+        return
+    found = skillfast.select(made, method, share=share, max_site_share=most, signed=signed, contrastive=contrastive)
+    size = values - 0.5 if method == "auroc" else values
+    size = size if signed or method == "mask" else np.abs(size)
+    for c, (name, skill) in enumerate(found.items()):
+        assert name == ("a", "b", "c", "loss")[c]
+        others = [i for i in range(3) if i != c] if c < 3 else []
+        worth = {}
+        for i in range(12):
+            if np.isnan(size[i, c]) or (method != "mask" and size[i, c] <= 0):
+                continue
+            rival = max(size[i, others], default=0) if contrastive else 0
+            worth[i] = size[i, c] - (max(rival, 0) if method == "attribution" else rival)
+        left, chosen = {0: 4, 1: 2}, []  # of sites of 8 and of 4 neurons
+        for i in sorted(worth, key=lambda i: (-worth[i], i)):
+            if left[int(i >= 8)] and len(chosen) < round(share * 12):
+                left[int(i >= 8)] -= 1
+                chosen.append(i)
+        want = {
+            "blocks.0.mlp": sorted(i for i in chosen if i < 8),
+            "blocks.1.attn": sorted(i - 8 for i in chosen if i > 7),
+        }
+        assert neurons(skill) == {site: index for site, index in want.items() if index}
+        assert (skill.metric, skill.method, skill.fingerprint) == (columns[c], method, "f")
+        settings = {"share": share, "max_site_share": most, "signed": signed, "contrastive": contrastive}
+        assert skill.settings == settings | ({} if method in ("pearson", "auroc") else {"seed": 3})
+
+
+def test_what_ranking_is_taken(tmp_path):
+    made = scores(np.ones((12, 3)))
+    ranking = ranking_of(made)
+    assert (ranking.method, ranking.columns, ranking.sites, ranking.fingerprint) == (
+        "pearson",
+        made.columns,
+        SITES,
+        "f",
+    )
+    assert ranking.n_observations.tolist() == [9, 9, 9]
+    assert ranking.n_neurons == 12
+    assert ranking_of(ranking) is ranking_of(ranking, "pearson") is ranking
+    with pytest.raises(ArgumentError, match="method: expected pearson, which this ranking holds, got 'auroc'; leave"):
+        ranking_of(ranking, "auroc")
+    kept = dataclasses.replace(ranking, settings={"seed": 3})
+    kept.save(tmp_path)
+    back = NeuronRanking.load(tmp_path)
+    assert (back.method, back.columns, back.sites, back.fingerprint) == ("pearson", made.columns, SITES, "f")
+    assert back.settings == {"seed": 3}
+    np.testing.assert_array_equal(back.values, kept.values)
+    np.testing.assert_array_equal(back.n_observations, kept.n_observations)
+    two = [skillfast.Skill("a", {"x": [1]}, fingerprint="f"), skillfast.Skill("b", {"x": [1]})]
+    with pytest.raises(ArgumentError, match=r"skills: expected one model's, got fingerprints \['None', 'f'\]"):
+        skillfast.save_skills(tmp_path, two)
+    full = skillfast.Skill("a", {"x": [1], "y": [0, 2]}, "label:a", "pearson", {"share": 0.5}, "f")
+    skillfast.save_skills(tmp_path, [full])
+    loaded = skillfast.load_skills(tmp_path)["a"]
+    assert neurons(loaded) == neurons(full)
+    assert (loaded.name, loaded.metric, loaded.method, loaded.settings) == ("a", "label:a", "pearson", {"share": 0.5})
