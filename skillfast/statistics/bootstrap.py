@@ -234,6 +234,10 @@ class Replicates:
         return r.clamp(-1, 1).transpose(1, 2)
 
 
+def _fisher_z(r: torch.Tensor) -> torch.Tensor:
+    return torch.atanh(r.clamp(-1 + 1e-15, 1 - 1e-15))  # finite where r is
+
+
 def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor]:
     """Interval, p and adjusted p of each r float64 [D, M].
 
@@ -245,12 +249,12 @@ def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor
         the replicates have an r (a label so rare that resamples miss it).
     """
     b = len(replicates.count)
-    z = torch.atanh(r.clamp(-1 + 1e-15, 1 - 1e-15))
+    z = _fisher_z(r)
     error = torch.empty_like(r)
     step = max(1, _SLICE // (b * r.shape[1]))
     for start in range(0, r.shape[0], step):
         part = slice(start, min(start + step, r.shape[0]))
-        found = torch.atanh(replicates.pearson(part).clamp(-1 + 1e-15, 1 - 1e-15))
+        found = _fisher_z(replicates.pearson(part))
         finite = torch.isfinite(found)
         count = finite.sum(0)
         values = torch.where(finite, found, 0.0)

@@ -225,9 +225,9 @@ class RoutedStatistics:
             whole = values.new_zeros((self.n_experts + 1, *values.shape[1:]))
             return whole.index_add_(0, rows.expert, values)[:-1]
 
-        found.count += each(torch.ones_like(rows.expert))
-        found.sum_y += each(y)
-        found.sum_yy += each(y.square())
+        found.count = each(torch.ones_like(rows.expert))
+        found.sum_y = each(y)
+        found.sum_yy = each(y.square())
         (self._add_sorted if self.device.type == "cpu" else self._add_products)(found, rows, y.float())
         return found
 

@@ -107,6 +107,16 @@ def test_edges_from_few_rows(n, n_bins):
     assert (edges[:, 1:] >= edges[:, :-1]).all()
 
 
+def test_values_that_do_not_repeat_keep_bins_where_many_others_do():
+    """At most three eighths of the edges inside go to values that repeat, here 14 of them."""
+    g = torch.Generator().manual_seed(0)
+    others = torch.randn(92, generator=g) + 20
+    rows = torch.cat([torch.arange(14.0).repeat(30), others])[torch.randperm(512, generator=g)]
+    (edges,) = build_edges(rows[:, None], 32)
+    held = torch.bincount(torch.searchsorted(edges, others, right=True))
+    assert held.max() <= 25
+
+
 # Scores
 
 
@@ -530,3 +540,15 @@ def test_a_run_that_just_reaches_the_largest_rows_is_found():
     assert _threshold(torch.tensor([101]), 40).tolist() == [4]
     assert (found.value[0, 0], found.start[0, 0], found.length[0, 0]) == (100, 97, 4)
     assert not found.length[1].any()
+
+
+def test_bounds_of_a_sample_stay_within_what_a_score_can_be():
+    """A label that one sampled row has says nothing of all rows: AUROC is off by 1 at most, rho by 1 and itself."""
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    values = {"rare": torch.arange(300) == 7}
+    layout = BinLayout.of({"rare": Binary()}, 16)
+    table = BinTable.calibrated({"rare": Binary()}, 16, x, values)
+    table.add(x, values)
+    for found in (exact(layout, x, values, 0.1), table.scores(0.1)):
+        assert (found.auroc_bound == 1).all()
+        torch.testing.assert_close(found.spearman_bound, 1 + found.spearman.abs())

@@ -183,10 +183,11 @@ def tampered(path, change):
         lambda header, tensors: tensors.update({"table/edges": tensors["table/edges"].flip(1).contiguous()}),
         lambda header, tensors: tensors.update({"table/values.y": tensors["table/values.y"][:0]}),
         lambda header, tensors: tensors.pop("table/edges"),
+        lambda header, tensors: tensors.update({"replicates/sum_x": tensors["replicates/sum_x"][:, :1].contiguous()}),
     ],
 )
 def test_tampered_states_are_refused_in_one_line(tmp_path, change):
-    acc = NeuronStatistics(2, {"y": Continuous()}, bins=4)
+    acc = NeuronStatistics(2, {"y": Continuous()}, bins=4, n_bootstrap=8)
     for _ in range(3):
         acc.update(torch.randn(50, 2), {"y": torch.randn(50)})
     path = acc.save(tmp_path)

@@ -269,6 +269,8 @@ def test_what_cannot_be_made_is_refused():
         NeuronStatistics(3, METRICS, ("kendall",))
     with pytest.raises(ArgumentError, match="at least one observation"):
         NeuronStatistics(3, METRICS).compute()
+    with pytest.raises(ArgumentError, match="calibrate: expected at least one row, got none"):
+        NeuronStatistics(3, {"y": Continuous()}).calibrate(torch.empty(0, 3), {"y": []})
     with pytest.raises(ArgumentError, match="at least two different names"):
         Categorical(["a", "a"])
     with pytest.raises(ArgumentError, match="expected 3 neurons"):
@@ -302,3 +304,19 @@ def test_r_of_columns_in_a_line_stays_within_its_range():
     found = acc.compute().pearson[:, 0]
     assert (found.min(), found.max()) == (-1, 1)
     np.testing.assert_allclose(found, np.sign(factors.numpy()), atol=1e-6)
+
+
+def test_rows_that_are_no_longer_kept_leave_no_trace():
+    x, values = sample(60, 3)
+    keep = torch.arange(60) % 3 != 1
+    acc, want = (NeuronStatistics(3, METRICS, buffer_rows=16) for _ in range(2))
+    acc.update(x[:45], {name: v[:45] for name, v in values.items()})
+    acc.compute()
+    acc.keep_rows(keep[:45])
+    acc.update(x[45:], {name: v[45:] for name, v in values.items()})
+    keep[45:] = True
+    want.update(x[keep], {name: v[keep] for name, v in values.items()})
+    found, plain = acc.compute(), want.compute()
+    assert found.n_observations == int(keep.sum())
+    for name, array in plain.arrays().items():
+        np.testing.assert_allclose(found.arrays()[name], array, atol=1e-6, err_msg=name)
