@@ -245,18 +245,34 @@ def compare(directories: tuple[str, ...]) -> None:
 
 @main.command(cls=Command)
 @click.argument("directory", type=click.Path())
-def report(directory: str) -> None:
-    """Make report.html again from the files of a bench run, or evaluation.html from those of an evaluation."""
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["html", "markdown", "png", "svg", "pdf"]),
+    default="html",
+    show_default=True,
+    help="The page; a section for a model card; or each figure as a file, by kaleido and a browser.",
+)
+def report(directory: str, kind: str) -> None:
+    """Make report.html again from the files of a bench run, or evaluation.html from those of an evaluation.
+
+    Of a bench run also model-card.md (markdown), or its figures as files in figures/ (png, svg, pdf).
+    """
     from pathlib import Path
 
-    from skillfast.report import write_evaluation, write_report
+    from skillfast.report import write_card, write_evaluation, write_figures, write_report
     from skillfast.results import bench, evaluation
 
-    evaluated = (Path(directory) / evaluation.FILE).is_file()
-    if evaluated:
-        click.echo(f"report: {write_evaluation(directory)}")
-    if not evaluated or (Path(directory) / bench.FILE).is_file():
-        click.echo(f"report: {write_report(directory)}")
+    if kind == "markdown":
+        click.echo(f"model card: {write_card(directory)}")
+    elif kind != "html":
+        click.echo("\n".join(f"figure: {path}" for path in write_figures(directory, kind)))
+    else:
+        evaluated = (Path(directory) / evaluation.FILE).is_file()
+        if evaluated:
+            click.echo(f"report: {write_evaluation(directory)}")
+        if not evaluated or (Path(directory) / bench.FILE).is_file():
+            click.echo(f"report: {write_report(directory)}")
 
 
 @main.command(cls=Command)

@@ -28,7 +28,9 @@ __all__ = [
     "sites_table",
     "summary_table",
     "top_neurons_table",
+    "write_card",
     "write_evaluation",
+    "write_figures",
     "write_report",
 ]
 
@@ -66,6 +68,43 @@ def write_report(directory: str | Path) -> Path:
     from skillfast.report import files
 
     return files.write_report(Path(directory))
+
+
+def write_card(directory: str | Path) -> Path:
+    """Write `model-card.md`, a section for a model card, from the `results.json` of an output folder.
+
+    Args:
+        directory: the folder; the file appears in it whole or not at all.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DataError: a file that is missing, is not JSON, or has a key or a value that its type does not know.
+    """
+    from skillfast.report import exports
+
+    return exports.write_card(Path(directory))
+
+
+def write_figures(directory: str | Path, kind: str) -> list[Path]:
+    """Write the report's figures to `figures/` of an output folder, for papers.
+
+    Args:
+        directory: the folder, with `results.json` and `skills.json`.
+        kind: `"png"`, `"svg"` or `"pdf"`.
+
+    Returns:
+        The path of each figure. What a page steps through has its first state; the bars of single removals, which have
+        none, are left out.
+
+    Raises:
+        ArgumentError: kaleido is not installed, or no Chromium or Chrome is.
+        DataError: a file that is missing, is not JSON, or has a key or a value that its type does not know.
+    """
+    from skillfast.report import exports
+
+    return exports.write_figures(Path(directory), kind)
 
 
 def read_results(directory: str | Path) -> BenchResults:
