@@ -57,7 +57,7 @@ class Comparison:
     cka: float
     cka_left_out: np.ndarray
     undefined: np.ndarray
-    n_written: int = 0
+    n_written: int
 
 
 class EmbeddingMetrics:

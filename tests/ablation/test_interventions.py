@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,3 +188,19 @@ def test_an_ablation_takes_the_reference_of_its_own_pool(vit, batches):
     for pool in ("mean", "none"):
         condition = Condition(SKILL, ("mlp",), mode="mean")
         assert len(Interventions(vit, [condition], scores_of(pool, np.zeros(96))).sites) == 1
+
+
+def test_windows_of_an_example_take_its_donors(many):
+    """Donors hold an example's tokens unfolded; a forward may have them as windows one after the other."""
+    made, site, changed = many
+    x = torch.randn(3, 16, 96, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([4, 0, 5])
+    given = made._changes[site.name][4].donors[:, :16]
+    made._changes[site.name][4] = dataclasses.replace(made._changes[site.name][4], donors=given)
+    whole = made.apply(site, Activations(x), [4], rows)
+    windows = made.apply(site, Activations(x.view(12, 4, 96)), [4], rows)
+    torch.testing.assert_close(windows.view(3, 16, 96), whole)
+    x17 = torch.cat([x, x[:, :1]], 1)
+    torch.testing.assert_close(whole.double(), changed(x17, 4, rows)[:, :16], rtol=1e-6, atol=1e-6)
+    text = one_line(ArgumentError, made.apply, site, Activations(x[:, :8]), [4], rows)
+    assert "donors: expected activations [3, 8, 3] at blocks.0.mlp, got [3, 16, 3] of examples of another size" in text

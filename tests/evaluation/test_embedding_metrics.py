@@ -8,7 +8,16 @@ from scipy.stats import spearmanr
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier
 
-from skillfast.evaluation.embeddings import Alignment, EmbeddingMetrics, _Sums, order_kept, standard_metrics
+from skillfast.evaluation.embeddings import (
+    KEYS,
+    Alignment,
+    EmbeddingMetrics,
+    _difference,
+    _Estimates,
+    _Sums,
+    order_kept,
+    standard_metrics,
+)
 from skillfast.evaluation.jackknife import deal, jackknife_interval
 from skillfast.results.records import to_json
 
@@ -419,3 +428,20 @@ def test_the_record_of_each_removal(pair):
     assert result.knn_accuracy == few.knn_accuracy()
     assert 0.5 < result.knn_accuracy < 1
     assert standard_metrics(few, [few.compare(after[kept])] * 3, np.zeros(3), "abc").n_ranked == 148
+
+
+def test_a_difference_lies_between_minus_2_and_2():
+    """Cosines are from -1 to 1; so are their differences to draws from -2 to 2, however wide the interval is."""
+    ones = {key: np.ones((2, 3)) for key in KEYS}
+    apart = {key: np.array([[1.0, -1, 1], [-1, 1, -1]]) for key in KEYS}
+    left_out = {key: np.tile([3.0, -3], (2, 3, 4)) for key in KEYS}
+    same = {key: np.zeros((2, 3, 8)) for key in KEYS}
+    found = _difference(_Estimates(ones, left_out), _Estimates(apart, same))
+    assert found.ci95.cka == [-2, 2]
+    assert found.draws == 2
+    value = found.cosine
+    assert value == pytest.approx(1 - np.mean(apart["cosine"]))
+    steady = _difference(_Estimates(ones, same), _Estimates(apart, same))
+    want = jackknife_interval(value, np.zeros(8), -2, 2, np.var(apart["cosine"], ddof=1) / 6)
+    assert steady.ci95.cosine == pytest.approx(want)
+    assert _Estimates({"cka": np.full((1, 2), np.nan)}, {"cka": np.ones((1, 2, 5))}).mean_left_out("cka").shape == (5,)

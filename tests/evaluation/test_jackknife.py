@@ -15,6 +15,7 @@ def test_each_class_is_dealt_out_evenly():
     assert sorted(np.bincount(dealt)) == [12] * 4 + [13] * 4
     for label in range(3):
         assert np.ptp(np.bincount(dealt[labels == label], minlength=8)) <= 1
+        assert set(np.diff(dealt[labels == label]) % 8) == {1}  # in the order of the examples
     assert sorted(deal(labels[:5], 40)) == [0, 1, 2, 3, 4]
 
 

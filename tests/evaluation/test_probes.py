@@ -287,3 +287,15 @@ def test_shares_and_recalls_equal_a_loop_over_classes_and_draws():
         assert getattr(found, key) == pytest.approx(mean[0])
         assert getattr(found.ci95, key) == pytest.approx(jackknife_interval(mean[0], mean[1:], -np.inf, np.inf))
     assert (found.n_fitted, found.shots, found.steps) == (64, 5, 30)
+
+
+def test_nothing_is_tuned_without_a_linear_head_or_examples():
+    labels, rows = np.arange(3).repeat(9), np.zeros((27, 2))
+    head = np.zeros((4, 2)), np.zeros(4)
+    for reader, target in ((Reader(labels, 4, None), 1), (Reader(labels, 4, head), 3)):
+        for found in reader.tuned(rows, target):
+            assert found.shape == (0, 27)
+            assert found.dtype == np.int64
+    assert Reader(labels, 4, head).n_fitted == 18
+    assert Reader(np.array([0, 1, 0, 1]), 2, None).n_fitted == 2
+    assert Reader(np.array([0, 1]), 2, None).n_fitted == 1

@@ -177,6 +177,18 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     }  # fmt: skip
 
 
+def test_what_is_not_told_is_usual(batches):
+    model = make_vit()
+    attributions = skillfast.attribute(model, batches, classes=5)
+    usual = {
+        "learned_share": 0.03, "learned_max_site_share": 0.25, "learned_scale": 0.0, "batch_size": 96, "keep": 10.0,
+        "start_keep": None, "seed": 0,
+    }  # fmt: skip
+    found = skillfast.learn_masks(model, batches, attributions, steps=1)
+    assert found.settings == usual | {"steps": 1}
+    assert (found.sites, found.fingerprint) == (attributions.sites, attributions.fingerprint)
+
+
 def test_temperatures_fall_geometrically_and_rates_linearly(setting, monkeypatch):
     temperatures, rates, step = [], [], Adam.step
 

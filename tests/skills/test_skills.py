@@ -152,7 +152,7 @@ def test_skills_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "expected a file, got none"),
+        (None, "expected a file, got none; write it with save_skills or `skillfast bench`$"),
         ("{", "expected JSON"),
         ('{"schema": "skillfast.skills/2"}', "expected schema 'skillfast.skills/1', got 'skillfast.skills/2'"),
         (
