@@ -67,6 +67,15 @@ def check_pooled(y, pooled, pool, more):
     assert (near | (pooled.isnan() & want.isnan())).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_mask_of_three_tokens(backend, pool):
+    x, _ = capture_case((8, 3, 5), torch.float32)
+    mask = torch.tensor(list(product([False, True], repeat=3)))
+    check_capture(backend, x, "identity", pool, {"mask": mask})
+    check_capture(backend, -x.abs(), "identity", pool, {"mask": mask})
+
+
 @pytest.mark.parametrize("activation", ACTIVATION)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_act_mask_pool_of_small_shapes(isa, monkeypatch, dtype, activation):

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
 from skillfast import Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError
@@ -416,3 +417,30 @@ def test_experts_of_processes_with_shifts_of_their_own_add_up(two):
             np.testing.assert_allclose(scores.pearson[3 * e : 3 * e + 3, -1], want, atol=1e-6)
             np.testing.assert_allclose(scores.mean[3 * e : 3 * e + 3], x[own].double().mean(0), rtol=1e-6)
             assert set(scores.n_routed[3 * e : 3 * e + 3]) == {int(own.sum())}
+
+
+def test_rows_of_experts_that_wait_add_up_over_processes(two):
+    """Where ranks need the rows: as many as one process would have kept, whoever's buffer they wait in."""
+    x, values = data(90)
+    expert = torch.arange(90) % 2
+    shards = [
+        RoutedStatistics(
+            2, 3, METRICS, ("pearson", "spearman"), bins=8, n_bootstrap=8, seed=0, buffer_rows=64,
+            device=torch.device("cpu"),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for shard, at in zip(shards, torch.arange(90).split(60), strict=True):
+        rows = RoutedRows(x[at], torch.ones(len(at)), expert[at], torch.arange(len(at)), (len(at), 1))
+        shard.add(rows, shard.check(part(values, at), len(at)), at)
+    two.run(lambda shard: shard.all_reduce(), shards)
+    for shard in shards:
+        assert shard.n_observations == 90
+        scores = shard.scores()
+        for e in range(2):
+            own = expert == e
+            for score, of in ((scores.pearson, np.asarray), (scores.spearman, rankdata)):
+                want = np.corrcoef(
+                    [of(column) for column in (*x[own].double().T.numpy(), values["loss"][own].numpy())]
+                )[:3, 3]
+                np.testing.assert_allclose(score[3 * e : 3 * e + 3, -1], want, atol=1e-5)
