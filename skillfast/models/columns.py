@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from skillfast.errors import ModelError
-from skillfast.models.experts import by_unit, down_projections, experts_of
+from skillfast.models.experts import by_unit, down_projections
 from skillfast.models.projections import CONVOLUTIONS, TRANSPOSED
 
 if TYPE_CHECKING:
@@ -120,9 +120,14 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 
 def _of_experts(module: nn.Module, site: Site) -> tuple[Columns, ...]:
-    weight, found = down_projections(module), experts_of(module)
-    assert weight is not None
-    assert found is not None
+    weight = down_projections(module)
+    if weight is None:
+        raise ModelError(
+            f"{site.name}: expected the down projections of all experts in one parameter, got a module for each; "
+            "ablate the model in memory, with skillfast.ablate"
+        )
+    experts, units, *_ = by_unit(module, weight).shape
+    found = (experts, units)
     name = next(name for name, parameter in module.named_parameters() if parameter is weight)
     columns = _checked(Columns(f"{site.path}.{name}", weight, partial(by_unit, module), found), site)
     if site.kind == "expert":

@@ -5,7 +5,9 @@ local variable that no hook sees. Two ways lead to it. The implementations `grou
 at once with the module's own `_apply_gate` (or `act_fn`, where nothing is gated), which is replaced on the instance.
 The implementation `eager`, and experts with code of their own, multiply by a slice of `down_proj` for each expert: the
 module runs under a mode that sees these products. Which token a row is of is what the implementation itself computed,
-the order of its sort or the result of its search, since its sort is not stable.
+the order of its sort or the result of its search, since its sort is not stable. Experts that are modules (NLLB-MoE,
+Switch Transformers) are seen by the same products; those whose rows come sorted (JetMoe, Granite's before transformers
+5.24) by a hook on the router, which gives their order and gates, and one on the module of all down projections.
 """
 
 from __future__ import annotations
@@ -34,14 +36,20 @@ if TYPE_CHECKING:
 AT_ONCE = ("grouped_mm", "batched_mm")
 """Implementations that make the rows of all experts at once."""
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
-_CHOICES = ("softmax", "sigmoid", "topk")  # of routers, on a value for each token and expert
+_CHOICES = ("softmax", "sigmoid", "topk", "argmax")  # of routers, on a value for each token and expert
 
 
-def experts_of(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Experts and units of each, for a module that holds the routed experts of a block; None for any other module."""
+def experts_of(model: torch.nn.Module, path: str) -> tuple[int, int] | None:
+    """Experts and units of each, at the path of the routed experts of a block; None at any other path."""
+    module = model.get_submodule(path)
+    if each := _separate(module):
+        return len(each), each[0].in_features
     weight = down_projections(module)
-    takes = None if weight is None else len(inspect.signature(module.forward).parameters)
-    if weight is None or not (takes == 3 or (takes == 1 and getattr(module, "num_experts", None) == len(weight))):
+    if weight is None:
+        return None
+    takes = len(inspect.signature(module.forward).parameters)
+    all_of_one = takes == 1 and getattr(module, "num_experts", None) == len(weight)
+    if takes != 3 and not all_of_one and _sorting_router(model, path) is None:
         return None
     experts, units, *_ = by_unit(module, weight).shape
     return experts, units
@@ -63,15 +71,33 @@ def units_first(module: torch.nn.Module) -> bool:
 def down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
     """Find the parameter that holds all experts' down projections, one after the other; None where there is none."""
     inner = getattr(module, "mlp", None)
-    for weight, dims in ((getattr(module, "down_proj", None), 3), (getattr(inner, "w2", None), 2)):  # the latter: DBRX
+    stacked, flat = (getattr(module, name, None) for name in ("down_proj", "weight")), getattr(inner, "w2", None)
+    for weight, dims in (*((weight, 3) for weight in stacked), (flat, 2)):  # JetMoe has the second, DBRX the last
         if isinstance(weight, torch.nn.Parameter) and weight.dim() == dims:
             return weight
     return None
 
 
+def _separate(module: torch.nn.Module) -> list[torch.nn.Linear]:
+    """The down projections of experts that are modules of their own; none of any other module."""
+    if not isinstance(module, torch.nn.ModuleDict) or "expert_0" not in module:
+        return []
+    each = [getattr(expert, "fc2", getattr(expert, "wo", None)) for expert in module.values()]
+    return [last for last in each if isinstance(last, torch.nn.Linear)]
+
+
+def _sorting_router(model: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    """The router that sorts the rows of a module of all down projections; None for any other module."""
+    parent, _, name = path.rpartition(".")
+    router = getattr(model.get_submodule(parent), "router", None) if name == "output_linear" else None
+    weight = getattr(model.get_submodule(path), "weight", None)
+    sorts = isinstance(router, torch.nn.Module) and isinstance(weight, torch.nn.Parameter) and weight.dim() == 3
+    return router if sorts else None
+
+
 def takes_gates(module: torch.nn.Module) -> bool:
-    """Whether experts are given gates to put on their outputs; those of Llama 4 get inputs that are scaled already."""
-    return len(inspect.signature(module.forward).parameters) == 3
+    """Whether experts have gates that weigh their outputs; those of Llama 4 get inputs that are scaled already."""
+    return len(inspect.signature(module.forward).parameters) != 1
 
 
 @contextmanager
@@ -169,6 +195,7 @@ class _Seam:
         self._shape: tuple[int, int] | None = None  # examples and tokens of the running forward
         self._forwards: list[_Forward] = []
         self._routings: list[_Routing] = []
+        self._sorted: RoutedActivations | None = None  # gates of the running forward, in the order of the rows
         self._stack = ExitStack()
         module = model.get_submodule(site.path)
         block = re.match(r".*\b\d+(?=\.)", site.path)
@@ -176,12 +203,18 @@ class _Seam:
         for path in sorted(around, key=len):  # the block, then what is around the experts
             handle = model.get_submodule(path).register_forward_pre_hook(self._note_shape, with_kwargs=True)
             self._stack.callback(handle.remove)
-        parent = model.get_submodule(site.path.rpartition(".")[0])
+        router = _sorting_router(model, site.path)
+        if router is not None:
+            self._stack.callback(router.register_forward_hook(self._sorted_gates).remove)
+            self._stack.callback(module.register_forward_pre_hook(self._sorted_rows).remove)
+        chooses = router or model.get_submodule(site.path.rpartition(".")[0])
         for hook in (
-            parent.register_forward_pre_hook(self._begin_routing),
-            parent.register_forward_hook(self._end_routing, always_call=True),
+            chooses.register_forward_pre_hook(self._begin_routing),
+            chooses.register_forward_hook(self._end_routing, always_call=True),
         ):
             self._stack.callback(hook.remove)
+        if router is not None:
+            return
         begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._stack.callback(begin.remove)
         end = module.register_forward_hook(self._end, always_call=True)
@@ -214,26 +247,57 @@ class _Seam:
             self._enter(module, self._ungated(*bound.arguments.values()), 1)
             return None
         (_, hidden), (_, index), (name, weights) = bound.arguments.items()
+        assert self.site.experts is not None
+        if isinstance(module, torch.nn.ModuleDict):
+            index = _chosen(index, weights, self.site.experts)
         shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else self._shape
-        if shape is None or shape[0] * shape[1] != index.shape[0]:
+        token = torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[-1])
+        gates = self._gates(weights, index.flatten(), token, shape, index.shape[0])
+        bound.arguments[name] = gates.values.view(weights.shape)
+        self._enter(module, gates, index.shape[-1])
+        return bound.args, bound.kwargs
+
+    def _gates(
+        self, weights: torch.Tensor, expert: torch.Tensor, token: torch.Tensor, shape: tuple[int, int] | None, n: int
+    ) -> RoutedActivations:
+        """What flows on of the gates of a forward, for as many rows as there are pairs of a token and an expert.
+
+        Args:
+            weights: The gates, in any shape.
+            expert: int64 [rows].
+            token: int64 [rows].
+            shape: Examples and tokens of each.
+            n: Number of tokens that the experts were given.
+        """
+        assert self.site.experts is not None
+        if shape is None or shape[0] * shape[1] != n:
             raise ModelError(
                 f"{self.site.name}: expected the tokens of {shape and shape[0]} examples with {shape and shape[1]} "
-                f"each, got {index.shape[0]} rows; call the model itself, with inputs [batch, tokens]"
+                f"each, got {n} rows; call the model itself, with inputs [batch, tokens]"
             )
-        if self._routings and self._routings[-1].breached(index):
+        if self._routings and self._routings[-1].breached(expert, token):
             raise ModelError(
                 f"{self.site.name}: expected a router that takes the experts with the largest values and has others to "
                 "take, got tokens at experts that are masked; remove the experts' outputs with mode='zero'"
             )
-        token = torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[-1])
         one = torch.ones_like(weights).flatten()
-        assert self.site.experts is not None
-        gates = _passed(
-            self.gates, RoutedActivations(weights.reshape(-1, 1), index.flatten(), token, one, self.site.experts, shape)
+        found = RoutedActivations(weights.reshape(-1, 1), expert, token, one, self.site.experts, shape)
+        return _passed(self.gates, found)
+
+    def _sorted_gates(self, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        order, token, gates, sizes, logits = output
+        expert = torch.arange(len(sizes), device=token.device).repeat_interleave(
+            torch.as_tensor(sizes, device=token.device)
         )
-        bound.arguments[name] = gates.values.view(weights.shape)
-        self._enter(module, gates, index.shape[-1])
-        return bound.args, bound.kwargs
+        self._sorted = self._gates(gates, expert, token, self._shape, len(args[0]))
+        return order, token, self._sorted.values.view(gates.shape), sizes, logits
+
+    def _sorted_rows(self, _: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._sorted is None:
+            return None  # the router failed, or a watcher came in the middle of a forward
+        rows = _passed(self.units, replace(self._sorted, values=args[0], gate=self._sorted.values[:, 0]))
+        self._sorted = None
+        return (rows.values, *args[1:])
 
     def _enter(self, module: torch.nn.Module, gates: RoutedActivations, slots: int) -> None:
         self._forwards.append(forward := _Forward(module, gates, slots, self.units))
@@ -266,7 +330,22 @@ class _Seam:
                     f"{self.site.name}: expected to see the inputs of its down projections, got none; call "
                     "model.set_experts_implementation('grouped_mm'), or leave out sites of kind expert"
                 )
-            _passed(self.units, forward.nothing(output))
+            assert self.site.experts is not None
+            _passed(self.units, forward.nothing(output, self.site.width // self.site.experts))
+
+
+def _chosen(index: torch.Tensor, weights: torch.Tensor, n: int) -> torch.Tensor:
+    """Experts of each token int64 [tokens, slots], `n` for none, of experts that are modules.
+
+    Args:
+        index: Of Switch Transformers [tokens, 1, experts], 1 at the expert, 0 everywhere for a token beyond its
+            capacity; of NLLB-MoE something else, with a slot for each expert.
+        weights: Gates [tokens, slots].
+        n: Number of experts.
+    """
+    if index.dim() == 3:
+        return torch.where(index.any(-1), index.argmax(-1), n)
+    return torch.where(weights != 0, torch.arange(n, device=index.device), n)
 
 
 def _passed(watchers: list[See], rows: RoutedActivations) -> RoutedActivations:
@@ -300,11 +379,11 @@ class _Routing(TorchFunctionMode):
         of_tokens = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)
         return of_tokens and x.shape[-1] == self.masked.shape[-1] and x.numel() == self.masked.numel()
 
-    def breached(self, index: torch.Tensor) -> bool:
-        """Whether a token was routed to an expert that its example lacks: index int64 [tokens, slots]."""
-        masked = self.masked.to(index.device)
-        real = index < masked.shape[1]
-        return bool((masked.gather(1, index.clamp(max=masked.shape[1] - 1)) & real).any())
+    def breached(self, expert: torch.Tensor, token: torch.Tensor) -> bool:
+        """Whether a token was routed to an expert that its example lacks; both int64 [rows]."""
+        masked = self.masked.to(expert.device)
+        real = expert < masked.shape[1]
+        return bool((masked[token, expert.clamp(max=masked.shape[1] - 1)] & real).any())
 
 
 class _Forward(TorchFunctionMode):
@@ -320,6 +399,7 @@ class _Forward(TorchFunctionMode):
         self.at_once = _implementation(module) in AT_ONCE
         self._order: torch.Tensor | None = None  # int64 [rows], of a sort by expert
         self._hit: tuple[torch.Tensor, ...] | None = None  # slots and tokens of the expert that is computed
+        self._own = {id(last.weight): i for i, last in enumerate(_separate(module))}  # of experts that are modules
         self._stack = ExitStack()
         if watchers and self.at_once:
             self._replace_activation()
@@ -351,7 +431,8 @@ class _Forward(TorchFunctionMode):
         assert self._hit is not None
         slot, token = self._hit
         gate = self.gates.values.view(-1, self.slots)[token, slot]
-        return self._passed(values, torch.full_like(token, expert), token, gate)
+        none = self.gates.expert.view(-1, self.slots)[token, slot] >= self.gates.n_experts  # weighed by a gate of 0
+        return self._passed(values, torch.full_like(token, expert).masked_fill(none, self.gates.n_experts), token, gate)
 
     def _passed(
         self, values: torch.Tensor, expert: torch.Tensor, token: torch.Tensor, gate: torch.Tensor
@@ -360,9 +441,8 @@ class _Forward(TorchFunctionMode):
         rows = replace(self.gates, values=values, expert=expert, token=token, gate=gate)
         return _passed(self.watchers, rows).values
 
-    def nothing(self, like: torch.Tensor) -> RoutedActivations:
+    def nothing(self, like: torch.Tensor, units: int) -> RoutedActivations:
         """No rows, where no token was routed to any expert."""
-        _, units = experts_of(self.module) or (0, 0)
         gates = self.gates
         return replace(
             gates, values=like.new_empty(0, units), expert=gates.expert[:0], token=gates.token[:0], gate=gates.gate[:0]
@@ -387,6 +467,8 @@ class _Forward(TorchFunctionMode):
 
     def _expert_of(self, weight: Any) -> int | None:
         """The expert whose slice of the down projections a matrix is; None for another matrix."""
+        if self._own:
+            return self._own.get(id(weight))
         whole = down_projections(self.module)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or whole is None:
             return None

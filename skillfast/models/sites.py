@@ -52,7 +52,8 @@ class Site:
 
     Attributes:
         name: Canonical name in every family: `blocks.3.mlp`, `blocks.3.attn`, `blocks.3.cross_attn`,
-            `blocks.3.experts`, `head`; a second one of a block is `blocks.3.mlp_2`.
+            `blocks.3.experts`, `head`; a second one of a block is `blocks.3.mlp_2`, experts of attention are
+            `blocks.3.attn_experts`.
         kind: `"mlp"`, `"attn"`, `"ssm"`, `"expert"`, `"router"` or `"head"`.
         block: Index of the block, counted in the order of the model's modules; None for the head.
         path: Path of the projection module whose input holds the neurons. Of routed experts, of the module of all of a
@@ -128,7 +129,7 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     patterns = [pattern for family in families() for pattern in family.patterns()]
     named = _Names()
     for path, module in model.named_modules():
-        if (routed := experts_of(module)) is not None:
+        if (routed := experts_of(model, path)) is not None:
             named.add_experts(path, *routed, gated=takes_gates(module))
         if (width := input_width(module)) is None:
             continue
@@ -172,18 +173,15 @@ class _Names:
         """The sites of a block's routed experts, and of the gates that weigh them, if any are given to them."""
         block = next((block for block in self._blocks if path.startswith(f"{block}.")), _numbered(path))
         index = self._blocks.setdefault(block, len(self._blocks))
-        if gated:
-            name = f"blocks.{index}.router"
-            self.sites.append(Site(name, "router", index, path, experts, experts=experts, inside=block))
-        self.sites.append(
-            Site(f"blocks.{index}.experts", "expert", index, path, experts * units, experts=experts, inside=block)
-        )
+        name = f"blocks.{index}.{'attn_' if 'attention' in path[len(block) :] else ''}experts"
+        site = Site(name, "expert", index, path, experts * units, experts=experts, inside=block)
+        self.sites += [router_of(site), site] if gated else [site]
 
 
 def router_of(site: Site) -> Site:
     """The site of the gates of a block's experts, with a neuron for each."""
     assert site.experts is not None
-    name = f"blocks.{site.block}.router"
+    name = site.name.removesuffix("experts") + "router"
     return replace(site, name=name, kind="router", width=site.experts)
 
 

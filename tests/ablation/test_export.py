@@ -212,6 +212,10 @@ EXPERTS = {
     "Llama4ForCausalLM": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size_mlp": 16,
     },
+    "JetMoeForCausalLM": {  # experts of attention, too
+        "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+    },
 }  # fmt: skip
 
 

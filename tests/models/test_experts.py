@@ -16,8 +16,9 @@ import skillfast
 from skillfast import Condition, Continuous, Skill
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import shrink
+from skillfast.models.columns import written
 from skillfast.models.coverage import randomise
-from skillfast.models.sites import find_sites
+from skillfast.models.sites import find_sites, router_of
 from skillfast.skills.attribution import log_odds
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -57,8 +58,16 @@ FAMILIES = {
         },
     ),
 }
+# of their own code, too: experts of attention beside those of the MLP; of encoders and decoders
+FAMILIES |= {
+    "jetmoe": ("JetMoeForCausalLM", {}),
+    "nllb-moe": ("NllbMoeForConditionalGeneration", {"num_experts": 2}),
+    "switch_transformers": ("SwitchTransformersForConditionalGeneration", {}),
+}
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
-OWN_CODE = ("longcat_flash", "dbrx", "llama4_text")
+OWN_CODE = ("longcat_flash", "dbrx", "llama4_text", "jetmoe", "nllb-moe", "switch_transformers")
+if Version(transformers.__version__) < Version("5.24"):
+    OWN_CODE += ("granitemoe",)
 CASES = [
     pytest.param(family, backend, id=f"{family}-{backend}")
     for family in FAMILIES
@@ -76,19 +85,18 @@ def made(family: str, backend: str | None = None) -> tuple[nn.Module, dict[str, 
         older = Version(transformers.__version__) < Version("5.24")
         if family == "dbrx" and older:
             pytest.skip("DBRX's experts multiply by the transposed weights, as published, in later versions only")
-        if family == "granitemoe" and older:
-            pytest.skip("Granite's experts have an implementation of their own in older versions")
         with torch.device("meta"):
             whole = getattr(transformers, model_class)(transformers.AutoConfig.for_model(family, **settings))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shrink, "LAYERS", 2)
             patch.setattr(shrink, "TOKENS", 10)
             model, inputs = shrink.shrunk(whole)
-        randomise(model)
+        randomise(model, seed=3 if family == "switch_transformers" else 0)  # so that every expert is reached
         for site in find_sites(model):
             if site.kind == "expert":
                 for weight in model.get_submodule(site.path).parameters():
-                    weight.data.mul_(8 if weight.dim() > 2 else 1)  # so that experts matter
+                    large = weight.dim() > (1 if family in ("nllb-moe", "switch_transformers") else 2)
+                    weight.data.mul_((64 if "output" in site.path else 8) if large else 1)  # so that experts matter
         _MADE[family] = model.requires_grad_(False), inputs
     model, inputs = _MADE[family]
     if family not in OWN_CODE:
@@ -99,9 +107,21 @@ def made(family: str, backend: str | None = None) -> tuple[nn.Module, dict[str, 
 def plain_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Path of the experts -> hidden states, experts and gates that a plain forward gives them.
 
-    Where inputs are scaled by the gates, hidden states are those of all experts of a token beside each other.
+    Where inputs are scaled by the gates, hidden states are those of all experts of a token beside each other. Behind
+    a path and a colon is what the router says where the experts that compute are others; JetMoe's attention gives what
+    its experts project instead of hidden states.
     """
     seen = {}
+
+    def sort(router: nn.Module, args: tuple[torch.Tensor, ...], output: tuple, path: str) -> None:
+        orders[path], _, sorted_gates, sizes, _ = output
+        back = orders[path].argsort()
+        experts = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        seen[path] = (args[0], *(rows[back].view(-1, router.top_k) for rows in (experts, sorted_gates)))
+
+    def project(last: nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
+        rows = args[0][orders[path].argsort()]  # slots of a token beside each other
+        seen[path] = (rows.view(*seen[path][1].shape, -1), *seen[path][1:])
 
     def keep(experts: nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
         if len(args) == 1:
@@ -110,15 +130,27 @@ def plain_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
             index = given.abs().sum(-1).topk(k, -1).indices
             assert int((given != 0).any(-1).sum()) == index.numel()
             args = (given.flatten(1), index, torch.ones(index.shape))
+        elif isinstance(experts, nn.ModuleDict):
+            hidden, chosen, gates = args
+            n = experts.num_experts
+            if chosen.dim() == 3:  # Switch Transformers: one-hot
+                args = (hidden, torch.where(chosen.sum(-1) > 0, chosen.argmax(-1), n), gates)
+            else:  # NLLB-MoE, which takes the mask of a token's first expert for numbers of experts
+                seen[f"{path}:"] = (hidden, torch.arange(n).expand_as(gates).masked_fill(gates == 0, n), gates)
+                args = (hidden, chosen.masked_fill(gates == 0, n), gates)
         seen[path] = args
 
-    handles = [
-        model.get_submodule(site.path).register_forward_pre_hook(
-            lambda experts, args, path=site.path: keep(experts, args, path)
-        )
-        for site in find_sites(model)
-        if site.kind == "expert"
-    ]
+    orders: dict[str, torch.Tensor] = {}
+    handles = []
+    for path in [site.path for site in find_sites(model) if site.kind == "expert"]:
+        module = model.get_submodule(path)
+        if not path.endswith("output_linear"):
+            handles.append(module.register_forward_pre_hook(lambda m, args, path=path: keep(m, args, path)))
+            continue
+        router = model.get_submodule(path.rpartition(".")[0]).router
+        handles.append(router.register_forward_hook(lambda m, args, out, path=path: sort(m, args, out, path)))
+        if "attention" in path:
+            handles.append(module.register_forward_pre_hook(lambda m, args, path=path: project(m, args, path)))
     with torch.no_grad():
         model(**inputs)
     for handle in handles:
@@ -135,14 +167,38 @@ def down_projections(experts: nn.Module) -> list[torch.Tensor]:
     """[hidden, units] of each expert, views of the weights."""
     if hasattr(experts, "mlp"):  # DBRX
         return list(experts.mlp.w2.data.view(experts.num_experts, -1, experts.hidden_size).transpose(1, 2))
+    if isinstance(experts, nn.ModuleDict):
+        each = [experts[f"expert_{expert}"] for expert in range(experts.num_experts)]
+        return [(expert.fc2 if hasattr(expert, "fc2") else expert.wo).weight.data for expert in each]
+    if hasattr(experts, "output_size"):  # JetMoe
+        return list(experts.weight.data)
     weights = experts.down_proj.data
     return list(weights.transpose(1, 2) if transposed(experts) else weights)
 
 
-def plain_reading(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> np.ndarray:
-    """gate x activation [tokens, experts, units] of each expert's down projection, row by row."""
+def plain_reading(
+    experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor, mixture: nn.Module | None = None
+) -> np.ndarray:
+    """gate x activation [tokens, experts, units] of each expert's down projection, row by row.
+
+    `mixture` is the module around the down projections.
+    """
     n = len(down_projections(experts))
     found = np.zeros((len(index), n, down_projections(experts)[0].shape[1]))
+    if isinstance(experts, nn.ModuleDict) or hasattr(experts, "output_size"):
+        for token, slots in enumerate(index.tolist()):
+            for slot, expert in enumerate(slots):
+                if expert < n:
+                    if hasattr(mixture, "activation"):
+                        gate, up = (hidden[token] @ mixture.input_linear.weight[expert].T).chunk(2)
+                        x = mixture.activation(gate) * up
+                    elif hasattr(experts, "output_size"):  # of attention
+                        x = hidden[token].view(len(slots), -1)[slot]
+                    else:
+                        one = experts[f"expert_{expert}"]
+                        x = one.act(one.fc1(hidden[token]) if hasattr(one, "fc1") else one.wi(hidden[token]))
+                    found[token, expert] += (gates[token, slot] * x).numpy()
+        return found
     if hasattr(experts, "mlp"):  # DBRX
         parts = [weight.view(n, -1, hidden.shape[-1]) for weight in (experts.mlp.w1, experts.mlp.v1)]
         first, act = torch.cat(parts, 1), experts.mlp.activation_fn
@@ -174,9 +230,11 @@ def test_the_sites_of_experts_hold_all_that_they_do(family):
     kinds = {site.kind for site in find_sites(model)}
     assert ({"expert", "router"} if family != "llama4_text" else {"expert"}) <= kinds
     found = skillfast.coverage(model, inputs)
-    routed = re.compile(r"\.experts\.|(mlp|mixer|feed_forward|block_sparse_moe)\.(gate|router|wg)\b")
+    routed = re.compile(r"\.experts\.|(mlp|mixer|feed_forward|ffn|block_sparse_moe)\.(gate|router|wg)\b")
     assert not [name for name in found.missing if routed.search(name)], found
     assert not [name for name in found.unexercised if ".experts." in name], found
+    if family in ("jetmoe", "nllb-moe", "switch_transformers"):
+        assert found.complete, found
 
 
 def check_share(found: skillfast.NeuronScores, index: torch.Tensor, mask: torch.Tensor, y: torch.Tensor) -> None:
@@ -240,10 +298,11 @@ def test_traced_values_equal_a_plain_reading(family, backend):
     scores = tracer.compute()
     for site in scores.sites:
         experts = model.get_submodule(site.path)
-        hidden, index, gates = seen[site.path]
+        mixture = model.get_submodule(site.path.rpartition(".")[0])
+        hidden, index, gates = seen[site.path] if site.kind == "expert" else seen.get(f"{site.path}:", seen[site.path])
         if site.kind == "expert":
-            each = plain_reading(experts, hidden.reshape(len(index), -1), index, gates)
-            check_share(scores.routed[f"blocks.{site.block}.router"], index, mask, y)
+            each = plain_reading(experts, hidden.reshape(len(index), -1), index, gates, mixture)
+            check_share(scores.routed[router_of(site).name], index, mask, y)
         else:
             each = np.zeros((len(index), site.width))
             for slot in range(index.shape[1]):
@@ -353,16 +412,18 @@ class LastToken(nn.Module):
         self.model = model
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits[:, -1, : self.num_classes]
+        decoder = {"decoder_input_ids": ids.flip(1)} if self.model.config.is_encoder_decoder else {}
+        return self.model(input_ids=ids, use_cache=False, **decoder).logits[:, -1, : self.num_classes]
 
 
 def batches(inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(inputs["input_ids"], torch.tensor([0, 3, 1, 3]))]
 
 
-SWEPT = ("qwen3_moe", "gpt_oss", "deepseek_v3", "longcat_flash")
+SWEPT = ("qwen3_moe", "gpt_oss", "deepseek_v3", "longcat_flash", "jetmoe", "nllb-moe", "switch_transformers")
 
 
+@pytest.mark.filterwarnings("ignore:sweep. . of . conditions run the whole forward")  # T5's blocks share a bias
 @pytest.mark.parametrize("family", SWEPT)
 def test_a_sweep_equals_a_loop(family):
     classifier = LastToken(made(family)[0]).eval()
@@ -410,9 +471,16 @@ def choice(family: str, gate: nn.Module, hidden: torch.Tensor, masked: list[int]
     """Experts and gates of each token where some experts' logits are -inf, written out for a router of each sort."""
     logits = hidden @ gate.weight.T + (gate.bias if family == "gpt_oss" else 0)
     logits[:, masked] = -torch.inf
-    if family == "gpt_oss":
+    if family in ("gpt_oss", "jetmoe"):
         values, index = logits.topk(gate.top_k, -1)
         return index, values.softmax(-1)
+    if family == "nllb-moe":
+        gates = logits.softmax(-1)
+        gates = torch.where(gates >= gates.topk(2, -1).values[:, 1:], gates, 0)
+        return torch.arange(4).expand_as(gates).masked_fill(gates == 0, 4), gates / gates.sum(-1, keepdim=True)
+    if family == "switch_transformers":
+        values, index = logits.softmax(-1).max(-1, keepdim=True)
+        return index, values
     if family == "deepseek_v3":
         scores = logits.sigmoid()
         index = (
@@ -424,22 +492,67 @@ def choice(family: str, gate: nn.Module, hidden: torch.Tensor, masked: list[int]
     return index, values / values.sum(-1, keepdim=True) if family == "mixtral" else values
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "jetmoe", "nllb-moe", "switch_transformers"]
+)
 def test_tokens_of_masked_experts_are_routed_anew(family):
-    model, inputs = made(family)
-    sites = [site for site in find_sites(model) if site.kind == "router"]
+    model, inputs = made(family) if family != "nllb-moe" else nllb_of_four()
+    sites = [site for site in find_sites(model) if site.kind == "router" and "attn" not in site.name]
     skill = Skill("s", {site.name: [1, 2] for site in sites})
     with skillfast.ablate(model, skill, mode="reroute"):
         seen = plain_inputs(model, inputs)
     for site in sites:
-        hidden, index, gates = seen[site.path]
+        hidden, index, gates = seen.get(f"{site.path}:", seen[site.path])
         block = model.get_submodule(site.path.rpartition(".")[0])
-        router = block.router if family == "gpt_oss" else block.gate
+        router = block.router if hasattr(block, "router") else block.gate
+        router = next((getattr(router, name) for name in ("classifier", "layer") if hasattr(router, name)), router)
+        if family == "jetmoe":
+            router.top_k = block.router.top_k
         index_wanted, gates_wanted = choice(family, router, hidden.reshape(len(index), -1), [1, 2])
         assert torch.equal(index.sort(-1).values, index_wanted.sort(-1).values)
         torch.testing.assert_close(gates.sort(-1).values, gates_wanted.sort(-1).values)
     seen = plain_inputs(model, inputs)
     assert all((seen[site.path][1] == 1).any() for site in sites)
+
+
+def nllb_of_four() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model of the NLLB-MoE family with four experts, of which transformers' code calls two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "nllb-moe", (FAMILIES["nllb-moe"][0], {"num_experts": 4}))
+        patch.setattr(f"{__name__}._MADE", {})
+        return made("nllb-moe")
+
+
+def test_other_weights_are_tried_where_tokens_reach_no_expert(monkeypatch):
+    with torch.device("meta"):
+        model = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig())
+    assert skillfast.coverage(model).complete
+    monkeypatch.setattr("skillfast.models.coverage._DRAWS", ())
+    assert any(".experts." in name for name in skillfast.coverage(model).unexercised)
+
+
+def test_no_parameter_holds_the_down_projections_of_experts_that_are_modules():
+    model, _ = made("switch_transformers")
+    site = next(site for site in find_sites(model) if site.kind == "expert")
+    assert "expected the down projections of all experts in one parameter" in one_line(ModelError, written, model, site)
+
+
+def test_experts_that_are_never_called_are_told():
+    """NLLB-MoE's code takes a mask for numbers of experts: it calls the first two, whatever the router says."""
+    model, inputs = nllb_of_four()
+    found = skillfast.coverage(model, inputs)
+    assert {name.split("ffn.experts.")[1] for name in found.unexercised} == {
+        f"expert_{expert}.{part}" for expert in (2, 3) for part in ("fc1", "fc2")
+    }
+    assert not found.missing
+    with torch.no_grad(), skillfast.Tracer(model, {"y": Continuous()}, sites=["expert"], pool="none") as tracer:
+        tracer.expect(y=torch.arange(float(inputs["input_ids"].numel())).view(inputs["input_ids"].shape))
+        model(**inputs)
+        tracer.step()
+    scores = tracer.compute()
+    tokens = inputs["input_ids"].numel()
+    for site in scores.sites:  # a token's first expert is taken for the second one, its second for the first one
+        assert scores[site.name].n_routed.reshape(4, -1)[:, 0].tolist() == [tokens, tokens, 0, 0]
 
 
 def test_a_sweep_says_how_many_tokens_were_routed_otherwise():
