@@ -18,6 +18,7 @@ from torch import nn
 
 import skillfast
 from skillfast import Skill
+from skillfast.ablation.export import _umask
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import randomise
 from skillfast.models.sites import find_sites
@@ -301,3 +302,25 @@ def test_nothing_of_skillfast_runs_the_checkpoint(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
     assert found.stdout.strip() == "[True, True, False, True, True, True] False"
+
+
+@pytest.mark.filterwarnings("ignore:sites cover")
+def test_wrapped_models_are_refused_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    model, skill, folder = make_vit(), Skill("deer", {"blocks.0.mlp": [1]}), tmp_path / "made"
+    for flag, words in (
+        ("hf_quantizer", "got a quantised one; load it without quantisation"),
+        ("_hf_peft_config_loaded", "got one with adapters; merge them into the weights first"),
+    ):
+        setattr(model, flag, True)
+        text = one_line(ModelError, skillfast.export, model, skill, folder)
+        assert text == f"export: expected a model in plain floating point, {words}"
+        delattr(model, flag)
+    text = one_line(ModelError, skillfast.export, model, skill, folder, model_kwargs={**VIT, "colour": "red"})
+    assert "got {'patch_size': 4" in text
+    assert "unexpected keyword argument 'colour'" in text
+    folder.mkdir()
+    assert skillfast.export(model, skill, folder, model_kwargs={**VIT, "img_size": 16, "num_classes": 5}) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+    card = (folder / "README.md").read_text()
+    assert "# vit\\_tiny\\_patch16\\_224 with 1 skill removed" in card
