@@ -24,6 +24,8 @@ _PUBLIC = {
     "Skill": "skills.skill",
     "load_skills": "skills.skill",
     "save_skills": "skills.skill",
+    "skill_parameters": "skills.tuning",
+    "tune_only": "skills.tuning",
     "select": "skills.select",
     "Condition": "ablation.interventions",
     "DonorBank": "ablation.donors",
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from skillfast.skills.skill import Skill as Skill
     from skillfast.skills.skill import load_skills as load_skills
     from skillfast.skills.skill import save_skills as save_skills
+    from skillfast.skills.tuning import skill_parameters as skill_parameters
+    from skillfast.skills.tuning import tune_only as tune_only
     from skillfast.statistics.accumulator import NeuronStatistics as NeuronStatistics
     from skillfast.statistics.scores import NeuronScores as NeuronScores
     from skillfast.tracing.prepared import prepare as prepare

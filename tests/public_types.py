@@ -50,6 +50,10 @@ def trace_select_ablate_sweep(model: torch.nn.Module, loader: DataLoader[Any], f
     assert_type(result, SweepResult)
     assert_type(result.per_class_accuracy, np.ndarray)
     assert_type(skillfast.export(model, [skill, by_hand], folder, scale=0.5), Path)
+    masks = skillfast.skill_parameters(model, by_hand)
+    assert_type(masks, dict[str, torch.Tensor])
+    with skillfast.tune_only(model, masks):
+        model.eval()
     skillfast.save_skills(folder, skills.values())
     assert_type(skillfast.load_skills(folder), dict[str, Skill])
     return result

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Recipe = Callable[[str], dict[str, Any]]
 
 DOCS = Path(__file__).parents[1] / "docs"
-TESTED = ("hf-trainer", "nnsight", "npy", "training-loop", "transformer-lens")
+TESTED = ("hf-trainer", "nnsight", "npy", "training-loop", "transformer-lens", "tune-a-skill")
 
 
 def script_of(page: Path) -> str:
@@ -108,6 +108,13 @@ def test_training_loop(recipe: Recipe, tmp_path: Path) -> None:
     for epoch in range(2):
         saved = skillfast.NeuronScores.load(tmp_path / f"epoch-{epoch}")
         assert np.array_equal(saved.pearson, scores.pearson) == (epoch == 1)
+
+
+def test_tuning_a_skill(recipe: Recipe) -> None:
+    left = recipe("tune-a-skill")
+    for name, changed in left["changed"].items():
+        assert not (changed & ~left["masks"].get(name, torch.zeros_like(changed))).any(), name
+    assert left["own"] * 0.9 < left["tuned"] <= left["own"] < left["everything"] / 4
 
 
 @pytest.mark.filterwarnings("ignore")

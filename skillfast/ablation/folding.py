@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from skillfast.ablation.interventions import Condition, Interventions
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError
 from skillfast.models.columns import written
 from skillfast.vocabulary import FOLDED
 
@@ -57,12 +57,8 @@ def folded(
         scale, shift = _combined(interventions, site)
         neurons = ((scale != 1) | (shift != 0)).nonzero()[:, 0]
         for columns in how.columns:
-            others = _sharing(model, columns)
-            if others and columns.name not in untied:
-                raise ModelError(
-                    f"{site.name}: expected weights that nothing else uses, got {columns.name} shared with "
-                    f"{', '.join(others[:2])}; give each its own, or leave out components {site.kind}"
-                )
+            if columns.name not in untied:
+                columns.refuse_shared(model, site)
             if bool(shift.any()):
                 changed.update(_with_constants(model, site, how.bias, columns, neurons, shift, changed))
             values = changed.setdefault(columns.name, columns.parameter.detach().clone())
@@ -105,10 +101,3 @@ def _with_constants(
 
 def _along(factors: Tensor, like: Tensor) -> Tensor:
     return factors.to(like.device).view(-1, *(1,) * (like.dim() - 1))
-
-
-def _sharing(model: nn.Module, columns: Columns) -> list[str]:
-    """Names of the other parameters that lie where these columns do."""
-    place = columns.parameter.untyped_storage().data_ptr()
-    named = model.named_parameters(remove_duplicate=False)
-    return [name for name, each in named if name != columns.name and each.untyped_storage().data_ptr() == place]

@@ -38,6 +38,17 @@ class Columns:
     by_neuron: Callable[[torch.Tensor], torch.Tensor]
     shape: tuple[int, ...]
 
+    def refuse_shared(self, model: nn.Module, site: Site) -> None:
+        """Raise ModelError where another module has the parameter, too."""
+        place = self.parameter.untyped_storage().data_ptr()
+        named = model.named_parameters(remove_duplicate=False)
+        others = [name for name, each in named if name != self.name and each.untyped_storage().data_ptr() == place]
+        if others:
+            raise ModelError(
+                f"{site.name}: expected weights that nothing else uses, got {self.name} shared with "
+                f"{', '.join(others[:2])}; give each its own, or leave out components {site.kind}"
+            )
+
     def at(self, neurons: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Where neurons, int64 [S], stand in what `by_neuron` gives."""
         return torch.unravel_index(neurons.to(self.parameter.device), self.shape)

@@ -134,6 +134,13 @@ def made_inputs(model: torch.nn.Module) -> tuple[torch.nn.Module, Any, str]:
     return small, inputs, described
 
 
+def random_inputs(model: torch.nn.Module) -> Any:
+    """Random inputs that a model takes: texts or images by its configuration, else images; errors as of `coverage`."""
+    if is_configured(model) and getattr(model, DECLARED, None) is None:
+        return shrunk(model)[1]
+    return _image_inputs(model)
+
+
 _told: dict[tuple[object, ...], Coverage | None] = {}  # what the sites of models cover that somebody was told of
 MOST_COPIED = 25_000_000  # weights of a model that is copied to be certified unasked
 
