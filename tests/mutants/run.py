@@ -146,11 +146,14 @@ def code_with(module: cst.Module, parent: cst.CSTNode, node: cst.CSTNode, new: c
 
 
 def shape(code: str) -> str:
-    """What a module says, but for where tensors are made or moved to, which only a second device would show."""
+    """What a module says, but for where tensors are made or moved to, which only a second device would show.
+
+    And but for `strict=`, which asserts what is so: that two lengths are equal.
+    """
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if k.arg != "device"]
+            node.keywords = [k for k in node.keywords if k.arg not in ("device", "strict")]
             if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("to", "moved"):
                 node.args = [a for a in node.args if ast.unparse(a).rpartition(".")[2] not in ("device", "None")]
     return ast.dump(tree)

@@ -12,7 +12,7 @@ from scipy.stats import rankdata, spearmanr
 import skillfast
 from skillfast import ops
 from skillfast.metrics import Binary, Categorical, Continuous
-from skillfast.statistics.bins import estimates
+from skillfast.statistics.bins import edges, estimates, scores
 from skillfast.statistics.bins import overflow as spilling
 from skillfast.statistics.bins.edges import (
     _runs,
@@ -552,3 +552,28 @@ def test_bounds_of_a_sample_stay_within_what_a_score_can_be():
     for found in (exact(layout, x, values, 0.1), table.scores(0.1)):
         assert (found.auroc_bound == 1).all()
         torch.testing.assert_close(found.spearman_bound, 1 + found.spearman.abs())
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("step", [1, 3000])
+def test_slices_of_neurons_change_nothing(monkeypatch, rate, step):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5, generator=g).relu() * torch.arange(1, 6)
+    values = {"label": torch.randint(0, 3, (300,), generator=g), "loss": torch.randn(300, generator=g) + x[:, 1]}
+    of, found = {"label": Categorical(3), "loss": Continuous()}, []
+    for sliced in (False, True):
+        if sliced:
+            monkeypatch.setattr(edges, "_SLICE", step)
+            monkeypatch.setattr(scores, "_SLICE_VALUES", step)
+            monkeypatch.setattr(spilling, "_SLICE", step)
+        table = BinTable.calibrated(of, 16, x, values)
+        table.add(x, values)
+        table.table *= (1 << 30) // int(table.table.max()) + 1
+        table.spill()
+        found.append((table.edges, table.scores(rate), exact(table.layout, x, values, rate)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
+    for name in ("spearman", "spearman_bound", "auroc", "auroc_bound", "mutual_info"):
+        for whole, sliced in zip(found[0][1:], found[1][1:], strict=True):
+            torch.testing.assert_close(
+                getattr(sliced, name), getattr(whole, name), rtol=1e-9, atol=1e-9, equal_nan=True, msg=name
+            )

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from skillfast import Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError
 from skillfast.statistics import bootstrap, distributed
+from skillfast.statistics.bins import overflow
 from skillfast.statistics.bins.overflow import SPILL_ROWS, widened
 from skillfast.statistics.bins.table import BinTable
 from skillfast.statistics.routed import RoutedRows, RoutedStatistics
@@ -279,7 +280,11 @@ def test_tables_past_int32_merge(stored):
     assert int(total(a).sum()) > int(once.sum()) * 48
 
 
-def test_tables_past_int32_add_up_over_processes(two):
+@pytest.mark.parametrize("slices", [None, 7])
+def test_tables_past_int32_add_up_over_processes(two, monkeypatch, slices):
+    if slices:
+        monkeypatch.setattr(distributed, "_SLICE", slices)
+        monkeypatch.setattr(overflow, "_SLICE", slices)
     (a, once), (b, _) = counted(19), counted(29)
     two.run(lambda table: distributed.reduce_table(table, None), [a, b])
     for table in (a, b):

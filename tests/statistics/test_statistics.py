@@ -271,6 +271,7 @@ def test_what_cannot_be_made_is_refused():
         NeuronStatistics(3, METRICS).compute()
     with pytest.raises(ArgumentError, match="calibrate: expected at least one row, got none"):
         NeuronStatistics(3, {"y": Continuous()}).calibrate(torch.empty(0, 3), {"y": []})
+    NeuronStatistics(3, {"y": Continuous()}).calibrate(torch.ones(1, 3), {"y": [0.5]})
     with pytest.raises(ArgumentError, match="at least two different names"):
         Categorical(["a", "a"])
     with pytest.raises(ArgumentError, match="expected 3 neurons"):

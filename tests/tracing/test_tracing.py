@@ -235,6 +235,8 @@ def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
     loaded = skillfast.NeuronScores.load(tmp_path / "new")
     np.testing.assert_array_equal(loaded.pearson, scores.pearson)
     assert (loaded.sites, loaded.columns, loaded.fingerprint) == (scores.sites, scores.columns, scores.fingerprint)
+    with pytest.raises(skillfast.SkillfastError, match=r"expected one of blocks\.0\..*, got 'blocks\.9\.mlp'"):
+        loaded["blocks.9.mlp"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(skillfast.SkillfastError, match="expected a safetensors file, got one that is broken"):
         skillfast.NeuronScores.load(tmp_path / "new")
