@@ -149,7 +149,7 @@ def _paired(shift: np.ndarray, labels: np.ndarray, k: int) -> _Shift:
     n = np.bincount(labels, minlength=k)
     mean = per_class_mean(shift, labels, k)
     squares = per_class_mean(np.square(shift - mean[..., labels]), labels, k)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(invalid="ignore"):
         variance = np.where(n > 1, squares / (n - 1), np.inf)
     return _Shift(mean, variance, np.broadcast_to(np.maximum(n - 1.0, 1), mean.shape))
 

@@ -173,3 +173,28 @@ def test_a_forward_that_is_replaced_comes_back():
         assert module(x) == -2
     assert module(x) == 0
     assert "forward" not in vars(module)
+
+
+def test_where_an_output_cannot_be_corrected_the_block_runs_whole(vit, ready):
+    """As if the MLPs did more than their projections: their conditions begin at the block's input."""
+    reuse, images, runner = ready
+    parents = {name: path for name, path in reuse.trace.parents.items() if name.endswith("attn")}
+    made = PrefixReuse(vit, reuse.interventions, dataclasses.replace(reuse.trace, parents=parents))
+    made.verify(images[:2], lambda i: runner._plain(images[:2], i), 1e-4)
+    points = [ResumePoint(b, site) for b in range(3) for site in (made.trace.sites[2 * b], None)]
+    assert list(made.routes) == [*points, ResumePoint(None, made.trace.head)]
+    assert [route for point, route in made.routes.items() if point.block is not None] == [
+        Route(point, narrow=True) for point in points
+    ]
+    cache, ran = made.fill_cache(images), []
+    for path, module in vit.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, __, y, path=path: ran.append((path, *y.shape[:-1])))
+    logits, _, _ = made.run(cache, points[-1], [10, 11])
+    last = [
+        (f"blocks.2.{p}", 8, t) for p, t in (("attn.qkv", TOKENS), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1))
+    ]
+    assert ran == [*last, ("head", 8)]
+    want = torch.stack([runner._plain(images, i) for i in (10, 11)])
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+    assert cache.calls["blocks.2"][0][0].shape == (4, TOKENS, WIDTH)

@@ -175,6 +175,10 @@ def test_as_many_examples_run_at_once_as_their_states_fit(deep, batches):
         found = shared.predict(read_batch(batches[0]), torch.from_numpy(assigned[:10]))
     assert max(sizes) == 4
     np.testing.assert_array_equal(found, want[:, :10])
+    sizes.clear()
+    with limited_memory(1), torch.inference_mode():
+        shared.predict(read_batch(batches[0]), torch.from_numpy(assigned[:10]))
+    assert max(sizes) == 1
     single = [(batches[0][0][:1], batches[0][1][:1])]  # is proven twice over
     assert planned(deep, rows, single[0]).begun == shared.begun
     np.testing.assert_array_equal(predict_assigned(deep, single, rows, assigned[:1]), want[:, :1])

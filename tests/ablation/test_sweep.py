@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 
 import numpy as np
+import planted
 import pytest
 import timm
 import torch
@@ -138,6 +139,9 @@ def test_every_family_equals_the_loop(name):
         bank, other = donors_of(model, batch[0], conditions)
         result = skillfast.sweep(model, [batch], conditions, donors=bank, classes=7, keep_predictions=True)
     assert bool(told) != in_the_middle
+    for warning in told:
+        assert f"of {len(conditions)} conditions run the whole forward of this " in str(warning.message)
+        assert f"{type(model).__name__}, which does not allow to start in the middle" in str(warning.message)
     np.testing.assert_array_equal(result.donors, bank.indices[bank.rows_of(model, batch[0])])
     for i, condition in enumerate(conditions):
         want = by_plain_hooks(model, batch[0], condition, other)
@@ -490,6 +494,7 @@ def test_what_a_forward_trace_counts(vit, batches):
     assert trace.dtype == torch.float32
     assert [s.name for s in trace.sites_until(trace.sites[3])] == names[2:4]
     assert [s.name for s in trace.sites_until(trace.sites[2])] == names[2:3]
+    assert forward_trace.trace_forward(planted.Copies(), torch.zeros(2, 8)).tokens == 1
     twice = forward_trace.trace_forward(vit, batches[0][0][:4])
     assert 0 < trace.running_bytes == pytest.approx(twice.running_bytes, rel=0.1)  # per sample
     two, one, number = torch.zeros(2, 3), torch.zeros(1, 3), torch.tensor(2)

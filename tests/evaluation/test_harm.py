@@ -234,3 +234,24 @@ def test_where_nothing_changes_intervals_count_the_decisions_that_could_have():
     assert found.at_least.ratio == pytest.approx(low / difference_limits(0, 0, none, 180)[1])
     assert found.at_least.harm_ratio == pytest.approx(low / share_limits(0, 0, 180)[1])
     assert found.at_least.strict_ratio == found.at_least.harm_ratio
+
+
+def test_terms_of_each_removal_equal_plain_loops():
+    rng = np.random.default_rng(5)
+    labels = np.array([0] * 9 + [1] * 14 + [3] * 20)
+    intact, oracle, predictions = (
+        np.where(rng.random(shape) < 0.8, labels, rng.integers(0, 4, shape)) for shape in ((43,), (4, 43), (2, 4, 43))
+    )
+    drops, regrets, highest = class_terms(predictions, oracle, intact, labels)
+    assert drops.shape == regrets.shape == highest.shape == (2, 4)
+    for row, i in itertools.product(range(2), range(4)):
+        own, found, best = labels == i, predictions[row, i], oracle[i]
+        want = (intact[own] == i).mean() - (found[own] == i).mean() if own.any() else np.nan
+        assert drops[row, i] == pytest.approx(want, nan_ok=True)
+        others = [labels == j for j in (0, 1, 3) if j != i]
+        events = np.stack([(found != labels) & (best == labels), (found == labels) & (best != labels)])
+        lost, gained = np.mean([events[:, of].mean(1) for of in others], 0)
+        covariance = sum(np.cov(events[:, of]) / of.sum() for of in others) / len(others) ** 2
+        effective = len(others) ** 2 / sum(1 / of.sum() for of in others)
+        assert regrets[row, i] == pytest.approx(lost - gained)
+        assert highest[row, i] == pytest.approx(difference_limits(lost, gained, covariance, effective)[1])

@@ -16,6 +16,7 @@ from skillfast.data import TensorImages, loader
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.evaluation.identifiability import drops, identifiability
 from skillfast.progress import telling
+from skillfast.results.records import to_json
 from skillfast.runs.identifiability import identify, seed_overlaps
 from skillfast.skills.attribution import attribute_groups
 
@@ -168,3 +169,31 @@ def test_masks_of_two_seeds(parts):
         model, parts[0], dataclasses.replace(masks, values=random), attributions, np.random.default_rng(0)
     )
     assert np.nanmean(other) < 0.5
+
+
+def test_the_record_of_a_class_and_of_all():
+    rng = np.random.default_rng(0)
+    names = ("drop", "control", "overlap", "chance_overlap", "second_drop", "seed_overlap", "chance_seed_overlap")
+    rows = dict(zip(names, rng.random((7, 3)) / 10 + 0.3, strict=True))
+    rows["control"] -= 0.3
+    rows["drop"][1] = rows["seed_overlap"][2] = rows["chance_seed_overlap"][2] = np.nan
+    found = identifiability(
+        *(rows[name] for name in names[:5]), "abc", seeds=(rows[names[5]], rows[names[6]]), share=0.03, groups=4,
+        n_examples=99,
+    )  # fmt: skip
+    assert to_json(found) == {
+        **{name: pytest.approx(np.nanmean(row)) for name, row in rows.items()},
+        "per_class": {
+            label: {
+                **{name: None if np.isnan(row[i]) else pytest.approx(row[i]) for name, row in rows.items()},
+                "flagged": False,
+            }
+            for i, label in enumerate("abc")
+        },
+        "method": "attribution",
+        "share": 0.03,
+        "groups": 4,
+        "n_examples": 99,
+        "control_limit": 0.1,
+        "overlap_limit": 0.3,
+    }

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from skillfast import Skill
 from skillfast.evaluation.controls import own_control
 from skillfast.evaluation.interference import Effects, Margins, find_pairs
+from skillfast.evaluation.intervals import difference_limits
+from skillfast.evaluation.overall import overall_accuracy
 from skillfast.evaluation.resampling import Bootstrap
 from skillfast.evaluation.selectivity import own_drops, selectivity
 from skillfast.evaluation.shapley import occupied_blocks
@@ -85,3 +88,25 @@ def test_removals_that_change_nothing_have_no_ratio():
     low, high = found.ci95.regret  # 60 decisions say nothing of what one in a hundred would do
     assert -0.07 < low < -0.05
     assert 0.05 < high < 0.07
+
+
+def test_overall_changes_have_the_intervals_of_shares_of_all_examples():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 30 + [2] * 50)  # no example of class 1
+    intact = np.where(rng.random(80) < 0.8, labels, 1)
+    removed, drawn = np.where(rng.random((2, 80)) < 0.7, labels, 1), np.where(rng.random((3, 2, 80)) < 0.8, labels, 1)
+    skills = [Skill("a", {"head": [0, 1], "blocks.0.mlp": [4]}), Skill("b", {"head": [1]})]
+    found = overall_accuracy(removed, drawn, intact, labels, skills, 12)
+    assert found.n_test == 80
+    for i, (removal, skill) in enumerate(zip(found.removals, skills, strict=True)):
+        gained, lost = (removed[i] == labels) & (intact != labels), (removed[i] != labels) & (intact == labels)
+        parts = [np.stack([gained, lost])[:, labels == c] for c in (0, 2)]
+        covariance = sum(np.cov(part) * (part.shape[1] / 80) ** 2 / part.shape[1] for part in parts)
+        want = difference_limits(gained.mean(), lost.mean(), covariance, 80)
+        assert removal.ci95 == pytest.approx(want)
+        assert removal.change == pytest.approx(gained.mean() - lost.mean())
+        assert (removal.skill, removal.neurons, removal.share) == (skill.name, len(skill), len(skill) / 12)
+        change = [(rows[i] == labels).mean() - (intact == labels).mean() for rows in drawn]
+        assert removal.random_changes == pytest.approx(change)
+    mean = (drawn == labels).mean() - (intact == labels).mean()
+    assert found.random_change == pytest.approx(mean)

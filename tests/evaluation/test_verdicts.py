@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, norm
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest, multinomial, norm
 
 from skillfast.evaluation.harm import cross_fitted, noise_floor, plug_in
 from skillfast.evaluation.intervals import difference_limits as limits
@@ -136,3 +137,18 @@ def test_a_verdict_says_what_these_examples_would_have_shown():
         want = limits((own < 0).mean(), (own > 0).mean(), np.cov(own < 0, own > 0) / len(own), len(own))
         assert one.ci95 == pytest.approx(want)
         assert 0 <= one.harm.ci95[0] <= max(0, one.harm.cross_fitted) <= one.harm.plug_in <= one.harm.ci95[1] <= 1
+
+
+def test_power_is_the_sum_over_all_outcomes():
+    """Chances of losses and gains from the multinomial; a test's p from the binomial."""
+    for n, chance, harm, level in ((6, 0.1, 0.3, 0.05), (5, 0.0, 0.9, 0.05), (7, 0.25, 0.5, 0.2), (6, 0.0, 1.0, 0.01)):
+        want = 0.0
+        for losses in range(n + 1):
+            for gains in range(n + 1 - losses):
+                p = binomtest(losses, losses + gains, alternative="greater").pvalue if losses + gains else 1
+                parts = [chance + harm, chance, max(0.0, 1 - 2 * chance - harm)]
+                want += (p <= level) * multinomial.pmf([losses, gains, n - losses - gains], n, parts)
+        assert power(n, chance, harm, level) == pytest.approx(want)
+    assert power(50, 0.0, 0.0, 0.05) == 0
+    assert power(8, 0.5, 0.4, 0.05) == pytest.approx(binom.sf(6, 8, 0.9))  # every example changes
+    assert smallest_visible(30, 0.0, 0.05) == pytest.approx(brentq(lambda h: binom.sf(4, 30, h) - 0.8, 0, 1), abs=1e-3)
