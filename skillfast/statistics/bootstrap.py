@@ -231,7 +231,7 @@ class Replicates:
         xy = self.sum_xy.view(b, m, -1)[:, :, part] / n[:, :, None]  # [B, M, d]
         covariance = xy - mean_y[:, :, None] * mean_x[:, None]
         r = covariance / (var_y.sqrt()[:, :, None] * var_x.sqrt()[:, None])
-        return r.clamp(-1, 1).transpose(1, 2)
+        return r.transpose(1, 2)
 
 
 def _fisher_z(r: torch.Tensor) -> torch.Tensor:

@@ -577,3 +577,19 @@ def test_slices_of_neurons_change_nothing(monkeypatch, rate, step):
             torch.testing.assert_close(
                 getattr(sliced, name), getattr(whole, name), rtol=1e-9, atol=1e-9, equal_nan=True, msg=name
             )
+
+
+def test_what_a_sample_is_off_comes_on_top():
+    """Of the same bins the rows themselves have no other bound, so that both grow by the same."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=g)
+    values = {"label": torch.randint(0, 2, (300,), generator=g), "loss": torch.randn(300, generator=g)}
+    table = BinTable.calibrated({"label": Categorical(2), "loss": Continuous()}, 16, x, values)
+    table.add(x, values)
+    for name in ("spearman_bound", "auroc_bound"):
+        whole, sampled, rows = (
+            getattr(found, name).nan_to_num(-1)
+            for found in (table.scores(), table.scores(0.9), exact(table.layout, x, values, 0.9))
+        )
+        torch.testing.assert_close(sampled, torch.where(whole < 0, whole, whole + rows), rtol=1e-9, atol=1e-9)
+        assert (rows[:, :2] > 0.01).all()

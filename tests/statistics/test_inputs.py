@@ -152,8 +152,9 @@ def test_integers_that_are_no_classes_are_asked_about():
 
 
 def test_names_of_step_are_refused(vit):
-    with pytest.raises(ArgumentError, match=r"expected other names than step\(\) has of its own, got groups"):
-        skillfast.Tracer(vit, {"groups": Continuous()})
+    for name in ("groups", "mask", "self", "valid"):
+        with pytest.raises(ArgumentError, match=rf"expected other names than step\(\) has of its own, got {name}"):
+            skillfast.Tracer(vit, {"loss": Continuous(), name: Continuous()})
 
 
 def test_a_metric_may_be_called_tensor(tmp_path):

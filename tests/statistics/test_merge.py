@@ -286,9 +286,14 @@ def test_tables_past_int32_add_up_over_processes(two, monkeypatch, slices):
         monkeypatch.setattr(distributed, "_SLICE", slices)
         monkeypatch.setattr(overflow, "_SLICE", slices)
     (a, once), (b, _) = counted(19), counted(29)
+    full = (1 << 30) - 3  # as large as an entry can be
+    for table in (a, b):
+        table.table[1, 2] = full
+    want = total(a) + total(b)
     two.run(lambda table: distributed.reduce_table(table, None), [a, b])
     for table in (a, b):
-        assert torch.equal(total(table), once * 48)
+        assert torch.equal(total(table), want)
+        assert torch.equal(total(table)[0], once[0] * 48)
         assert int(table.table.max()) < 1 << 30
 
 
@@ -411,7 +416,8 @@ def test_experts_of_processes_with_shifts_of_their_own_add_up(two):
     last = torch.arange(len(x) - 20, len(x))
     for shard, at in zip(shards, torch.arange(len(x) - 20).split(len(x) // 2), strict=True):
         count(shard, at)
-    two.run(lambda shard: shard.all_reduce(), shards)
+    two.run(lambda shard: shard.all_reduce("these"), shards)
+    assert two.groups == {"these"}
     for shard in shards:
         count(shard, last)
         scores = shard.scores()
@@ -438,7 +444,8 @@ def test_rows_of_experts_that_wait_add_up_over_processes(two):
     for shard, at in zip(shards, torch.arange(90).split(60), strict=True):
         rows = RoutedRows(x[at], torch.ones(len(at)), expert[at], torch.arange(len(at)), (len(at), 1))
         shard.add(rows, shard.check(part(values, at), len(at)), at)
-    two.run(lambda shard: shard.all_reduce(), shards)
+    two.run(lambda shard: shard.all_reduce("these"), shards)
+    assert two.groups == {"these"}
     for shard in shards:
         assert shard.n_observations == 90
         scores = shard.scores()

@@ -171,3 +171,19 @@ def test_too_few_tokens_at_every_expert_are_refused():
     count(statistics, rows.at(slice(0, 9)), values, per_token=False)
     with pytest.raises(ArgumentError, match="expected at least 10 tokens that were routed to one expert, got fewer"):
         statistics.scores()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_forgotten_leaves_no_trace(kept):
+    found = steps(n=4)
+    statistics = made(statistics=("pearson", "spearman") if kept else ("pearson",))
+    for i, (rows, values) in enumerate(found):
+        if kept:
+            checked = statistics.check({"label": values["label"], "loss": values["loss"][:, 0]}, BATCH)
+            statistics.add(rows, checked[rows.example], rows.example)
+        else:
+            count(statistics, rows, values, per_token=False)
+        if i == 1:
+            statistics.forget()
+            assert statistics.n_observations == 0
+    check(statistics.scores(), found[2:], per_token=False, tolerance=1e-3)

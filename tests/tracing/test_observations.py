@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from skillfast import Categorical, Continuous
+from skillfast import Categorical, Continuous, Tracer
+from skillfast.errors import ArgumentError
 from skillfast.models.activations import RoutedActivations
 from skillfast.models.sites import Site
 from skillfast.statistics.routed import RoutedStatistics
@@ -114,3 +115,24 @@ def test_tokens_are_counted_as_they_flow_on(dtype, per_token):
     want = np.corrcoef(z.T, wide.flatten().numpy())[:UNITS, -1]
     np.testing.assert_allclose(scores.pearson[:, -1], want, atol=2e-6)
     assert scores.n_observations == 6 * TOKENS
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_values_of_left_out_examples_are_given_too(vit, batches, pool):
+    """Else the rows of a longer array would be taken for those of other examples."""
+    x, y = batches[0]
+    valid = torch.arange(len(x)) != 1
+    with Tracer(vit, {"label": Categorical(5)}, pool=pool, sites=("mlp",)) as tracer, torch.no_grad():
+        for given in (torch.cat([y, y]), y[valid]):
+            vit(x)
+            with pytest.raises(ArgumentError, match=rf"'label': expected {len(x)} values, got shape \[{len(given)}\]"):
+                tracer.step(label=given, valid=valid)
+            tracer.discard()
+        for wrong in (valid[1:], valid.long()):
+            vit(x)
+            with pytest.raises(ArgumentError, match=f"valid: expected {len(x)} booleans, got shape"):
+                tracer.step(label=y, valid=wrong)
+            tracer.discard()
+        vit(x)
+        tracer.step(label=y, valid=valid)
+    assert tracer.n_observations == (len(x) - 1) * (1 if pool == "mean" else 17)

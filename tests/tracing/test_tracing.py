@@ -170,6 +170,11 @@ def test_compiled_models_are_unwrapped_or_refused(vit, batches):
         ({"pool": "median"}, ArgumentError, "pool: expected one of mean, cls, max, last, none, got 'median'"),
         ({"statistics": ("kendall",)}, ArgumentError, "statistics: expected some of"),
         ({"metrics": "regression"}, ArgumentError, "metrics: expected 'classification' or"),
+        (
+            {"metrics": {"speed": Continuous()}},
+            ArgumentError,
+            "metric 'speed': expected one of label, correct, .*forward=",
+        ),
         ({"classes": 3}, ArgumentError, r"'label': expected class indices in \[0, 3\)"),
     ],
 )
