@@ -75,9 +75,10 @@ def test_random_items_of_a_data_set_come_in_batches(sampler):
     assert plan(loader, 20, 100).calibration == ()
 
 
-def test_a_data_set_of_whole_batches_is_a_stream():
+@pytest.mark.parametrize("kind", [iter, lambda batches: DataLoader(batches, batch_size=None)])
+def test_what_gives_whole_batches_one_by_one_is_a_stream(kind):
     batches = [torch.full((4,), i) for i in range(30)]
-    found = plan(DataLoader(batches, batch_size=None), 20, 16)
+    found = plan(kind(batches), 20, 16)
     assert found.calibration == ()
     assert not found.distributed
     drawn = [int(batch[0]) for batch in found.batches]
