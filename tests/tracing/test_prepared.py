@@ -129,6 +129,52 @@ def test_ablations_nest_and_leave_in_any_order(images):
         torch.testing.assert_close(model(images), plain(images))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_means_and_factors_of_the_same_neurons_nest_in_their_order(images, turned):
+    model, plain = skillfast.prepare(make_vit(depth=2)), make_vit(depth=2)
+    scores = skillfast.trace(plain, batches_of(images), statistics=("pearson",))
+    changes = [{"mode": "mean", "reference": scores, "scale": 0.25}, {"scale": 3.0}][:: -1 if turned else 1]
+    with torch.no_grad():
+        for m in (model, plain):
+            outer, inner = (skillfast.ablate(m, FIRST, **change) for change in changes)
+            with outer:
+                once = m(images)
+                with inner:
+                    twice = m(images)
+                after = m(images)
+            torch.testing.assert_close(after, once)
+            if m is model:
+                first, both = once, twice
+    torch.testing.assert_close(first, once, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both, twice, rtol=1e-5, atol=1e-5)
+    assert (both - first).abs().max() > 1e-3
+
+
+def test_forwards_of_a_prepared_model_are_told_by_their_shape(images):
+    """A batch as large as the rows is read, a larger one is not; each gate says how often, and of what."""
+    model = skillfast.prepare(make_vit(depth=1), rows=5, tokens=17)
+    found = prepared(model)
+    with torch.no_grad():
+        for n in (3, 5, 6):
+            model(images[:n])
+    assert set(found.forwards(model).values()) == {(2, 5, 17), (2, 5, 1)}  # the head has one row
+    for tokens in (0, -1):
+        told = one_line(ArgumentError, skillfast.prepare, make_vit(depth=1), tokens=tokens)
+        assert told.startswith("rows, tokens: expected at least 1, got 64, ")
+    told = one_line(ArgumentError, skillfast.prepare, make_vit(depth=1), rows=0, tokens=3)
+    assert told.startswith("rows, tokens: expected at least 1, got 0, 3")
+    skillfast.prepare(make_vit(depth=1), rows=1, tokens=1)
+    with skillfast.Tracer(model, {"label": Categorical(5)}, sites=("mlp",)) as tracer:
+        for shape in ((6, 17), (5, 18)):
+            told = one_line(ArgumentError, tracer.expect, torch.ones(shape))
+            assert told.startswith("mask: expected at most 5 x 17 tokens, which the model is prepared for, got shape")
+        tracer.expect(torch.arange(17).expand(2, -1) < 3)
+        gate = found.gate(model, tracer.sites[0])
+        assert gate.mask.sum(1).tolist() == [3, 3, 17, 17, 17]
+        tracer.expect(torch.ones(1, 17))
+        assert gate.mask.all()
+
+
 def test_means_take_the_place_of_neurons(images):
     model, plain = compiled(skillfast.prepare(make_vit(depth=2))), make_vit(depth=2)
     scores = skillfast.trace(plain, batches_of(images))
