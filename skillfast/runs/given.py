@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from skillfast import data
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.batches import Batch, classes_of, read_batch
-from skillfast.models.inputs import joined
+from skillfast.models.inputs import described, joined
 from skillfast.models.sites import find_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.runs.config import BenchConfig, DataConfig, ModelConfig
 from skillfast.runs.subject import NO_TRAINING, Subject, Training
@@ -101,7 +101,12 @@ class Examples:
             )
         labels = []
         for given in batches:
-            batch = read_batch(given, label_key)
+            batch = read_batch(given, label_key, tokens=True)
+            if batch.per_token:
+                raise ArgumentError(
+                    f"labels: expected one class index per example, got {described(batch.labels)}, one per token; use "
+                    "trace, attribute, learn_masks and sweep, which take those, and select between them"
+                )
             labels.append(batch.labels.cpu())
             if self._together is None:
                 self._items += batch.split(1)

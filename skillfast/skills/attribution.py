@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError
+from skillfast.memory.usage import free_bytes
 from skillfast.metrics import Categorical
 from skillfast.models.batches import Batch, classes_of, fed_batches, read_batch
 from skillfast.models.inputs import mapped
@@ -41,9 +42,14 @@ def attribute(
     It is the first-order estimate of what the log-odds (the class's logit minus the logsumexp of the others) lose when
     the neuron is set to 0. One pass forward and back per batch; nothing is kept per image.
 
+    Where tokens have labels, the average is over the tokens of a class: what a neuron, at all tokens of a text
+    together, adds to the log-odds of each of them. That takes a backward pass for each class that a batch has.
+
     Args:
         model: In evaluation mode, on the device where it shall run.
-        loader: Batches of (inputs, labels), or mappings with `labels` or `label` and the model's arguments.
+        loader: Batches of (inputs, labels), or mappings with `labels` or `label` and the model's arguments; labels
+            [batch], or [batch, tokens] and below 0 for tokens without one. Those of a causal language model are about
+            the next token.
         sites: Kinds or names of sites; None for every kind that the model has.
         classes: Class names; from the loader's dataset or the model by default.
         label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
@@ -53,7 +59,8 @@ def attribute(
         The attribution of every neuron to every class; NaN for a class without images.
 
     Raises:
-        ArgumentError: An unknown site, labels that are no class indices, or an empty loader.
+        ArgumentError: An unknown site, labels that are no class indices, an empty loader, or more neurons and classes
+            than fit in memory.
         ModelError: A model in training mode or without known sites.
 
     Source: Molchanov et al., "Importance estimation for neural network pruning", 2019 (without taking the square).
@@ -110,6 +117,7 @@ def _attributed(
     chosen = choose_sites(model, sites)
     with torch.inference_mode(False), torch.enable_grad():
         device = next(model.parameters()).device
+        _refuse_too_many(chosen, len(columns), device)
         total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64, device=device)
         counts = torch.zeros(len(columns), dtype=torch.int64, device=device)
         done = 0
@@ -118,7 +126,14 @@ def _attributed(
             found = batch.to(device)
             labels = found.labels
             with differentiable(model, chosen) as seen:
-                own = log_odds(found.logits(model), labels).sum()
+                logits = found.logits(model)
+            if found.per_token:
+                if members is not None:
+                    raise ArgumentError(f"members: expected groups of examples, got labels {list(labels.shape)}")
+                done += len(labels)
+                _add_tokens(total, counts, logits, found.targets(model), [seen[site.name] for site in chosen])
+                continue
+            own = log_odds(logits, labels).sum()
             rows = torch.cat(
                 _effects(own, [seen[site.name] for site in chosen], len(labels)), dim=1
             )  # [batch, n_neurons]
@@ -149,6 +164,41 @@ def _attributed(
     )
 
 
+def _add_tokens(
+    total: torch.Tensor,
+    counts: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    seen: Sequence[Sequence[Activations]],
+) -> None:
+    """Add what neurons do to the log-odds of a batch's tokens, class by class.
+
+    Args:
+        total: float64 [n_neurons, n_classes], added to.
+        counts: int64 [n_classes], added to.
+        logits: [batch, tokens, n_classes], with a gradient.
+        targets: int64 [batch, tokens], below 0 for none.
+        seen: The activations of each site.
+    """
+    present = [label for label in targets.unique().tolist() if label >= 0]
+    for label in present:
+        at = targets == label
+        value = log_odds(logits[at], targets[at]).sum()
+        rows = _effects(value, seen, len(targets), again=label != present[-1])
+        total[:, label] += torch.cat([row.sum(0) for row in rows])
+        counts[label] += at.sum()
+
+
+def _refuse_too_many(sites: Sequence[Site], columns: int, device: torch.device) -> None:
+    """Raises ArgumentError where a value for each neuron and column takes more than what is free."""
+    needed, free = 8 * columns * sum(site.width for site in sites), free_bytes(device)
+    if free is not None and needed > free:
+        raise ArgumentError(
+            f"attribute: expected {columns:,} classes of {sum(site.width for site in sites):,} neurons to fit in "
+            f"{free / 2**30:.1f} GiB, got {needed / 2**30:.1f} GiB; choose sites=, or map the labels to fewer classes"
+        )
+
+
 def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-odds of each row's class: its logit minus the logsumexp of the others.
 
@@ -165,10 +215,11 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def class_batch(batch: Any, n_classes: int, key: str | None = None) -> Batch:
-    """A batch where it is; raises ArgumentError for labels that are no class indices."""
-    found = read_batch(batch, key)
+    """A batch where it is; raises ArgumentError for labels that are no class indices, or of tokens below 0."""
+    found = read_batch(batch, key, tokens=True)
     labels = found.labels
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
+    least = int(labels.min()) if labels.numel() else 0
+    if labels.numel() and ((least < 0 and not found.per_token) or int(labels.max()) >= n_classes):
         raise ArgumentError(
             f"labels: expected class indices in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}; "
             "check classes="
@@ -196,9 +247,15 @@ def differentiable(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[di
         yield seen
 
 
-def _effects(value: torch.Tensor, seen: Sequence[Sequence[Activations]], batch: int) -> list[torch.Tensor]:
-    """Gradient x activation of each site, summed over an example's tokens: float64 [batch, width] each."""
-    gradients = iter(torch.autograd.grad(value, [part.values for parts in seen for part in parts]))
+def _effects(
+    value: torch.Tensor, seen: Sequence[Sequence[Activations]], batch: int, *, again: bool = False
+) -> list[torch.Tensor]:
+    """Gradient x activation of each site, summed over an example's tokens: float64 [batch, width] each.
+
+    `again` keeps the graph for another value.
+    """
+    values = [part.values for parts in seen for part in parts]
+    gradients = iter(torch.autograd.grad(value, values, retain_graph=again))
     found = []
     for parts in seen:
         effects = [replace(part, values=_product(part.values.detach(), next(gradients))) for part in parts]

@@ -15,7 +15,7 @@ from skillfast.errors import ArgumentError
 from skillfast.memory.usage import free_bytes
 from skillfast.metrics import margin
 from skillfast.models.adam import Adam
-from skillfast.models.batches import logits_of
+from skillfast.models.batches import IGNORED, LABELS, logits_of
 from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, mask_of, split, taken, trimmed
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
@@ -79,6 +79,9 @@ def learn_masks(
     With `erase` the loss holds what such a probe reads, too: a linear one for each class, fitted again every 10 steps
     on embeddings under the class's mask, of the class and of the 9 that are most like it.
 
+    Where tokens have labels a row is a text under one mask: its tokens of the mask's class shall lose it, and its other
+    tokens shall stay. Each text counts once, however many tokens it has.
+
     The cost is that of `steps * batch_size` rows, forward and backward through the activations, however many classes
     there are up to 100: 90 x 96 rows are 8 passes over the 1,078 images that the default run selects on, the 35 x 96 of
     a warm start 3 more. More classes are learned 100 at a time (fewer where their strengths would take more than
@@ -86,8 +89,8 @@ def learn_masks(
 
     Args:
         model: In evaluation mode, on the device where it shall run; its weights stay as they are.
-        loader: Batches of (inputs, labels), or mappings with labels and the model's arguments; some examples of each
-            class are kept in memory, not on the device.
+        loader: Batches of (inputs, labels), or mappings with labels and the model's arguments, labels of examples or of
+            tokens; some examples of each class are kept in memory, not on the device.
         attributions: What `attribute` gives for this model; their sites and classes are those of the masks.
         share: Share of all neurons that a mask removes, in (0, 1].
         max_site_share: Largest share of one site's neurons that it removes, in (0, 1].
@@ -125,6 +128,8 @@ def learn_masks(
         learner = _Learner(model, loader, attributions, share, max_site_share, images_per_class, label_key)
         if erase and learner.head is None:
             raise ArgumentError("erase: expected a model with a linear classifier, got one without; leave it out")
+        if erase and learner.per_token:
+            raise ArgumentError("erase: expected a label per example, got labels of tokens; leave it out")
         known, generator = learner.classes(), torch.Generator().manual_seed(seed)
         at_once = max(1, min(CLASSES_AT_ONCE, STRENGTH_BYTES // (4 * attributions.n_neurons)))
         chunks = [known[i : i + at_once] for i in range(0, len(known), at_once)]
@@ -142,7 +147,7 @@ def learn_masks(
         columns=attributions.columns,
         values=values,
         sites=attributions.sites,
-        n_observations=np.bincount(learner.labels.numpy(), minlength=len(attributions.columns)),
+        n_observations=np.bincount(learner.labels[learner.labels >= 0].numpy(), minlength=len(attributions.columns)),
         fingerprint=attributions.fingerprint,
         settings={
             "learned_share": share,
@@ -205,9 +210,14 @@ class _Learner:
         self.attributions = torch.from_numpy(attributions.values.T).float()
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.gathers = False  # whether the images are on the GPU
-        self.images, self.labels = _first_images(loader, len(attributions.columns), images_per_class, label_key, pad)
+        self.images, self.labels = _first_images(
+            model, loader, len(attributions.columns), images_per_class, label_key, pad
+        )
+        self.per_token = self.labels.dim() == 2
         if self.device.type == "cuda":
             self._move_images()
+        if self.per_token:
+            return  # the intact model's logits of all tokens are run for each step
         with torch.no_grad():
             self.intact = torch.cat([self._logits(part) for part in split(self.images, 256)])
         if self.device.type != "cuda":
@@ -227,8 +237,9 @@ class _Learner:
 
     def classes(self) -> torch.Tensor:
         """Classes that a mask can be learned for: with attributions, images of their own, and others' images."""
-        own = torch.bincount(self.labels, minlength=len(self.attributions))
-        known = self.attributions.isfinite().all(1) & (own > 0) & (own < len(self.labels))
+        labels = self.labels[self.labels >= 0]
+        own = torch.bincount(labels, minlength=len(self.attributions))
+        known = self.attributions.isfinite().all(1) & (own > 0) & (own < len(labels))
         return known.nonzero()[:, 0]
 
     def learn(
@@ -264,6 +275,11 @@ class _Learner:
             if erase and step % REFIT == 0:
                 probes = self._probes(gates.detach(), classes, generator)
             for rows, mask, n in _parts(own, others, step):  # the first n of them of the masks' own classes
+                if self.per_token:
+                    taken_away, lost = self._of_tokens(gates, of_mask, mask, rows, n)
+                    loss = taken_away / own.shape[-1] + keep * lost / batch_size
+                    (len(classes) * loss).backward()
+                    continue
                 logits, embeddings = self._gated(gates, mask, rows)
                 of = of_mask[self._there(mask)]
                 loss = target_loss(logits[:n], of[:n]).sum() / own.shape[-1]
@@ -280,6 +296,39 @@ class _Learner:
             adam.step([gradient], RATE * (1 - 0.7 * done))
             forecast.ran(1)
         return strength.detach()
+
+    def _of_tokens(
+        self, gates: torch.Tensor, of_mask: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens of the masks' classes have left to lose in the first n texts, and what others lose in all.
+
+        Args:
+            gates: float32 [masks, n_neurons].
+            of_mask: int64 [masks], their classes.
+            mask: int64 [texts], each text's mask.
+            rows: int64 [texts], which texts.
+            n: How many of them count for the masks' own classes.
+
+        Returns:
+            Both summed over texts, a text's being the mean over its tokens.
+        """
+        labels, texts = self.labels[rows], taken(self.images, rows)
+        if isinstance(texts, dict):
+            shorter: Any = trimmed({**texts, LABELS[0]: labels})
+            labels = shorter[LABELS[0]]
+        labels = self._there(labels)
+        of = of_mask[self._there(mask)][:, None].expand_as(labels)
+        own, other = labels == of, (labels >= 0) & (labels != of)
+        own[n:] = False
+        logits = self._gated_logits(gates, mask, rows)
+        with torch.no_grad():
+            intact = self._logits(texts)[other]
+
+        def summed(losses: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            return (losses / tokens.sum(1, keepdim=True).expand_as(tokens)[tokens]).sum()
+
+        taken_away = summed(target_loss(logits[own], of[own]), own)
+        return taken_away, summed(kept_loss(logits[other], intact, of[other]), other)
 
     def _there(self, host: torch.Tensor) -> torch.Tensor:
         """A tensor on the model's device, without waiting for it."""
@@ -473,13 +522,16 @@ def _draws(
 ) -> torch.Tensor:
     """Which images run under which mask: int64 [2, steps, n], images and positions in `classes`.
 
-    Masks take turns, and under each its own class's images do, or all others.
+    Masks take turns, and under each its own class's images do, or all others; labels are int64 [images], or [texts,
+    tokens].
     """
     mask = _in_turn(torch.arange(len(classes)), steps * n, generator)
     rows = torch.empty_like(mask)
     for i, c in enumerate(classes.tolist()):
         at = (mask == i).nonzero()[:, 0]
-        rows[at] = _in_turn(((labels == c) == own).nonzero()[:, 0], len(at), generator)
+        some = (labels == c) if own else (labels != c) & (labels >= 0)
+        some = some if labels.dim() == 1 else some.any(1)  # of texts those with such a token
+        rows[at] = _in_turn(some.nonzero()[:, 0], len(at), generator)
     return torch.stack([rows, mask]).view(2, steps, n)
 
 
@@ -502,25 +554,33 @@ def _parts(own: torch.Tensor, others: torch.Tensor, step: int) -> Iterator[tuple
 
 
 def _first_images(
-    loader: Iterable[Any], n_classes: int, per_class: int | None, key: str | None, pad: int
+    model: torch.nn.Module, loader: Iterable[Any], n_classes: int, per_class: int | None, key: str | None, pad: int
 ) -> tuple[Inputs, torch.Tensor]:
-    """The first images of each class and their labels [n]; None for as many as the bounds allow."""
+    """The first images of each class and their labels [n], of texts the first with each class and [n, tokens].
+
+    As many of each class as `per_class` says, or with None as the bounds allow.
+    """
     seen = torch.zeros(n_classes, dtype=torch.int64)
     images, labels = [], []
     for given in loader:
         batch = class_batch(given, n_classes, key).to(torch.device("cpu"))
-        label = batch.labels
+        label = batch.targets(model)
         if per_class is None:
             most = min(IMAGES, IMAGE_BYTES // max(1, bytes_of(taken(batch.inputs, slice(1)))))
             per_class = max(8, min(IMAGES_PER_CLASS, most // n_classes))
-        member = functional.one_hot(label, n_classes)  # [batch, n_classes]
-        place = (member.cumsum(0) * member).sum(1) + seen[label]  # from 1, among the class's
-        if bool((kept := place <= per_class).any()):
+        member = torch.zeros(len(label), n_classes + 1, dtype=torch.bool)  # the last one of tokens without a label
+        member.scatter_(1, torch.where(label < 0, n_classes, label).view(len(label), -1), True)
+        member = member[:, :-1]
+        place = member.cumsum(0) + seen  # from 1, among the class's
+        if bool((kept := (member & (place <= per_class)).any(1)).any()):
             images.append(taken(batch.inputs, kept.nonzero()[:, 0]))
             labels.append(label[kept])
         seen += member.sum(0)
     if not labels:
         raise ArgumentError("learn_masks: expected at least one image, got an empty loader; check its batches")
+    if labels[0].dim() == 2:
+        width = max(label.shape[1] for label in labels)
+        labels = [functional.pad(label, (0, width - label.shape[1]), value=IGNORED) for label in labels]
     return joined(images, pad), torch.cat(labels)
 
 

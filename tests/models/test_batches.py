@@ -307,8 +307,58 @@ def test_labels_of_tokens_that_are_classes():
     scores = skillfast.trace(model, batches, pool="none", statistics=("pearson",))
     assert scores.columns == ("label:bad", "label:good", "label:odd", "correct", "confidence", "loss")
     assert scores.n_observations == sum(int(batch["attention_mask"].sum()) for batch in batches)
-    told = one_line(ArgumentError, skillfast.attribute, model, batches)
+    told = one_line(ArgumentError, skillfast.bench, model=model, loader=batches)
     assert "expected one class index per example, got int64 [8, " in told
+    assert "use trace, attribute, learn_masks and sweep" in told
+
+
+def tagged() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """A model of three classes of tokens, and texts."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, vocab_size=99, id2label=NAMES)
+    model = transformers.BertForTokenClassification(config).eval()
+    batches = texts()[:2]
+    for batch in batches:
+        batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    return model, batches
+
+
+@pytest.mark.parametrize("kind", [tagged, causal])
+def test_attributions_of_labels_per_token_are_averages_over_a_class_s_tokens(kind):
+    """Against a backward pass from each token by itself."""
+    model, batches = kind()
+    found = skillfast.attribute(model, batches, sites=["blocks.0.mlp", "blocks.1.attn"])
+    want, counts = np.zeros_like(found.values), np.zeros(found.values.shape[1], int)
+    for batch in batches:
+        x: list[torch.Tensor] = []
+        handles = [
+            model.get_submodule(site.path).register_forward_pre_hook(lambda _, args, x=x: x.append(args[0]))
+            for site in found.sites
+        ]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        for handle in handles:
+            handle.remove()
+        for text, (row, labels) in enumerate(zip(logits, batch["labels"], strict=True)):
+            shift = 1 if kind is causal else 0
+            for token, label in enumerate(labels[shift:].tolist()):
+                if label < 0:
+                    continue
+                others = torch.arange(row.shape[-1]) != label
+                value = row[token, label] - row[token, others].logsumexp(0)
+                parts = torch.autograd.grad(value, x, retain_graph=True)
+                effect = [(part * each.detach())[text].sum(0) for part, each in zip(parts, x, strict=True)]
+                want[:, label] += torch.cat(effect).numpy()
+                counts[label] += 1
+    assert found.n_observations.tolist() == counts.tolist()
+    with np.errstate(invalid="ignore"):
+        want = want / np.where(counts, counts, np.nan)
+    np.testing.assert_allclose(found.values, want, atol=2e-6 * np.nanmax(np.abs(want)) + 1e-7)
+
+
+def test_more_attributions_than_fit_are_refused(monkeypatch):
+    model, batches = tagged()
+    monkeypatch.setattr("skillfast.skills.attribution.free_bytes", lambda device: 1000)
+    assert "expected 3 classes of " in one_line(ArgumentError, skillfast.attribute, model, batches)
 
 
 def test_a_tower_without_a_head_has_what_needs_no_logits():

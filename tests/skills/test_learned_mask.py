@@ -7,6 +7,7 @@ import planted
 import pytest
 import torch
 from conftest import make_vit, one_line
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
@@ -370,7 +371,7 @@ def test_the_first_images_of_each_class_are_kept(monkeypatch):
     loader = list(zip(images.split(50), labels.split(50), strict=True))
 
     def kept(per_class=None):
-        found, of = learned_mask._first_images(loader, 2, per_class, None, 0)
+        found, of = learned_mask._first_images(nn.Identity(), loader, 2, per_class, None, 0)
         assert torch.equal(found[:, 0].long() % 2, of)
         return sorted(found[:, 0].long().tolist())
 
@@ -564,3 +565,92 @@ def test_a_probes_lead_is_what_it_reads_of_its_class():
     assert probe.weights.dtype == probe.biases.dtype == torch.float32
     flat = learned_mask._Probe.of(torch.zeros(60, 3), torch.from_numpy(labels), 4, torch.device("cpu"))
     assert flat.lead == torch.finfo(torch.float32).eps  # is divided by
+
+
+class Tagger(nn.Module):
+    """Says of each token which class its number is of; a class has two units, and two more are of no class."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.blocks = nn.ModuleList([nn.Sequential()])
+        self.blocks[0].add_module("fc2", nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.embed.weight[:, 6:] = torch.rand(9, 2, generator=torch.Generator().manual_seed(0))
+            for token in range(9):
+                self.embed.weight[token, [token % 3, 3 + token % 3]] = 2.0
+                self.embed.weight[token, 3 + (token + 1) % 3] = 0.1  # what it is taken for without these
+            self.blocks[0].fc2.weight.copy_(torch.eye(8))
+            self.head.weight[[0, 1, 2], [0, 1, 2]] = 2.0
+            self.head.weight[[0, 1, 2], [3, 4, 5]] = 1.0
+            self.head.weight[:, 6:] = 1.0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks[0](self.embed(input_ids)))
+
+
+def tagged_texts() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """Texts of several lengths, padded within their batch, with a label for most tokens."""
+    model = Tagger().eval()
+    skillfast.models.sites.declare_sites(model, {"blocks.0.mlp": "blocks.0.fc2", "head": "head"})
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for width in (5, 8, 6):
+        mask = torch.arange(width) < torch.randint(2, width, (7, 1), generator=generator)
+        ids = torch.randint(9, (7, width), generator=generator) * mask
+        labels = (ids % 3).masked_fill(~mask | (torch.rand(ids.shape, generator=generator) < 0.2), -100)
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return model, batches
+
+
+def test_masks_of_labels_per_token_take_their_class_s_tokens_alone():
+    model, batches = tagged_texts()
+    attributions = skillfast.attribute(model, batches, sites=["mlp"])
+    share = 2 / 8
+    masks = skillfast.learn_masks(model, batches, attributions, share=share, max_site_share=1.0, steps=30, batch_size=8)
+    labels = torch.cat([batch["labels"].flatten() for batch in batches])
+    assert masks.n_observations.tolist() == [int((labels == c).sum()) for c in range(3)]
+    skills = skillfast.select(masks, share=share, max_site_share=1.0)
+    assert {name: skill.neurons["blocks.0.mlp"].tolist() for name, skill in skills.items()} == {
+        str(c): [c, c + 3] for c in range(3)
+    }
+    found = skillfast.sweep(model, batches, [skillfast.Condition(skill) for skill in skills.values()])
+    np.testing.assert_array_equal(found.baseline, np.ones(3))
+    np.testing.assert_array_equal(np.diagonal(found.per_class_accuracy) == 1, [False] * 3)
+    assert (found.per_class_accuracy[~np.eye(3, dtype=bool)] == 1).all()
+    assert "erase: expected a label per example" in one_line(
+        ArgumentError, skillfast.learn_masks, model, batches, attributions, erase=1.0
+    )
+
+
+def test_losses_of_tokens_equal_a_loop_over_texts():
+    model, batches = tagged_texts()
+    attributions = skillfast.attribute(model, batches, sites=["mlp"])
+    learner = learned_mask._Learner(model, batches, attributions, 0.25, 1.0, None)
+    assert learner.labels.shape == (21, 8)
+    gates = torch.rand(3, 8, generator=torch.Generator().manual_seed(2))
+    rows, mask, n = torch.tensor([3, 12, 20, 5, 8]), torch.tensor([1, 0, 2, 2, 0]), 3
+    of_mask = torch.arange(3)
+    found = learner._of_tokens(gates, of_mask, mask, rows, n)
+    texts = [
+        (batch["input_ids"][i], batch["attention_mask"][i], batch["labels"][i]) for batch in batches for i in range(7)
+    ]
+    want = [0.0, 0.0]
+    for i, (row, c) in enumerate(zip(rows.tolist(), mask.tolist(), strict=True)):
+        ids, here, labels = texts[row]
+        with torch.no_grad():
+            intact = model(ids[None], here[None])[0]
+            changed = model.head(model.blocks[0](model.embed(ids) * gates[c]))
+        own, other = (labels == c).nonzero()[:, 0], ((labels >= 0) & (labels != c)).nonzero()[:, 0]
+        if i < n and len(own):
+            want[0] += float(target_loss(changed[own], torch.full((len(own),), c)).mean())
+        if len(other):
+            of = torch.full((len(other),), c)
+            want[1] += float(kept_loss(changed[other], intact[other], of).mean())
+    assert [loss.item() for loss in found] == pytest.approx(want, rel=1e-5)
+    assert min(want) > 0.01
