@@ -198,3 +198,18 @@ def test_where_an_output_cannot_be_corrected_the_block_runs_whole(vit, ready):
     want = torch.stack([runner._plain(images, i) for i in (10, 11)])
     torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
     assert cache.calls["blocks.2"][0][0].shape == (4, TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_conditions_of_a_single_site_take_its_route(vit, name):
+    """Nothing was proven elsewhere: the trial corrects one token of the last block's output as the run does."""
+    conditions = [Condition(Skill(str(i), {name: [i, 5]}), scale=3.0) for i in range(2)]
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        runner = BatchRunner(vit, Interventions(vit, conditions), None)
+        reuse = runner._prepared(images)
+        ((point, route),) = reuse.routes.items()
+        assert route == Route(point, narrow=name != "head")
+        logits, _, _ = reuse.run(reuse.fill_cache(images), point, [0, 1])
+        want = torch.stack([runner._plain(images, i) for i in (0, 1)])
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)

@@ -174,6 +174,8 @@ def test_as_many_examples_run_at_once_as_their_states_fit(deep, batches):
     with limited_memory(int(4.5 * shared._kept_bytes)), torch.inference_mode():
         found = shared.predict(read_batch(batches[0]), torch.from_numpy(assigned[:10]))
     assert max(sizes) == 4
+    resumed = sum(stage < DEPTH for _, stage in shared.begun.values())
+    assert sizes.count(1) == 3 * resumed  # the stem of a start in the middle runs on one row
     np.testing.assert_array_equal(found, want[:, :10])
     sizes.clear()
     with limited_memory(1), torch.inference_mode():
@@ -184,3 +186,28 @@ def test_as_many_examples_run_at_once_as_their_states_fit(deep, batches):
     np.testing.assert_array_equal(predict_assigned(deep, single, rows, assigned[:1]), want[:, :1])
     handle.remove()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in deep.modules())
+
+
+def test_rows_do_not_meet_at_a_classifier_that_is_not_the_last(deep, batches):
+    """What follows the classifier would be left out; the blocks before are shared all the same."""
+
+    class Signed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.vit, self.head = deep.blocks, [deep], deep.head
+            self.signs = torch.tensor([1.0, -1, 1, -1, 1])
+
+        def forward(self, x):
+            return self.vit[0](x) * self.signs
+
+    model = Signed().eval()
+    skills = [Skill(str(i), {"blocks.0.mlp": range(9), "blocks.3.mlp": [i], "head": [i, 7]}) for i in range(3)]
+    kinds = (("mlp", "head"), ("mlp",))
+    rows = [[Condition(skill, components=some, scale=-2.0)] for skill in skills for some in kinds]
+    shared = planned(model, rows, batches[0])
+    assert {stage for _, stage in shared.begun.values()} == {3}
+    assert len(shared.whole) == 1
+    assigned = np.zeros(37, dtype=int)
+    want = alone(model, batches, rows, assigned)
+    np.testing.assert_array_equal(predict_assigned(model, batches, rows, assigned), want)
+    assert len(np.unique(want, axis=0)) > 2

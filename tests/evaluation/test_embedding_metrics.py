@@ -235,6 +235,7 @@ def test_the_difference_to_random_draws(pair):
         low, high = getattr(result.difference.ci95, key)
         assert low < want < high
     assert result.difference.draws == 2
+    assert result.reasons is None
     own = [found.knn_accuracy_change[labels == i].mean() for i, found in enumerate(skills)]
     assert result.target_knn_accuracy_change == pytest.approx(np.mean(own))
     low, high = result.ci95.target_knn_accuracy_change
