@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -292,10 +293,12 @@ class Reach:
     def record(self, item: pytest.Item, following: pytest.Item | None) -> dict:
         self.lines, before, failed = set(), cpu_seconds(), item.session.testsfailed
         sys.settrace(self.enter)
+        threading.settrace(self.enter)
         try:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:
             sys.settrace(None)
+            threading.settrace(None)
         for name, definitions in item._fixtureinfo.name2fixturedefs.items():
             self.lines |= self.of_fixtures[definitions[-1].baseid, name]
         reached = {name for file, line in self.lines for name in self.digests[file][line]}

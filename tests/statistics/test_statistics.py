@@ -321,3 +321,31 @@ def test_rows_that_are_no_longer_kept_leave_no_trace():
     assert found.n_observations == int(keep.sum())
     for name, array in plain.arrays().items():
         np.testing.assert_allclose(found.arrays()[name], array, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("bins", [4, 32])  # into a table after 64 rows, or kept
+@pytest.mark.parametrize("reserved", [False, True])
+def test_batches_of_any_size_and_dtype_mix(bins, reserved):
+    x, values = sample(300, 3)
+    acc = NeuronStatistics(3, METRICS, bins=bins, buffer_rows=16)
+    dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
+    start, stored = 0, []
+    for i, n in enumerate((1, 7, 16, 17, 40, 3, 16, 2, 33, 64, 1, 100)):
+        rows = x[start : start + n].to(dtypes[i % 4])
+        part = {name: v[start : start + n] for name, v in values.items()}
+        if reserved:
+            acc.reserve(n, rows.dtype).copy_(rows)
+            acc.commit(acc.check(part, n))
+        else:
+            acc.update(rows, part)
+        stored.append(rows.double())
+        start += n
+        assert acc.n_observations == start
+        assert acc.state.buffer.filled < 16 or acc.state.keeping
+    stored = torch.cat(stored)
+    scores = acc.compute()
+    np.testing.assert_allclose(scores.mean, stored.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(scores.pearson, oracle(stored, values), atol=1e-6)
+    want = np.array([[stats.spearmanr(column, values["loss"]).statistic] for column in stored.T])
+    off = np.abs(scores.spearman[:, -1:] - want)
+    assert (off <= (scores.spearman_bound[:, -1:] if bins == 4 else 1e-6)).all()

@@ -232,6 +232,9 @@ def test_correlate_activations_that_exist():
     assert scores.columns == ("label:0", "label:1", "label:2", "right", "loss")
     np.testing.assert_allclose(scores.pearson[:, 3], scores.pearson[:, 1], atol=1e-12)
     np.testing.assert_allclose(scores.pearson[0, 0], np.corrcoef(x[:, 0], label == 0)[0, 1], atol=1e-6)
+    for n, exact in ((64, True), (65, False)):  # up to 16 rows for each bin
+        few = skillfast.correlate(x[:n], {"label": label[:n]}, statistics=("spearman",), bins=4)
+        assert (few.spearman_bound.max() < 1e-9) == exact
 
 
 def test_scores_are_saved_and_loaded(vit, batches, tmp_path):
