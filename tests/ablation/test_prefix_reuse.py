@@ -38,10 +38,11 @@ def ready(vit):
 
 def test_a_forward_runs_what_follows_its_first_site_and_one_token_of_the_last_block(vit, ready):
     reuse, images, _ = ready
-    cache, ran = reuse.fill_cache(images), []
+    cache, ran, stems = reuse.fill_cache(images), [], []
     for path, module in vit.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, __, y, path=path: ran.append((path, *y.shape[:-1])))
+    vit.patch_embed.register_forward_pre_hook(lambda _, args: stems.append(len(args[0])))
     assert [point.site.name for point in reuse.routes] == SITES
     for i, (point, name) in enumerate(zip(reuse.routes, SITES, strict=True)):
         ran.clear()
@@ -50,6 +51,7 @@ def test_a_forward_runs_what_follows_its_first_site_and_one_token_of_the_last_bl
         done = {"attn": 2, "mlp": 4}.get(name[9:], 0) + 4 * (point.block if point.block is not None else 3)
         want = [(f"blocks.{b}.{p}", 8, TOKENS if b < 2 or p == "attn.qkv" else 1) for b, p in places[done:]]
         assert ran == [*want, ("head", 8)]
+        assert stems == [1] * min(i + 1, 6)  # what the stem makes of it is not used
         assert reuse.work(point) == (0 if point.block is None else pytest.approx(1 - point.block / 3))
     assert reuse.conditions_from[None] == [2 * len(SITES)]
     ran.clear()
@@ -57,6 +59,7 @@ def test_a_forward_runs_what_follows_its_first_site_and_one_token_of_the_last_bl
     reuse.run(cache, point, [12, 13])
     assert len(ran) == 13
     assert {shape[1:] for shape in ran} == {(8, TOKENS), (8,)}
+    assert stems[6:] == [8]
     assert reuse.work(point) == 1
 
 
