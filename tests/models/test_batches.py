@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -430,6 +431,15 @@ def test_what_somebody_has_been_told_is_not_certified_again(monkeypatch, batch):
     coverage.warn_incomplete(model)
     with pytest.raises(pytest.fail.Exception):
         coverage.warn_incomplete(make_vit(depth=2))
+
+
+@pytest.mark.parametrize("first", [skillfast.prepare, lambda model: skillfast.trace(model, [], classes=2)])
+def test_whatever_reads_a_model_first_says_what_it_misses(monkeypatch, first):
+    monkeypatch.setattr(coverage, "_told", {})
+    model = make_vit(depth=2)
+    declare_sites(model, {site.name: site.path for site in find_sites(model) if site.name != "blocks.1.mlp"})
+    with pytest.warns(RuntimeWarning, match="sites cover"), suppress(ArgumentError):  # there is no data to trace
+        first(model)
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])

@@ -110,6 +110,7 @@ def test_a_constant_that_the_calibration_missed_is_one():
     ("metrics", "words"),
     [
         ({"a:0": Continuous(), "a": Categorical(2)}, "expected names without ':'"),
+        ({"a:b": Continuous()}, "expected names without ':'"),
         ({"a": Categorical(40_000)}, "expected at most 32000 columns"),
     ],
 )

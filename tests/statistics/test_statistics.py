@@ -349,3 +349,16 @@ def test_batches_of_any_size_and_dtype_mix(bins, reserved):
     want = np.array([[stats.spearmanr(column, values["loss"]).statistic] for column in stored.T])
     off = np.abs(scores.spearman[:, -1:] - want)
     assert (off <= (scores.spearman_bound[:, -1:] if bins == 4 else 1e-6)).all()
+
+
+def test_rows_of_float64_are_summed_as_they_are():
+    """Also where rows of float32 wait before them, which would round them away."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 3, generator=g, dtype=torch.float64)
+    x, y = 1e4 + 2e-3 * noise, noise.sum(1)
+    acc = NeuronStatistics(3, {"y": Continuous()}, ("pearson",), buffer_rows=100)
+    acc.update(torch.full((4, 3), 1e4), {"y": torch.zeros(4)})
+    acc.update(x, {"y": y})
+    rows = np.vstack([np.full((4, 3), 1e4), x])
+    want = np.corrcoef(rows.T, np.concatenate([np.zeros(4), y]))[:3, 3:]
+    np.testing.assert_allclose(acc.compute().pearson, want, atol=1e-4)
