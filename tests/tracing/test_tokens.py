@@ -349,6 +349,30 @@ def test_a_site_without_tokens_takes_values_of_one_token(vit):
     np.testing.assert_allclose(scores.pearson[:, 0], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_what_was_expected_of_a_forward_is_forgotten_with_it(vit, batches, pool):
+    images, label = batches[0]
+    hidden = torch.arange(17).expand(len(images), -1) < 5
+    found = []
+    for discarded in (True, False):
+        with skillfast.Tracer(vit, {"label": Categorical(5)}, sites=("mlp",), pool=pool) as tracer, torch.no_grad():
+            if discarded:
+                tracer.expect(hidden, label=label.flip(0))
+                vit(images)
+                tracer.discard()
+            vit(images)
+            tracer.step(label=label)
+            tracer.expect(hidden, label=label)
+            vit(images)
+            tracer.step()
+            vit(images)
+            with pytest.raises(ArgumentError, match=r"expected values for \['label'\], got \[\]"):
+                tracer.step()
+            tracer.discard()
+        found.append(tracer.compute().pearson)
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
 def test_what_is_expected_takes_the_place_of_what_was(vit, batches):
     images, _ = batches[0]
     loss = torch.randn(len(images), generator=torch.Generator().manual_seed(1))
