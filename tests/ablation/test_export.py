@@ -92,6 +92,7 @@ def test_the_card_says_what_was_changed(tmp_path: Path) -> None:
     assert "## Skill `de/er' # x`: 2 neurons" in card
     assert "`blocks.0.mlp.fc2.weight`, `head.weight`" in card
     assert "2 skills scaled by 0.5" in card
+    assert "- Factor on each neuron below: 0.5, towards 0." in card
     source = re.search(r"SHA-256 of the source's weights: `(\w{64})`", card)
     assert source is not None
     # The digest of other weights is another, that of the same ones is not.
@@ -126,6 +127,8 @@ def test_means_go_into_the_bias(tmp_path: Path) -> None:
             expected = outputs(model, x)
         again = timm.create_model(f"local-dir:{folder}", pretrained=True)
         np.testing.assert_allclose(outputs(again, x), expected, rtol=1e-3, atol=1e-4)
+        card = (folder / "README.md").read_text()
+        assert f"- Factor on each neuron below: {scale:g}, towards its mean, which the bias holds." in card
 
 
 class Stack(nn.Module):

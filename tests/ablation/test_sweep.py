@@ -618,3 +618,33 @@ def test_a_batch_is_recorded_token_by_token():
     np.testing.assert_array_equal(both.donors, [7, 7, 9, 9] * 2)
     np.testing.assert_array_equal(both.routes, [24, 0, 0, 8])
     assert BatchResult.joined([bare, bare]).embeddings is None
+
+
+def test_outputs_are_corrected_where_a_parent_returns_its_projections():
+    """And where that is a plain linear layer, whose output is what its weights make of its input."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self, factor, kind):
+            super().__init__()
+            self.proj, self.factor = kind(4, 4), factor
+
+        def forward(self, x):
+            y = self.proj(x)
+            return y if self.factor == 1 else y * self.factor
+
+    class Own(torch.nn.Linear):
+        pass
+
+    for factor, kind, parents in (
+        (1, torch.nn.Linear, {"blocks.0.mlp": "0.inner"}),
+        (2, torch.nn.Linear, {}),
+        (1, Own, {}),
+    ):
+        block = torch.nn.Sequential()
+        block.add_module("norm", torch.nn.LayerNorm(4))
+        block.add_module("inner", Inner(factor, kind))
+        model = torch.nn.Sequential(block, torch.nn.Linear(4, 3)).eval()
+        model.skillfast_sites = {"blocks.0.mlp": "0.inner.proj", "head": "1"}
+        trace = forward_trace.trace_forward(model, torch.randn(2, 4))
+        assert dict(trace.parents) == parents
+        assert dict(trace.feeds) == ({"0.inner": "0.norm"} if parents else {})

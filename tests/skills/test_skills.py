@@ -283,3 +283,11 @@ def test_what_ranking_is_taken(tmp_path):
     loaded = skillfast.load_skills(tmp_path)["a"]
     assert neurons(loaded) == neurons(full)
     assert (loaded.name, loaded.metric, loaded.method, loaded.settings) == ("a", "label:a", "pearson", {"share": 0.5})
+
+
+def test_an_attribution_is_spared_what_others_gain_alone():
+    """What a neuron does against another class makes it no better for its own, unlike with a correlation."""
+    values = np.zeros((12, 2))
+    values[1], values[2], values[4] = [0.5, -0.2], [0.6, 0.0], [0.9, 0.4]
+    ranking = NeuronRanking("attribution", ("label:a", "label:b"), values, SITES, np.full(2, 9))
+    assert neurons(skillfast.select(ranking, share=1 / 12, contrastive=True)["a"]) == {"blocks.0.mlp": [2]}

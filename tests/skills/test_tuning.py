@@ -13,7 +13,9 @@ from torch import nn
 import skillfast
 from skillfast import Skill
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.activations import Activations
 from skillfast.models.sites import find_sites
+from skillfast.skills.tuning import _note
 
 
 def true_in(mask: torch.Tensor) -> list[list[int]]:
@@ -109,6 +111,10 @@ def test_neurons_that_are_silent_are_counted() -> None:
         warnings.simplefilter("error")
         masks = skillfast.skill_parameters(model, skill, 1000 * torch.rand(5, 3))
     assert true_in(masks["0.weight"]) == [[1, 2], []]
+    (site,), zero = [site for site in find_sites(model) if site.name == "blocks.0.mlp"], {}
+    for seen in ([[0.0, 0, 1, 0]], [[0.0, 2, 0, 0]]):  # of two calls in one forward
+        _note(zero, site, Activations(torch.tensor(seen)))
+    assert zero[site.name].tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("optimiser", ["AdamW", "SGD"])
@@ -130,6 +136,8 @@ def test_an_optimiser_changes_nothing_else(optimiser: str) -> None:
     steps(2)  # leaves momentum, and gradients
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with skillfast.tune_only(model, masks):
+        for name, parameter in model.named_parameters():  # gradients of the last step, which made.step() takes again
+            assert parameter.grad is None if name not in masks else not parameter.grad[~masks[name]].any()
         made.step()
         steps(3)
     for name, parameter in model.named_parameters():
