@@ -36,6 +36,8 @@ _PUBLIC = {
     "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
     "bench": "runs.bench",
+    "Comparison": "results.comparison",
+    "compare": "runs.compare",
     "Grid": "runs.config",
     "Evaluation": "runs.evaluate",
     "evaluate": "runs.evaluate",
@@ -62,7 +64,9 @@ if TYPE_CHECKING:
     from skillfast.models.coverage import Coverage as Coverage
     from skillfast.models.coverage import coverage as coverage
     from skillfast.models.discovery import discover as discover
+    from skillfast.results.comparison import Comparison as Comparison
     from skillfast.runs.bench import bench as bench
+    from skillfast.runs.compare import compare as compare
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid
     from skillfast.runs.evaluate import Evaluation as Evaluation

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from skillfast import __version__
 from skillfast import vocabulary as words
@@ -29,6 +31,7 @@ from skillfast.settings import name_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+FORMATS = ("text", "json", "junit", "markdown")  # of a comparison
 _quiet = click.option("--quiet", is_flag=True, help="No progress bars and no tables, only results and errors.")
 _subject = options(options_of(ModelConfig), options_of(DataConfig))
 _skills = options(
@@ -46,8 +49,11 @@ _reference = click.option(
 
 def _config(given: dict[str, Any]) -> BenchConfig:
     """The run's settings from a command's options, as far as it has them."""
-    known = {name: value for name, value in given.items() if name in BenchConfig.names()}
-    config = BenchConfig.of(**{**known, "model_kwargs": {}})
+    known = {name: value for name, value in given.items() if name in BenchConfig.names() and name != "model_kwargs"}
+    if known.get("like") is not None:  # all others are the earlier run's, but for those that were typed
+        source = click.get_current_context().get_parameter_source
+        known = {name: value for name, value in known.items() if source(name) is ParameterSource.COMMANDLINE}
+    config = BenchConfig.of(**known)
     if not given["model_kwargs"]:
         return config
     from skillfast.models.loading import parse_model_kwargs
@@ -99,7 +105,7 @@ def bench(quiet: bool, **given: Any) -> None:
 @main.command(cls=Command)
 @_subject
 @options_of(TraceConfig)
-@options_of(RunConfig, but=["resume"])
+@options_of(RunConfig, but=["resume", "like"])
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Neurons to show per metric.")
 @_quiet
 def trace(quiet: bool, top: int, **given: Any) -> None:
@@ -121,7 +127,7 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
 @main.command(cls=Command)
 @_subject
 @_skills
-@options_of(RunConfig, but=["output", "resume"])
+@options_of(RunConfig, but=["output", "resume", "like"])
 @click.option(
     "--mode",
     type=click.Choice([mode for mode in words.MODES if mode != "constant"]),
@@ -211,7 +217,7 @@ def export(
 @options_of(SelectConfig, only=["method"], method="pearson")
 @options_of(Grid, but=["seed", "replicates"])
 @options_of(Generation)
-@options_of(RunConfig, but=["resume"])
+@options_of(RunConfig, but=["resume", "like"])
 @_quiet
 def evaluate(quiet: bool, **given: Any) -> None:
     """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.
@@ -235,12 +241,45 @@ def evaluate(quiet: bool, **given: Any) -> None:
 
 
 @main.command(cls=Command)
-@click.argument("directories", nargs=-1, required=True, type=click.Path())
-def compare(directories: tuple[str, ...]) -> None:
-    """Show the results of several bench runs side by side."""
-    from skillfast.report import comparison_table, read_results
+@click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="BASE NEW | DIR DIR DIR...")
+@click.option(
+    "--gate", type=click.Path(), help="Thresholds, a gates.toml: exit with 3 for a regression, 4 for no pass."
+)
+@click.option("--margin", type=float, default=0.05, show_default=True, help="Change of accuracy that does not matter.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
+@click.option(
+    "--output", default="skillfast-compare", show_default=True, help="Folder for compare.json and compare.html."
+)
+@_quiet
+def compare(directories: tuple[str, ...], gate: str | None, margin: float, form: str, output: str, quiet: bool) -> None:
+    """Say what became of each skill between two bench runs on the same examples; show more runs side by side.
 
-    _show(comparison_table({directory: read_results(directory) for directory in directories}))
+    NEW had best be made with `skillfast bench --like BASE --checkpoint FILE`. Exits with 0, with 3 where a gate finds a
+    regression, and with 4 where it cannot tell: other data, other classes, too few examples.
+    """
+    if len(directories) != 2:
+        if len(directories) == 1 or gate is not None or form != FORMATS[0]:
+            raise ArgumentError(
+                f"runs: expected two, BASE and NEW, got {len(directories)}; more are shown side by side, without "
+                "--gate and --format"
+            )
+        from skillfast.report import comparison_table, read_results
+
+        _show(comparison_table({directory: read_results(directory) for directory in directories}))
+        return
+    from skillfast.report import audit_table, comparison_text
+    from skillfast.runs.compare import compare as run
+
+    found = run(*directories, gate=gate, margin=margin, output=output)
+    if form != FORMATS[0]:
+        click.echo(comparison_text(found, form))
+    elif not quiet:
+        _show(audit_table(found))
+        for line in comparison_text(found, form).splitlines():
+            click.echo(line)
+    if form == FORMATS[0]:
+        click.echo(f"report: {Path(output) / 'compare.html'}")
+    click.get_current_context().exit(found.exit_code)
 
 
 @main.command(cls=Command)
@@ -254,25 +293,21 @@ def compare(directories: tuple[str, ...]) -> None:
     help="The page; a section for a model card; or each figure as a file, by kaleido and a browser.",
 )
 def report(directory: str, kind: str) -> None:
-    """Make report.html again from the files of a bench run, or evaluation.html from those of an evaluation.
+    """Make the page of a folder again: report.html, evaluation.html or compare.html, from its JSON files.
 
     Of a bench run also model-card.md (markdown), or its figures as files in figures/ (png, svg, pdf).
     """
-    from pathlib import Path
-
-    from skillfast.report import write_card, write_evaluation, write_figures, write_report
-    from skillfast.results import bench, evaluation
+    from skillfast.report import write_card, write_comparison, write_evaluation, write_figures, write_report
+    from skillfast.results import bench, comparison, evaluation
 
     if kind == "markdown":
         click.echo(f"model card: {write_card(directory)}")
     elif kind != "html":
         click.echo("\n".join(f"figure: {path}" for path in write_figures(directory, kind)))
     else:
-        evaluated = (Path(directory) / evaluation.FILE).is_file()
-        if evaluated:
-            click.echo(f"report: {write_evaluation(directory)}")
-        if not evaluated or (Path(directory) / bench.FILE).is_file():
-            click.echo(f"report: {write_report(directory)}")
+        pages = ((comparison.FILE, write_comparison), (evaluation.FILE, write_evaluation), (bench.FILE, write_report))
+        for write in [write for name, write in pages if (Path(directory) / name).is_file()] or [write_report]:
+            click.echo(f"report: {write(directory)}")
 
 
 @main.command(cls=Command)

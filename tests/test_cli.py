@@ -75,9 +75,13 @@ def test_report_makes_the_page_again(bench_output):
 
 
 def test_compare_shows_runs_side_by_side(bench_output):
-    result = run("compare", bench_output, bench_output)
+    result = run("compare", bench_output, bench_output, bench_output)
     assert result.exit_code == 0
     assert "baseline accuracy" in result.output
+    for arguments in ([bench_output], [bench_output] * 3 + ["--gate", "gates.toml"]):
+        result = run("compare", *arguments)
+        assert result.exit_code == 2
+        assert "runs: expected two, BASE and NEW, got" in result.output
 
 
 def test_trace_and_ablate(pictures, bench_output, tmp_path):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 # A layer imports what is below it; what shares a layer imports only itself.
 LAYERS = [
-    {"cli"},
+    {"cli", "testing"},
     {"runs"},
     {"report", "evaluation"},
     {"ablation", "skills"},

@@ -80,7 +80,7 @@ class DonorBank:
             inputs: What the model is called with, one tensor [batch, ...] or keyword arguments.
         """
         rows = np.empty(examples_in(inputs), dtype=np.int64)
-        for i, (digest, draw) in enumerate(_digests(model, inputs, self.seed)):
+        for i, (digest, draw) in enumerate(example_digests(model, inputs, self.seed)):
             row = draw % len(self)
             rows[i] = (row + 1) % len(self) if self.digests[row] == digest else row
         return torch.from_numpy(rows)
@@ -186,8 +186,14 @@ def _unpadded(model: torch.nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     return (x[None] if mask is None else x[None, ..., mask[i]] for i, x in enumerate(inputs))
 
 
-def _digests(model: torch.nn.Module, inputs: Inputs, seed: int) -> Iterator[tuple[int, int]]:
-    """Two independent numbers below 2^64 for each example of a batch."""
+def example_digests(model: torch.nn.Module, inputs: Inputs, seed: int) -> Iterator[tuple[int, int]]:
+    """Two independent numbers below 2^64 for each example of a batch, from what the model reads of it.
+
+    Args:
+        model: Tells where the inputs are padding, if it is told (`token_mask`).
+        inputs: What the model is called with.
+        seed: Seed of the digests.
+    """
     salt = seed.to_bytes(8, "little", signed=True)
     for one in _unpadded(model, mapped(inputs, torch.Tensor.cpu)):
         if isinstance(one, dict):
@@ -210,7 +216,7 @@ def _drawn(
         found = read_batch(batch, key, tokens=True)
         labels = [-1] * len(found) if found.per_token else found.labels.tolist()
         for x, label, (digest, _) in zip(
-            _unpadded(model, found.inputs), labels, _digests(model, found.inputs, seed), strict=True
+            _unpadded(model, found.inputs), labels, example_digests(model, found.inputs, seed), strict=True
         ):
             if digest not in kept and (len(kept) < count or digest < -smallest[0][0]):
                 kept[digest] = _Drawn(digest, seen, int(label), mapped(x, torch.Tensor.clone))

@@ -84,6 +84,7 @@ def share_limits(share: float, variance: float, effective: float, z: float = Z) 
         effective: Number of examples to count where the variance is 0 for lack of events.
         z: Reach in standard errors.
     """
+    share = min(max(share, 0.0), 1.0)  # a mean of ones may be 1 and a rounding
     n = share * (1 - share) / variance if variance > 0 and 0 < share < 1 else effective
     centre, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((centre + sign * reach) / (1 + z * z / n) for sign in (-1, 1))

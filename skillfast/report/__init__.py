@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
     from skillfast.results.bench import BenchResults
+    from skillfast.results.comparison import Comparison
     from skillfast.results.evaluation import EvaluationResults
     from skillfast.results.skills import Skills
     from skillfast.statistics.scores import NeuronScores
 
 __all__ = [
     "accuracy_table",
+    "audit_table",
     "comparison_table",
+    "comparison_text",
     "evaluation_table",
     "plan_table",
     "read_results",
@@ -29,6 +32,7 @@ __all__ = [
     "summary_table",
     "top_neurons_table",
     "write_card",
+    "write_comparison",
     "write_evaluation",
     "write_figures",
     "write_report",
@@ -133,7 +137,7 @@ def summary_table(results: BenchResults) -> Table:
 
 
 def comparison_table(named: Mapping[str, BenchResults]) -> Table:
-    """Make the table that `skillfast compare` prints.
+    """Make the table that `skillfast compare` prints of more than two runs.
 
     Args:
         named: results per name of a run, in the order of the columns.
@@ -144,6 +148,46 @@ def comparison_table(named: Mapping[str, BenchResults]) -> Table:
     from skillfast.report import tables
 
     return tables.comparison_table(named)
+
+
+def audit_table(found: Comparison) -> Table:
+    """Make the table that `skillfast compare BASE NEW` prints: a row per skill.
+
+    Args:
+        found: what `compare.json` holds.
+    """
+    from skillfast.report.comparison import texts
+
+    return texts.table(found)
+
+
+def comparison_text(found: Comparison, form: str) -> str:
+    """A comparison as text.
+
+    Args:
+        found: what `compare.json` holds.
+        form: `"text"` (sentences and the gate's checks), `"json"`, `"junit"` (XML) or `"markdown"`.
+    """
+    from skillfast.report.comparison import texts
+
+    return texts.FORMATS[form](found)
+
+
+def write_comparison(directory: str | Path) -> Path:
+    """Write `compare.html` from the `compare.json` of a folder.
+
+    Args:
+        directory: the folder; `compare.html`, one self-contained file, appears in it whole or not at all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: `compare.json` is missing, is not JSON, or has a key or a value that its type does not know.
+    """
+    from skillfast.report import files
+
+    return files.write_comparison(Path(directory))
 
 
 def top_neurons_table(scores: NeuronScores, top: int) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from skillfast.files import replacing
-from skillfast.results import bench, evaluation, records, skills
+from skillfast.results import bench, comparison, evaluation, records, skills
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,15 @@ def write_evaluation(directory: Path) -> Path:
     remedy = "run `skillfast evaluate` into that folder"
     results = records.read(evaluation.EvaluationResults, directory / evaluation.FILE, remedy)
     return _write(directory / "evaluation.html", page.render(results))
+
+
+def write_comparison(directory: Path) -> Path:
+    """Write `compare.html`; see `skillfast.report.write_comparison`."""
+    from skillfast.report.comparison import page
+
+    remedy = "run `skillfast compare BASE NEW` into that folder"
+    found = records.read(comparison.Comparison, directory / comparison.FILE, remedy)
+    return _write(directory / "compare.html", page.render(found))
 
 
 def _write(path: Path, text: str) -> Path:

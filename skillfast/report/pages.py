@@ -7,12 +7,15 @@ import math
 from importlib import resources
 from typing import Any
 
+FIGURES = "skillfast.report", "figures.js"
 
-def render(package: str, drawn: dict[str, Any], /, **context: Any) -> str:
+
+def render(package: str, drawn: dict[str, Any], /, *, script: tuple[str, str] = FIGURES, **context: Any) -> str:
     """Fill a package's `page.html`: one self-contained page that asks the network for nothing.
 
     Args:
-        package: Holds `page.html` and `page.js`.
+        package: Holds `page.html`.
+        script: Package and name of the page's script; by default the one that draws figures and no more.
         drawn: What the script reads as JSON.
         context: What the template reads.
     """
@@ -22,7 +25,7 @@ def render(package: str, drawn: dict[str, Any], /, **context: Any) -> str:
     # our own files and encoded JSON: everything else in the page is escaped
     inline = {
         "style": Markup(_resource("skillfast.report", "page.css")),
-        "script": Markup(_resource(package, "page.js")),
+        "script": Markup(_resource(*script)),
         "plotly": Markup(_resource("skillfast.report", "plotly.min.js")),
         "data": Markup(script_json(drawn)),
     }

@@ -850,6 +850,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     select: Seconds | None = None
     choose: Seconds | None = None
     sweep: Seconds
+    like: Seconds | None = None
     shares: Seconds | None = None
     embeddings: Seconds | None = None
     identifiability: Seconds | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -47,3 +49,11 @@ class Skills(Document, frozen=True, tag="skillfast.skills/1", tag_field="schema"
 
     fingerprint: Name | None
     skills: Annotated[list[SkillEntry], Meta(min_length=1)]
+
+
+def skills_digest(found: Skills) -> str:
+    """Digest of which neurons each skill has, and of their model."""
+    neurons = [
+        (skill.name, sorted((site, sorted(index)) for site, index in skill.neurons.items())) for skill in found.skills
+    ]
+    return hashlib.sha256(json.dumps([found.fingerprint, neurons]).encode()).hexdigest()[:16]

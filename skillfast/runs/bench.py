@@ -30,6 +30,7 @@ from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.config import BenchConfig
 from skillfast.runs.cost import trace_over_forward
+from skillfast.runs.decisions import REMEDY, kept_decisions, remove_earlier
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
 from skillfast.runs.given import Given
@@ -40,7 +41,7 @@ from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.session import open_session
 from skillfast.runs.shares import OwnPredictions, predict_parts
 from skillfast.skills.ranking import NeuronRanking
-from skillfast.skills.skill import Skill, overlap, save_skills
+from skillfast.skills.skill import Skill, load_skills, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     import torch
 
     from skillfast.ablation.interventions import Condition
+    from skillfast.results.decisions import Decisions
     from skillfast.runs.session import Session
     from skillfast.runs.subject import Subject
 
@@ -94,8 +96,8 @@ def bench(
         say: Called with each line worth reading while the run goes on; the baseline accuracy comes first.
 
     Returns:
-        The results; `results.json`, `skills.json`, `scores.safetensors`, `removal_matrix.csv` and `report.html` are in
-        the output folder.
+        The results; `results.json`, `skills.json`, `scores.safetensors`, `decisions.safetensors`, `removal_matrix.csv`
+        and `report.html` are in the output folder.
 
     Raises:
         SkillfastError: Anything that stops the run, in one line.
@@ -103,6 +105,9 @@ def bench(
     given = Given.of(model, loader, label_key)
     config = (config or BenchConfig()) if given is None else given.config(config)
     selection.check_traced(config.select.method, config.trace.statistics)
+    like = config.run.like
+    if like is not None:
+        load_skills(like)  # what is not there is told before the expensive steps
     with open_session(config, given=given, quiet=quiet, say=say, resumable=True) as session:
         if session.resumed:
             say(f"an unfinished run goes on after {', '.join(session.resumed)}")
@@ -113,6 +118,9 @@ def bench(
         skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
+        earlier = None
+        if like is not None:
+            earlier = stage("like", lambda: remove_earlier(session, like), Kept.optional(SweepResult.load))
         own = stage("shares", lambda: _shares(session, removals, swept.labels), Kept.by(OwnPredictions.load))
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
@@ -140,7 +148,7 @@ def bench(
         found["cost"] = _time_tracing(subject) | session.cost()
         results = records.made(BenchResults, found)
         directory = Path(session.config.run.output)
-        _write(directory, results, skills, scores)
+        _write(directory, results, skills, scores, kept_decisions(session, removals, swept, earlier))
         session.finish()
     return BenchReport(results, skills, directory)
 
@@ -172,14 +180,18 @@ def _choose(
 ) -> tuple[selection.Selection, dict[str, NeuronScores | NeuronRanking]]:
     """The best candidate on the validation part, and what was ranked by; the test part is not looked at."""
     config = session.config
-    tried = selection.candidates(
+    tried = ranking = selection.candidates(
         config.select.method,
         config.select.share,
         contrastive=config.select.contrastive,
         statistics=config.trace.statistics,
     )
+    if config.run.like is not None:  # another way or size would take another drop of the same model
+        earlier = records.read(BenchResults, Path(config.run.like) / FILE, REMEDY)
+        if earlier.selection is not None:
+            tried, ranking = selection.candidates_of(earlier)
     most = config.select.max_site_share
-    ranked = selection.rank(session, scores, tried, max_site_share=most, scale=config.ablate.scale)
+    ranked = selection.rank(session, scores, ranking, max_site_share=most, scale=config.ablate.scale)
     skills = selection.cut(ranked, tried, max_site_share=most)
     sites = choose_sites(session.subject.model, config.trace.sites)
     controls = selection.size_controls(tried, skills, sites, config.run.seed)
@@ -430,12 +442,15 @@ def _embed_dim(model: torch.nn.Module) -> int:
     return int(width)
 
 
-def _write(directory: Path, results: BenchResults, skills: dict[str, Skill], scores: NeuronScores) -> None:
+def _write(
+    directory: Path, results: BenchResults, skills: dict[str, Skill], scores: NeuronScores, decisions: Decisions
+) -> None:
     """All files; results.json after what it sums up, the page last."""
     from skillfast.report import write_report
 
     save_skills(directory, skills.values())
     scores.save(directory)
+    decisions.save(directory)
     classes = results.dataset.classes
     with files.replacing(directory / MATRIX) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
 from skillfast.files import check_output
+from skillfast.results import records
+from skillfast.results.bench import FILE, BenchResults
 from skillfast.settings import Settings, name_of, setting
 from skillfast.vocabulary import (
     BACKENDS,
@@ -32,7 +34,7 @@ from skillfast.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from dataclasses import Field
 
 LANGUAGE_MODEL = "hf:"  # before the name of a language model
@@ -41,6 +43,8 @@ EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are n
 
 _OF_IMAGE_FILES = ("mean", "std", "crop_pct", "train_per_class", "test_per_class")
 _CHANNELS = (1, 3)  # of images
+NOTHING = "none"  # what is trained of weights that are to be measured as they are
+_OF_A_MACHINE = ("device", "memory_budget", "like")  # settings of a run that another one has its own of
 _NOT_RESULTS = ("output", "resume")  # where a run writes and what it goes on from change no result
 
 
@@ -76,10 +80,9 @@ class ModelConfig(Settings):
 
     def check(self) -> None:
         """Raise ArgumentError where values do not go together, or the checkpoint cannot be read."""
-        if self.name is None and (self.checkpoint or self.pretrained or self.kwargs or self.finetune or self.lr):
+        if self.name is None and (self.pretrained or self.kwargs or self.finetune or self.lr):
             raise ArgumentError(
-                "model: expected --model with --checkpoint, --pretrained, --model-kwarg, --finetune or --lr, got none; "
-                "name one"
+                "model: expected --model with --pretrained, --model-kwarg, --finetune or --lr, got none; name one"
             )
         if self.checkpoint is not None:
             if self.pretrained:
@@ -229,6 +232,10 @@ class RunConfig(Settings):
     memory_budget: float | None = setting(None, "GiB for a sweep's results; by default half of what is free.", above=0)
     backend: str = setting("auto", "What runs the ops.", choices=BACKENDS)
     resume: bool = setting(True, "Go on from what an interrupted run left in --output.")
+    like: str | None = setting(
+        None, "Folder of an earlier run: measure another checkpoint with its data and settings, and remove its skills, "
+        "too. Give options of the model and of the run alone.",
+    )  # fmt: skip
     output: str = setting("skillfast-report", "Folder of the results.")
 
     def check(self) -> None:
@@ -311,10 +318,15 @@ class BenchConfig:
     def of(**settings: Any) -> BenchConfig:
         """Make the settings from flat ones, named as the command line's options: `of(model=..., dataset=...)`.
 
+        With `like=` they start from those of an earlier run, for another checkpoint of its model or another model.
+
         Raises:
-            ArgumentError: A setting that is not known, or a value that cannot be used.
+            ArgumentError: A setting that is not known, or a value that cannot be used; with `like`, one of data, trace
+                or selection, which are the earlier run's.
+            DataError: An earlier run that cannot be read.
         """
-        return BenchConfig().replaced(**settings)
+        like = settings.get("like")
+        return (BenchConfig() if like is None else _like(like, settings)).replaced(**settings)
 
     def replaced(self, **settings: Any) -> BenchConfig:
         """A copy with some flat settings replaced; raises ArgumentError as `of`."""
@@ -401,6 +413,42 @@ def _declared() -> Iterator[tuple[str, Field[Any]]]:
             continue
         for declared in fields(group.default_factory):  # type: ignore[arg-type]  # the group's class
             yield group.name, declared
+
+
+def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
+    """The settings of an earlier run, for the weights that are given: data, what is traced and selected, and the seed.
+
+    Args:
+        directory: Folder of the earlier run.
+        given: The settings to be replaced; with none of the model there is nothing to measure.
+    """
+    earlier = records.read(BenchResults, Path(directory) / FILE, "run `skillfast bench` into that folder")
+    if earlier.config["dataset"] == GIVEN:
+        raise ArgumentError(
+            f"like: expected a run of named data, got {directory}, whose model and loader were given in Python; pass "
+            "the same config and loader to skillfast.bench"
+        )
+    groups = dict[str, str]((name_of(declared), group) for group, declared in _declared())
+    fixed = [name for name in given if groups.get(name) not in (None, "model", "run") or name == "seed"]
+    if fixed:
+        raise ArgumentError(
+            f"{fixed[0]}: expected with a run of its own, got it with --like, which takes it from {directory}; leave "
+            "it out"
+        )
+    own = [name for name in given if groups.get(name) == "model"]
+    weights = any(name in ("model", "checkpoint", "pretrained") for name in own)
+    if not own or (not weights and earlier.model.trained.finetune not in (None, NOTHING)):
+        raise ArgumentError(
+            f"like: expected --checkpoint or --model with it, got {own[0] if own else 'neither'}; name the weights to "
+            f"measure as {directory} was measured"
+        )
+    kept = {name: value for name, value in earlier.config.items() if name in groups and name not in _OF_A_MACHINE}
+    kept |= {"epochs": None, "lr": None, "finetune": NOTHING if given.get("model", kept["model"]) else None}
+    if weights:
+        kept |= {"checkpoint": None, "pretrained": False}
+    if given.get("model") not in (None, kept["model"]):
+        kept["model_kwargs"] = {}
+    return BenchConfig().replaced(**{**kept, **given})
 
 
 def _check_readable(checkpoint: str) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast import data
-from skillfast.errors import ArgumentError
-from skillfast.models import digits, loading, training
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models import digits, loading, training, weights
 from skillfast.models.sites import choose_sites
 from skillfast.runs.kept import weights_of
 from skillfast.runs.subject import NO_TRAINING, Subject, Training
@@ -74,11 +74,16 @@ def image_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say
 
 
 def _digits(config: BenchConfig, device: torch.device, quiet: bool) -> Subject:
-    """The default: its trained weights come from the user's cache, or go there."""
+    """The default: its trained weights come from the user's cache, or go there, or are those of `--checkpoint`."""
     splits = data.load_digits(config.run.seed)
     made = digits.digits_model(config.run.seed)
     choose_sites(made.model, config.trace.sites)
     model = made.model.to(device)
+    if (path := config.model.checkpoint) is not None:
+        if weights.fit_checkpoint(model, made.name, weights.read_checkpoint(Path(path)), f"checkpoint '{path}'"):
+            raise ModelError(f"checkpoint '{path}': expected a classifier of 10 digits, got another; name its --model")
+        done = Training(lambda: {"finetune": NO_TRAINING, "epochs": 0, "n_train": 0})
+        return Subject(config, model, made.name, splits, device, "checkpoint", DIGITS_NORMALISED, done)
 
     def train() -> dict[str, Any]:
         loaded, trained = digits.load_or_train_digits(splits, config.run.seed, quiet=quiet)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from skillfast.ablation.sweep import SweepResult
     from skillfast.models.sites import Site
-    from skillfast.results.bench import Selectivity
+    from skillfast.results.bench import BenchResults, Selectivity
     from skillfast.runs.session import Session
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
@@ -198,6 +198,22 @@ def candidates(
     ways = [(name, minus, None) for name in (correlation, "attribution") for minus in (False, True)]
     masks = [("mask", False, keep) for keep in KEEPS]
     return tuple(Candidate(name, minus, size * share, keep) for name, minus, keep in ways + masks for size in SIZES)
+
+
+def candidates_of(earlier: BenchResults) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+    """The candidates that an earlier run chose, for a run to be compared with it, and what they are ranked with.
+
+    Args:
+        earlier: A run's results.
+
+    Returns:
+        The chosen ones, and with them the learned masks that a chosen mask may have started from.
+    """
+    assert earlier.selection is not None
+    all_of_them = [Candidate(c.method, c.contrastive, c.share, c.keep) for c in earlier.selection.candidates]
+    tried = tuple(all_of_them[i] for i in sorted(set(earlier.selection.chosen)))
+    learned = any(candidate.method in LEARNED for candidate in tried)
+    return tried, tuple(c for c in all_of_them if c in tried or (learned and c.method in LEARNED))
 
 
 def rank(

@@ -325,7 +325,8 @@ def test_the_default_benchmark(default_run):
     jsonschema.validate(results, records.schema(BenchResults))
     jsonschema.validate(json.loads((output / "skills.json").read_text()), records.schema(Skills))
     assert {p.name for p in output.iterdir()} == {
-        "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html",
+        "results.json", "skills.json", "scores.safetensors", "decisions.safetensors", "removal_matrix.csv",
+        "report.html",
     }  # fmt: skip
     assert results["dataset"]["n_select"] + results["dataset"]["n_validate"] + results["dataset"]["n_test"] == 1797
     assert results["oracle"]["target_drop"] == pytest.approx(results["baseline"]["accuracy"])

@@ -161,7 +161,8 @@ def undisturbed(small, tmp_path_factory):
 def test_a_finished_run_leaves_its_files_alone(undisturbed):
     names = {path.name for path in undisturbed.directory.iterdir()}
     assert names == {
-        "results.json", "skills.json", "scores.safetensors", "removal_matrix.csv", "report.html", WEIGHTS
+        "results.json", "skills.json", "scores.safetensors", "decisions.safetensors", "removal_matrix.csv",
+        "report.html", WEIGHTS
     }  # fmt: skip
     assert undisturbed.results.cost.resumed == []
 

@@ -92,7 +92,7 @@ def render(results: BenchResults, skills: Skills) -> str:
     check(results, skills)
     context = _context(results, skills)
     drawn = {"figures": make_figures(results, skills), "steps": figures.step_texts(results)}
-    return pages.render("skillfast.report.bench", drawn, **context)
+    return pages.render("skillfast.report.bench", drawn, script=("skillfast.report.bench", "page.js"), **context)
 
 
 def check(results: BenchResults, skills: Skills) -> None:

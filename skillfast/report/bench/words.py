@@ -39,6 +39,7 @@ STAGES = {
     "replace": "other values in the neurons' place",
     "trace_test": "tracing the neurons on the test examples",
     "sweep": "removing them",
+    "like": "removing the earlier run's skills",
     "shares": "removing parts of them",
     "embeddings": "comparing embeddings",
     "identifiability": "choosing for other groups and halves",

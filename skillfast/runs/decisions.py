@@ -1,0 +1,86 @@
+"""What a run keeps of each test example, for `skillfast compare`; and an earlier run's skills, removed as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import log_softmax
+
+from skillfast.ablation.donors import example_digests
+from skillfast.ablation.interventions import Condition
+from skillfast.ablation.sweep import SweepResult, sweep
+from skillfast.models.batches import read_batch
+from skillfast.models.sites import fingerprint
+from skillfast.results import records, skills
+from skillfast.results.decisions import Decisions
+from skillfast.skills.skill import load_skills
+
+if TYPE_CHECKING:
+    from skillfast.runs.removals import Removals
+    from skillfast.runs.session import Session
+
+REMEDY = "run `skillfast bench` into that folder"
+
+
+def remove_earlier(session: Session, directory: str | Path) -> SweepResult | None:
+    """Remove the skills of an earlier run on the test part; None, and a line, where they are of another architecture.
+
+    Args:
+        session: The run.
+        directory: Folder of the earlier run.
+
+    Raises:
+        DataError: A folder without readable skills.
+    """
+    subject, found = session.subject, load_skills(directory)
+    theirs, ours = next(iter(found.values())).fingerprint, fingerprint(subject.model)
+    if theirs not in (None, ours):
+        session.say(f"the skills of {directory} are of another architecture: they are not removed from this model")
+        return None
+    return sweep(
+        subject.model,
+        subject.loader("test"),
+        [Condition(skill, scale=session.config.ablate.scale, name=name) for name, skill in found.items()],
+        classes=subject.splits.classes,
+        keep_predictions=True,
+        quiet=session.quiet,
+    )
+
+
+def kept_decisions(session: Session, removals: Removals, swept: SweepResult, earlier: SweepResult | None) -> Decisions:
+    """What the run decided on each test example.
+
+    Args:
+        session: The run.
+        removals: What it removed.
+        swept: The sweep, with predictions and logits.
+        earlier: Another run's skills removed, from `remove_earlier`.
+    """
+    subject, like = session.subject, session.config.run.like
+    assert swept.baseline_logits is not None
+    digests = [
+        digest
+        for batch in subject.loader("test")
+        for digest, _ in example_digests(subject.model, read_batch(batch).inputs, 0)
+    ]
+    found = Decisions(
+        classes=tuple(subject.splits.classes),
+        labels=swept.labels,
+        digests=np.array(digests, dtype=np.uint64),
+        intact=swept.top2[:, 0],
+        removed=swept.predictions_of(condition.name for condition in removals.whole),
+        log_probabilities=log_softmax(swept.baseline_logits.astype(np.float64), axis=1).astype(np.float16),
+    )
+    if earlier is None or like is None:
+        return found
+    of = records.read(skills.Skills, Path(like) / skills.FILE, REMEDY)
+    return Decisions(
+        **vars(found)
+        | {
+            "earlier": earlier.predictions_of(earlier.names),
+            "earlier_classes": earlier.names,
+            "earlier_skills": skills.skills_digest(of),
+        }
+    )

@@ -1,0 +1,348 @@
+"""Two models on the same examples: tests against scipy, planted pairs for each verdict, and a gate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compared import judged, planted, wrong
+from conftest import one_line
+from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest
+
+from skillfast.errors import ArgumentError
+from skillfast.evaluation.comparison import Measured, interferences, moved_between, overlap_of
+from skillfast.evaluation.gate import Quantities, decide
+from skillfast.evaluation.paired import (
+    PairedDifference,
+    discoveries,
+    kl_divergence,
+    mean_limits,
+    shared_by_chance,
+)
+from skillfast.results.bench import Harm
+from skillfast.results.comparison import Shift
+from skillfast.results.gates import gates_of
+
+FINDINGS = {"lost", "gained", "weakened", "strengthened", "moved", "merged"}
+
+
+# paired tests
+
+
+def test_of_decisions_it_is_the_exact_mcnemar_test():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        change = rng.choice([-1, 0, 0, 1], 40)
+        gains, losses = int((change > 0).sum()), int((change < 0).sum())
+        found = PairedDifference(change)
+        assert found.p == pytest.approx(binomtest(gains, gains + losses).pvalue)
+        less = binomtest(losses, gains + losses, alternative="greater").pvalue
+        assert found.p_less == pytest.approx(less)
+        assert found.least_p == pytest.approx(min(1, 2 * 0.5 ** (gains + losses)))
+
+
+def test_of_drops_it_is_the_exact_test_of_signs():
+    """All signs of a few differences by hand, of 1 and of 2."""
+    first, second = np.array([1, 1, 0, 1, 1, 0, -1]), np.array([-1, 0, 1, -1, -1, 0, 0])
+    total = first - second
+    size = np.abs(total[total != 0])
+    signs = 1 - 2 * (np.arange(2 ** len(size))[:, None] >> np.arange(len(size)) & 1)
+    sums = np.abs((signs * size).sum(1))
+    found = PairedDifference(first, second)
+    assert (found.ones, found.twos) == ((size == 1).sum(), (size == 2).sum())
+    assert found.p == pytest.approx((sums >= abs(total.sum())).mean())
+    assert PairedDifference(np.zeros(9)).p == 1
+
+
+def test_limits_are_those_of_a_bootstrap_where_much_changes():
+    rng = np.random.default_rng(1)
+    right = (rng.random((4, 800)) < [[0.9], [0.8], [0.3], [0.35]]).astype(int)  # base, new, and without the skill
+    parts = right[1] - right[0], right[3] - right[2]
+    rows = rng.integers(0, 800, (2000, 800))
+    for taken in (parts[:1], parts):
+        total = taken[0] - sum(taken[1:], np.zeros(800, int))
+        want = np.quantile(total[rows].mean(1), [0.025, 0.975])
+        np.testing.assert_allclose(PairedDifference(*taken).limits(), want, atol=0.006)
+
+
+def test_limits_have_a_width_where_nothing_changes():
+    low, high = PairedDifference(np.zeros(54)).limits()
+    assert high == -low == pytest.approx(0.0664, abs=1e-3)
+    low, high = PairedDifference(np.zeros(54), np.zeros(54)).limits()
+    assert high == pytest.approx(0.0664 * 2**0.5, abs=1e-3)
+
+
+def test_limits_hold_the_truth():
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(400):
+        change = rng.choice([-1, 0, 1], 60, p=[0.12, 0.84, 0.04])
+        low, high = PairedDifference(change).limits()
+        held += low <= -0.08 <= high
+    assert held / 400 >= 0.93
+
+
+def test_equivalence_is_two_one_sided_tests():
+    """At p of 5 % the 90 % interval touches the margin; beyond the margin nothing is equivalent."""
+    change = np.array([1, -1, 1] + [0] * 97)
+    found = PairedDifference(change)
+    low, high = found.limits(1.6448536)
+    assert found.equivalence_p(max(high, -low)) == pytest.approx(0.05, abs=1e-6)
+    assert found.equivalence_p(0.2) < found.equivalence_p(0.08)
+    assert PairedDifference(np.ones(50)).equivalence_p(0.5) == 1
+
+
+def test_equivalence_is_seldom_said_of_a_change_as_large_as_the_margin():
+    rng = np.random.default_rng(3)
+    said = [
+        PairedDifference(rng.choice([-1, 0, 1], 200, p=[0.06, 0.93, 0.01])).equivalence_p(0.05) <= 0.05
+        for _ in range(400)
+    ]
+    assert np.mean(said) <= 0.075  # 5 %, and two and a half standard errors
+
+
+def test_tests_that_could_not_be_significant_are_not_corrected_for():
+    p, least = np.array([0.02, 1.0, 1.0, 0.5]), np.array([1e-3, 0.5, 1.0, 0.25])
+    np.testing.assert_allclose(discoveries(p, least), [0.02, 1, 1, 1])
+    p, least = np.array([0.02, 0.04, 0.3]), np.full(3, 1e-9)
+    np.testing.assert_allclose(discoveries(p, least), false_discovery_control(p))
+    assert discoveries(np.empty(0), np.empty(0)).shape == (0,)
+
+
+def test_p_of_equal_models_is_no_smaller_than_chance():
+    rng = np.random.default_rng(4)
+    p = [PairedDifference(rng.choice([-1, 0, 1], 100, p=[0.2, 0.6, 0.2])).p for _ in range(500)]
+    assert kstest(p, "uniform", alternative="greater").pvalue > 0.01
+
+
+def test_overlap_beside_chance():
+    one, other, widths = {"a": {0, 1, 2}, "b": {5}}, {"a": {1, 2, 9}, "b": {6}}, {"a": 20, "b": 8}
+    found = overlap_of(one, other, widths)
+    assert (found.shared, found.jaccard) == (2, pytest.approx(2 / 6))
+    expected = 9 / 20 + 1 / 8
+    assert found.chance == pytest.approx(expected / (8 - expected))
+    rng, many = np.random.default_rng(5), 4000
+    drawn = [len({0, 1, 2} & set(rng.choice(20, 3, replace=False))) + (rng.integers(8) == 5) for _ in range(many)]
+    assert shared_by_chance(one, other, widths) == pytest.approx(np.mean(np.array(drawn) >= 2), abs=0.02)
+    assert shared_by_chance({"a": {1}}, {"a": {2}}, widths) == 1
+    assert shared_by_chance({"a": {1, 2}}, {"a": {1, 2}}, widths) == pytest.approx(hypergeom.pmf(2, 20, 2, 2))
+
+
+def test_divergence_of_probabilities():
+    base, new = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    np.testing.assert_allclose(kl_divergence(base, new), [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0], atol=1e-12)
+    gone = np.array([[0.0, -np.inf]])
+    assert kl_divergence(gone, gone).tolist() == [0]
+    low, high = mean_limits(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == (pytest.approx(2 - 1.96 / 3**0.5, abs=1e-3), pytest.approx(2 + 1.96 / 3**0.5, abs=1e-3))
+
+
+# verdicts
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def test_a_model_against_itself_is_unchanged(rng):
+    labels, base, _ = planted(rng, n=54)
+    assert judged(labels, base, base)[0] == [["unchanged"]] * 10
+    few, base, _ = planted(rng, n=20)
+    assert judged(few, base, base)[0] == [["undecided"]] * 10  # no difference is found, but none is ruled out
+
+
+def test_other_neurons_of_the_same_model_are_no_finding(rng):
+    """A mask of another seed takes 8 points less, of the same decisions."""
+    labels, base, _ = planted(rng, drop=0.85)
+    _, _, other = planted(np.random.default_rng(8), drop=0.77)
+    new = Measured(base.intact, np.where(base.intact == labels, other.removed, base.intact), None)
+    for again in (None, base.removed):
+        found, _ = judged(labels, base, Measured(new.intact, new.removed, again))
+        assert not FINDINGS & {name for names in found for name in names}
+
+
+def test_a_lost_class_and_a_weaker_one(rng):
+    labels, base, _ = planted(rng)
+    intact = np.where((labels == 2) & (rng.random(1000) < 0.9), 3, base.intact)
+    intact = np.where((labels == 5) & (rng.random(1000) < 0.25), 6, intact)
+    changed = Measured(intact, np.where(intact == base.intact, base.removed, intact), None)
+    found, four = judged(labels, base, changed)
+    assert (found[2], found[5]) == (["lost"], ["weakened"])
+    assert all(not FINDINGS & set(found[i]) for i in range(10) if i not in (2, 5))
+    assert four["accuracy"][2].change < -0.7
+    back, _ = judged(labels, changed, base)
+    assert (back[2], back[5]) == (["gained"], ["strengthened"])
+
+
+def test_a_skill_that_moved_is_told_from_one_that_weakened(rng):
+    """BASE's neurons of class 0 take nothing from NEW any more; in NEW its own take as much, or little."""
+    labels, base, _ = planted(rng)
+    own = labels == 0
+    without_base = base.removed.copy()
+    without_base[0, own] = base.intact[own]
+    moved = Measured(base.intact, base.removed, without_base)
+    assert judged(labels, base, moved)[0][0] == ["moved"]
+    weaker = base.removed.copy()
+    weaker[0, own] = np.where(rng.random(100) < 0.7, base.intact[own], base.removed[0, own])
+    found, _ = judged(labels, base, Measured(base.intact, weaker, np.where(own, weaker, base.removed)))
+    assert found[0] == ["weakened"]
+    assert found[1:] == [["unchanged"]] * 9
+
+
+def test_without_the_earlier_skill_overlap_tells_what_moved(rng):
+    labels, base, _ = planted(rng)
+    widths = {"a": 100}
+    same, none = overlap_of({"a": {1, 2}}, {"a": {1, 2}}, widths), overlap_of({"a": {1, 2}}, {"a": {3}}, widths)
+    found, _ = judged(labels, base, base, [none] + [same] * 9)
+    assert found == [["moved"]] + [["unchanged"]] * 9
+
+
+def test_where_a_skill_moved_to():
+    there, elsewhere = {"0": Shift(0.9, 0.8), "1": Shift(0.1, 0.2)}, {"0": Shift(0.9, 0.1), "1": Shift(0.1, 0.9)}
+    assert moved_between(there, there) == ["neurons"]
+    assert moved_between(None, elsewhere) == ["blocks"]
+    assert moved_between(elsewhere, there) == ["kinds"]
+
+
+def test_two_skills_that_merged(rng):
+    """In NEW either removal takes both classes 3 and 4; that of 7 takes some of 8, but not the other way."""
+    labels, base, _ = planted(rng)
+    removed = base.removed.copy()
+    for one, other in ((3, 4), (4, 3)):
+        rows = (labels == other) & (rng.random(1000) < 0.8)
+        removed[one, rows] = one
+    rows = (labels == 8) & (rng.random(1000) < 0.3)
+    removed[7, rows] = 7
+    names = [str(i) for i in range(10)]
+    new = Measured(base.intact, removed, None)
+    found, merged = interferences(base, new, labels, names)
+    assert merged == {frozenset("34")}
+    assert {(entry.removed, entry.harmed) for entry in found} == {("3", "4"), ("4", "3"), ("7", "8")}
+    assert all(entry.new < entry.base and entry.ci95[1] < 0 for entry in found)
+    verdicts, _ = judged(labels, base, new, merged={3, 4})
+    assert verdicts[3] == verdicts[4] == ["merged"]
+    assert interferences(base, base, labels, names) == ([], set())
+
+
+def test_equal_models_are_found_equal():
+    """200 pairs of equal models on other test draws: each family of tests at 5 % at most."""
+    rng, findings, harms, failed = np.random.default_rng(9), 0, 0, 0
+    names = [str(i) for i in range(6)]
+    for i in range(200):
+        labels, base, new = planted(rng, classes=6, n=60, flips=(0.01, 0.04)[i % 2])
+        found, _ = judged(labels, base, new)
+        findings += bool(FINDINGS & {name for of in found for name in of})
+        harms += bool(interferences(base, new, labels, names)[0])
+        failed += decision(labels, base, new, {"max_weakening": 0.0}).decision == "regression"
+    assert findings / 200 <= 0.1  # two families
+    assert harms / 200 <= 0.05
+    assert failed / 200 <= 0.05
+
+
+def test_a_loss_of_ten_points_is_found():
+    """100 images per class, in ten classes, with some flips in all others."""
+    found, passed = [], []
+    for seed in range(60):
+        labels, base, new = planted(np.random.default_rng(seed), flips=0.005 * (seed % 2), loss=0.1)
+        found.append(bool(FINDINGS & set(judged(labels, base, new)[0][0])))
+        passed.append(decision(labels, base, new, {"max_weakening": 0.05}).decision == "passed")
+    assert np.mean(found) >= 0.9
+    assert not any(passed)
+
+
+# the gate
+
+
+def decision(labels, base, new, thresholds, harm=None, kl=None, comparable=True):
+    classes = [str(i) for i in range(len(base.removed))]
+    gates = gates_of({"skill": {"*": thresholds}})
+    found = {
+        name: Quantities(base, new, labels, np.flatnonzero(labels == i), harm, kl) for i, name in enumerate(classes)
+    }
+    return decide(gates.thresholds(classes), found, comparable=comparable)
+
+
+def test_a_gate_decides_on_ends_of_intervals(rng):
+    labels, base, _ = planted(rng, n=100)
+    lost = np.where((labels == 0) & (np.arange(1000) % 2 == 0), 1, base.intact)
+    new = Measured(lost, np.where(lost == base.intact, base.removed, lost), None)
+    found = decision(labels, base, new, {"max_weakening": 0.05})
+    outcomes = {check.skill: check.outcome for check in found.checks}
+    assert found.decision == "regression"
+    assert outcomes == {"0": "failed", **dict.fromkeys(map(str, range(1, 10)), "passed")}
+    first = found.checks[0]
+    assert first.value == pytest.approx(np.mean(base.intact[:100] == 0) - np.mean(lost[:100] == 0))
+    assert 0.05 < first.low < first.value < first.high
+    # at one standard error of the limit neither is shown
+    open_one = decision(labels, base, new, {"max_weakening": 0.45})
+    assert open_one.checks[0].outcome == "undecided"
+    assert open_one.decision == "not comparable"
+    assert decision(labels, base, base, {"max_weakening": 0.05}).decision == "passed"
+    assert decision(labels, base, base, {"max_weakening": 0.05}, comparable=False).decision == "not comparable"
+    few = labels % 10 < 10
+    few[:] = np.arange(1000) % 100 < 20
+    small = Measured(base.intact[few], base.removed[:, few], None)
+    assert decision(labels[few], small, small, {"max_weakening": 0.05}).decision == "not comparable"
+
+
+def test_every_threshold_has_two_sides(rng):
+    labels, base, _ = planted(rng, n=200, drop=0.8)
+    half = np.where(np.arange(2000) % 2 == 0, wrong(labels, 10), base.intact)
+    weak = Measured(half, np.where(half == base.intact, base.removed, half), None)
+    harm = Harm(plug_in=0.1, cross_fitted=0.08, noise_floor=0.0, ci95=[0.06, 0.12])
+    kl = np.linspace(0.1, 0.3, 200)
+    sides = {
+        "min_accuracy": (0.3, 0.6), "max_weakening": (0.6, 0.3), "max_relative_weakening": (0.7, 0.3),
+        "min_drop": (0.25, 0.6), "max_drop_loss": (0.6, 0.2), "max_harm": (0.15, 0.01),
+    }  # fmt: skip
+    for name, (good, bad) in sides.items():
+        outcomes = [
+            {check.outcome for check in decision(labels, base, weak, {name: limit}, harm, kl).checks}
+            for limit in (good, bad)
+        ]
+        assert outcomes == [{"passed"}, {"failed"}], name
+    whole = Quantities(base, weak, labels, np.arange(2000), harm, np.linspace(0.1, 0.3, 2000))
+    found = gates_of({"overall": {"max_kl": 0.25}}).thresholds(["a"])
+    assert decide(found, {None: whole}).decision == "passed"
+    found = gates_of({"overall": {"max_kl": 0.15, "max_weakening": 0.6}}).thresholds(["a"])
+    assert [check.outcome for check in decide(found, {None: whole}).checks] == ["passed", "failed"]
+
+
+def test_what_is_not_defined_does_not_pass(rng):
+    labels, base, _ = planted(rng)
+    none = decision(labels, base, base, {"max_harm": 1.0})
+    assert {check.outcome for check in none.checks} == {"undefined"}
+    assert none.decision == "not comparable"
+    assert {check.value for check in none.checks} == {None}
+    empty = Quantities(base, base, labels, np.empty(0, int), None, None)
+    assert decide([("a", "min_accuracy", 0.0)], {"a": empty}).decision == "not comparable"
+    nothing = Measured(wrong(labels, 10), base.removed, None)
+    relative = decision(labels, nothing, base, {"max_relative_weakening": 1.0})
+    assert {check.outcome for check in relative.checks} == {"undefined"}
+
+
+def test_a_class_of_its_own_name_has_its_own_limits():
+    gates = gates_of({"skill": {"*": {"max_weakening": 0.05, "min_drop": 0.1}, "deer": {"max_weakening": 0.2}}})
+    assert gates.thresholds(["cat", "deer"]) == [
+        ("cat", "max_weakening", 0.05), ("cat", "min_drop", 0.1), ("deer", "max_weakening", 0.2),
+        ("deer", "min_drop", 0.1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"skill": {"deer": {"max_weakning": 0.1}}}, "gate [skill.deer]: expected keys that are known"),
+        ({"skill": {"*": {"max_weakening": 5}}}, "expected `float` <= 1.0 at max_weakening, got 5"),
+        ({"skills": {}}, "expected keys that are known, got 'skills'"),
+        ({"skill": 3}, "expected `object` at skill, got `int`"),
+        ({"overall": {"max_kl": "x"}}, "at overall.max_kl"),
+    ],
+)
+def test_a_gate_with_unknown_keys_is_refused(value, words):
+    assert words in one_line(ArgumentError, gates_of, value)
+
+
+def test_a_gate_of_unknown_skills_or_of_nothing_is_refused():
+    gates = gates_of({"skill": {"dear": {"min_drop": 0.1}}})
+    assert "got 'dear'" in one_line(ArgumentError, gates.thresholds, ["cat", "deer"])
+    assert "at least one threshold" in one_line(ArgumentError, gates_of({}).thresholds, ["cat"])

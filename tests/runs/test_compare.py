@@ -1,0 +1,358 @@
+"""Two runs compared: what a run keeps for it, other data, the gate's exit codes, the page, and `--like`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+import report_sample as sample
+import torch
+from click.testing import CliRunner
+from compared import planted, wrong
+from conftest import one_line
+
+import skillfast
+from skillfast import BenchConfig
+from skillfast.cli import main
+from skillfast.errors import ArgumentError, DataError
+from skillfast.evaluation.comparison import Measured
+from skillfast.report import comparison_text, write_comparison
+from skillfast.results import records
+from skillfast.results.comparison import Comparison
+from skillfast.results.decisions import Decisions
+from skillfast.results.skills import Skills, skills_digest
+from skillfast.runs.compare import compare
+from skillfast.testing import assert_no_regression
+
+CLASSES = tuple(sample.class_names(10))
+
+
+def write(folder, labels, measured, *, classes=CLASSES, digests=None, base=None, seed=0, **changed):
+    """A run's folder with these decisions; `base` is the folder whose skills were removed, too."""
+    folder.mkdir(parents=True)
+    results = sample.sample_results(len(classes))
+    skills = sample.sample_skills(results)
+    old = results["dataset"]["classes"]
+    text = json.dumps(results)
+    for name, new in zip(old, classes, strict=True):
+        text = text.replace(json.dumps(name), json.dumps(new))
+    results = json.loads(text)
+    for skill, name in zip(skills["skills"], classes, strict=True):
+        skill["name"] = name
+    if seed:
+        skills["skills"][0]["neurons"] = {"blocks.0.mlp": [seed]}
+    results["config"] |= changed
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "skills.json").write_text(json.dumps(skills))
+    theirs = None if base is None else records.read(Skills, base / "skills.json", "again")
+    probabilities = np.full((len(labels), len(classes)), np.log(0.1 / (len(classes) - 1)))
+    probabilities[np.arange(len(labels)), measured.intact] = np.log(0.9)
+    Decisions(
+        classes=tuple(classes),
+        labels=labels,
+        digests=np.arange(len(labels), dtype=np.uint64) if digests is None else digests,
+        intact=measured.intact,
+        removed=measured.removed,
+        log_probabilities=probabilities.astype(np.float16),
+        earlier=None if theirs is None else measured.removed,
+        earlier_classes=() if theirs is None else tuple(classes),
+        earlier_skills=None if theirs is None else skills_digest(theirs),
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """BASE, and NEW that lost most of deer, measured without BASE's skills."""
+    folder = tmp_path_factory.mktemp("runs")
+    labels, base, _ = planted(np.random.default_rng(3), n=100)
+    deer = CLASSES.index("deer")
+    lost = (labels == deer) & (np.arange(1000) % 10 > 0)
+    intact = np.where(lost, wrong(labels, 10), base.intact)
+    new = Measured(intact, np.where(lost, intact, base.removed), None)
+    one = write(folder / "base", labels, base)
+    return one, write(folder / "new", labels, new, base=one), labels, base
+
+
+def gates(folder, text):
+    path = folder / "gates.toml"
+    path.write_text(text)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+EVERY = '[skill."*"]\nmax_weakening = 0.05\n'
+
+
+def test_a_lost_class_is_named_and_nothing_else(runs, tmp_path):
+    base, new, _, _ = runs
+    found = compare(base, new, output=tmp_path)
+    assert {name: skill.verdicts for name, skill in found.skills.items()} == {
+        name: ["lost"] if name == "deer" else ["unchanged"] for name in CLASSES
+    }
+    assert found.skills["deer"].accuracy.change < -0.8
+    assert found.skills["deer"].base_skill.new < 0.2
+    assert found.reasons == []
+    assert found.overall.kl.mean > 0.05
+    written = json.loads((tmp_path / "compare.json").read_text())
+    jsonschema.validate(written, records.schema(Comparison))
+    assert records.read(Comparison, tmp_path / "compare.json", "again") == found
+
+
+def test_a_run_against_itself_is_unchanged(runs):
+    base, _, _, _ = runs
+    found = compare(base, base, gate={"skill": {"*": {"max_weakening": 0.05}}, "overall": {"max_kl": 0.0}})
+    assert {skill.verdicts[0] for skill in found.skills.values()} == {"unchanged"}
+    assert found.interference == []
+    assert found.passed
+    assert all(skill.overlap.jaccard == 1 and not skill.left and not skill.taken for skill in found.skills.values())
+
+
+def test_neurons_are_named(runs, tmp_path):
+    base, _, labels, measured = runs
+    other = write(tmp_path / "other", labels, measured, seed=7)
+    skill = compare(base, other).skills[CLASSES[0]]
+    assert (skill.taken, skill.kept) == ({"blocks.0.mlp": [7]}, {})
+    before = {entry["name"]: entry["neurons"] for entry in json.loads((base / "skills.json").read_text())["skills"]}
+    assert skill.left == before[CLASSES[0]]
+    assert skill.overlap.shared == 0
+    assert skill.base_skill is None  # whoever was not measured without BASE's skills
+
+
+def test_examples_are_paired_by_what_they_are(runs, tmp_path):
+    """In another order, with some twice, and without some."""
+    base, _, labels, measured = runs
+    order = np.random.default_rng(0).permutation(1000)
+    shuffled = Measured(measured.intact[order], measured.removed[:, order], None)
+    other = write(tmp_path / "order", labels[order], shuffled, digests=order.astype(np.uint64))
+    found = compare(base, other)
+    assert (found.n, found.reasons) == (1000, [])
+    assert found.overall.accuracy.p == 1
+    assert all(skill.accuracy.ci95[1] < 0.05 for skill in found.skills.values())
+    some = order[:700]
+    part = Measured(measured.intact[some], measured.removed[:, some], None)
+    fewer = write(tmp_path / "fewer", labels[some], part, digests=some.astype(np.uint64))
+    found = compare(base, fewer, gate={"overall": {"max_weakening": 0.5}})
+    assert (found.n, found.n_only_base, found.n_only_new) == (700, 300, 0)
+    assert found.reasons == ["300 of 1,000 test examples are BASE's alone"]
+    assert found.gate.decision == "not comparable"
+    twice = write(tmp_path / "twice", labels, measured, digests=np.arange(1000, dtype=np.uint64) // 2)
+    assert compare(twice, twice).n == 1000
+
+
+def test_other_data_and_other_classes_pass_no_gate(runs, tmp_path):
+    base, _, labels, measured = runs
+    other = write(tmp_path / "other", labels, measured, digests=np.arange(5000, 6000, dtype=np.uint64))
+    gate = gates(tmp_path, EVERY)
+    result = run("compare", base, other, "--gate", gate, "--output", tmp_path / "out")
+    assert result.exit_code == 4, result.output
+    assert "No common example" in result.output
+    assert "not comparable (other data or classes)" in result.output
+    assert run("compare", base, other, "--output", tmp_path / "out").exit_code == 4
+    names = [name if name != "frog" else "toad" for name in CLASSES]
+    renamed = write(tmp_path / "renamed", labels, measured, classes=names)
+    found = compare(base, renamed, gate=gate, output=tmp_path / "renamed_out")
+    assert (found.only_base, found.only_new, found.n) == (["frog"], ["toad"], 900)
+    assert "NEW lacks the classes frog" in found.reasons
+    assert found.gate.decision == "not comparable"
+    assert {c.outcome for c in found.gate.checks if c.skill in ("frog", "toad")} == {"undefined"}
+    assert found.exit_code == 4
+    assert "frog" in (tmp_path / "renamed_out" / "compare.html").read_text()
+    scaled = write(tmp_path / "scaled", labels, measured, scale=0.5)
+    assert compare(base, scaled).reasons == ["the setting scale differs: 0.0 and 0.5"]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "junit", "markdown"])
+def test_exit_codes_are_the_same_in_every_format(runs, tmp_path, form):
+    base, new, labels, measured = runs
+    gate = gates(tmp_path, EVERY)
+    few = np.arange(1000) % 100 < 15
+    small = write(tmp_path / "small", labels[few], Measured(measured.intact[few], measured.removed[:, few], None))
+    for pair, code in (((base, base), 0), ((base, new), 3), ((small, small), 4)):
+        result = run("compare", *pair, "--gate", gate, "--format", form, "--output", tmp_path / "out")
+        assert result.exit_code == code, result.output
+        if form == "json":
+            assert json.loads(result.output)["gate"]["decision"] == {0: "passed", 3: "regression"}.get(
+                code, "not comparable"
+            )
+        elif form == "junit":
+            root = ElementTree.fromstring(result.output)
+            failing = {(c.get("classname"), c.find("failure").get("type")) for c in root.iter("testcase") if len(c)}
+            assert (
+                failing
+                == {
+                    0: set(),
+                    3: {("skillfast.deer", "failed")},
+                    4: {(f"skillfast.{name}", "undecided") for name in CLASSES},
+                }[code]
+            )
+            assert len(list(root.iter("testcase"))) == 11
+            assert root[0].get("failures") == str(len(failing))
+    wrong_gate = gates(tmp_path, "[skill.dear]\nmin_drop = 0.1\n")
+    result = run("compare", base, base, "--gate", wrong_gate, "--format", form, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "got 'dear'" in result.output
+    assert run("compare", base, tmp_path / "none", "--format", form).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[skill", "expected TOML"),
+        ('[skill."*"]\nmax_weakning = 0.05', "[skill.*]: expected keys that are known, got 'max_weakning'"),
+        ("[overal]\nmax_harm = 1", "expected keys that are known, got 'overal'"),
+        ("", "at least one threshold"),
+    ],
+)
+def test_a_gate_that_says_nothing_is_one_line(runs, tmp_path, text, words):
+    base, _, _, _ = runs
+    message = one_line(ArgumentError, compare, base, base, gate=gates(tmp_path, text))
+    assert words in message
+    assert "expected a file that can be read" in one_line(ArgumentError, compare, base, base, gate=tmp_path / "none")
+
+
+def test_names_from_users_are_escaped(runs, tmp_path):
+    _, _, labels, measured = runs
+    names = ["<b>|x", "a&b\x0c", *CLASSES[2:]]
+    odd = write(tmp_path / "a|<evil>", labels, measured, classes=names)
+    found = compare(odd, odd, gate={"skill": {"*": {"max_weakening": 0.05}}}, output=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "<b>|x" not in page
+    assert "&lt;b&gt;|x" in page
+    assert "<evil>" not in page
+    markdown = comparison_text(found, "markdown")
+    assert "<b>" not in markdown
+    assert "&lt;b&gt;\\|x" in markdown
+    cases = ElementTree.fromstring(comparison_text(found, "junit")).iter("testcase")
+    assert "skillfast.<b>|x" in {case.get("classname") for case in cases}
+
+
+def test_the_page_is_made_again(runs, tmp_path):
+    base, new, _, _ = runs
+    compare(base, new, gate={"skill": {"deer": {"min_accuracy": 0.5}}}, output=tmp_path)
+    before = (tmp_path / "compare.html").read_text()
+    assert 'id="drop"' in before
+    assert "Lost: deer." in before
+    (tmp_path / "compare.html").unlink()
+    assert run("report", tmp_path).output.strip() == f"report: {tmp_path / 'compare.html'}"
+    assert (tmp_path / "compare.html").read_text() == before
+    (tmp_path / "compare.json").write_text("{")
+    assert "expected JSON" in one_line(DataError, write_comparison, tmp_path)
+
+
+def test_an_assertion_for_a_test_suite(runs):
+    base, new, _, _ = runs
+    limits = {"skill": {"*": {"max_weakening": 0.05}}}
+    assert assert_no_regression(base, base, limits).passed
+    with pytest.raises(AssertionError, match=r"(?s)Lost: deer.*deer: accuracy lost, at most: 5.0.*failed"):
+        assert_no_regression(base, new, limits)
+
+
+def test_decisions_come_back_as_they_were(runs, tmp_path):
+    base, new, _, _ = runs
+    found = Decisions.load(new)
+    found.save(tmp_path)
+    again = Decisions.load(tmp_path)
+    for name, value in vars(found).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+    assert again.labels.dtype == np.int64
+    assert Decisions.load(base).earlier is None
+    assert (base / "decisions.safetensors").stat().st_size < 60_000  # a byte per decision
+    (tmp_path / "decisions.safetensors").write_bytes(b"x" * 40)
+    assert "broken" in one_line(DataError, Decisions.load, tmp_path)
+    assert "expected a file, got none" in one_line(DataError, Decisions.load, tmp_path / "nowhere")
+    short = vars(found) | {"digests": found.digests[:5]}
+    Decisions(**short).save(tmp_path)
+    assert "do not fit each other" in one_line(DataError, Decisions.load, tmp_path)
+
+
+# --like
+
+
+@pytest.fixture(scope="module")
+def audited(pictures, tmp_path_factory):
+    """A run of seconds, and another checkpoint of its model measured like it."""
+    folder = tmp_path_factory.mktemp("audited")
+    config = BenchConfig.of(
+        dataset="imagefolder", data_dir=str(pictures), model="vit_tiny_patch16_224", epochs=2, statistics=("pearson",),
+        model_kwargs={"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}, seed=3,
+        method="attribution", control_draws=1, share=0.05, output=str(folder / "base"),
+    )  # fmt: skip
+    base = skillfast.bench(config)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "base" / "model.safetensors")
+    weights["head.bias"] = weights["head.bias"] + torch.tensor([0.0, 0.0, -30.0])  # red is gone
+    save_file(weights, folder / "tuned.safetensors")
+    like = ["--like", folder / "base", "--checkpoint", folder / "tuned.safetensors"]
+    result = run("bench", *like, "--output", folder / "new", "--quiet")
+    assert result.exit_code == 0, result.output
+    return folder, base
+
+
+def test_another_checkpoint_is_measured_like_an_earlier_run(audited):
+    folder, base = audited
+    new = records.read(type(base.results), folder / "new" / "results.json", "again")
+    same = ("dataset", "data_dir", "model", "model_kwargs", "seed", "method", "share", "control_draws", "statistics")
+    assert {name: new.config[name] for name in same} == {name: base.results.config[name] for name in same}
+    assert new.model.trained.source == "checkpoint"
+    assert new.model.trained.finetune == "none"
+    assert new.cost.seconds.like is not None
+    decided, before = Decisions.load(folder / "new"), Decisions.load(folder / "base")
+    np.testing.assert_array_equal(decided.digests, before.digests)
+    assert decided.earlier_classes == ("blue", "green", "red")
+    conditions = [skillfast.Condition(skill) for skill in skillfast.load_skills(folder / "base").values()]
+    import timm
+    from safetensors.torch import load_model
+
+    from skillfast.data import loader
+    from skillfast.runs.session import choose_device, load_subject
+
+    subject = load_subject(
+        BenchConfig.of(like=str(folder / "base"), checkpoint=str(folder / "tuned.safetensors")),
+        choose_device("cpu"), quiet=True, say=print,
+    )  # fmt: skip
+    assert isinstance(subject.model, timm.models.VisionTransformer)
+    load_model(subject.model, folder / "tuned.safetensors")
+    swept = skillfast.sweep(subject.model, loader(subject.splits.test, 256), conditions, keep_predictions=True)
+    np.testing.assert_array_equal(decided.earlier, swept.predictions)
+    np.testing.assert_array_equal(decided.intact, swept.top2[:, 0])
+
+
+def test_the_audit_names_what_the_checkpoint_lost(audited):
+    folder, base = audited
+    found = compare(folder / "base", folder / "new", gate={"skill": {"red": {"min_accuracy": 0.5}}})
+    assert found.reasons == []
+    assert found.n == base.results.dataset.n_test
+    assert found.skills["red"].accuracy.new == 0
+    assert found.skills["red"].base_skill is not None
+    assert (found.gate.decision, found.exit_code) == ("regression", 3)
+
+
+def test_what_a_like_run_takes_no_option_of(audited, tmp_path):
+    folder, _ = audited
+    base = str(folder / "base")
+    weights = {"checkpoint": str(folder / "tuned.safetensors")}
+    for settings, words in (
+        ({"share": 0.1, **weights}, "share: expected with a run of its own"),
+        ({"seed": 1, **weights}, "seed: expected"),
+        ({}, "like: expected --checkpoint or --model with it, got neither"),
+        ({"bits": 8}, "like: expected --checkpoint or --model with it, got bits"),
+    ):
+        assert words in one_line(ArgumentError, BenchConfig.of, like=base, **settings)
+    assert "expected a file, got none" in one_line(DataError, BenchConfig.of, like=str(tmp_path), **weights)
+    other = BenchConfig.of(like=base, model="vit_small_patch16_224")
+    assert (other.model.kwargs, other.model.finetune) == ({}, "none")
+    text = json.loads((folder / "base" / "results.json").read_text())
+    text["config"]["dataset"] = "given"
+    (tmp_path / "results.json").write_text(json.dumps(text))
+    message = one_line(ArgumentError, BenchConfig.of, like=str(tmp_path), **weights)
+    assert "model and loader were given in Python" in message
+    shutil.rmtree(tmp_path)
