@@ -134,7 +134,7 @@ def donors(
     if any(site.experts is not None and site.name in neurons for site in sites):
         raise ArgumentError(
             "donors: expected skills at sites whose neurons every token has, got some of routed experts, which a "
-            "donor's tokens may not have passed; leave out sites of kind expert and router"
+            "donor's tokens may not have passed; use mode 'mean' there, or leave out sites of kind expert and router"
         )
     drawn = _drawn(model, loader, n_donors, label_key, seed, quiet)
     if len(drawn) < 2:

@@ -18,7 +18,15 @@ from skillfast.models.batches import LABELS
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import without_experts
 from skillfast.models.inputs import described, examples_in
-from skillfast.models.sites import Site, find_sites, fingerprint, refuse_compiled, refuse_training, unwrap_compiled
+from skillfast.models.sites import (
+    Site,
+    find_sites,
+    fingerprint,
+    refuse_compiled,
+    refuse_training,
+    router_of,
+    unwrap_compiled,
+)
 from skillfast.models.watching import watched
 from skillfast.tracing.prepared import prepared
 from skillfast.transfer import moved
@@ -44,7 +52,8 @@ class Condition:
         skill: The neurons.
         components: Kinds of sites in which they are changed; the skill's neurons elsewhere stay.
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
-        mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold, `"resample"`
+        mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold (of units and
+            gates of experts that over the tokens that were routed there, units weighed by their gates), `"resample"`
             the activation of a donor, another example drawn from a whole data set, `"constant"` the `constants`; in
             general `other + scale * (x - other)`. `"reroute"` is `"zero"`, but an expert whose neuron of a router is
             in the skill gets its logit masked, so that its tokens are routed to other experts.
@@ -178,7 +187,9 @@ class Interventions:
                 if neurons is not None:
                     scale = float(condition.scale)
                     if condition.mode == "mean":
-                        changes[i] = SiteChange(neurons, scale, mean=_reference_mean(reference, site)[neurons])
+                        gated = site.experts is not None and router_of(site).name in sites
+                        mean = _reference_mean(reference, site, neurons, gated=gated)
+                        changes[i] = SiteChange(neurons, scale, mean=mean)
                     elif condition.constants is not None:
                         changes[i] = SiteChange(neurons, scale, mean=condition.constants[site.name].double().cpu())
                     elif condition.mode == "resample":
@@ -324,20 +335,51 @@ def _check(skill: Skill, sites: dict[str, Site], fingerprint_of_model: str) -> N
             )
 
 
-def _reference_mean(reference: NeuronScores | None, site: Site) -> torch.Tensor:
+def _reference_mean(reference: NeuronScores | None, site: Site, neurons: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    """float64 [S], what `mode="mean"` leaves of these neurons; of experts `gated` says whether they have a router."""
     if reference is None:
         raise ArgumentError("mode 'mean': expected reference=scores of a trace, got none; trace this model")
-    if site.experts is not None:
-        raise ArgumentError(
-            f"mode 'mean': expected sites whose neurons every token has, got {site.name}, whose mean counts tokens "
-            "that were not routed; scale them, or leave out components expert and router"
-        )
     if reference.pool not in ("mean", "none") and site.kind != "head":
         raise ArgumentError(
             f"mode 'mean': expected reference scores pooled by 'mean', got {reference.pool!r}; "
             "another pooling's mean is not the mean over tokens"
         )
-    return torch.from_numpy(reference[site.name].mean)
+    if site.experts is not None:
+        return _routed_mean(reference, site, neurons, gated)
+    return torch.from_numpy(reference[site.name].mean)[neurons]
+
+
+def _routed_mean(reference: NeuronScores, site: Site, neurons: torch.Tensor, gated: bool) -> torch.Tensor:
+    """What neurons are on average where tokens are routed to their experts, float64 [S].
+
+    Scores are of gate x activation, so a unit's is divided by the gate's: that constant adds over all tokens what the
+    unit does. Pooled scores count tokens that pass by as 0; the share of tokens at each expert tells without these.
+    """
+    router = router_of(site).name
+    weights = np.ones(site.experts or 0)  # of tokens as observations, which are those that were routed
+    if site.kind == "expert" and gated:
+        if all(each.name != router for each in reference.sites):
+            raise ArgumentError(
+                f"mode 'mean': expected reference scores of {router} beside those of {site.name}, got none; trace "
+                "kinds expert and router together"
+            )
+        weights = reference[router].mean
+    elif reference.n_routed is None:
+        if reference.routed is None:
+            raise ArgumentError(
+                f"mode 'mean': expected shares of tokens at the experts of {site.name} in the reference scores, got "
+                "none; trace kinds expert and router together"
+            )
+        weights = reference.routed[router].mean
+    expert = neurons // (site.width // len(weights))
+    found = torch.from_numpy(reference[site.name].mean)[neurons] / torch.from_numpy(weights)[expert]
+    if not bool(found.isfinite().all()):
+        unknown = sorted(set(expert[~found.isfinite()].tolist()))
+        raise ArgumentError(
+            f"mode 'mean': expected tokens at each expert of {site.name} that is changed in the reference scores, got "
+            f"none or too few at expert {unknown[0]}; trace more data, or leave it out"
+        )
+    return found
 
 
 def _of_donors(

@@ -181,7 +181,7 @@ class _Names:
 def router_of(site: Site) -> Site:
     """The site of the gates of a block's experts, with a neuron for each."""
     assert site.experts is not None
-    name = site.name.removesuffix("experts") + "router"
+    name = site.name.removesuffix("router").removesuffix("experts") + "router"
     return replace(site, name=name, kind="router", width=site.experts)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -654,12 +656,84 @@ def test_experts_that_show_nothing_are_refused():
     assert "set_experts_implementation('grouped_mm')" in said
 
 
-def test_a_mean_of_routed_neurons_is_no_value_of_theirs():
-    model, inputs = made("qwen3_moe")
-    with skillfast.Tracer(model, {"y": Continuous()}, sites=["expert"], statistics=["pearson"]) as tracer:
+def routed_reference(model: nn.Module, inputs: dict[str, torch.Tensor], pool: str, kinds: list[str]):
+    """Scores of a few examples; gates and shares beside units."""
+    with (
+        torch.no_grad(),
+        skillfast.Tracer(model, {"y": Continuous()}, sites=kinds, statistics=["pearson"], pool=pool) as tracer,
+    ):
         model(**inputs)
         tracer.step(y=torch.arange(4.0))
-    scores = tracer.compute()
-    skill = chosen(model)
-    said = one_line(ArgumentError, skillfast.ablate(model, skill, mode="mean", reference=scores).__enter__)
-    assert "expected sites whose neurons every token has, got blocks.0.experts" in said
+    return tracer.compute()
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "jetmoe", "llama4_text"])
+def test_means_of_units_and_gates_are_those_of_routed_tokens(family, pool):
+    """What the first block's experts add, against each routed row with the mean in the place of its activation."""
+    model, inputs = made(family)
+    kinds = ["expert"] if family == "llama4_text" else ["expert", "router"]
+    reference = routed_reference(model, inputs, pool, kinds)
+    sites = {site.kind: site for site in find_sites(model) if site.name in ("blocks.0.experts", "blocks.0.router")}
+    site = sites["expert"]
+    experts, mixture = (model.get_submodule(path) for path in (site.path, site.path.rpartition(".")[0]))
+    hidden, index, gates = plain_inputs(model, inputs)[site.path]
+    each = torch.from_numpy(plain_reading(experts, hidden.reshape(len(index), -1), index, gates, mixture))
+    weight = torch.stack(list(down_projections(experts))).double()  # [experts, hidden, units]
+    gate = torch.zeros(len(index), site.experts, dtype=torch.float64).scatter_add(1, index, gates.double())
+    routed = (gate != 0).double()
+    outputs = []
+    handle = (mixture if family == "jetmoe" else experts).register_forward_hook(lambda _, __, out: outputs.append(out))
+    for kind in kinds:
+        units = sites[kind].width // site.experts
+        reached = routed.sum(0).repeat_interleave(units) >= 10
+        skill = Skill("s", {sites[kind].name: reached.nonzero()[::3, 0]})
+        with torch.no_grad():
+            model(**inputs)
+            with skillfast.ablate(model, skill, mode="mean", reference=reference):
+                model(**inputs)
+        intact, found = (out.reshape(-1, len(index), weight.shape[1]).sum(0).double() for out in outputs[-2:])
+        chosen = torch.zeros(sites[kind].width, dtype=torch.bool)
+        chosen[reached.nonzero()[::3, 0]] = True
+        if kind == "expert":
+            constant = each.sum(0) / gate.sum(0).clamp(min=1e-12)[:, None]
+            change = (gate[:, :, None] * constant - each) * chosen.view(site.experts, -1)
+        else:
+            factor = gate.sum(0) / routed.sum(0).clamp(min=1) / gate.where(gate != 0, 1.0)
+            change = each * ((factor - 1) * chosen)[:, :, None]
+        want = intact + torch.einsum("teu,ehu->th", change, weight)
+        changed = float((want - intact).abs().max())
+        assert changed > 1e-5 * float(want.abs().max())
+        assert float((found - want).abs().max()) < 1e-3 * changed + 1e-7 * float(want.abs().max())
+    handle.remove()
+
+
+def test_a_sweep_with_means_of_experts_equals_a_loop():
+    model, inputs = made("qwen3_moe")
+    classifier, (ids, labels) = LastToken(model).eval(), batches(inputs)[0]
+    reference = routed_reference(model, inputs, "mean", ["expert", "router"])
+    reference = dataclasses.replace(reference, fingerprint=None)
+    skills = [chosen(classifier, kind) for kind in ("expert", "router")]
+    conditions = [Condition(skill, mode="mean", scale=0.25, name=str(i)) for i, skill in enumerate(skills)]
+    found = skillfast.sweep(classifier, [(ids, labels)], conditions, reference=reference, keep_margins=True)
+    for condition in conditions:
+        with (
+            torch.no_grad(),
+            skillfast.ablate(classifier, condition.skill, scale=0.25, mode="mean", reference=reference),
+        ):
+            margins = skillfast.metrics.margin(classifier(ids), labels)
+        np.testing.assert_allclose(found.margins_of([condition.name])[0], margins, atol=1e-4)
+    assert not np.allclose(found.margins[1], found.margins[0], atol=1e-3)
+
+
+def test_means_that_nothing_tells_are_refused():
+    model, inputs = made("qwen3_moe")
+    reference = routed_reference(model, inputs, "mean", ["expert"])
+    ablate = partial(skillfast.ablate, model, chosen(model), mode="mean")
+    said = one_line(ArgumentError, ablate(reference=reference).__enter__)
+    assert "expected reference scores of blocks.0.router beside those of blocks.0.experts" in said
+    reference = routed_reference(model, inputs, "mean", ["expert", "router"])
+    unreached = reference.mean.copy()
+    unreached[reference.site_slices()["blocks.0.router"].start + 2] = 0
+    said = one_line(ArgumentError, ablate(reference=dataclasses.replace(reference, mean=unreached)).__enter__)
+    assert "none or too few at expert 2" in said
