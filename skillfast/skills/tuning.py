@@ -15,7 +15,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import inputs_of
 from skillfast.models.columns import written
 from skillfast.models.coverage import graph_of, random_inputs, warm_up
-from skillfast.models.experts import down_projections, experts_of, units_first
+from skillfast.models.experts import experts_of, units_first
 from skillfast.models.inputs import mapped
 from skillfast.models.projections import CONVOLUTIONS, TRANSPOSED
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_compiled, unwrap_compiled
@@ -215,13 +215,14 @@ def _rows(model: nn.Module, name: str, acts: Tensor, past: Tensor | None) -> Ten
 
 def _inputs_of(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
     """Dimensions of a parameter along which the inputs of one row lie; none where its entries stand alone."""
-    module = model.get_submodule(name.rpartition(".")[0])
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
     if weight.dim() < 2 or isinstance(module, torch.nn.Embedding):
         return ()
     if isinstance(module, TRANSPOSED) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return (0, *range(2, weight.dim()))
     if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)):
         return tuple(range(1, weight.dim()))
-    if down_projections(module) is not None and experts_of(module) is not None and weight.dim() == 3:
+    if weight.dim() == 3 and experts_of(model, path) is not None:
         return (1,) if units_first(module) else (2,)
     return ()
