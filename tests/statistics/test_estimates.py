@@ -21,6 +21,8 @@ def rows_of(seed):
     """The bin of each row, a 0/1 label that goes with it, the weights on 8 hats, and which of 7 bins are atomic."""
     rng = np.random.default_rng(seed)
     place = np.repeat(np.arange(7), rng.integers(0, 9, 7) + (np.arange(7) == 2) * 3)
+    if seed % 2:
+        place = place // 6 * 3  # two bins, which hide most of the order
     label = (rng.random(len(place)) < 0.2 + 0.1 * place).astype(float)
     label[:2] = [0, 1]
     at = np.clip(rng.random(len(place)) * 5 + place / 3, 0, 7)
@@ -131,3 +133,9 @@ def test_errors_of_a_sample_are_those_of_the_influences_of_its_rows(seed):
         np.testing.assert_allclose([float(t) for t in found], want, rtol=1e-6)
     else:
         assert torch.isinf(torch.stack(found)).all()
+
+
+def test_how_many_groups_the_rows_of_a_rare_label_are_divided_into():
+    """A 20th of the rows, halved until 5 rows of the rarer level fall into each; 2 where there are 40 rows."""
+    n, rarer = torch.tensor([[400.0, 400, 400, 400, 400, 20], [200, 100, 95, 50, 1, 10]])
+    assert estimates._two_level_groups(n, rarer).tolist() == [20, 20, 10, 10, 2, 1]

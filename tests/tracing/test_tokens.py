@@ -75,14 +75,15 @@ def test_groups_go_with_the_examples_that_have_tokens(vit, batches):
     mask = torch.ones(37, 17, dtype=torch.bool)
     mask[[0, 5, 20]] = False
     found = []
-    for rows in (torch.arange(37), mask.any(1).nonzero()[:, 0]):
+    for rows, by in ((torch.arange(37), 2), (mask.any(1).nonzero()[:, 0], 2), (torch.arange(37), 3)):
         tracer = Tracer(vit, METRICS, sites=("attn",), pool="none", statistics=("pearson",), n_bootstrap=16)
         with tracer, torch.no_grad():
             tracer.expect(mask[rows])
             vit(images[rows])
-            tracer.step(label=labels[rows], loss=loss[rows], groups=rows // 2)
+            tracer.step(label=labels[rows], loss=loss[rows], groups=rows // by)
         found.append(tracer.compute())
     np.testing.assert_allclose(found[0].pearson_low, found[1].pearson_low, atol=1e-5)
+    assert np.abs(found[0].pearson_low - found[2].pearson_low).mean() > 1e-3
 
 
 @pytest.mark.parametrize("masked", [False, True])
