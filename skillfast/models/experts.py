@@ -338,8 +338,8 @@ def _chosen(index: torch.Tensor, weights: torch.Tensor, n: int) -> torch.Tensor:
     """Experts of each token int64 [tokens, slots], `n` for none, of experts that are modules.
 
     Args:
-        index: Of Switch Transformers [tokens, 1, experts], 1 at the expert, 0 everywhere for a token beyond its
-            capacity; of NLLB-MoE something else, with a slot for each expert.
+        index: [tokens, 1, experts] in Switch Transformers, 1 at the expert, 0 everywhere for a token beyond its
+            capacity; in NLLB-MoE something else, with a slot for each expert.
         weights: Gates [tokens, slots].
         n: Number of experts.
     """
