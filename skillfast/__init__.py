@@ -15,6 +15,7 @@ _PUBLIC = {
     "NeuronScores": "statistics.scores",
     "NeuronStatistics": "statistics.accumulator",
     "Tracer": "tracing.tracer",
+    "Monitor": "tracing.monitor",
     "prepare": "tracing.prepared",
     "correlate": "tracing.trace",
     "trace": "tracing.trace",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from skillfast.skills.tuning import tune_only as tune_only
     from skillfast.statistics.accumulator import NeuronStatistics as NeuronStatistics
     from skillfast.statistics.scores import NeuronScores as NeuronScores
+    from skillfast.tracing.monitor import Monitor as Monitor
     from skillfast.tracing.prepared import prepare as prepare
     from skillfast.tracing.trace import correlate as correlate
     from skillfast.tracing.trace import trace as trace

@@ -20,6 +20,7 @@ from skillfast.models.experts import without_experts
 from skillfast.models.inputs import described, examples_in
 from skillfast.models.sites import (
     Site,
+    check_neurons,
     find_sites,
     fingerprint,
     refuse_compiled,
@@ -177,7 +178,7 @@ class Interventions:
         sites = {site.name: site for site in find_sites(model)}
         fingerprint_of_model = fingerprint(model)
         for condition in conditions:
-            _check(condition.skill, sites, fingerprint_of_model)
+            check_neurons(condition.skill, sites, fingerprint_of_model)
         self.conditions = conditions
         self._changes: dict[str, dict[int, SiteChange]] = {}  # site -> condition -> change
         for site in sites.values():
@@ -315,24 +316,6 @@ class Interventions:
             with torch.inference_mode(False):
                 self._kept[key] = _Tables.of([changes.get(i) for i in conditions], site.width, dtype, x.device)
         return self._kept[key]
-
-
-def _check(skill: Skill, sites: dict[str, Site], fingerprint_of_model: str) -> None:
-    if skill.fingerprint is not None and skill.fingerprint != fingerprint_of_model:
-        raise ArgumentError(
-            f"skill {skill.name!r}: expected one of the model's architecture ({fingerprint_of_model}), got one of "
-            f"{skill.fingerprint}; select it on this model"
-        )
-    for name, index in skill.neurons.items():
-        if name not in sites:
-            raise ArgumentError(
-                f"skill {skill.name!r}: expected sites that the model has, got {name!r}; it has "
-                f"{next(iter(sites))} to {list(sites)[-1]}"
-            )
-        if int(index[-1]) >= sites[name].width:
-            raise ArgumentError(
-                f"skill {skill.name!r}: expected indices below {sites[name].width} in {name}, got {int(index[-1])}"
-            )
 
 
 def _reference_mean(reference: NeuronScores | None, site: Site, neurons: torch.Tensor, *, gated: bool) -> torch.Tensor:

@@ -24,9 +24,12 @@ from skillfast.vocabulary import KINDS, Kind, Layout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from skillfast.skills.skill import Skill
+
 __all__ = [
     "Family",
     "Site",
+    "check_neurons",
     "choose_sites",
     "declare_sites",
     "find_sites",
@@ -313,6 +316,26 @@ def choose_sites(model: torch.nn.Module, wanted: Sequence[str] | Mapping[str, st
                 "`skillfast info --model ...` lists them"
             )
     return tuple(site for site in sites if site.kind in wanted or site.name in wanted)
+
+
+def check_neurons(skill: Skill, sites: Mapping[str, Site], fingerprint_of_model: str) -> None:
+    """Raise ArgumentError where a skill is of another architecture, or has sites or neurons that a model lacks."""
+    if skill.fingerprint is not None and skill.fingerprint != fingerprint_of_model:
+        raise ArgumentError(
+            f"skill {skill.name!r}: expected one of the model's architecture ({fingerprint_of_model}), got one of "
+            f"{skill.fingerprint}; select it on this model"
+        )
+    for name, index in skill.neurons.items():
+        if name not in sites:
+            raise ArgumentError(
+                f"skill {skill.name!r}: expected sites that the model has, got {name!r}; it has "
+                f"{next(iter(sites))} to {list(sites)[-1]}"
+            )
+        if int(index[-1]) >= sites[name].width:
+            raise ArgumentError(
+                f"skill {skill.name!r}: expected indices below {sites[name].width} in {name}, got {int(index[-1])}; "
+                "select it on this model"
+            )
 
 
 def fingerprint(model: torch.nn.Module) -> str:

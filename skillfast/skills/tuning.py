@@ -18,7 +18,14 @@ from skillfast.models.coverage import graph_of, random_inputs, warm_up
 from skillfast.models.experts import experts_of, units_first
 from skillfast.models.inputs import mapped
 from skillfast.models.projections import CONVOLUTIONS, TRANSPOSED
-from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_compiled, unwrap_compiled
+from skillfast.models.sites import (
+    check_neurons,
+    find_sites,
+    fingerprint,
+    module_device,
+    refuse_compiled,
+    unwrap_compiled,
+)
 from skillfast.models.watching import watched
 from skillfast.vocabulary import KINDS
 
@@ -158,13 +165,7 @@ def tune_only(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[N
 
 def _chosen(model: nn.Module, skill: Skill, components: Sequence[str]) -> list[Site]:
     sites = find_sites(model)
-    widths = {site.name: site.width for site in sites}
-    wrong = [name for name, index in skill.neurons.items() if int(index[-1]) >= widths.get(name, 0)]
-    if wrong or skill.fingerprint not in (None, fingerprint(model)):
-        got = f"{wrong[0]} with {int(skill.neurons[wrong[0]][-1])}" if wrong else "one of another architecture"
-        raise ArgumentError(
-            f"skill {skill.name!r}: expected neurons of this {type(model).__name__}, got {got}; select it on this model"
-        )
+    check_neurons(skill, {site.name: site for site in sites}, fingerprint(model))
     chosen = [site for site in sites if site.kind in components and site.name in skill.neurons]
     if not chosen:
         raise ArgumentError(

@@ -159,9 +159,9 @@ def test_what_does_not_fit_is_told_in_one_line() -> None:
     text = one_line(ArgumentError, lambda: skillfast.tune_only(model, masks).__enter__())
     assert "got torch.bool [3, 3] for 'head.weight'" in text
     for skill, words in (
-        (Skill("deer", {"blocks.0.mlp": [96]}), "got blocks.0.mlp with 96"),
-        (Skill("deer", {"blocks.9.mlp": [0]}), "got blocks.9.mlp with 0"),
-        (Skill("deer", {"head": [0]}, fingerprint="another"), "got one of another architecture"),
+        (Skill("deer", {"blocks.0.mlp": [96]}), "expected indices below 96 in blocks.0.mlp, got 96"),
+        (Skill("deer", {"blocks.9.mlp": [0]}), "expected sites that the model has, got 'blocks.9.mlp'"),
+        (Skill("deer", {"head": [0]}, fingerprint="another"), "got one of another"),
     ):
         assert words in one_line(ArgumentError, skillfast.skill_parameters, model, skill)
     skill = Skill("deer", {"head": [0]})

@@ -1,0 +1,334 @@
+"""`Monitor`: what it reads against NumPy, its files, its alarms, threads, and that it leaves no trace in the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import planted
+import pytest
+import torch
+from conftest import make_vit, one_line
+from torch import nn
+
+from skillfast import Monitor, Skill
+from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.sites import find_sites
+from skillfast.tracing import monitor as monitor_module
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "monitor.jsonl").read_text().splitlines()]
+
+
+def inputs_of(model: nn.Module, x: Any, paths: list[str]) -> dict[str, torch.Tensor]:
+    """What projections read, by plain hooks."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
+        seen[path] = args[0].detach().clone()
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda m, args, path=path: keep(m, args, path))
+        for path in paths
+    ]
+    with torch.no_grad():
+        model(**x) if isinstance(x, dict) else model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_activations_are_means_of_the_skills_neurons(tmp_path: Path) -> None:
+    model = make_vit()
+    skills = [
+        Skill("deer", {"blocks.0.mlp": [5, 90], "blocks.1.attn": [3]}),
+        Skill("cat", {"blocks.0.mlp": [5], "head": [1]}),
+    ]
+    x = torch.randn(12, 3, 16, 16)
+    seen = inputs_of(model, x, ["blocks.0.mlp.fc2", "blocks.1.attn.proj", "head"])
+    mlp, attn = (seen[name].abs().mean(1) for name in ("blocks.0.mlp.fc2", "blocks.1.attn.proj"))
+    expected = {
+        "deer": (mlp[:, 5] + mlp[:, 90] + attn[:, 3]) / 3,
+        "cat": (mlp[:, 5] + seen["head"][:, 1].abs()) / 2,
+    }
+    before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    reference = {name: np.linspace(0, 1, 50) for name in expected}
+    with torch.no_grad(), Monitor(model, skills, every=3, output=tmp_path, share=1.0, reference=reference) as monitor:
+        for part in x.split(4):
+            model(part)
+        model(x[:2])
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == before
+    first, last = lines(tmp_path)  # the second interval is cut short by the end
+    assert (first["step"], first["examples"], last["step"], last["examples"]) == (3, 12, 4, 2)
+    for name, values in expected.items():
+        key, values = f"skill/{name}/", values.double().numpy()
+        assert first[key + "activation"] == pytest.approx(values.mean(), rel=1e-5)
+        assert last[key + "activation"] == pytest.approx(values[:2].mean(), rel=1e-5)
+        for q in (5, 50, 95):
+            assert first[f"{key}q{q:02d}"] == pytest.approx(np.quantile(values, q / 100), rel=1e-5)
+        assert first[key + "alarm"] == first[key + "not_finite"] == 0
+        assert np.isfinite(first[key + "drift"])
+    found = monitor.prometheus()
+    assert found == (tmp_path / "monitor.prom").read_text()
+    assert "skillfast_forwards_total 4" in found
+    assert f'skillfast_skill_activation{{skill="cat"}} {last["skill/cat/activation"]!r}' in found
+    assert re.search(r'skillfast_skill_activation_quantile\{skill="deer",quantile="0.95"\} [\d.]+\n', found)
+    for line in found.splitlines():  # the text format: a comment, or a name, labels and a number
+        assert line.startswith(("# HELP ", "# TYPE ")) or re.fullmatch(r'\w+(\{(\w+="[^"]*",?)+\})? [-\d.e]+', line)
+
+
+@pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "Qwen3MoeForCausalLM"])
+@pytest.mark.filterwarnings("ignore:sites cover")
+def test_padding_and_experts(tmp_path: Path, model_class: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tiny_models import SIZES
+
+    made = getattr(transformers, model_class)
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8} if "Moe" in model_class else {}
+    torch.manual_seed(0)
+    model = made(made.config_class(**SIZES, **more)).eval()
+    mask = torch.ones(3, 9, dtype=torch.int64)
+    mask[0, 5:] = 0
+    x = {"input_ids": torch.randint(4, 30, (3, 9)), "attention_mask": mask}
+    settings: dict[str, Any] = {"every": 1, "output": tmp_path, "share": 1.0, "reference": 100}
+    if not more:
+        path = "bert.encoder.layer.1.output.dense"
+        rows = inputs_of(model, x, [path])[path].abs()[..., [4, 9]].mean(-1)
+        with torch.no_grad(), Monitor(model, [Skill("deer", {"blocks.1.mlp": [4, 9]})], **settings):
+            model(**x)
+        expected = ((rows * mask).sum(1) / mask.sum(1)).mean()
+        assert lines(tmp_path)[0]["skill/deer/activation"] == pytest.approx(float(expected), rel=1e-5)
+        assert "skill/deer/drift" not in lines(tmp_path)[0]  # no reference yet
+        return
+    site = next(site for site in find_sites(model) if site.kind == "expert")
+    seen: list[Any] = []
+    handle = model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        model(**x)
+    handle.remove()
+    hidden, index, _ = seen[0]
+    experts, expert, unit = model.get_submodule(site.path), 2, 3
+    gate, up = (hidden.flatten(0, -2) @ experts.gate_up_proj[expert].detach().T).chunk(2, -1)
+    routed = (index == expert).any(-1)
+    values = (torch.nn.functional.silu(gate) * up)[:, unit].abs() * routed
+    skills = [Skill("deer", {site.name: [expert * 8 + unit]}), Skill("cat", {"head": [0]})]
+    with torch.no_grad(), Monitor(model, skills, **settings):
+        model(**x)
+    real = mask.bool()
+    of_example = torch.stack([values.view(3, 9)[i][real[i]].mean() for i in range(3)])
+    shares = torch.stack([routed.view(3, 9)[i][real[i]].float().mean() for i in range(3)])
+    line = lines(tmp_path)[0]
+    assert line["skill/deer/activation"] == pytest.approx(float(of_example.mean()), rel=1e-4)
+    assert line["skill/deer/routed_share"] == pytest.approx(float(shares.mean()), rel=1e-5)
+    assert "skill/cat/routed_share" not in line
+
+
+def test_an_alarm_when_a_skill_goes_quiet(tmp_path: Path) -> None:
+    """The deer skill is turned down while the model serves; it is named, the other one is not."""
+    model = planted.model()
+    skills = {"deer": Skill("2", planted.PLANTED[2]), "cat": Skill("1", planted.PLANTED[1])}
+    images, _ = planted.images(600)
+    generator = torch.Generator().manual_seed(0)
+    rang: list[tuple[str, int]] = []
+
+    def serve(forwards: int) -> None:
+        for _ in range(forwards):
+            model(images[torch.randint(len(images), (8,), generator=generator)])
+
+    def turn_down(label: int, back: bool = False) -> None:
+        """Other weights for the rows that make a skill's neurons."""
+        factor = 1 / 0.3 if back else 0.3
+        for site, neurons in planted.PLANTED[label].items():
+            block = model.blocks[int(site.split(".")[1])]
+            made, rows = (block.mlp.fc1, neurons) if "mlp" in site else (block.attn.qkv, [128 + i for i in neurons])
+            made.weight[rows] *= factor
+            made.bias[rows] *= factor
+
+    def on_alarm(name: str, line: Any) -> None:
+        rang.append((name, line["step"]))
+        assert line[f"skill/{name}/drift"] > 0
+
+    settings: dict[str, Any] = {"every": 20, "output": tmp_path, "share": 0.5, "reference": 200, "on_alarm": on_alarm}
+    with torch.inference_mode(), Monitor(model, skills, **settings) as monitor:
+        serve(200)
+        assert not monitor.alarms
+        turn_down(2)
+        serve(60)
+    assert monitor.alarms.keys() == {"deer"}
+    assert 200 < monitor.alarms["deer"] <= 240
+    assert rang == [("deer", monitor.alarms["deer"])]
+    last = lines(tmp_path)[-1]
+    assert (last["skill/deer/alarm"], last["skill/cat/alarm"]) == (1, 0)
+    assert last["skill/deer/drift"] > np.log10(2 / 0.01) > last["skill/cat/drift"]
+    before = lines(tmp_path)[8]
+    assert last["skill/deer/activation"] < 0.5 * before["skill/deer/activation"]
+    # A later process goes on from the reference of this one.
+    with torch.inference_mode(), Monitor(model, skills, **{**settings, "reference": monitor.reference}) as later:
+        turn_down(2, back=True)
+        serve(20)
+        assert not later.alarms
+        turn_down(1)
+        serve(60)
+    assert later.alarms.keys() == {"cat"}
+
+
+class Small(nn.Module):
+    """A model of a microsecond or two, for many streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.skillfast_sites = {"blocks.0.mlp": "last"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu())
+
+
+def test_two_hundred_streams_without_a_change(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Small().eval()
+    skills = [Skill("deer", {"blocks.0.mlp": [0, 1]}), Skill("cat", {"blocks.0.mlp": [2, 3, 4]})]
+    alarms = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        settings: dict[str, Any] = {"reference": 64, "alpha": 0.1, "share": 1.0, "seed": seed}
+        with torch.no_grad(), Monitor(model, skills, every=6, output=tmp_path, **settings) as monitor:
+            for _ in range(24):
+                model(torch.randn(10, 4, generator=generator))
+        alarms += bool(monitor.alarms)
+    assert alarms <= 200 * 0.1 + 2 * np.sqrt(200 * 0.1 * 0.9), alarms
+
+
+def test_few_forwards_are_read_and_many_examples_are_drawn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Small().eval()
+    read: list[int] = []
+    dense = monitor_module._Read.dense
+    monkeypatch.setattr(monitor_module._Read, "dense", lambda *args: read.append(1) or dense(*args))
+    settings: dict[str, Any] = {"every": 500, "output": tmp_path, "reference": 50, "share": 0.1}
+    with torch.no_grad(), Monitor(model, [Skill("deer", {"blocks.0.mlp": [0]})], **settings) as monitor:
+        for _ in range(500):
+            model(torch.randn(8, 4))
+    assert 25 <= len(read) <= 75
+    (line,) = lines(tmp_path)
+    assert line["examples"] == 8 * len(read)
+    assert len(monitor.reference["deer"]) == 50
+    assert monitor._tests is not None
+    assert monitor._tests[0]._tested == 64
+
+
+def test_threads_share_a_monitor(tmp_path: Path) -> None:
+    model = Small().eval()
+    settings: dict[str, Any] = {"every": 50, "output": tmp_path, "reference": 20, "share": 1.0}
+    inputs = {n: torch.full((n, 4), float(n)) for n in (1, 2, 3)}
+    model.requires_grad_(False)
+    expected = {n: float(model.first(x).relu()[0, :2].abs().mean()) for n, x in inputs.items()}
+    failed: list[BaseException] = []
+
+    def serve(n: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(100):
+                    model(inputs[n])
+        except BaseException as error:
+            failed.append(error)
+
+    with Monitor(model, [Skill("deer", {"blocks.0.mlp": [0, 1]})], **settings):
+        threads = [threading.Thread(target=serve, args=(n,)) for n in inputs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    found = sorted(lines(tmp_path), key=lambda line: line["step"])  # who is told first is open
+    assert [line["step"] for line in found] == list(range(50, 301, 50))
+    assert sum(line["examples"] for line in found) == 100 * (1 + 2 + 3)
+    mean = sum(line["examples"] * line["skill/deer/activation"] for line in found) / 600
+    assert mean == pytest.approx(sum(n * expected[n] for n in inputs) / 6, rel=1e-5)
+
+
+def test_numbers_that_are_none_are_counted(tmp_path: Path) -> None:
+    model = Small().eval()
+    settings: dict[str, Any] = {"every": 2, "output": tmp_path, "reference": 4, "share": 1.0}
+    with torch.no_grad(), Monitor(model, [Skill("deer", {"blocks.0.mlp": [0]})], **settings):
+        model(torch.randn(5, 4))
+        model(torch.full((3, 4), torch.nan))
+    (line,) = lines(tmp_path)
+    assert line["skill/deer/not_finite"] == 3
+    assert np.isfinite(line["skill/deer/activation"])
+    assert np.isfinite(line["skill/deer/drift"])
+
+
+def test_sinks_get_flat_keys_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[Any]] = {"tensorboard": [], "wandb": [], "mlflow": []}
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            told["tensorboard"].append((key, value, step))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            told["tensorboard"].append("closed")
+
+    def log(name: str) -> Any:
+        return lambda values, step: told[name].extend((key, value, step) for key, value in values.items())
+
+    run = types.SimpleNamespace(log=log("wandb"))
+    for name, library in (
+        ("torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer)),
+        ("wandb", types.SimpleNamespace(run=run)),
+        ("mlflow", types.SimpleNamespace(log_metrics=log("mlflow"))),
+    ):
+        monkeypatch.setitem(sys.modules, name, library)
+    model, skill = Small().eval(), Skill("deer", {"blocks.0.mlp": [0]})
+    settings: dict[str, Any] = {"output": tmp_path, "reference": 4, "share": 1.0}
+    with torch.no_grad(), Monitor(model, [skill], every=1, sinks=list(told), **settings):
+        model(torch.randn(8, 4))
+    (line,) = lines(tmp_path)
+    expected = {(key, value, 1) for key, value in line.items() if key.startswith("skill/deer/")}
+    assert len(expected) == 7
+    assert told["tensorboard"].pop() == "closed"
+    assert [set(found) for found in told.values()] == [expected] * 3
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
+    assert "pip install mlflow" in one_line(ModelError, Monitor, model, [skill], sinks=["mlflow"], output=tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None))
+    assert "call wandb.init() first" in one_line(ModelError, Monitor, model, [skill], sinks=["wandb"], output=tmp_path)
+    assert "got 'excel'" in one_line(ArgumentError, Monitor, model, [skill], sinks=["excel"], output=tmp_path)
+
+
+def test_names_of_users_are_escaped(tmp_path: Path) -> None:
+    model, skill = Small().eval(), Skill('a"b\\c\nd', {"blocks.0.mlp": [0]})
+    with torch.no_grad(), Monitor(model, [skill], every=1, output=tmp_path, share=1.0) as monitor:
+        model(torch.randn(8, 4))
+    assert 'skillfast_skill_alarm{skill="a\\"b\\\\c\\nd"} 0\n' in monitor.prometheus()
+    assert 'skill/a"b\\c\nd/activation' in lines(tmp_path)[0]
+
+
+def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
+    model, skill = Small().eval(), Skill("deer", {"blocks.0.mlp": [0]})
+    for skills, more, words in (
+        ([], {}, "skills: expected one or more"),
+        ([skill, skill], {}, "names of their own, got 2"),
+        ([Skill("deer", {"blocks.0.mlp": [6]})], {}, "expected indices below 6"),
+        ([skill], {"share": 0}, "share: expected a number above 0"),
+        ([skill], {"alpha": 1.5}, "alpha: expected a number above 0"),
+        ([skill], {"reference": 0}, "reference: expected at least one example"),
+        ([skill], {"reference": {"cat": [1.0]}}, "got none of deer"),
+    ):
+        assert words in one_line(ArgumentError, Monitor, model, skills, output=tmp_path, **more)
+    assert not model._forward_hooks
