@@ -367,7 +367,7 @@ class _Read:
             return mean @ members
 
     def routed(self, found: RoutedActivations, forward: _Forward) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same at a site of experts, and the share of tokens at the experts of each skill."""
+        """Sums [batch, skills] at a site of experts, and the share of tokens at the experts of each skill."""
         neurons, members = self._there(found.values.device)
         mask = forward.mask
         if mask is not None and mask.shape != found.shape:
