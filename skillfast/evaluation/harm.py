@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import bdtr
 
+from skillfast.evaluation.intervals import bracket_limits
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -88,3 +90,19 @@ def per_example(estimate: Estimate, change: np.ndarray) -> np.ndarray:
     ]
     left_out = np.select([change < 0, change > 0], without[:2], without[2])
     return whole - (n - 1) * (left_out - left_out.mean(-1, keepdims=True))
+
+
+def bracket(low: float, high: float, low_variance: float, high_variance: float) -> tuple[float, float, list[float]]:
+    """The two estimates, and the 95 % interval in [0, 1] of the harm, or size of a change, that lies between them.
+
+    Args:
+        low: Of `cross_fitted`.
+        high: Of `plug_in`, which is no less than 0; a sum of weights may miss that by an ulp.
+        low_variance: Variance of `low`; infinite, as that of `high`, for one example, which says nothing of others.
+        high_variance: Variance of `high`.
+    """
+    high = max(high, 0.0)
+    if not np.isfinite([low_variance, high_variance]).all():
+        return low, high, [0.0, 1.0]
+    ends = bracket_limits(low, high, low_variance, high_variance)
+    return low, high, [min(max(end, 0.0), 1.0) for end in ends]

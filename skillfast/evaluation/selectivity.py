@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import structs
 
-from skillfast.evaluation.harm import cross_fitted, noise_floor, per_example, plug_in, size
-from skillfast.evaluation.intervals import Strata, bracket_limits, difference_limits, share_limits
+from skillfast.evaluation.harm import bracket, cross_fitted, noise_floor, per_example, plug_in, size
+from skillfast.evaluation.intervals import Strata, difference_limits, share_limits
 from skillfast.metrics import per_class_accuracy
 from skillfast.results.bench import EffectIntervals, Harm, RatioLimits, Selectivity
 
@@ -118,13 +118,8 @@ class _Estimates:
 
     def bracket(self, which: slice) -> tuple[float, float, list[float]]:
         """The lower and the upper estimate, with the 95 % interval of what lies between them; it is no less than 0."""
-        low, high = (float(value) for value in self.values[which])
-        high = max(high, 0.0)  # a sum of weights may miss 0 by an ulp
-        variances = np.diagonal(self.covariance)[which]
-        if not np.isfinite(variances).all():  # one example of each class says nothing of others
-            return low, high, [0.0, 1.0]
-        ends = bracket_limits(low, high, *variances.tolist())
-        return low, high, [min(max(end, 0.0), 1.0) for end in ends]
+        low, high = self.values[which].tolist()
+        return bracket(low, high, *np.diagonal(self.covariance)[which].tolist())
 
 
 def selectivity(predictions: np.ndarray, oracle: np.ndarray, intact: np.ndarray, labels: np.ndarray) -> Selectivity:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.stats import norm
 
-from skillfast.evaluation.harm import cross_fitted, noise_floor, per_example, plug_in
-from skillfast.evaluation.intervals import Strata, bracket_limits, difference_limits
+from skillfast.evaluation.harm import bracket, cross_fitted, noise_floor, per_example, plug_in
+from skillfast.evaluation.intervals import Strata, difference_limits
 from skillfast.evaluation.power import loss_p, smallest_visible
 from skillfast.results.bench import Harm, Verdict
 
@@ -87,10 +87,5 @@ def _harm(change: np.ndarray, labels: np.ndarray, losses: np.ndarray, gains: np.
         for row, estimate in enumerate((cross_fitted, plug_in)):
             values[row, labels == label] = per_example(estimate, change[labels == label])
     low, high = (float(estimate(losses, gains, n).mean()) for estimate in (cross_fitted, plug_in))
-    ends = bracket_limits(low, high, *np.diagonal(strata.covariance(values)).tolist())
-    return Harm(
-        plug_in=high,
-        cross_fitted=low,
-        noise_floor=float(noise_floor(losses, gains, n).mean()),
-        ci95=[min(max(end, 0.0), 1.0) for end in ends],
-    )
+    low, high, ends = bracket(low, high, *np.diagonal(strata.covariance(values)).tolist())
+    return Harm(plug_in=high, cross_fitted=low, noise_floor=float(noise_floor(losses, gains, n).mean()), ci95=ends)

@@ -40,7 +40,7 @@ _POSITIONS = 0.5  # deviation of initial position embeddings: with timm's 0.02 p
 _DIGITS_EPOCHS = 25
 _DIGITS_LR = 1.5e-3
 _DIGITS_BATCH = 64
-_MOVED = 0.6  # share of the images that are moved: resampled pixels are smoother than those that are to be read
+_MOVED = 0.6  # share of the images that training moves: resampled pixels are smoother than those that are to be read
 
 
 def digits_model(seed: int = 0) -> LoadedModel:
@@ -141,7 +141,7 @@ def train_digits(
 
 
 def shift_and_turn(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, turn, scale and shear six in ten images of a batch a little, at random; the others stay as they are.
+    """Shift, turn, scale and shear some images of a batch a little, at random; the others stay as they are.
 
     Args:
         images: float32 `[b, C, H, W]`, normalised digits; what comes in from outside is as dark as their background.

@@ -23,6 +23,7 @@ from skillfast.progress import Forecast, track
 from skillfast.skills.attribution import class_batch
 from skillfast.skills.discriminant import linear_discriminant
 from skillfast.skills.ranking import NeuronRanking
+from skillfast.skills.select import at_most, skill_size
 from skillfast.transfer import moved
 from skillfast.vocabulary import LEARNED, MAX_SITE_SHARE, SHARE
 
@@ -204,9 +205,10 @@ class _Learner:
         self.device = module_device(model)
         self.sites = attributions.sites
         self.head = next((site.path for site in find_sites(model) if site.kind == "head"), None)
-        self.count = max(1, round(share * attributions.n_neurons))
+        self.count = skill_size(share, attributions.n_neurons)
         self.widths = [site.width for site in self.sites]
-        self.most = torch.tensor([float(int(max_site_share * width)) for width in self.widths], device=self.device)
+        most = [float(at_most(max_site_share, width)) for width in self.widths]
+        self.most = torch.tensor(most, device=self.device)
         self.attributions = torch.from_numpy(attributions.values.T).float()
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.gathers = False  # whether the images are on the GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,8 @@ def select(
             or `"mutual_info"`; `"attribution"`, `"mask"` or `"erase"` (learned with `erase=`) for what the other two
             give.
         metric: Only this metric's columns (`"label"`) or this column (`"label:deer"`); all by default.
-        share: Share of all neurons in (0, 1].
-        max_site_share: Largest share of one site's neurons in (0, 1].
+        share: Share of all neurons in (0, 1], rounded down to whole neurons, but to one at least.
+        max_site_share: Largest share of one site's neurons in (0, 1], rounded down.
         signed: Rank by the score itself; otherwise by its absolute value.
         contrastive: Rank by the score minus the best one that the neuron has on another column of the same metric; by
             the attribution minus the largest positive one.
@@ -96,6 +97,16 @@ def select(
     }
 
 
+def at_most(share: float, n: int) -> int:
+    """How many of n neurons a share allows: rounded down, but for the rounding of the product itself."""
+    return math.floor(share * n + 1e-9)
+
+
+def skill_size(share: float, n_neurons: int) -> int:
+    """How many neurons a skill takes that may have this share of all of them: at least one."""
+    return max(1, at_most(share, n_neurons))
+
+
 def _preference(ranking: NeuronRanking, column: str, signed: bool, contrastive: bool) -> np.ndarray:
     """What neurons are chosen by for one column, float64 [n_neurons]; -inf for those that must not be chosen."""
     values, method = ranking.values, ranking.method
@@ -123,11 +134,11 @@ def _best(
     slices = ranking.site_slices()
     for site in ranking.sites:
         rows = slices[site.name]
-        most = int(max_site_share * site.width)
+        most = at_most(max_site_share, site.width)
         best = np.argsort(-preference[rows], kind="stable")[:most] + rows.start
         allowed[best] = True
     candidates = np.flatnonzero(allowed & np.isfinite(preference))
-    count = max(1, round(share * ranking.n_neurons))
+    count = skill_size(share, ranking.n_neurons)
     chosen = np.zeros(ranking.n_neurons, dtype=bool)
     chosen[candidates[np.argsort(-preference[candidates], kind="stable")[:count]]] = True
     return {name: torch.from_numpy(np.flatnonzero(chosen[rows])) for name, rows in slices.items()}

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from skillfast.evaluation.harm import cross_fitted, noise_floor, per_example, plug_in, size
+from skillfast.evaluation.harm import bracket, cross_fitted, noise_floor, per_example, plug_in, size
 from skillfast.evaluation.intervals import difference_limits, share_limits
 from skillfast.evaluation.selectivity import class_terms, oracle_selectivity, selectivity
 
@@ -25,6 +25,14 @@ def test_cross_fitting_is_the_mean_over_all_halves(losses, gains):
     counts = np.array(losses), np.array(gains), np.array(50)
     assert cross_fitted(*counts) == pytest.approx(2 * np.mean(want) / 50)
     assert cross_fitted(*counts) <= plug_in(*counts) + 1e-15
+
+
+def test_a_bracket_lies_between_0_and_1_and_says_nothing_of_one_example():
+    assert bracket(-0.1, -5e-19, 0.0, 0.0) == (-0.1, 0.0, [0.0, 0.0])
+    assert bracket(0.1, 0.2, np.inf, np.inf) == (0.1, 0.2, [0.0, 1.0])
+    assert bracket(0.1, 0.2, 4.0, 9.0)[2] == [0.0, 1.0]
+    low, high, ends = bracket(0.1, 0.2, 1e-4, 1e-4)
+    assert 0 < ends[0] < low < high < ends[1] < 0.25
 
 
 @pytest.mark.parametrize("changed", range(7))

@@ -146,7 +146,7 @@ def test_a_tasks_neurons_have_the_largest_statistic_of_any_of_its_classes(folder
         values = np.abs(scores.statistic(method)[:, columns] - (0.5 if method == "auroc" else 0)).max(1)
         slices = scores.site_slices()
         chosen = np.concatenate([values[slices[s]][i.numpy()] for s, i in skill.neurons.items()])
-        best = np.sort(np.nan_to_num(values, nan=-1))[-round(0.1 * scores.n_neurons) :]
+        best = np.sort(np.nan_to_num(values, nan=-1))[-int(0.1 * scores.n_neurons) :]
         np.testing.assert_allclose(np.sort(chosen), best)
     message = one_line(ArgumentError, task_skills, scores, ["confidence"], "auroc", 0.1)
     assert "task 'confidence': expected a metric with auroc" in message

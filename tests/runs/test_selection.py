@@ -54,7 +54,7 @@ def splits():
 
 
 def subject(splits, **more):
-    config = BenchConfig.of(sites=("mlp", "attn"), statistics=("pearson",), share=0.003, control_draws=2, **more)
+    config = BenchConfig.of(sites=("mlp", "attn"), statistics=("pearson",), share=0.0032, control_draws=2, **more)
     device, training = torch.device("cpu"), Training(dict)
     return Subject(config, planted.model(), "planted", splits, device, "scratch", "none", training)
 
@@ -270,7 +270,7 @@ def test_a_lone_candidate_is_removed_once(splits):
 
 def test_a_method_by_name_is_one_candidate(splits):
     _, found = chosen_on(splits, method="attribution", contrastive=True)
-    assert found.candidates == (Candidate("attribution", True, 0.003),)
+    assert found.candidates == (Candidate("attribution", True, 0.0032),)
     assert {s.method for s in found.skills[0].values()} == {"attribution"}
     assert found.skills[0]["a"].settings["contrastive"] is True
     assert found.controls == {}  # nothing is compared

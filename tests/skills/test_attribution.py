@@ -121,7 +121,7 @@ def test_contrastive_attribution_is_less_the_largest_positive_one():
 def test_shares_are_kept(batches):
     found = skillfast.attribute(make_vit(), batches, classes=5)
     for skill in skillfast.select(found, share=0.1, max_site_share=0.15).values():
-        assert 0 < len(skill) <= round(0.1 * found.n_neurons)
+        assert 0 < len(skill) <= 0.1 * found.n_neurons
         for site in found.sites:
             assert len(skill.neurons.get(site.name, ())) <= 0.15 * site.width
 

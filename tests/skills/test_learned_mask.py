@@ -19,6 +19,8 @@ from skillfast.models.sites import find_sites
 from skillfast.skills import learned_mask
 from skillfast.skills.learned_mask import kept_loss, soft_top, target_loss
 
+THREE = 0.0032  # of the planted model's 960 neurons
+
 
 @pytest.fixture(scope="module")
 def setting():
@@ -28,13 +30,13 @@ def setting():
 
 
 def learned(model, loader, attributions, **more):
-    return skillfast.learn_masks(model, loader, attributions, **{"share": 0.003, "steps": 10, "batch_size": 48, **more})
+    return skillfast.learn_masks(model, loader, attributions, **{"share": THREE, "steps": 10, "batch_size": 48, **more})
 
 
 def test_planted_classes_go_and_others_stay(setting):
     model, loader, attributions = setting
     masks = learned(*setting)
-    skills = skillfast.select(masks, share=0.003)
+    skills = skillfast.select(masks, share=THREE)
     assert {skill.method for skill in skills.values()} == {"mask"}
     result = skillfast.sweep(model, loader, [skillfast.Condition(skills[str(c)]) for c in planted.PLANTED])
     want = [[0.0 if j == i else 1.0 for j in range(planted.CLASSES)] for i in planted.PLANTED]
@@ -53,7 +55,7 @@ def test_learning_repairs_a_wrong_start(setting):
     values = rng.uniform(1, 1.2, attributions.values.shape)
     values[:, 1:] = np.nan  # only the first class is learned
     blind = dataclasses.replace(attributions, values=values)
-    skills = skillfast.select(learned(model, loader, blind, steps=40), metric="label:0", share=0.003)
+    skills = skillfast.select(learned(model, loader, blind, steps=40), metric="label:0", share=THREE)
     want = {("blocks.1.mlp", i) for i in planted.PLANTED[0]["blocks.1.mlp"]}
     assert want <= {(s, int(i)) for s, index in skills["0"].neurons.items() for i in index}
 
@@ -150,7 +152,7 @@ def test_shares_are_kept(batches):
     attributions = skillfast.attribute(model, batches, classes=5)
     masks = learned(model, batches, attributions, share=0.2, max_site_share=0.25, steps=3)
     for skill in skillfast.select(masks, share=0.2, max_site_share=0.25).values():
-        assert len(skill) == round(0.2 * masks.n_neurons)
+        assert len(skill) == int(0.2 * masks.n_neurons)
         assert all(len(skill.neurons.get(s.name, ())) <= 0.25 * s.width for s in masks.sites)
 
 
@@ -172,7 +174,7 @@ def test_no_more_images_are_kept_than_asked_for(batches):
     masks = learned(model, batches, attributions, steps=1, images_per_class=3)
     assert masks.n_observations.tolist() == [3] * 5
     assert masks.settings == {
-        "learned_share": 0.003, "learned_max_site_share": 0.25, "learned_scale": 0.0, "steps": 1, "batch_size": 48,
+        "learned_share": THREE, "learned_max_site_share": 0.25, "learned_scale": 0.0, "steps": 1, "batch_size": 48,
         "keep": 10.0, "start_keep": None,
         "seed": 0,
     }  # fmt: skip
@@ -252,7 +254,7 @@ def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
     model, loader, attributions = setting
     learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
     values = torch.linspace(-1, 0.5, attributions.n_neurons)
-    strong, weakest = values.clone(), values[-round(0.01 * len(values))]
+    strong, weakest = values.clone(), values[-int(0.01 * len(values))]
     strong[-1] = 100
     rows = torch.stack([values, strong, -1 - values.abs(), torch.zeros_like(values)])
     learner.attributions[:4] = rows
@@ -332,7 +334,7 @@ def test_many_classes_are_learned_in_parts(setting, monkeypatch):
             patch.setattr(learned_mask, name, value)
             masks = learned(*setting, steps=10)
         assert held == 11 * [4] + 11 * [2]
-        skills = skillfast.select(masks, share=0.003)
+        skills = skillfast.select(masks, share=THREE)
         for label, sites in planted.PLANTED.items():
             found = {(s, int(i)) for s, index in skills[str(label)].neurons.items() for i in index}
             assert {(s, i) for s, neurons in sites.items() for i in neurons} <= found

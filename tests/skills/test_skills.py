@@ -11,6 +11,7 @@ import skillfast
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import Site
 from skillfast.skills.ranking import NeuronRanking, ranking_of
+from skillfast.skills.select import skill_size
 from skillfast.skills.skill import matched_skills, overlap, random_skills
 
 pytestmark = pytest.mark.filterwarnings("ignore:no neuron was chosen")
@@ -62,6 +63,15 @@ def test_no_site_gives_more_than_its_share():
     values = np.tile(np.linspace(0.9, 0.1, 12)[:, None], (1, 2))
     skill = skillfast.select(scores(values), share=0.5, max_site_share=0.5)["a"]
     assert neurons(skill) == {"blocks.0.mlp": [0, 1, 2, 3], "blocks.1.attn": [0, 1]}
+
+
+def test_a_share_is_what_a_skill_takes_at_most():
+    """Half a neuron more is not taken, and products that miss a whole number by rounding are whole."""
+    values = np.ones((12, 3))
+    assert len(skillfast.select(scores(values), share=2.6 / 12, max_site_share=1)["a"]) == 2
+    assert len(skillfast.select(scores(values), share=0.01)["a"]) == 1  # a skill is one neuron at least
+    assert 0.29 * 100 < 29
+    assert [skill_size(0.29, 100), skill_size(0.03, 23_424), skill_size(0.07, 100)] == [29, 702, 7]
 
 
 def test_undefined_scores_are_never_chosen():
