@@ -3,7 +3,7 @@
 `python examples/unlearning/unlearning.py` does so for a digit and the default model, in some minutes on two cores;
 `--quick` trains and tunes less. `--dataset cifar10 --data DIR --checkpoint FILE` takes a folder of CIFAR-10's images
 and the weights of a vision transformer for it; `--retrain-epochs 0` leaves out what takes longest, a model that never
-saw the class.
+saw the class. `--json FILE` is written after every row.
 
 Every row is a plain checkpoint: of a removal the model with the neurons' output weights set to 0.
 
@@ -42,6 +42,7 @@ from skillfast.models.sites import find_sites
 from skillfast.models.training import finetune
 from skillfast.runs.session import open_session
 from skillfast.skills.learned_mask import ERASE
+from skillfast.skills.select import skill_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -159,7 +160,7 @@ def selectively_pruned(subject: Subject, target: int) -> Skill:
     own = torch.cat(labels) == target
     score = torch.cat([(x := torch.cat(rows[s.name]))[own].mean(0) / (x[~own].mean(0) + 1e-8) for s in sites])
     best = torch.zeros(len(score), dtype=torch.bool)
-    best[score.topk(round(SHARE * sum(site.width for site in find_sites(subject.model)))).indices] = True
+    best[score.topk(skill_size(SHARE, sum(site.width for site in find_sites(subject.model)))).indices] = True
     parts = best.split([site.width for site in sites])
     return skillfast.Skill("pruned", {s.name: part.nonzero()[:, 0] for s, part in zip(sites, parts, strict=True)})
 
@@ -231,7 +232,7 @@ class Judge:
 
 
 def compare(
-    subject: Subject, target: int, *, tune: int, retrain_epochs: int | None, seed: int = 0, say: Any = print
+    subject: Subject, target: int, *, tune: int, retrain_epochs: int | None, seed: int = 0, found: Callable[[Row], None]
 ) -> list[Row]:
     """Unlearn a class in every way and measure what is left.
 
@@ -241,7 +242,7 @@ def compare(
         tune: Steps of fine-tuning and of NegGrad+.
         retrain_epochs: Passes of training a model without the class; None for the default model's recipe, 0 for none.
         seed: Seed of masks, batches and training.
-        say: Called with a line about each row.
+        found: Called with each row once it is measured.
     """
     judge, rows = Judge(subject, target, seed), []
     model, select, name = subject.model, subject.splits.select, subject.splits.classes[target]
@@ -252,17 +253,17 @@ def compare(
         made = make()
         row = judge.row(how, made, time.process_time() - start)
         rows.append(row)
-        say(line(row))
+        found(row)
 
     attributions = None
 
     def learned(erase: float) -> torch.nn.Module:
         nonlocal attributions
         if attributions is None:
-            found = skillfast.attribute(model, subject.loader("select"), classes=subject.splits.classes)
-            values = found.values.copy()
-            values[:, np.arange(len(found.columns)) != target] = np.nan  # the other classes' masks are not learned
-            attributions = replace(found, values=values)
+            ranking = skillfast.attribute(model, subject.loader("select"), classes=subject.splits.classes)
+            values = ranking.values.copy()
+            values[:, np.arange(len(ranking.columns)) != target] = np.nan  # the other classes' masks are not learned
+            attributions = replace(ranking, values=values)
         masks = skillfast.learn_masks(
             model, subject.loader("select"), attributions, share=SHARE, keep=5.0, erase=erase, batch_size=32, seed=seed
         )
@@ -311,6 +312,8 @@ def main() -> None:
     parser.add_argument("--dataset", choices=["digits", "cifar10"], default="digits")
     parser.add_argument("--data", help="CIFAR-10 as a folder of images.")
     parser.add_argument("--checkpoint", help="Weights of a 6-block ViT-Ti/4 for it.")
+    parser.add_argument("--train-per-class", type=int, default=200, help="CIFAR-10's images to use; a fifth validates.")
+    parser.add_argument("--test-per-class", type=int, default=100, help="CIFAR-10's images to measure on.")
     parser.add_argument("--target", type=int, default=3, help="Index of the class.")
     parser.add_argument("--quick", action="store_true", help="Fewer steps and epochs.")
     parser.add_argument("--retrain-epochs", type=int, help="0 leaves retraining out.")
@@ -325,8 +328,8 @@ def main() -> None:
             checkpoint=given.checkpoint,
             dataset="imagefolder",
             data_dir=given.data,
-            train_per_class=200,
-            test_per_class=100,
+            train_per_class=given.train_per_class,
+            test_per_class=given.test_per_class,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.247, 0.2435, 0.2616),
             crop_pct=1.0,
@@ -336,10 +339,7 @@ def main() -> None:
     tune = 60 if given.quick else 240
     print(f"{'':24} retained forgotten readout  info lost  steps  member  seconds")
     with open_session(config) as session:
-        rows = compare(session.subject, given.target, tune=tune, retrain_epochs=epochs, seed=given.seed)
         splits = session.subject.splits
-    print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes of processor time to make them")
-    if given.json is not None:
         made = {
             "dataset": given.dataset,
             "class": splits.classes[given.target],
@@ -349,10 +349,18 @@ def main() -> None:
             "seed": given.seed,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "rows": [asdict(row) for row in rows],
         }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(made, indent=2) + "\n")
+        rows: list[Row] = []
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            print(line(row), flush=True)
+            if given.json is not None:
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                given.json.write_text(json.dumps({**made, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+        compare(session.subject, given.target, tune=tune, retrain_epochs=epochs, seed=given.seed, found=keep)
+    print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes of processor time to make them")
 
 
 if __name__ == "__main__":
