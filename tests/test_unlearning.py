@@ -28,7 +28,7 @@ def unlearning():
 def test_every_way_leaves_what_it_should(unlearning, trained_digits, monkeypatch):
     said = []
     monkeypatch.setattr(unlearning, "MOST_STEPS", 10)
-    monkeypatch.setattr(skillfast, "learn_masks", functools.partial(skillfast.learn_masks, steps=45))
+    monkeypatch.setattr(skillfast, "learn_masks", functools.partial(skillfast.learn_masks, steps=90))
     with open_session(skillfast.BenchConfig.of()) as session:
         rows = unlearning.compare(session.subject, 3, tune=24, retrain_epochs=5, found=said.append)
     found = {row.name: row for row in rows}
@@ -38,8 +38,7 @@ def test_every_way_leaves_what_it_should(unlearning, trained_digits, monkeypatch
     )
     assert (intact.readout_lost, intact.information_lost, intact.relearned_in) == (0, 0, 0)
     assert intact.forgotten > 0.8
-    assert mask.forgotten < 0.6
-    assert erased.forgotten < intact.forgotten - 0.1  # so few neurons and steps hide a class rather than erase it
+    assert max(mask.forgotten, erased.forgotten) < 0.5
     assert min(mask.retained, erased.retained) > intact.retained - 0.05
     assert mask.information_lost < 0.5 * mask.readout_lost  # hidden more than gone
     assert retrained.forgotten == 0
