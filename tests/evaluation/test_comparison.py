@@ -11,6 +11,7 @@ from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.comparison import Measured, interferences, moved_between, overlap_of
 from skillfast.evaluation.gate import Quantities, decide
+from skillfast.evaluation.intervals import share_limits
 from skillfast.evaluation.paired import (
     PairedDifference,
     discoveries,
@@ -69,6 +70,11 @@ def test_limits_have_a_width_where_nothing_changes():
     assert high == -low == pytest.approx(0.0664, abs=1e-3)
     low, high = PairedDifference(np.zeros(54), np.zeros(54)).limits()
     assert high == pytest.approx(0.0664 * 2**0.5, abs=1e-3)
+
+
+def test_limits_of_fewer_than_two_examples_are_all_that_can_be():
+    """A difference of two changes lies between -2 and 2."""
+    assert PairedDifference(np.ones(1)).limits() == PairedDifference(np.empty(0)).limits() == (-2, 2)
 
 
 def test_limits_hold_the_truth():
@@ -194,6 +200,14 @@ def test_without_the_earlier_skill_overlap_tells_what_moved(rng):
     same, none = overlap_of({"a": {1, 2}}, {"a": {1, 2}}, widths), overlap_of({"a": {1, 2}}, {"a": {3}}, widths)
     found, _ = judged(labels, base, base, [none] + [same] * 9)
     assert found == [["moved"]] + [["unchanged"]] * 9
+    idle = Measured(
+        base.intact, np.where((labels == 0) & (np.arange(10)[:, None] == 0), base.intact, base.removed), None
+    )
+    for one, other, verdict in (
+        (idle, base, "strengthened"),
+        (base, idle, "weakened"),
+    ):  # what took nothing moves nowhere
+        assert judged(labels, one, other, [none] + [same] * 9)[0][0] == [verdict]
 
 
 def test_where_a_skill_moved_to():
@@ -318,6 +332,33 @@ def test_what_is_not_defined_does_not_pass(rng):
     nothing = Measured(wrong(labels, 10), base.removed, None)
     relative = decision(labels, nothing, base, {"max_relative_weakening": 1.0})
     assert {check.outcome for check in relative.checks} == {"undefined"}
+
+
+def test_a_value_without_limits_is_undefined(rng):
+    """An infinite divergence has a mean and no standard error."""
+    labels, base, _ = planted(rng)
+    kl = np.where(np.arange(100) == 3, np.inf, 0.1)
+    found = Quantities(base, base, labels, np.flatnonzero(labels == 0), None, kl)
+    with np.errstate(invalid="ignore"):
+        (check,) = decide([("0", "max_kl", 1.0)], {"0": found}).checks
+    assert (check.value, check.low, check.high, check.outcome) == (np.inf, None, None, "undefined")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05, -0.5])
+def test_a_relative_fall_is_as_wide_as_both_of_its_parts_allow(rng, share):
+    """Of the quotients of the ends of the fall and of BASE's accuracy, the least and the largest; falls or gains."""
+    labels = np.zeros(200, int)
+    some, chance = rng.random(200) < abs(share), np.where(rng.random(200) < 0.8, 0, 1)
+    base, new = (Measured(np.where(some & turned, 1, chance), np.ones((1, 200), int), None)
+                 for turned in (share < 0, share > 0))  # fmt: skip
+    quantities = Quantities(base, new, labels, np.arange(200), None, None)
+    fall, accuracy = quantities.of("max_weakening"), (base.intact == 0).mean()
+    for z in (1.0, 2.5):
+        of_base = share_limits(accuracy, np.var(base.intact == 0, ddof=1) / 200, 200, z)
+        quotients = [end / part for end in fall.limits(z) for part in of_base]
+        found = quantities.of("max_relative_weakening")
+        assert found.limits(z) == pytest.approx((min(quotients), max(quotients)))
+        assert found.value == pytest.approx(fall.value / accuracy)
 
 
 def test_a_class_of_its_own_name_has_its_own_limits():

@@ -12,6 +12,7 @@ from skillfast.evaluation.interference import (
     RELEVANT,
     Effects,
     Margins,
+    _against_draws,
     _difference,
     _left_out,
     _paired,
@@ -376,6 +377,7 @@ def test_intervals_of_angles_end_at_0_and_at_180_degrees():
     )
     assert found.difference.ci95["own_angle_deg"] == pytest.approx(want)
     assert want[1] == 180
+    assert found.difference.ci95["other_angle_deg"][0] == -180
     assert found.difference.own_angle_deg == -found.difference.other_angle_deg == 176
 
 
@@ -421,6 +423,19 @@ def test_means_and_the_strongest_angle_leave_out_what_has_none():
     assert missing.difference.own_angle_deg is missing.difference.ci95["own_angle_deg"] is None
     missing = interference((none[0][0], none[1][0]), *effects, overlap_of, "abcde", margins, draws)
     assert missing.difference.own_angle_deg is missing.own_angle_deg is missing.ci95.own_angle_deg is None
+
+
+def test_a_removal_of_all_images_alike_is_compared_as_one_more_draw():
+    """Draws vary by their variance over all rows, and so does the removal; their mean varies, too."""
+    rng = np.random.default_rng(0)
+    for k, draws in ((1, 3), (3, 5)):
+        labels = np.arange(k).repeat(4)
+        removed, random = rng.normal(1, 1, (k, k)), rng.normal(0, 1, (draws, k, k))
+        intact = np.zeros((k, 4 * k))
+        found = _against_draws(Margins(removed[:, labels], random[..., labels], intact, intact[0]), labels, k)
+        error = np.sqrt(random.var(0, ddof=1).mean(0) * (1 + 1 / draws))
+        np.testing.assert_allclose(found.mean, removed - random.mean(0))
+        np.testing.assert_allclose(found.p_above(np.zeros(k)), t.sf(found.mean / error, k * (draws - 1)))
 
 
 def test_shifts_of_few_images_have_students_tails():

@@ -268,6 +268,32 @@ def test_strengths_start_in_units_of_the_weakest_that_is_removed(setting):
     torch.testing.assert_close(learner._initial(torch.tensor([4]), None)[0], learner.attributions[4] / 4)
 
 
+def test_neurons_that_tie_at_the_cut_are_the_weakest_that_it_removes(setting):
+    """Though one of them has to stay; whatever the attributions' unit."""
+    model, loader, attributions = setting
+    learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
+    row = torch.zeros(attributions.n_neurons)
+    row[: learner.count + 1] = 1.0
+    row[0] = 10.0
+    for unit in (1e-6, 1.0, 1e6):
+        learner.attributions[0] = unit * row
+        torch.testing.assert_close(learner._initial(torch.tensor([0]), None)[0], row.clamp(max=2))
+
+
+def test_images_move_where_they_take_a_quarter_of_what_is_free(setting, monkeypatch):
+    learner = learned_mask._Learner(*setting, 0.01, 1.0, None)
+    taken = learner.images.numel() * learner.images.element_size()
+    for free, moves in ((None, False), (4 * taken - 1, False), (4 * taken, True)):
+        monkeypatch.setattr(learned_mask, "free_bytes", lambda _, free=free: free)
+        learner._move_images()
+        assert learner.gathers is moves
+
+
+def test_even_of_two_rows_one_speaks_for_the_others(setting):
+    spared, alone = (learned(*setting, steps=4, batch_size=2, keep=keep).values for keep in (10.0, 0.0))
+    assert not np.array_equal(spared, alone)
+
+
 def test_masks_start_from_others(setting):
     model, loader, attributions = setting
     learner = learned_mask._Learner(model, loader, attributions, 0.01, 1.0, None)
@@ -656,3 +682,26 @@ def test_losses_of_tokens_equal_a_loop_over_texts():
             want[1] += float(kept_loss(changed[other], intact[other], of).mean())
     assert [loss.item() for loss in found] == pytest.approx(want, rel=1e-5)
     assert min(want) > 0.01
+
+
+def test_strengths_by_labels_of_tokens_are_those_of_adam_on_the_loss_written_out(monkeypatch):
+    """In parts of 4 texts what all at once give: own texts lose their class, and `keep` weighs what any text loses."""
+    monkeypatch.setattr(learned_mask, "ROWS_AT_ONCE", 4)
+    model, batches = tagged_texts()
+    attributions = skillfast.attribute(model, batches, sites=["mlp"])
+    settings = {"share": 0.25, "max_site_share": 1.0, "steps": 3, "batch_size": 11, "keep": 3.0}
+    masks = skillfast.learn_masks(model, batches, attributions, seed=5, **settings)
+    learner = learned_mask._Learner(model, batches, attributions, 0.25, 1.0, None)
+    classes, generator = torch.arange(3), torch.Generator().manual_seed(5)
+    strength = learner._initial(classes, None).requires_grad_()
+    adam = torch.optim.Adam([strength], betas=(0.9, 0.99))
+    own, others = (learned_mask._draws(learner.labels, classes, 3, n, generator, own=n == 6) for n in (6, 5))
+    for step, temperature in enumerate(np.geomspace(1, 0.05, 3)):
+        gates = 1 - soft_top(strength, [8], torch.tensor([8.0]), 2, temperature)
+        rows, mask = torch.cat([own[:, step], others[:, step]], 1)
+        taken_away, lost = learner._of_tokens(gates, classes, mask, rows, 6)
+        adam.zero_grad()
+        (taken_away / 6 + 3 * lost / 11).backward()
+        adam.param_groups[0]["lr"] = 0.4 * (1 - 0.7 * step / 2)
+        adam.step()
+    torch.testing.assert_close(torch.from_numpy(masks.values.T).float(), strength.detach(), rtol=1e-3, atol=1e-3)
