@@ -688,6 +688,10 @@ def test_strengths_by_labels_of_tokens_are_those_of_adam_on_the_loss_written_out
     """In parts of 4 texts what all at once give: own texts lose their class, and `keep` weighs what any text loses."""
     monkeypatch.setattr(learned_mask, "ROWS_AT_ONCE", 4)
     model, batches = tagged_texts()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     attributions = skillfast.attribute(model, batches, sites=["mlp"])
     settings = {"share": 0.25, "max_site_share": 1.0, "steps": 3, "batch_size": 11, "keep": 3.0}
     masks = skillfast.learn_masks(model, batches, attributions, seed=5, **settings)
