@@ -532,7 +532,7 @@ def test_strengths_are_those_of_adam_on_the_loss_written_out(small, erase):
 
     units, fitted = [probe.lead for probe in probes(torch.ones(5, 24))] if erase else [], []
     for step, temperature in enumerate(np.geomspace(1, 0.05, 4)):
-        gates = 1 - 0.75 * soft_top(strength, [12, 12], most, 5, temperature)
+        gates = 1 - 0.75 * soft_top(strength, [12, 12], most, 4, temperature)
         if erase and step in (0, 2):
             fitted = probes(gates)
         losses = []
