@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,8 +202,8 @@ def example_digests(model: torch.nn.Module, inputs: Inputs, seed: int) -> Iterat
         found = hashlib.blake2b(digest_size=16, salt=salt)
         for x in tensors_in(one):
             found.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
-        digest = found.digest()
-        yield int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+        first, second = struct.unpack("<2Q", found.digest())
+        yield first, second
 
 
 def _drawn(

@@ -218,7 +218,7 @@ def _inputs_of(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
     """Dimensions of a parameter along which the inputs of one row lie; none where its entries stand alone."""
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
-    if weight.dim() < 2 or isinstance(module, torch.nn.Embedding):
+    if weight.dim() < 2:
         return ()
     if isinstance(module, TRANSPOSED) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return (0, *range(2, weight.dim()))

@@ -302,7 +302,8 @@ class TokenStatistics:
 
     def _start_counting(self) -> None:
         """Count the rows that are kept, and all later ones, in bins whose edges calibration has set, if it has."""
-        if self._sampled is not None and self._empty_table is not None:
+        assert self._sampled is not None
+        if self._empty_table is not None:
             self._sampled.count_in(self._empty_table)
             self._empty_table = None
 

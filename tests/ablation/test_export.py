@@ -87,6 +87,7 @@ def test_the_card_says_what_was_changed(tmp_path: Path) -> None:
     ]
     folder = skillfast.export(model, skills, tmp_path / "made", scale=0.5, model_kwargs=VIT)
     card = (folder / "README.md").read_text()
+    assert card.startswith('---\ntags: ["skillfast"]\nlibrary_name: "timm"\n---\n\n# ')
     assert "| blocks.0.mlp | `blocks.0.mlp.fc2` | 3 5 |" in card
     assert "| head | `head` | 1 |" in card
     assert "## Skill `de/er' # x`: 2 neurons" in card

@@ -433,7 +433,14 @@ def test_what_somebody_has_been_told_is_not_certified_again(monkeypatch, batch):
         coverage.warn_incomplete(make_vit(depth=2))
 
 
-@pytest.mark.parametrize("first", [skillfast.prepare, lambda model: skillfast.trace(model, [], classes=2)])
+@pytest.mark.parametrize(
+    "first",
+    [
+        skillfast.prepare,
+        lambda model: skillfast.trace(model, [], classes=2),
+        lambda model: skillfast.sweep(model, [], []),
+    ],
+)
 def test_whatever_reads_a_model_first_says_what_it_misses(monkeypatch, first):
     monkeypatch.setattr(coverage, "_told", {})
     model = make_vit(depth=2)

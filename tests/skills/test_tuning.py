@@ -68,6 +68,7 @@ def test_language_models(model_class: str) -> None:
         masks = skillfast.skill_parameters(model, skill, ids)
         inner = "transformer.h.1.mlp."  # [in, out]
         assert true_in(masks[inner + "c_fc.weight"]) == [[], [5, 7]]
+        assert masks[inner + "c_fc.bias"].nonzero()[:, 0].tolist() == [5, 7]
         assert true_in(masks[inner + "c_proj.weight"]) == [[5, 7], []]
         assert true_in(masks["transformer.h.0.attn.c_attn.weight"]) == [[], [48 + 2]]
         shared = one_line(ModelError, skillfast.skill_parameters, model, Skill("deer", {"head": [1]}), ids)

@@ -360,6 +360,16 @@ def test_labels_share_the_mutual_information_of_two_levels(n):
         assert np.allclose(found[:, k].numpy(), estimates.mutual_information(one).numpy(), atol=1e-12)
 
 
+def test_a_label_of_one_row_or_of_all_but_one_shares_it():
+    occupancy = torch.full((1, BINS), 4.0, dtype=torch.float64)
+    one = torch.zeros(1, BINS, dtype=torch.float64)
+    one[0, 3] = 1
+    found = estimates.label_information(torch.stack([one, occupancy - one], 2), occupancy)[0]
+    want = estimates.mutual_information(torch.stack([one, occupancy - one], 2))[0]
+    assert want > 0
+    assert np.allclose(found.numpy(), float(want), rtol=1e-9, atol=0)
+
+
 def test_mutual_information_of_independent_data():
     g = torch.Generator().manual_seed(5)
     x = torch.cat([torch.randn(N, 100, generator=g), torch.randn(N, 100, generator=g).relu()], 1)

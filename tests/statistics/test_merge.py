@@ -165,6 +165,17 @@ def test_processes_with_shifts_of_their_own_add_up(two):
         check(shard.state, x, values)
 
 
+def test_rows_that_wait_in_a_buffer_are_in_the_sum(two):
+    x, values = data()
+    shards = [NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES) for _ in range(2)]
+    for shard, rows in zip(shards, torch.arange(len(x)).chunk(2), strict=True):
+        shard.update(x[rows], part(values, rows), groups=rows)
+        assert shard.state.buffer.filled
+    two.run(lambda shard: shard.all_reduce(), shards)
+    for shard in shards:
+        check(shard.state, x, values)
+
+
 def test_a_process_without_rows_goes_on_after_the_sum(two):
     x, values = data()
     full, empty = halves(x, values)[0], NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES)
@@ -375,7 +386,8 @@ def test_samples_of_processes_become_one_with_one_rate(two, short, long, calibra
         with pytest.raises(ArgumentError, match="calibrate"):
             two.run(lambda shard: shard.all_reduce(), shards)
         return
-    two.run(lambda shard: shard.all_reduce(), shards)
+    two.run(lambda shard: shard.all_reduce("these"), shards)
+    assert two.groups == {"these"}
     one, other = (shard.scores() for shard in shards)
     rate = min(shard._sample.rate for shard in shards)
     expected = (short + long) * tokens * rate

@@ -175,6 +175,15 @@ def test_forwards_of_a_prepared_model_are_told_by_their_shape(images):
         assert gate.mask.all()
 
 
+def test_a_mask_of_more_tokens_than_ran_is_refused():
+    model = skillfast.prepare(make_vit(depth=1, patch_size=16), rows=5, tokens=3)  # 2 tokens
+    with skillfast.Tracer(model, {"label": Categorical(5)}, sites=("mlp",)) as tracer, torch.no_grad():
+        tracer.expect(torch.ones(4, 3))
+        model(torch.randn(4, 3, 16, 16))
+        told = one_line(ArgumentError, tracer.step, label=torch.arange(4))
+    assert told.startswith("mask: expected one for the 4 x 2 tokens of blocks.0.mlp, got shape [4, 3]")
+
+
 def test_means_take_the_place_of_neurons(images):
     model, plain = compiled(skillfast.prepare(make_vit(depth=2))), make_vit(depth=2)
     scores = skillfast.trace(plain, batches_of(images))

@@ -323,9 +323,26 @@ def test_a_site_that_saw_no_forward_has_no_scores(vit, told):
         vit.blocks[0](x)
         tracer.step(**({} if told else {"loss": loss[:, 0]}))
     scores = tracer.compute()
-    assert np.isfinite(scores["blocks.0.mlp"].pearson).all()
-    for site in scores.sites[1:]:
-        assert np.isnan(scores[site.name].pearson).all()
+    assert scores.reasons == {"hook_never_fired": tuple(site.name for site in scores.sites[1:])}
+    for name in ("pearson", "mean", "std"):
+        assert np.isfinite(getattr(scores["blocks.0.mlp"], name)).all()
+        for site in scores.sites[1:]:
+            assert np.isnan(getattr(scores[site.name], name)).all()
+
+
+def test_examples_that_are_left_out_have_no_ranks(vit):
+    """As if they had not been in the batch."""
+    x, loss = torch.randn(6, 17, 24), torch.randn(6)
+    valid = torch.tensor([False, True, True, False, True, True])
+    found = []
+    for rows, told in ((slice(None), {"valid": valid}), (valid, {})):
+        with skillfast.Tracer(vit, {"loss": Continuous()}, sites=("mlp",), pool="none") as tracer, torch.no_grad():
+            for block in vit.blocks:
+                block(x[rows])
+            tracer.step(loss=loss[rows], **told)
+        found.append(tracer.compute())
+    assert [scores.n_ranked for scores in found] == [4 * 17] * 2
+    np.testing.assert_allclose(found[0].spearman, found[1].spearman, atol=1e-9)
 
 
 @pytest.mark.parametrize("pool", ["mean", "none"])
