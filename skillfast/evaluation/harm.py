@@ -96,8 +96,8 @@ def bracket(low: float, high: float, low_variance: float, high_variance: float) 
     """The two estimates, and the 95 % interval in [0, 1] of the harm, or size of a change, that lies between them.
 
     Args:
-        low: Of `cross_fitted`.
-        high: Of `plug_in`, which is no less than 0; a sum of weights may miss that by an ulp.
+        low: The estimate `cross_fitted`.
+        high: The estimate `plug_in`, which is no less than 0; a sum of weights may miss that by an ulp.
         low_variance: Variance of `low`; infinite, as that of `high`, for one example, which says nothing of others.
         high_variance: Variance of `high`.
     """

@@ -176,7 +176,7 @@ def test_sizes_layers_and_controls_of_a_grid(vit, batches):
     assert [case.layers for case in cases[::2]] == ["all", "blocks.2", "blocks.0", "head"]
     widths = {site.name: site.width for site in scores.sites}
     for case in cases:
-        want = round(case.share * scores.n_neurons)
+        want = int(case.share * scores.n_neurons)
         room = sum(int(0.25 * width) for site, width in widths.items() if case.layers in ("all", site, site[:8]))
         assert len(case.skill) == min(want, room)
         for control in case.controls:
