@@ -61,7 +61,8 @@ def export(
 
     A model of the transformers library becomes a folder for `from_pretrained`, sharded as it saves it; its head gets
     weights of its own where they were the embeddings'. A timm model becomes a folder for
-    `timm.create_model("local-dir:FOLDER", pretrained=True)`. Of any other model the state dict is written.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` (timm 1.0.20 reads no safetensors there: load them
+    into it). Of any other model the state dict is written.
 
     Args:
         model: The model, which stays as it is.
@@ -207,8 +208,7 @@ def _save_timm_config(model: nn.Module, folder: Path, model_kwargs: dict[str, An
     try:
         with silent(), torch.random.fork_rng(devices=[]):
             timm.models.save_for_hf(model, str(folder), model_args=model_kwargs, safe_serialization=True)
-            with torch.device("meta"):
-                again = timm.create_model(f"local-dir:{folder}")
+            again = timm.create_model(f"local-dir:{folder}")  # older versions of timm make none on the meta device
         found = {name: tensor.shape for name, tensor in again.state_dict().items()}
         got = "a model with other weights" if found != wanted else ""
     except Exception as error:  # of whichever constructor
