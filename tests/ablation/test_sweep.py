@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import make_vit, one_line
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import skillfast
@@ -246,6 +247,9 @@ def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
     bare = skillfast.sweep(vit, batches, conditions[:1])
     bare.save(tmp_path)
     bare = SweepResult.load(tmp_path)
+    save_file({"accuracy": torch.ones(1)}, tmp_path / "sweep.safetensors")
+    with pytest.raises(DataError, match=r"expected schema 'skillfast\.sweep/1', got None"):
+        SweepResult.load(tmp_path)
     assert bare["deer"].predictions is bare["deer"].embeddings is bare.baseline_embeddings is None
     assert "pass keep_predictions=True" in one_line(ArgumentError, bare.predictions_of, ["deer"])
     assert "pass keep_margins=True" in one_line(ArgumentError, bare.margins_of, ["deer"])

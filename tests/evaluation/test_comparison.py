@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from compared import judged, planted, wrong
 from conftest import one_line
-from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest
+from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest, norm
 
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.comparison import Measured, interferences, moved_between, overlap_of
-from skillfast.evaluation.gate import Quantities, decide
-from skillfast.evaluation.intervals import share_limits
+from skillfast.evaluation.comparison import (
+    ClassPair,
+    Measured,
+    changes_of,
+    interferences,
+    moved_between,
+    overlap_of,
+    verdicts,
+    visible,
+)
+from skillfast.evaluation.gate import Quantities, Quantity, decide
+from skillfast.evaluation.intervals import Z, share_limits
 from skillfast.evaluation.paired import (
     PairedDifference,
     discoveries,
@@ -19,8 +31,9 @@ from skillfast.evaluation.paired import (
     mean_limits,
     shared_by_chance,
 )
+from skillfast.evaluation.power import smallest_visible
 from skillfast.results.bench import Harm
-from skillfast.results.comparison import Shift
+from skillfast.results.comparison import Overlap, PairedChange, Shift
 from skillfast.results.gates import gates_of
 
 FINDINGS = {"lost", "gained", "weakened", "strengthened", "moved", "merged"}
@@ -210,11 +223,192 @@ def test_without_the_earlier_skill_overlap_tells_what_moved(rng):
         assert judged(labels, one, other, [none] + [same] * 9)[0][0] == [verdict]
 
 
+def change(base, new, q=0.01, ci95=(0.0, 0.0), equivalence_q=1.0):
+    return PairedChange(
+        base=base, new=new, change=new - base, ci95=list(ci95), p=q, q=q, equivalence_q=equivalence_q
+    )  # fmt: skip
+
+
+def test_where_one_verdict_ends_and_another_begins():
+    """Each limit from both sides, of a class with 100 examples."""
+    same, up, down = change(0.5, 0.5), change(0.2, 0.8), change(0.8, 0.2)
+    most = share_limits(0.3, 0.3 * 0.7 / 100, 100)[1]
+    twice = most / 0.5
+    less = float(np.nextafter(twice, 0))
+    close, apart = (Overlap(shared=1, jaccard=0.1, chance=0.1, p=p) for p in (0.05, 0.051))
+    works, idle, hurts = (SimpleNamespace(limits=lambda low=low: (low, 1.0)) for low in (0.1, 0.0, -0.1))
+
+    def told(accuracy, drop=same, base_skill=None, own=None, overlap=None, merged=False, before=works, after=works):
+        pair = SimpleNamespace(n=100, base_drop=before, new_drop=after)
+        four = {"accuracy": accuracy, "drop": drop, "base_skill": base_skill, "own_over_base_skill": own}
+        return verdicts(pair, four, overlap, merged)
+
+    assert told(None) == told(same, None) == ["undecided"]
+    # accuracy: half of what it had, at the far end of an interval
+    assert told(change(twice, 0.3)) == ["lost"]
+    assert told(change(less, 0.3)) == ["weakened"]
+    assert told(change(0.3, twice)) == ["gained"]
+    assert told(change(0.3, less)) == ["strengthened"]
+    assert told(change(0.3, 0.9, q=0.05)) == ["gained"]
+    assert told(change(0.9, 0.3, q=0.05)) == ["lost"]
+    assert told(change(0.9, 0.3, q=0.051)) == told(change(0.3, 0.9, q=0.051)) == told(same) == ["undecided"]
+    # what removals take, where accuracy says nothing
+    assert told(same, down, down) == ["weakened"]
+    assert told(same, up, up) == ["strengthened"]
+    for drop, base_skill in ((down, up), (up, down), (down, same), (same, down), (up, same), (same, up)):
+        assert told(same, drop, base_skill) == ["undecided"]
+    assert told(change(less, 0.3), up, up) == ["weakened"]
+    for end, verdict in ((-0.1501, "weakened"), (-0.15, "undecided"), (0.15, "undecided"), (0.1501, "strengthened")):
+        drop = change(0.8, 0.2, ci95=(-0.9, end)) if end < 0 else change(0.2, 0.8, ci95=(end, 0.9))
+        assert told(same, drop) == [verdict]
+        unsure = change(drop.base, drop.new, q=0.06, ci95=drop.ci95)
+        assert told(same, unsure) == ["undecided"]
+    # moved
+    for new, verdicts_ in ((0.4, ["moved"]), (0.401, ["weakened"])):
+        assert told(same, down, change(0.8, new), own=up) == verdicts_
+    assert told(same, down, down, own=down) == told(same, down, down) == ["weakened"]
+    assert told(same, same, change(0.8, 0.2, q=0.06), own=up) == ["undecided"]
+    assert told(same, overlap=apart) == ["moved"]
+    assert told(same, overlap=close) == told(same) == ["undecided"]
+    for before, after in ((works, idle), (idle, works), (hurts, hurts)):
+        assert told(same, overlap=apart, before=before, after=after) == ["undecided"]
+    # several, the gravest first
+    assert told(change(twice, 0.3), overlap=apart, merged=True) == ["lost", "merged"]
+    assert told(change(less, 0.3), overlap=apart, merged=True) == ["merged", "weakened", "moved"]
+    assert told(change(0.3, twice), overlap=apart) == ["moved", "gained"]
+    assert told(change(0.3, less), overlap=apart) == ["moved", "strengthened"]
+    # unchanged: both are within the margin
+    for one, other, verdict in ((0.05, 0.05, "unchanged"), (0.051, 0.05, "undecided"), (0.05, 0.051, "undecided")):
+        assert told(change(0.5, 0.5, 1.0, equivalence_q=one), change(0.5, 0.5, 1.0, equivalence_q=other)) == [verdict]
+
+
+def test_changes_are_means_with_the_paired_test_of_each_class():
+    """Of classes with many, with one and without examples; of BASE's skill where NEW was measured with it."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 40 + [1] * 25 + [3] + [4] * 30)
+    base, new = (
+        Measured(np.where(rng.random(96) < 0.7, labels, 2), np.where(rng.random((5, 96)) < 0.4, labels, 2), None)
+        for _ in "ab"
+    )
+    new = Measured(new.intact, new.removed, np.where(rng.random((5, 96)) < 0.8, labels, 2))
+    pairs = [ClassPair(base, new, label, labels == label) for label in range(5)]
+    assert [pair.n for pair in pairs] == [40, 25, 0, 1, 30]
+    right = {}
+    for i in (0, 1, 3, 4):
+        rows = labels == i
+        b, w, b0, w0, wb = (
+            (decided[rows] == i).astype(int)
+            for decided in (base.intact, new.intact, base.removed[i], new.removed[i], new.base_skill[i])
+        )
+        right[i] = {
+            "accuracy": ((b, w), PairedDifference(w - b)),
+            "drop": ((b - b0, w - w0), PairedDifference(w - b, w0 - b0)),
+            "base_skill": ((b - b0, w - wb), PairedDifference(w - b, wb - b0)),
+            "own_over_base_skill": ((w - wb, w - w0), PairedDifference(wb - w0)),
+        }
+        for mine, parts in ((pairs[i].base_drop, b - b0), (pairs[i].new_drop, w - w0)):
+            assert mine.change == pytest.approx(parts.mean())
+            assert mine.limits() == PairedDifference(parts).limits()
+    for name, margin in (("accuracy", 0.2), ("drop", 0.4), ("base_skill", 0.4), ("own_over_base_skill", 0.4)):
+        found = changes_of(pairs, name, margin)
+        assert found[2] is None
+        known = [right[i][name] for i in (0, 1, 3, 4)]
+        q = discoveries(np.array([d.p for _, d in known]), np.array([d.least_p for _, d in known]))
+        within = false_discovery_control([d.equivalence_p(margin) for _, d in known])
+        for one, ((before, after), difference), q1, q2 in zip(
+            [found[i] for i in (0, 1, 3, 4)], known, q, within, strict=True
+        ):
+            want = (before.mean(), after.mean(), after.mean() - before.mean(), difference.p, q1, q2)
+            assert (one.base, one.new, one.change, one.p, one.q, one.equivalence_q) == pytest.approx(want)
+            assert one.ci95 == pytest.approx(difference.limits())
+    nothing = [ClassPair(base, base, label, labels == label) for label in range(5)]
+    assert changes_of(nothing, "base_skill", 0.1) == [None] * 5  # BASE was not measured with another's skills
+
+
+def test_what_would_have_been_seen():
+    """As many examples flip by chance as flip against the larger direction."""
+    labels = np.zeros(80, int)
+    decided = np.zeros((3, 80), int)
+    decided[1, :6] = decided[2, 6:9] = 1  # six were lost, three gained
+    sides = [Measured(row, np.ones((1, 80), int), None) for row in decided]
+    for one, other in ((2, 1), (1, 2)):
+        found = visible(ClassPair(sides[one], sides[other], 0, labels == 0), 5)
+        want = [smallest_visible(80, 3 / 80, 0.025), smallest_visible(80, 3 / 80, 0.005)]
+        assert list(found) == want
+    assert visible(ClassPair(*sides[:2], 0, labels == 1), 5) == (None, None)
+
+
 def test_where_a_skill_moved_to():
     there, elsewhere = {"0": Shift(0.9, 0.8), "1": Shift(0.1, 0.2)}, {"0": Shift(0.9, 0.1), "1": Shift(0.1, 0.9)}
     assert moved_between(there, there) == ["neurons"]
     assert moved_between(None, elsewhere) == ["blocks"]
     assert moved_between(elsewhere, there) == ["kinds"]
+
+
+def test_half_is_elsewhere_at_a_quarter():
+    shares = {"0": Shift(0.75, 0.5), "1": Shift(0.25, 0.5)}
+    assert moved_between(shares, None) == ["kinds"]
+    assert moved_between(shares, shares) == ["blocks", "kinds"]
+    assert moved_between({"0": Shift(0.75, 0.51), "1": Shift(0.25, 0.49)}, None) == ["neurons"]
+
+
+def by_hand(base, new, labels):
+    """What `interferences` gives, pair by pair, and all signs of all differences."""
+    k, tests = len(base.removed), {}
+    for i, j in itertools.permutations(range(k), 2):
+        rows = np.flatnonzero(labels == j)
+        if len(rows):
+            of = [(side.removed[i, rows] == j).astype(int) - (side.intact[rows] == j) for side in (base, new)]
+            total = of[1] - of[0]
+            sums = np.ones(1)  # of -s ... s in steps of 1
+            for size in np.abs(total[total != 0]):
+                sums = np.convolve(sums, [0.5, *[0] * (2 * size - 1), 0.5])
+            p = sums[: total.sum() + (len(sums) - 1) // 2 + 1].sum()
+            parts = [(new.removed[i, rows] == j).astype(int) - (base.removed[i, rows] == j),
+                     (new.intact[rows] == j).astype(int) - (base.intact[rows] == j)]  # fmt: skip
+            tests[i, j] = (of[0].mean(), of[1].mean(), PairedDifference(*parts).limits(), p, 0.5 ** (total != 0).sum())
+    q = discoveries(np.array([t[3] for t in tests.values()]), np.array([min(t[4], 1) for t in tests.values()]))
+    found = [(*pair, *t[:4], value) for (pair, t), value in zip(tests.items(), q, strict=True) if value <= 0.05]
+    return sorted(found, key=lambda f: f[3] - f[2])
+
+
+def test_interferences_are_those_of_every_pair_by_hand():
+    """Removals that take half of another class or none, classes with few and without examples, other own drops."""
+    several = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        labels = np.array([0] * 30 + [1] * 5 + [2] * 24 + [4] * 12)
+        sides = []
+        for _ in "ab":
+            intact = np.where(rng.random(71) < 0.9, labels, 3)
+            takes = rng.choice([0, 0, 0.1, 0.6], (5, 5))[:, labels]
+            sides.append(Measured(intact, np.where(rng.random((5, 71)) < takes, 3, intact), None))
+        found, merged = interferences(*sides, labels, "abcde")
+        want = by_hand(*sides, labels)
+        assert [(f.removed, f.harmed) for f in found] == [("abcde"[i], "abcde"[j]) for i, j, *_ in want]
+        for one, (_, _, *rest) in zip(found, want, strict=True):
+            numbers = one.base, one.new, *one.ci95, one.p, one.q
+            assert numbers == pytest.approx([*rest[:2], *rest[2], *rest[3:]])
+        accuracy = [np.mean(sides[1].intact[labels == j] == j) if (labels == j).any() else 1 for j in range(5)]
+        takes = {(i, j) for i, j, _, after, *_ in want if -after >= 0.5 * accuracy[j]}
+        assert merged == {frozenset(("abcde"[i], "abcde"[j])) for i, j in takes if (j, i) in takes}
+        several += len(want) > 1
+    assert several > 3
+
+
+def test_half_of_what_a_class_had_is_enough_to_merge():
+    labels = np.arange(2).repeat(24)
+    intact = np.where(np.arange(48) % 24 < 20, labels, 2)
+    for taken, merged in ((10, {frozenset("ab")}), (9, set())):
+        removed = np.tile(intact, (2, 1))
+        removed[0, 24 : 24 + 10] = 2
+        removed[1, :taken] = 2
+        removed[0, :20] = 2  # its own class, too
+        base, new = Measured(intact, np.tile(intact, (2, 1)), None), Measured(intact, removed, None)
+        found = interferences(base, new, labels, "ab")
+        assert found[1] == merged
+        assert {(f.removed, f.harmed) for f in found[0]} == {("a", "b"), ("b", "a")}
+        assert [f.new for f in found[0]] == sorted(f.new for f in found[0])
 
 
 def test_two_skills_that_merged(rng):
@@ -232,8 +426,8 @@ def test_two_skills_that_merged(rng):
     assert merged == {frozenset("34")}
     assert {(entry.removed, entry.harmed) for entry in found} == {("3", "4"), ("4", "3"), ("7", "8")}
     assert all(entry.new < entry.base and entry.ci95[1] < 0 for entry in found)
-    verdicts, _ = judged(labels, base, new, merged={3, 4})
-    assert verdicts[3] == verdicts[4] == ["merged"]
+    told, _ = judged(labels, base, new, merged={3, 4})
+    assert told[3] == told[4] == ["merged"]
     assert interferences(base, base, labels, names) == ([], set())
 
 
@@ -296,6 +490,68 @@ def test_a_gate_decides_on_ends_of_intervals(rng):
     few[:] = np.arange(1000) % 100 < 20
     small = Measured(base.intact[few], base.removed[:, few], None)
     assert decision(labels[few], small, small, {"max_weakening": 0.05}).decision == "not comparable"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_values_and_ends_of_every_check(several):
+    """Of one class, and of two whose means count once each; ends at 5 %, and at 5 % over the checks."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 60 + [1] * 25)
+    base, new = (
+        Measured(np.where(rng.random(85) < share, labels, 2), np.where(rng.random((2, 85)) < 0.4, labels, 2), None)
+        for share in (0.9, 0.6)
+    )
+    rows = np.flatnonzero(labels >= (0 if several else 1))
+    groups = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
+    kl, harm = rng.random(len(rows)), Harm(plug_in=0.1, cross_fitted=0.08, noise_floor=0.0, ci95=[0.06, 0.12])
+    b, w = ((side.intact == labels).astype(int) for side in (base, new))
+    b0, w0 = ((side.removed[labels, np.arange(85)] == labels).astype(int) for side in (base, new))
+
+    def mean(values):
+        return np.mean([values[group].mean() for group in groups])
+
+    def share(values, z):
+        error = sum(values[group].var(ddof=1) / len(group) for group in groups) / len(groups) ** 2
+        return share_limits(mean(values), error, 1, z)
+
+    def paired(z, *parts, sign=1):
+        of = labels[rows]
+        ends = PairedDifference(*(part[rows] for part in parts), labels=of if several else None).limits(z)
+        return ends if sign > 0 else tuple(-end for end in ends[::-1])
+
+    fall = mean(b) - mean(w)
+    want = {
+        "min_accuracy": (mean(w), lambda z: share(w, z)),
+        "max_weakening": (fall, lambda z: paired(z, w - b, sign=-1)),
+        "max_relative_weakening": (fall / mean(b), None),
+        "min_drop": (mean(w - w0), lambda z: paired(z, w - w0)),
+        "max_drop_loss": (mean(b - b0) - mean(w - w0), lambda z: paired(z, w - b, w0 - b0, sign=-1)),
+        "max_harm": (0.1, lambda z: (0.08 - 0.02 * max(z / Z, 1), 0.12)),
+        "max_kl": (kl.mean(), lambda z: mean_limits(kl, z)),
+    }
+    quantities = Quantities(base, new, labels, rows, harm, kl)
+    asked = [("a", name, 0.5) for name in want]
+    for check in decide(asked, {"a": quantities}).checks:
+        value, limits = want[check.check]
+        assert check.value == pytest.approx(value, abs=1e-12)
+        if limits is not None:
+            z = [norm.isf(0.05), norm.isf(0.05 / 7)][:: 1 if check.check.startswith("min") else -1]
+            assert (check.low, check.high) == pytest.approx((limits(z[0])[0], limits(z[1])[1]), abs=1e-12)
+
+
+def test_a_limit_itself_passes_and_beyond_it_fails():
+    def outcome(name, low, high, **more):
+        found = SimpleNamespace(of=lambda _: Quantity(0.5, lambda _: (low, high)))
+        (check,) = decide([("a", name, 0.5)], {"a": found}, **more).checks
+        return check.outcome
+
+    for name, ends in (
+        ("min_drop", {"passed": (0.5, 0.9), "undecided": (0.4, 0.5), "failed": (0.1, 0.49)}),
+        ("max_harm", {"passed": (0.1, 0.5), "undecided": (0.5, 0.6), "failed": (0.51, 0.9)}),
+    ):
+        for wanted, (low, high) in ends.items():
+            assert outcome(name, low, high) == wanted
+    assert outcome("max_harm", -np.inf, 0.1) == outcome("max_harm", 0.1, np.nan) == "undefined"
 
 
 def test_every_threshold_has_two_sides(rng):

@@ -534,6 +534,14 @@ def test_tails_lie_beyond_either_end_each_four_times_as_far():
     assert found.tolist() == [[-2.5, -0.625, 3, 10.625, 12.5, torch.inf]]
 
 
+def test_one_bin_of_sixteen_lies_beyond_the_rows():
+    """Half of them at either end; at least one there, from 8 bins on."""
+    rows = torch.randn(2048, 1, generator=torch.Generator().manual_seed(0))
+    for n_bins, tails in ((7, 0), (8, 1), (32, 1), (63, 1), (64, 2), (95, 2), (96, 3), (256, 8)):
+        edges = build_edges(rows, n_bins)
+        assert ((edges < rows.min()).sum(), (edges > rows.max()).sum()) == (tails, tails), n_bins
+
+
 @pytest.mark.parametrize("n", [1, 2, 65, 300])
 @pytest.mark.parametrize("levels", [1, 3, 10**6])
 def test_ranks_by_one_sort_are_those_of_scipy(n, levels):

@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from skillfast import NeuronScores
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
 from skillfast.models.sites import Site
 from skillfast.statistics.scores import OF_NEURONS
 
@@ -54,9 +56,15 @@ def test_all_that_scores_hold_is_saved(tmp_path):
     want = scores()
     assert len(want.arrays()) == 13
     want.save(tmp_path)
+    with safe_open(tmp_path / "scores.safetensors", "numpy") as file:
+        assert set(file.keys()) == {*want.arrays(), *(f"routed.{name}" for name in want.routed.arrays())}
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     found = NeuronScores.load(tmp_path)
     same(found, want)
     same(found.routed, want.routed)
+    save_file(kept, tmp_path / "scores.safetensors")  # the arrays alone
+    with pytest.raises(DataError, match=r"expected schema 'skillfast\.scores/1', got None"):
+        NeuronScores.load(tmp_path)
     few = NeuronScores(("y",), np.ones(2), np.ones(2), 7)
     few.save(tmp_path)
     found = NeuronScores.load(tmp_path)

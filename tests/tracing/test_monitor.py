@@ -19,6 +19,7 @@ from torch import nn
 from skillfast import Monitor, Skill
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
+from skillfast.statistics.sequential import DriftTest
 from skillfast.tracing import monitor as monitor_module
 
 if TYPE_CHECKING:
@@ -76,14 +77,35 @@ def test_activations_are_means_of_the_skills_neurons(tmp_path: Path) -> None:
         for q in (5, 50, 95):
             assert first[f"{key}q{q:02d}"] == pytest.approx(np.quantile(values, q / 100), rel=1e-5)
         assert first[key + "alarm"] == first[key + "not_finite"] == 0
-        assert np.isfinite(first[key + "drift"])
+        test = DriftTest(reference[name], monitor.names.index(name))
+        for part, line in ((values, first), (values[:2], last)):
+            test.update(part)
+            assert line[key + "drift"] == pytest.approx(test.evidence / np.log(10), rel=1e-6)
+    names = {"step", "time", "examples"}
+    of_skill = ("activation", "q05", "q50", "q95", "not_finite", "drift", "alarm")
+    assert first.keys() == last.keys() == names | {f"skill/{name}/{key}" for name in expected for key in of_skill}
     found = monitor.prometheus()
     assert found == (tmp_path / "monitor.prom").read_text()
-    assert "skillfast_forwards_total 4" in found
-    assert f'skillfast_skill_activation{{skill="cat"}} {last["skill/cat/activation"]!r}' in found
-    assert re.search(r'skillfast_skill_activation_quantile\{skill="deer",quantile="0.95"\} [\d.]+\n', found)
-    for line in found.splitlines():  # the text format: a comment, or a name, labels and a number
-        assert line.startswith(("# HELP ", "# TYPE ")) or re.fullmatch(r'\w+(\{(\w+="[^"]*",?)+\})? [-\d.e]+', line)
+    comments = [line for line in found.splitlines() if line.startswith("#")]
+    rows = dict(line.rsplit(" ", 1) for line in found.splitlines() if not line.startswith("#"))
+    assert rows == {"skillfast_forwards_total": "4"} | {
+        f"skillfast_skill_{row}": repr(last[f"skill/{skill}/{key}"])
+        for skill in expected
+        for key, row in (
+            ("activation", f'activation{{skill="{skill}"}}'),
+            *((f"q{q:02d}", f'activation_quantile{{skill="{skill}",quantile="{q / 100:g}"}}') for q in (5, 50, 95)),
+            ("drift", f'drift{{skill="{skill}"}}'),
+            ("alarm", f'alarm{{skill="{skill}"}}'),
+        )
+    }
+    kinds = [re.fullmatch(r"# TYPE skillfast_(\w+) (gauge|counter)", line) for line in comments[1::2]]
+    assert [kind[1] for kind in kinds if kind] == [
+        "forwards_total", "skill_activation", "skill_activation_quantile", "skill_drift", "skill_alarm",
+        "skill_routed_share",
+    ]  # fmt: skip
+    for kind, told in zip(kinds, comments[::2], strict=True):
+        assert kind
+        assert re.fullmatch(rf"# HELP skillfast_{kind[1]} [A-Z1][\w |,']+\.", told)
 
 
 @pytest.mark.parametrize("model_class", ["BertForSequenceClassification", "Qwen3MoeForCausalLM"])
@@ -130,6 +152,15 @@ def test_padding_and_experts(tmp_path: Path, model_class: str) -> None:
     assert line["skill/deer/activation"] == pytest.approx(float(of_example.mean()), rel=1e-4)
     assert line["skill/deer/routed_share"] == pytest.approx(float(shares.mean()), rel=1e-5)
     assert "skill/cat/routed_share" not in line
+    share = (tmp_path / "monitor.prom").read_text().splitlines()[-1]
+    assert share == f'skillfast_skill_routed_share{{skill="deer"}} {line["skill/deer/routed_share"]!r}'
+    seen.clear()
+    handle = model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad(), Monitor(model, skills, **settings):
+        model(input_ids=x["input_ids"])  # without padding
+    handle.remove()
+    routed = (seen[0][1] == expert).any(-1).float()
+    assert lines(tmp_path)[1]["skill/deer/routed_share"] == pytest.approx(float(routed.mean()), rel=1e-5)
 
 
 def test_an_alarm_when_a_skill_goes_quiet(tmp_path: Path) -> None:
@@ -314,7 +345,10 @@ def test_sinks_get_flat_keys_and_the_step(tmp_path: Path, monkeypatch: pytest.Mo
 def test_names_of_users_are_escaped(tmp_path: Path) -> None:
     model, skill = Small().eval(), Skill('a"b\\c\nd', {"blocks.0.mlp": [0]})
     with torch.no_grad(), Monitor(model, [skill], every=1, output=tmp_path, share=1.0) as monitor:
-        model(torch.randn(8, 4))
+        model(torch.randn(255, 4))
+        assert not hasattr(monitor, "reference")  # of 256, unless told otherwise
+        model(torch.randn(2, 4))
+    assert [len(values) for values in monitor.reference.values()] == [256]
     assert 'skillfast_skill_alarm{skill="a\\"b\\\\c\\nd"} 0\n' in monitor.prometheus()
     assert 'skill/a"b\\c\nd/activation' in lines(tmp_path)[0]
 
