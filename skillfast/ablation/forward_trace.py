@@ -44,7 +44,8 @@ class ForwardTrace:
             tell otherwise: a mask is made where there is padding only.
         head: The classifier's site, or None.
         head_is_last: Whether the classifier's output is the model's.
-        sequential: Whether each block and site ran once.
+        sequential: Whether each block and site ran once, and each block was given a hidden state first. A model that
+            calls the modules in a block past it is not.
         tokens: Tokens per sample.
         dtype: Data type of the logits.
         running_bytes: Bytes that a forward takes at its peak, per sample.
@@ -90,9 +91,9 @@ def trace_forward(model: torch.nn.Module, inputs: Inputs) -> ForwardTrace:
     with watch, LivingBytes() as memory:
         output = logits_of(call(model, inputs), model)
     fired = [site for name in watch.fired for site in sites if site.name == name]
-    blocks = tuple(dict.fromkeys(watch.entered))
     head = next((site for site in sites if site.kind == "head"), None)
     inner = [site for site in fired if site.kind != "head"]
+    blocks = tuple(dict.fromkeys([*watch.entered, *map(block_path, inner)]))  # those never called come last
     parents = {site.name: site.path.rpartition(".")[0] for site in inner if watch.returns_projection(site)}
     for site in inner:  # a start needs all earlier sites of its block kept, too
         same = [s for s in inner if block_path(s) == block_path(site)]
@@ -107,7 +108,7 @@ def trace_forward(model: torch.nn.Module, inputs: Inputs) -> ForwardTrace:
         batched=watch.batched,
         head=head if head is not None and head.name in watch.fired else None,
         head_is_last=head is not None and watch.same(watch.outputs.get(head.path), output),
-        sequential=len(watch.fired) == len(set(watch.fired)) and len(watch.entered) == len(blocks),
+        sequential=len(watch.fired) == len(set(watch.fired)) and [*watch.batched] == watch.entered == [*blocks],
         tokens=watch.tokens,
         dtype=output.dtype,
         running_bytes=memory.peak / examples_in(inputs),
@@ -169,8 +170,9 @@ class _Watch:
     def _enter_block(self, block: str, call: Any) -> None:
         self.entered.append(block)
         leaves = tree_leaves(call)
-        rows = leaves[0].shape[0]
-        self.batched[block] = [_by_sample(leaf, rows) for leaf in leaves]
+        first = leaves[0] if leaves else None
+        if isinstance(first, torch.Tensor) and first.dim():
+            self.batched[block] = [_by_sample(leaf, len(first)) for leaf in leaves]
 
     def _fire(self, site: Site, x: torch.Tensor) -> None:
         self.fired.append(site.name)

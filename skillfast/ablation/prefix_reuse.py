@@ -211,9 +211,8 @@ class PrefixReuse:
         """
         points = [point for point in self.conditions_from if point is not None]
         last = ResumePoint(len(self.trace.blocks) - 1, None)
-        whole = self.fill_cache(
-            inputs, [Route(last if p.block is None else p) for p in points] if self.trace.blocks else []
-        )
+        starts = self.trace.blocks and self.trace.sequential
+        whole = self.fill_cache(inputs, [Route(last if p.block is None else p) for p in points] if starts else [])
         proven: set[tuple[Any, ...]] = set()
         for point in points:
             condition = self.conditions_from[point][0]

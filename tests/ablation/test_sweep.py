@@ -20,6 +20,7 @@ from skillfast import Condition, Skill, progress
 from skillfast.ablation import forward_trace, prefix_reuse, sweep
 from skillfast.ablation.batch_result import BatchRecorder, BatchResult, Observed
 from skillfast.ablation.interventions import Interventions
+from skillfast.ablation.shared_forwards import SharedForwards
 from skillfast.ablation.sweep import BatchRunner, SweepResult
 from skillfast.errors import ArgumentError, DataError
 from skillfast.memory.living import LivingBytes
@@ -150,6 +151,53 @@ def test_every_family_equals_the_loop(name):
         assert sure.mean() > 0.8
         np.testing.assert_array_equal(result.predictions[i][sure], want.argmax(1).numpy()[sure])
     assert (result.predictions != result.top2[:, 0]).mean() > 0.02  # the conditions do something
+
+
+class Past(torch.nn.Module):
+    """Blocks that are dictionaries: the model calls what is in them, and never (or with a number first) the block."""
+
+    num_classes = 5
+
+    class Numbered(torch.nn.ModuleDict):
+        def forward(self, place, x):
+            return x + place + self["mlp"](x)
+
+    def __init__(self, *blocks):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = {"mlp": lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))}
+        self.layers = torch.nn.ModuleList(block({name: made() for name, made in layer.items()}) for block in blocks)
+        self.head = torch.nn.Linear(8, 5)
+        skillfast.models.sites.declare_sites(
+            self, {**{f"blocks.{i}.mlp": f"layers.{i}.mlp.2" for i in range(len(blocks))}, "head": "head"}
+        )
+
+    def forward(self, x):
+        for place, layer in enumerate(self.layers):
+            x = layer(place, x) if isinstance(layer, self.Numbered) else x + layer["mlp"](x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [[torch.nn.ModuleDict] * 2, [Past.Numbered] * 2, [Past.Numbered, torch.nn.ModuleDict]],
+    ids=["never called", "a number comes first", "one of each"],
+)
+def test_blocks_that_give_no_hidden_state_to_start_from_run_whole(blocks):
+    model, x = Past(*blocks).eval(), torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(1))
+    removed = [{"blocks.0.mlp": [0, 3]}, {"blocks.1.mlp": [5]}, {"head": [2]}]
+    conditions = [Condition(Skill(str(i), neurons), scale=2.0) for i, neurons in enumerate(removed)]
+    with pytest.warns(RuntimeWarning, match=r"3 of 3 conditions run the whole forward of this Past, which does not "):
+        result = skillfast.sweep(model, [(x, torch.arange(6) % 5)], conditions, keep_margins=True)
+    own = torch.nn.functional.one_hot(torch.arange(6) % 5, 5).bool()
+    for condition in conditions:
+        logits = by_plain_hooks(model, x, condition, None)
+        want = (logits[own] - logits.masked_fill(own, -torch.inf).amax(1)).numpy()
+        np.testing.assert_allclose(result.margins_of([condition.name])[0], want, atol=1e-5)
+    of_first = torch.zeros(6, dtype=torch.long)
+    shared = SharedForwards(model, [conditions[:1], conditions[2:]], Batch(x, of_first))
+    want = np.stack([by_plain_hooks(model, x, conditions[i]).argmax(1).numpy() for i in (0, 2)])
+    np.testing.assert_array_equal(shared.predict(Batch(x, of_first), of_first), want)
 
 
 def logits_of_routes(model, batch, conditions, bank):
