@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -96,13 +97,45 @@ def test_the_card_says_what_was_changed(tmp_path: Path) -> None:
     ]
     folder = skillfast.export(model, skills, tmp_path / "made", scale=0.5, model_kwargs=VIT)
     card = (folder / "README.md").read_text()
-    assert card.startswith('---\ntags: ["skillfast"]\nlibrary_name: "timm"\n---\n\n# ')
-    assert "| blocks.0.mlp | `blocks.0.mlp.fc2` | 3 5 |" in card
-    assert "| head | `head` | 1 |" in card
-    assert "## Skill `de/er' # x`: 2 neurons" in card
-    assert "`blocks.0.mlp.fc2.weight`, `head.weight`" in card
-    assert "2 skills scaled by 0.5" in card
-    assert "- Factor on each neuron below: 0.5, towards 0." in card
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} float32 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    sha = digest.hexdigest()
+    wanted = f"""---
+tags: ["skillfast"]
+library_name: "timm"
+---
+
+# vit\\_tiny\\_patch16\\_224 with 2 skills scaled by 0.5
+
+A copy of `vit_tiny_patch16_224` (VisionTransformer) whose weights were changed by skillfast {skillfast.__version__}.
+It runs without skillfast:
+
+    timm.create_model("local-dir:FOLDER", pretrained=True)
+
+- Factor on each neuron below: 0.5, towards 0.
+- Weights that differ: `blocks.0.mlp.fc2.weight`, `head.weight`. All others are those of the source.
+- SHA-256 of the source's weights: `{sha}`, over its state dict in the order of the names: for each tensor a
+  line with name, dtype and shape, then its bytes.
+
+A neuron is an input of the projection named beside it: a column of that weight. That it was removed does not show that
+the information is gone; a refitted probe may still read it.
+
+## Skill `de/er' # x`: 2 neurons
+
+Chosen by `mask` for `label:deer`.
+
+| site | projection | neurons |
+| --- | --- | --- |
+| blocks.0.mlp | `blocks.0.mlp.fc2` | 3 5 |
+
+## Skill `cat`: 1 neuron
+
+| site | projection | neurons |
+| --- | --- | --- |
+| head | `head` | 1 |
+"""
+    assert card == wanted
     source = re.search(r"SHA-256 of the source's weights: `(\w{64})`", card)
     assert source is not None
     # The digest of other weights is another, that of the same ones is not.
@@ -170,6 +203,9 @@ def test_convolutions_and_a_model_of_ones_own(tmp_path: Path) -> None:
     del again.skillfast_sites
     again.load_state_dict(load_file(folder / "model.safetensors"))
     check_equal(model, skill, again, 0.3, x)
+    card = (folder / "README.md").read_text()
+    assert card.startswith('---\ntags: ["skillfast"]\n---\n\n# Stack with 1 skill scaled by 0.3\n')
+    assert '    model.load_state_dict(safetensors.torch.load_file("FOLDER/model.safetensors"))\n' in card
     scores = skillfast.trace(model, [(x, torch.arange(5) % 3)], statistics=("pearson",), classes=3)
     for block in range(4):
         one, fits = Skill("one", {f"blocks.{block}.mlp": [0, 2]}), block == 3
@@ -210,6 +246,9 @@ def test_from_pretrained_opens_the_folder(tmp_path: Path, model_class: str, sett
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "source")
     skill = skill_of(model)
     tied = model.config.tie_word_embeddings
+    hub = not model_class.startswith("T5")  # else its folder's name is all that is told of it
+    if hub:
+        model.config._name_or_path = "some-one/a.model"
     folder = skillfast.export(model, skill, tmp_path / "made", scale=0.5, processor=tokenizer)
     assert model.config.tie_word_embeddings == tied
     again = type(model).from_pretrained(folder)
@@ -217,7 +256,12 @@ def test_from_pretrained_opens_the_folder(tmp_path: Path, model_class: str, sett
     more = {"decoder_input_ids": ids} if model_class.startswith("T5") else {}
     check_equal(model, skill, again, 0.5, input_ids=ids, **more)
     assert transformers.AutoTokenizer.from_pretrained(folder)("good film") == tokenizer("good film")
-    assert f"transformers.{model_class}.from_pretrained" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    base, name = ('base_model: "some-one/a.model"\n', "some-one/a.model") if hub else ("", "source")
+    assert card.startswith(
+        f'---\ntags: ["skillfast"]\nlibrary_name: "transformers"\n{base}---\n\n# {name} with 1 skill scaled by 0.5\n'
+    )
+    assert f'\n\n    transformers.{model_class}.from_pretrained("FOLDER")\n\n' in card
 
 
 EXPERTS = {

@@ -97,6 +97,80 @@ def test_language_models(model_class: str) -> None:
         assert masks.keys() <= {inner + name for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj")}
 
 
+class Convolutions(nn.Module):
+    """Each kind of convolution makes neurons and reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.third = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.head = nn.Linear(4, 3)
+        self.skillfast_sites = {"blocks.0.mlp": "second", "blocks.1.mlp": "third", "head": "head"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.third(self.second(self.first(x).tanh()).tanh()).tanh()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:sites cover")
+def test_every_entry_is_what_changing_it_does() -> None:
+    """A row is the skill's own if the output hears of its entries, and does not while the neurons are held."""
+    torch.manual_seed(0)
+    model, x = Convolutions().eval(), torch.randn(2, 3, 4, 4)
+    skill = Skill("deer", {"blocks.0.mlp": [1], "blocks.1.mlp": [0, 4], "head": [2]})
+    masks = skillfast.skill_parameters(model, skill, x)
+    model, x, paths = model.double(), x.double(), {site.name: site.path for site in find_sites(model)}
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(_: nn.Module, args: tuple[torch.Tensor, ...], name: str) -> None:
+        seen[name] = args[0].clone()
+
+    def held(_: nn.Module, args: tuple[torch.Tensor, ...], name: str) -> torch.Tensor:
+        values = args[0].clone()
+        values[:, skill.neurons[name]] = seen[name][:, skill.neurons[name]]
+        return values
+
+    def hook(called: Any) -> list[Any]:
+        return [
+            model.get_submodule(paths[name]).register_forward_pre_hook(lambda m, args, name=name: called(m, args, name))
+            for name in skill.neurons
+        ]
+
+    def entries_heard() -> dict[str, torch.Tensor]:
+        found, before = {}, model(x)
+        for name, parameter in model.named_parameters():
+            heard = torch.zeros(parameter.numel(), dtype=torch.bool)
+            for i in range(parameter.numel()):
+                parameter.view(-1)[i] += 0.5
+                heard[i] = (model(x) - before).abs().max() > 1e-9
+                parameter.view(-1)[i] -= 0.5
+            found[name] = heard.view_as(parameter)
+        return found
+
+    with torch.no_grad():
+        handles = hook(note)
+        model(x)
+        for handle in handles:
+            handle.remove()
+        acting = entries_heard()
+        hook(held)
+        past = entries_heard()
+    inputs = {"first": (1, 2, 3), "second": (1, 2, 3), "third": (0, 2, 3), "head": (1,)}
+    expected = {}
+    for name, parameter in model.named_parameters():
+        own, other = acting[name], past[name]
+        if name.endswith("weight"):
+            along = inputs[name.partition(".")[0]]
+            own, other = (each.any(along, keepdim=True).expand_as(parameter) for each in (own, other))
+        expected[name] = own & ~other
+    expected["second.weight"][:3, 1] = True  # the neurons' columns; 1 is in the first of two groups
+    expected["third.weight"][[0, 4]] = expected["head.weight"][:, 2] = True
+    assert masks.keys() == {name for name, mask in expected.items() if mask.any()}
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected[name]), name
+
+
 def test_neurons_that_are_silent_are_counted() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     model.skillfast_sites = {"blocks.0.mlp": "2"}

@@ -288,6 +288,20 @@ def test_threads_share_a_monitor(tmp_path: Path) -> None:
     assert mean == pytest.approx(sum(n * expected[n] for n in inputs) / 6, rel=1e-5)
 
 
+def test_examples_are_those_of_the_first_input_that_has_any(tmp_path: Path) -> None:
+    class Scaled(Small):
+        def forward(self, scale: Any, x: torch.Tensor | None = None, *, pixel_values: Any = None) -> torch.Tensor:
+            return super().forward(scale * (pixel_values if x is None else x))
+
+    model, settings = Scaled().eval(), {"every": 1, "output": tmp_path, "share": 1.0, "reference": 99}
+    with torch.no_grad(), Monitor(model, [Skill("deer", {"blocks.0.mlp": [0]})], **settings):
+        model(torch.tensor(2.0), torch.randn(3, 4))
+        model(2.0, torch.randn(5, 4))
+        model(torch.ones(1, 4), pixel_values=torch.randn(7, 4))
+        model.first(torch.randn(9, 4))  # no forward of the model
+    assert [(line["step"], line["examples"]) for line in lines(tmp_path)] == [(1, 3), (2, 5), (3, 7)]
+
+
 def test_numbers_that_are_none_are_counted(tmp_path: Path) -> None:
     model = Small().eval()
     settings: dict[str, Any] = {"every": 2, "output": tmp_path, "reference": 4, "share": 1.0}
