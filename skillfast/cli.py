@@ -267,14 +267,15 @@ def compare(directories: tuple[str, ...], gate: str | None, margin: float, form:
 
         _show(comparison_table({directory: read_results(directory) for directory in directories}))
         return
-    from skillfast.report import audit_table, comparison_text
+    from skillfast.report import audit_tables, comparison_text
     from skillfast.runs.compare import compare as run
 
     found = run(*directories, gate=gate, margin=margin, output=output)
     if form != FORMATS[0]:
         click.echo(comparison_text(found, form))
     elif not quiet:
-        _show(audit_table(found))
+        for table in audit_tables(found):
+            _show(table)
         for line in comparison_text(found, form).splitlines():
             click.echo(line)
     if form == FORMATS[0]:

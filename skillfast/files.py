@@ -100,7 +100,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[s
     from safetensors.numpy import save_file
 
     with replacing(path) as temporary:
-        save_file(dict(arrays), temporary, metadata={"skillfast": json.dumps(header)})
+        in_order = {name: value.copy("C") for name, value in arrays.items()}  # safetensors writes memory as it lies
+        save_file(in_order, temporary, metadata={"skillfast": json.dumps(header)})
 
 
 def write_nested(path: Path, state: Mapping[str, Any]) -> None:

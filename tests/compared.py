@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from skillfast.evaluation.comparison import FOUR, ClassPair, Measured, changes_of, verdicts
+from skillfast.evaluation.comparison import CHANGES, ClassPair, Measured, changes_of, verdicts
 
 
 def wrong(labels, classes):
@@ -44,16 +44,16 @@ def planted(rng, classes=10, n=100, accuracy=0.95, flips=0.0, loss=0.0, drop=0.8
 
 
 def judged(labels, base, new, overlaps=None, merged=(), margin=0.05):
-    """The verdicts of every class, and the four changes by name."""
+    """The verdicts of every class, and the changes by name."""
     classes = len(base.removed)
     pairs = [ClassPair(base, new, label, labels == label) for label in range(classes)]
-    four = {name: changes_of(pairs, name, margin if name == "accuracy" else 2 * margin) for name in FOUR}
+    changes = {name: changes_of(pairs, name, margin if name == "accuracy" else 2 * margin) for name in CHANGES}
     return [
         verdicts(
             pair,
-            {name: rows[i] for name, rows in four.items()},
+            {name: rows[i] for name, rows in changes.items()},
             None if overlaps is None else overlaps[i],
             i in merged,
         )
         for i, pair in enumerate(pairs)
-    ], four
+    ], changes

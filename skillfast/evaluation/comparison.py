@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.stats import false_discovery_control, norm
@@ -11,7 +11,7 @@ from scipy.stats import false_discovery_control, norm
 from skillfast.evaluation.intervals import share_limits
 from skillfast.evaluation.paired import LEVEL, PairedDifference, discoveries, shared_by_chance
 from skillfast.evaluation.power import smallest_visible
-from skillfast.results.comparison import NewInterference, Overlap, PairedChange, Place, Shift, Verdict
+from skillfast.results.comparison import Carried, NewInterference, Overlap, PairedChange, Place, Shift, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,13 +35,12 @@ class Measured:
     Attributes:
         intact: int64 [n], the intact model's.
         removed: int64 [K, n], with class i's skill removed.
-        base_skill: int64 [K, n], with BASE's skill of class i removed; of BASE that is `removed`; None where NEW was
-            not measured with it.
+        other: int64 [K, n], with the other run's skill of class i removed; None where that was not measured.
     """
 
     intact: np.ndarray
     removed: np.ndarray
-    base_skill: np.ndarray | None
+    other: np.ndarray | None
 
 
 class ClassPair:
@@ -58,7 +57,10 @@ class ClassPair:
         accuracy: Change of the intact models' accuracy.
         drop: Change of what each model's own skill takes.
         base_skill: Change of what BASE's skill takes, or None.
-        own_over_base_skill: In NEW, what its own skill takes beyond what BASE's takes, or None.
+        new_skill: Change of what NEW's skill takes, or None.
+        in_base: In BASE, what NEW's skill takes beyond what BASE's takes, or None.
+        in_new: In NEW, what NEW's skill takes beyond what BASE's takes, or None.
+        taken: What each set takes of each model, by (model, set), as far as it was measured.
     """
 
     def __init__(self, base: Measured, new: Measured, label: int, member: np.ndarray) -> None:
@@ -71,30 +73,38 @@ class ClassPair:
         self.values = {"accuracy": (b, w), "drop": (b - without_b, w - without_w)}
         self.accuracy = PairedDifference(w - b)
         self.drop = PairedDifference(w - b, without_w - without_b)
-        self.new_drop = PairedDifference(w - without_w)
-        self.base_drop = PairedDifference(b - without_b)
+        self.taken = {
+            ("base", "base"): PairedDifference(b - without_b),
+            ("new", "new"): PairedDifference(w - without_w),
+        }
         self.base_skill: PairedDifference | None = None
-        self.own_over_base_skill: PairedDifference | None = None
-        if new.base_skill is not None:
-            without = right(new.base_skill[label])
-            self.values |= {
-                "base_skill": (b - without_b, w - without),
-                "own_over_base_skill": (w - without, w - without_w),
-            }
+        self.new_skill: PairedDifference | None = None
+        self.in_base: PairedDifference | None = None
+        self.in_new: PairedDifference | None = None
+        if new.other is not None:
+            without = right(new.other[label])
+            self.values |= {"base_skill": (b - without_b, w - without), "in_new": (w - without, w - without_w)}
             self.base_skill = PairedDifference(w - b, without - without_b)
-            self.own_over_base_skill = PairedDifference(without - without_w)
+            self.in_new = PairedDifference(without - without_w)
+            self.taken["new", "base"] = PairedDifference(w - without)
+        if base.other is not None:
+            without = right(base.other[label])
+            self.values |= {"new_skill": (b - without, w - without_w), "in_base": (b - without_b, b - without)}
+            self.new_skill = PairedDifference(w - b, without_w - without)
+            self.in_base = PairedDifference(without_b - without)
+            self.taken["base", "new"] = PairedDifference(b - without)
 
     def of(self, name: str) -> PairedDifference | None:
-        """One of the four differences by its name."""
+        """One of the differences by its name."""
         found: PairedDifference | None = getattr(self, name)
         return found
 
 
-FOUR = ("accuracy", "drop", "base_skill", "own_over_base_skill")
+CHANGES = ("accuracy", "drop", "base_skill", "new_skill", "in_base", "in_new")
 
 
 def changes_of(pairs: Sequence[ClassPair], name: str, margin: float) -> list[PairedChange | None]:
-    """One of the `FOUR` of every class, corrected over the classes that have it; None of a class without examples.
+    """One of the `CHANGES` of every class, corrected over the classes that have it; None of a class without examples.
 
     Args:
         pairs: By class.
@@ -169,11 +179,12 @@ def verdicts(
     says nothing, what its removal takes does: BASE's skill in both models and either's own have to agree; where NEW was
     not measured with BASE's skill, the own ones have to differ by more than another choice of neurons alone makes.
     Moved: BASE's skill takes half at most of what it took, and NEW's own takes more; without BASE's skill in NEW, where
-    the skills share no more neurons than chance gives. Unchanged: accuracy and drop are within the margin (TOST).
+    the skills share no more neurons than chance gives. Unchanged: the accuracy and what BASE's skill takes, or either's
+    own where NEW was not measured with it, are within their margins (TOST).
 
     Args:
         pair: The class's decisions.
-        found: The `FOUR` by name.
+        found: The `CHANGES` by name.
         overlap: Neurons that the two skills share.
         merged: Whether it merged with another class.
     """
@@ -199,7 +210,8 @@ def verdicts(
         made |= {"weakened"} if less else {"strengthened"} if more else set()
     if made:
         return sorted(made, key=GRAVEST.index)
-    same = accuracy.equivalence_q <= LEVEL and drop.equivalence_q <= LEVEL
+    taken = drop if base_skill is None else base_skill  # own drops differ by the choice of neurons, too
+    same = accuracy.equivalence_q <= LEVEL and taken.equivalence_q <= LEVEL
     return ["unchanged"] if same else ["undecided"]
 
 
@@ -208,9 +220,27 @@ def _moved(pair: ClassPair, found: Mapping[str, PairedChange | None], overlap: O
     drop, base_skill = found["drop"], found["base_skill"]
     assert drop is not None
     if base_skill is not None:
-        return _falls(base_skill) and base_skill.new <= HALF * base_skill.base and _rises(found["own_over_base_skill"])
-    carried = pair.base_drop.limits()[0] > 0 and pair.new_drop.limits()[0] > 0
-    return carried and overlap is not None and overlap.p > LEVEL
+        return _falls(base_skill) and base_skill.new <= HALF * base_skill.base and _rises(found["in_new"])
+    takes = all(pair.taken[model, model].limits()[0] > 0 for model in ("base", "new"))
+    return takes and overlap is not None and overlap.p > LEVEL
+
+
+def carried(pair: ClassPair, model: str, of: str) -> Carried | None:
+    """Whether one run's skill carries the class in the other run's model; None where that was not measured.
+
+    Args:
+        pair: The class's decisions.
+        model: `"base"` or `"new"`, the model.
+        of: The other of the two, whose skill is removed from it.
+    """
+    taken, own = pair.taken.get((model, of)), pair.taken[model, model]
+    if taken is None or not pair.n:
+        return None
+    low, high = taken.limits()
+    found: Literal["yes", "no", "undecided"] = "undecided"
+    if own.limits()[0] > 0:  # what carries nothing has no half
+        found = "yes" if low >= HALF * own.change else "no" if high <= HALF * own.change else found
+    return Carried(takes=taken.change, ci95=[low, high], own=own.change, carries=found)
 
 
 def moved_between(kinds: Mapping[str, Shift] | None, blocks: Mapping[str, Shift] | None) -> list[Place]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accuracy_table",
-    "audit_table",
+    "audit_tables",
     "comparison_table",
     "comparison_text",
     "evaluation_table",
@@ -150,15 +150,15 @@ def comparison_table(named: Mapping[str, BenchResults]) -> Table:
     return tables.comparison_table(named)
 
 
-def audit_table(found: Comparison) -> Table:
-    """Make the table that `skillfast compare BASE NEW` prints: a row per skill.
+def audit_tables(found: Comparison) -> list[Table]:
+    """Make the tables that `skillfast compare BASE NEW` prints, a row per skill: verdicts, and exchanged skills.
 
     Args:
         found: what `compare.json` holds.
     """
     from skillfast.report.comparison import texts
 
-    return texts.table(found)
+    return texts.tables(found)
 
 
 def comparison_text(found: Comparison, form: str) -> str:

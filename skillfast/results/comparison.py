@@ -76,6 +76,23 @@ class Overlap(Record, frozen=True):
     p: Fraction
 
 
+class Carried(Record, frozen=True):
+    """What the other run's skill takes of a class in a model, beside the model's own.
+
+    Attributes:
+        takes: Accuracy that the class loses by the other run's skill.
+        ci95: Interval of that.
+        own: What it loses by the model's own skill.
+        carries: Yes: the interval is not below half of what the own one takes. No: it is not above. Undecided: it holds
+            the half, or the own one is not shown to take anything.
+    """
+
+    takes: Change
+    ci95: Limits
+    own: Change
+    carries: Literal["yes", "no", "undecided"]
+
+
 class Shift(Record, frozen=True):
     """A share of a skill's effect in either model."""
 
@@ -95,7 +112,11 @@ class SkillChange(Record, frozen=True, kw_only=True):
         visible_of_all: The smallest that is found so often as the only one of all classes.
         drop: What the class loses by each model's own skill.
         base_skill: What it loses by BASE's skill in either model; null where NEW was not measured with it.
-        own_over_base_skill: In NEW, what it loses by BASE's skill (`base`) and by NEW's (`new`); null as well.
+        new_skill: What it loses by NEW's skill in either model; null where BASE was not measured with it.
+        in_base: In BASE, what it loses by BASE's skill (`base`) and by NEW's (`new`); null as `new_skill`.
+        in_new: In NEW, what it loses by BASE's skill (`base`) and by NEW's (`new`); null as `base_skill`.
+        base_set: Whether BASE's skill carries the class in NEW; null as `base_skill`.
+        new_set: Whether NEW's skill carries the class in BASE; null as `new_skill`.
         harm: What other classes lose net, on average, by each model's own skill, as it is seen.
         overlap: Neurons that both skills have; null for models of different architectures.
         kinds: Kind -> share of the drop; null where it is not known.
@@ -114,7 +135,11 @@ class SkillChange(Record, frozen=True, kw_only=True):
     visible_of_all: Fraction | None
     drop: PairedChange | None
     base_skill: PairedChange | None
-    own_over_base_skill: PairedChange | None
+    new_skill: PairedChange | None
+    in_base: PairedChange | None
+    in_new: PairedChange | None
+    base_set: Carried | None
+    new_set: Carried | None
     harm: Shift | None
     overlap: Overlap | None
     kinds: dict[str, Shift] | None

@@ -11,6 +11,7 @@ from skillfast import files
 
 SCHEMA = "skillfast.decisions/1"
 FILE = "decisions.safetensors"
+_OPTIONAL = ("earlier", "in_earlier")  # arrays of a run like an earlier one
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Decisions:
         earlier: int64 [E, n], with each skill of an earlier run removed; None where none was given.
         earlier_classes: Classes of these skills.
         earlier_skills: Digest of these skills (`skills_digest`).
+        in_earlier: int64 [K, n], of the earlier run's model, with each skill of this run removed; None where that was
+            not measured.
     """
 
     classes: tuple[str, ...]
@@ -38,6 +41,7 @@ class Decisions:
     earlier: np.ndarray | None = None
     earlier_classes: tuple[str, ...] = ()
     earlier_skills: str | None = None
+    in_earlier: np.ndarray | None = None
 
     def save(self, directory: str | Path) -> Path:
         """Write `decisions.safetensors` into the folder, class indices in as few bytes as hold them; its path."""
@@ -50,8 +54,9 @@ class Decisions:
             "removed": self.removed.astype(small),
             "log_probabilities": self.log_probabilities,
         }
-        if self.earlier is not None:
-            arrays["earlier"] = self.earlier.astype(small)
+        for name in _OPTIONAL:
+            if (decided := getattr(self, name)) is not None:
+                arrays[name] = decided.astype(small)
         header = {
             "schema": SCHEMA,
             "classes": self.classes,
@@ -70,11 +75,13 @@ class Decisions:
             classes, earlier = tuple(header["classes"]), tuple(header["earlier_classes"])
             found = {
                 name: np.asarray(arrays[name], dtype=np.int64)
-                for name in ("labels", "intact", "removed", "earlier")
-                if name in arrays or name != "earlier"
+                for name in ("labels", "intact", "removed", *_OPTIONAL)
+                if name in arrays or name not in _OPTIONAL
             }
             n, k = len(found["labels"]), len(classes)
-            shapes = {"labels": (n,), "intact": (n,), "removed": (k, n), "earlier": (len(earlier), n)}
+            shapes = {
+                "labels": (n,), "intact": (n,), "removed": (k, n), "earlier": (len(earlier), n), "in_earlier": (k, n)
+            }  # fmt: skip
             fits = all(found[name].shape == shapes[name] for name in found)
             within = all(0 <= value.min(initial=0) <= value.max(initial=0) < k for value in found.values())
             digests, log_probabilities = arrays["digests"], arrays["log_probabilities"]

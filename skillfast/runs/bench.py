@@ -30,7 +30,8 @@ from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.config import BenchConfig
 from skillfast.runs.cost import trace_over_forward
-from skillfast.runs.decisions import REMEDY, kept_decisions, remove_earlier
+from skillfast.runs.decisions import kept_decisions, remove_earlier, remove_from_earlier
+from skillfast.runs.earlier import REMEDY
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
 from skillfast.runs.given import Given
@@ -114,13 +115,17 @@ def bench(
         stage, subject = session.stage, session.subject
         stage("baseline", lambda: _announce_baseline(session))
         scores = stage("trace", lambda: session.trace("select"), Kept.by(NeuronScores.load))
-        chosen, ranked = _choose(session, scores)
+        chosen, ranked = choose_skills(session, scores)
         skills = chosen.removed
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
-        earlier = None
+        earlier, in_earlier, kept = None, None, Kept.optional(SweepResult.load)
         if like is not None:
-            earlier = stage("like", lambda: remove_earlier(session, like), Kept.optional(SweepResult.load))
+            earlier = stage("like", lambda: remove_earlier(session, like), kept)
+        if like is not None and earlier is not None:
+            in_earlier = stage(
+                "like", lambda: remove_from_earlier(session, like, removals), kept, part="from the earlier model"
+            )
         own = stage("shares", lambda: _shares(session, removals, swept.labels), Kept.by(OwnPredictions.load))
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
@@ -148,7 +153,7 @@ def bench(
         found["cost"] = _time_tracing(subject) | session.cost()
         results = records.made(BenchResults, found)
         directory = Path(session.config.run.output)
-        _write(directory, results, skills, scores, kept_decisions(session, removals, swept, earlier))
+        _write(directory, results, skills, scores, kept_decisions(session, removals, swept, earlier, in_earlier))
         session.finish()
     return BenchReport(results, skills, directory)
 
@@ -175,7 +180,7 @@ def _announce_baseline(session: Session) -> None:
         )
 
 
-def _choose(
+def choose_skills(
     session: Session, scores: NeuronScores
 ) -> tuple[selection.Selection, dict[str, NeuronScores | NeuronRanking]]:
     """The best candidate on the validation part, and what was ranked by; the test part is not looked at."""

@@ -65,27 +65,39 @@ class _Run:
     def classes(self) -> list[str]:
         return self.results.dataset.classes
 
-    def measured(self, rows: np.ndarray, shared: Sequence[str], base: _Run | None) -> Measured:
+    def measured(self, rows: np.ndarray, shared: Sequence[str], other: np.ndarray | None) -> Measured:
         """Decisions on some examples and of the skills of shared classes; classes that are not shared are one more.
 
         Args:
             rows: int64 [n].
             shared: Class names, in the order of their new indices.
-            base: BASE, where this is NEW.
+            other: int64 [K, n], this run's classes as this model decides without the other run's skills of the shared
+                classes, on these examples; None where that was not measured.
         """
         at = {name: i for i, name in enumerate(shared)}
         index = np.array([at.get(name, len(shared)) for name in self.classes])
         own = [self.classes.index(name) for name in shared]
-        removed = index[self.decisions.removed[own][:, rows]]
-        found, by_base = self.decisions, removed if base is None else None
-        if (
-            base is not None
-            and found.earlier is not None
-            and found.earlier_skills == skill_files.skills_digest(base.skills)
-            and set(shared) <= {*found.earlier_classes}
-        ):
-            by_base = index[found.earlier[[found.earlier_classes.index(name) for name in shared]][:, rows]]
-        return Measured(index[found.intact[rows]], removed, by_base)
+        found = self.decisions
+        removed = index[found.removed[own][:, rows]]
+        return Measured(index[found.intact[rows]], removed, None if other is None else index[other])
+
+    def exchanged(self, base: _Run, rows: np.ndarray, shared: Sequence[str]) -> tuple[np.ndarray | None, ...]:
+        """What this run, which is NEW, decided without BASE's skills, and its skills took from BASE: int64 [K, n] each.
+
+        Args:
+            base: BASE.
+            rows: int64 [n], examples of this run.
+            shared: Class names.
+        """
+        found = self.decisions
+        same = found.earlier_skills == skill_files.skills_digest(base.skills)
+        if found.earlier is None or not same or not set(shared) <= {*found.earlier_classes}:
+            return None, None
+        theirs = [found.earlier_classes.index(name) for name in shared]
+        without, ours = found.earlier[theirs][:, rows], [self.classes.index(name) for name in shared]
+        if found.in_earlier is None or self.classes != base.classes:  # BASE's outputs are numbered by its own classes
+            return without, None
+        return without, found.in_earlier[ours][:, rows]
 
     def neurons(self, name: str) -> dict[str, set[int]]:
         skill = next(skill for skill in self.skills.skills if skill.name == name)
@@ -151,7 +163,8 @@ def _compared(base: _Run, new: _Run, gates: Gates | None, margin: float) -> Comp
     shared = [name for name in base.classes if name in new.classes]
     rows = _paired(base.decisions, new.decisions)
     labels = np.array([shared.index(base.classes[label]) for label in base.decisions.labels[rows[0]]], dtype=np.int64)
-    sides = base.measured(rows[0], shared, None), new.measured(rows[1], shared, base)
+    by_base, by_new = new.exchanged(base, rows[1], shared)
+    sides = base.measured(rows[0], shared, by_new), new.measured(rows[1], shared, by_base)
     n_base, n_new = len(base.decisions.labels), len(new.decisions.labels)
     found = Comparison(
         skillfast=__version__,
@@ -194,11 +207,11 @@ def _filled(
     """The comparison with what the examples say, and what a gate may ask."""
     margin = found.margin
     pairs = [ClassPair(*sides, label, labels == label) for label in range(len(shared))]
-    margins = {name: margin if name == "accuracy" else min(2 * margin, 1.0) for name in comparison.FOUR}
-    four = {name: comparison.changes_of(pairs, name, margins[name]) for name in comparison.FOUR}
+    margins = {name: margin if name == "accuracy" else min(2 * margin, 1.0) for name in comparison.CHANGES}
+    changes = {name: comparison.changes_of(pairs, name, margins[name]) for name in comparison.CHANGES}
     interference, merged = comparison.interferences(*sides, labels, shared)
     skills = {
-        name: _skill(base, new, name, pairs[i], {key: rows[i] for key, rows in four.items()}, merged, len(shared))
+        name: _skill(base, new, name, pairs[i], {key: rows[i] for key, rows in changes.items()}, merged, len(shared))
         for i, name in enumerate(shared)
     }
     kl = None
@@ -249,7 +262,7 @@ def _skill(
     new: _Run,
     name: str,
     pair: ClassPair,
-    four: Mapping[str, PairedChange | None],
+    changes: Mapping[str, PairedChange | None],
     merged: set[frozenset[str]],
     classes: int,
 ) -> SkillChange:
@@ -267,7 +280,7 @@ def _skill(
             _sorted({site: index - ours.get(site, set()) for site, index in theirs.items()}),
         )
     kinds, blocks = _kinds(base, new, name), _blocks(base, new, name)
-    found = comparison.verdicts(pair, four, overlap, bool(partners))
+    found = comparison.verdicts(pair, changes, overlap, bool(partners))
     alone, of_all = comparison.visible(pair, classes)
     harms = [run.results.verdicts[name].harm.plug_in for run in (base, new) if run.results.verdicts]
     return SkillChange(
@@ -275,7 +288,9 @@ def _skill(
         n=pair.n,
         visible_alone=alone,
         visible_of_all=of_all,
-        **four,
+        **changes,
+        base_set=comparison.carried(pair, "new", "base"),
+        new_set=comparison.carried(pair, "base", "new"),
         harm=Shift(*harms) if len(harms) == 2 else None,
         overlap=overlap,
         kinds=kinds,

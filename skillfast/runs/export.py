@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillfast import data
 from skillfast.ablation.export import export
-from skillfast.errors import ArgumentError, DataError
+from skillfast.errors import ArgumentError
 from skillfast.models import digits, loading
 from skillfast.models.huggingface import load_language_model
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.results import bench, records
-from skillfast.runs.kept import MODEL, WEIGHTS
-from skillfast.runs.subject import NO_TRAINING
+from skillfast.runs.earlier import REMEDY, model_settings
 from skillfast.skills.skill import load_skills
-from skillfast.vocabulary import GIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +55,7 @@ def exported(
         SkillfastError: Anything that stops the export, in one line.
     """
     skills = list(load_skills(skills_from, names).values())
-    loaded = _of_run(Path(skills_from), model, quiet) if model.name is None else _load(model, quiet=quiet)
+    loaded = _of_run(Path(skills_from), quiet) if model.name is None else _load(model, quiet=quiet)
     return export(
         loaded.model,
         skills,
@@ -106,36 +104,15 @@ def _load(model: ModelConfig, *, classes: int | None = None, seed: int = 0, quie
     return _Loaded(made.model, model.kwargs)
 
 
-def _of_run(folder: Path, model: ModelConfig, quiet: bool) -> _Loaded:
+def _of_run(folder: Path, quiet: bool) -> _Loaded:
     """The model of a run's folder, or the default one where there was no run."""
     if not (folder / bench.FILE).is_file():
         return _digits(0, quiet)
-    results = records.read(bench.BenchResults, folder / bench.FILE, "write it with `skillfast bench`")
-    config, trained = results.config, results.model.trained.finetune not in (None, NO_TRAINING)
-    if config["dataset"] == GIVEN:
-        raise ArgumentError(
-            f"model: expected one that can be loaded, got a run on a {config['model']} that its caller gave; use "
-            "skillfast.export in Python, or name --model"
-        )
-    if config["model"] is None:
-        return _digits(config["seed"], quiet)
-    named = replace(
-        model,
-        name=config["model"],
-        kwargs=config["model_kwargs"],
-        checkpoint=config["checkpoint"],
-        pretrained=config["pretrained"],
-        pad_token=config.get("pad_token"),
-    )
-    kept = folder / (MODEL if named.is_language_model else WEIGHTS)
-    if kept.exists():
-        where: dict[str, Any] = (
-            {"name": f"hf:{kept}"} if named.is_language_model else {"checkpoint": str(kept), "pretrained": False}
-        )
-        named = replace(named, **where)
-    elif trained:
-        raise DataError(f"{kept}: expected the weights that the run trained, got none; run it again")
-    return _load(named, classes=len(results.dataset.classes), seed=config["seed"], quiet=quiet)
+    results = records.read(bench.BenchResults, folder / bench.FILE, REMEDY)
+    named, seed = model_settings(folder, results), results.config["seed"]
+    if named.name is None:
+        return _digits(seed, quiet)
+    return _load(named, classes=len(results.dataset.classes), seed=seed, quiet=quiet)
 
 
 def _digits(seed: int, quiet: bool) -> _Loaded:

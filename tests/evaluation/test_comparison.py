@@ -13,8 +13,10 @@ from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest, n
 
 from skillfast.errors import ArgumentError
 from skillfast.evaluation.comparison import (
+    CHANGES,
     ClassPair,
     Measured,
+    carried,
     changes_of,
     interferences,
     moved_between,
@@ -174,9 +176,11 @@ def test_other_neurons_of_the_same_model_are_no_finding(rng):
     labels, base, _ = planted(rng, drop=0.85)
     _, _, other = planted(np.random.default_rng(8), drop=0.77)
     new = Measured(base.intact, np.where(base.intact == labels, other.removed, base.intact), None)
-    for again in (None, base.removed):
+    for again, said in ((None, "undecided"), (base.removed, "unchanged")):
         found, _ = judged(labels, base, Measured(new.intact, new.removed, again))
         assert not FINDINGS & {name for names in found for name in names}
+        assert said in {name for names in found for name in names}
+    assert found == [["unchanged"]] * 10
 
 
 def test_a_lost_class_and_a_weaker_one(rng):
@@ -239,9 +243,9 @@ def test_where_one_verdict_ends_and_another_begins():
     works, idle, hurts = (SimpleNamespace(limits=lambda low=low: (low, 1.0)) for low in (0.1, 0.0, -0.1))
 
     def told(accuracy, drop=same, base_skill=None, own=None, overlap=None, merged=False, before=works, after=works):
-        pair = SimpleNamespace(n=100, base_drop=before, new_drop=after)
-        four = {"accuracy": accuracy, "drop": drop, "base_skill": base_skill, "own_over_base_skill": own}
-        return verdicts(pair, four, overlap, merged)
+        pair = SimpleNamespace(n=100, taken={("base", "base"): before, ("new", "new"): after})
+        found = {"accuracy": accuracy, "drop": drop, "base_skill": base_skill, "in_new": own}
+        return verdicts(pair, found, overlap, merged)
 
     assert told(None) == told(same, None) == ["undecided"]
     # accuracy: half of what it had, at the far end of an interval
@@ -279,37 +283,58 @@ def test_where_one_verdict_ends_and_another_begins():
     assert told(change(0.3, less), overlap=apart) == ["moved", "strengthened"]
     # unchanged: both are within the margin
     for one, other, verdict in ((0.05, 0.05, "unchanged"), (0.051, 0.05, "undecided"), (0.05, 0.051, "undecided")):
-        assert told(change(0.5, 0.5, 1.0, equivalence_q=one), change(0.5, 0.5, 1.0, equivalence_q=other)) == [verdict]
+        accuracy, drop = (change(0.5, 0.5, 1.0, equivalence_q=q) for q in (one, other))
+        assert told(accuracy, drop) == [verdict]
+        # where NEW was measured with BASE's skill that decides, and no other choice of neurons
+        assert told(accuracy, same, drop) == [verdict]
+    assert told(change(0.5, 0.5, 1.0, equivalence_q=0.0), change(0.5, 0.5, 1.0, equivalence_q=0.0), same) == [
+        "undecided"
+    ]
 
 
 def test_changes_are_means_with_the_paired_test_of_each_class():
-    """Of classes with many, with one and without examples; of BASE's skill where NEW was measured with it."""
+    """Of classes with many, with one and without examples; of the other run's skill where that was measured."""
     rng = np.random.default_rng(0)
     labels = np.array([0] * 40 + [1] * 25 + [3] + [4] * 30)
     base, new = (
         Measured(np.where(rng.random(96) < 0.7, labels, 2), np.where(rng.random((5, 96)) < 0.4, labels, 2), None)
         for _ in "ab"
     )
-    new = Measured(new.intact, new.removed, np.where(rng.random((5, 96)) < 0.8, labels, 2))
+    new, base = (
+        Measured(side.intact, side.removed, np.where(rng.random((5, 96)) < 0.8, labels, 2)) for side in (new, base)
+    )
     pairs = [ClassPair(base, new, label, labels == label) for label in range(5)]
     assert [pair.n for pair in pairs] == [40, 25, 0, 1, 30]
     right = {}
     for i in (0, 1, 3, 4):
         rows = labels == i
-        b, w, b0, w0, wb = (
+        b, w, b0, w0, wb, bw = (
             (decided[rows] == i).astype(int)
-            for decided in (base.intact, new.intact, base.removed[i], new.removed[i], new.base_skill[i])
+            for decided in (
+                base.intact,
+                new.intact,
+                base.removed[i],
+                new.removed[i],
+                new.other[i],
+                base.other[i],
+            )
         )
         right[i] = {
             "accuracy": ((b, w), PairedDifference(w - b)),
             "drop": ((b - b0, w - w0), PairedDifference(w - b, w0 - b0)),
             "base_skill": ((b - b0, w - wb), PairedDifference(w - b, wb - b0)),
-            "own_over_base_skill": ((w - wb, w - w0), PairedDifference(wb - w0)),
+            "new_skill": ((b - bw, w - w0), PairedDifference(w - b, w0 - bw)),
+            "in_base": ((b - b0, b - bw), PairedDifference(b0 - bw)),
+            "in_new": ((w - wb, w - w0), PairedDifference(wb - w0)),
         }
-        for mine, parts in ((pairs[i].base_drop, b - b0), (pairs[i].new_drop, w - w0)):
+        takes = {("base", "base"): b - b0, ("base", "new"): b - bw, ("new", "base"): w - wb, ("new", "new"): w - w0}
+        assert pairs[i].taken.keys() == takes.keys()
+        for way, parts in takes.items():
+            mine = pairs[i].taken[way]
             assert mine.change == pytest.approx(parts.mean())
             assert mine.limits() == PairedDifference(parts).limits()
-    for name, margin in (("accuracy", 0.2), ("drop", 0.4), ("base_skill", 0.4), ("own_over_base_skill", 0.4)):
+    for name in CHANGES:
+        margin = 0.2 if name == "accuracy" else 0.4
         found = changes_of(pairs, name, margin)
         assert found[2] is None
         known = [right[i][name] for i in (0, 1, 3, 4)]
@@ -321,8 +346,38 @@ def test_changes_are_means_with_the_paired_test_of_each_class():
             want = (before.mean(), after.mean(), after.mean() - before.mean(), difference.p, q1, q2)
             assert (one.base, one.new, one.change, one.p, one.q, one.equivalence_q) == pytest.approx(want)
             assert one.ci95 == pytest.approx(difference.limits())
-    nothing = [ClassPair(base, base, label, labels == label) for label in range(5)]
-    assert changes_of(nothing, "base_skill", 0.1) == [None] * 5  # BASE was not measured with another's skills
+    alone = Measured(base.intact, base.removed, None)
+    nothing = [ClassPair(alone, alone, label, labels == label) for label in range(5)]
+    for name in ("base_skill", "new_skill", "in_base", "in_new"):
+        assert changes_of(nothing, name, 0.1) == [None] * 5
+    assert carried(nothing[0], "base", "new") is carried(pairs[2], "base", "new") is None
+
+
+def test_a_set_carries_a_class_where_its_whole_interval_is_half_of_the_own_set_or_more():
+    """Of 100 examples, all right intact, the own set takes 80: at 40 both ends of the interval have to be beyond."""
+    labels, intact = np.zeros(100, int), np.zeros(100, int)
+
+    def told(takes, own=80):
+        without, ours = (np.where(np.arange(100) < many, 1, 0)[None] for many in (takes, own))
+        one = Measured(intact, ours, without)
+        return carried(ClassPair(one, one, 0, labels == 0), "base", "new")
+
+    ends = {takes: told(takes) for takes in range(25, 60)}
+    assert {takes: found.carries for takes, found in ends.items()} == {
+        takes: "yes" if found.ci95[0] >= 0.4 else "no" if found.ci95[1] <= 0.4 else "undecided"
+        for takes, found in ends.items()
+    }
+    assert {found.carries for found in ends.values()} == {"yes", "no", "undecided"}
+    for takes, found in ends.items():
+        assert (found.takes, found.own) == (pytest.approx(takes / 100), 0.8)
+        low, high = PairedDifference((np.arange(100) < takes).astype(int)).limits()
+        assert found.ci95 == pytest.approx([low, high])
+    assert told(50, own=0).carries == "undecided"  # an own set that takes nothing has no half
+    one = Measured(intact, np.ones((1, 100), int), np.zeros((1, 100), int))
+    other = Measured(intact, np.zeros((1, 100), int), np.ones((1, 100), int))
+    pair = ClassPair(one, other, 0, labels == 0)
+    assert (carried(pair, "new", "base").takes, carried(pair, "new", "base").own) == (1, 0)
+    assert (carried(pair, "base", "new").takes, carried(pair, "base", "new").carries) == (0, "no")
 
 
 def test_what_would_have_been_seen():

@@ -31,7 +31,7 @@ from skillfast.testing import assert_no_regression
 CLASSES = tuple(sample.class_names(10))
 
 
-def write(folder, labels, measured, *, classes=CLASSES, digests=None, base=None, seed=0, **changed):
+def write(folder, labels, measured, *, classes=CLASSES, digests=None, base=None, seed=0, in_earlier=None, **changed):
     """A run's folder with these decisions; `base` is the folder whose skills were removed, too."""
     folder.mkdir(parents=True)
     results = sample.sample_results(len(classes))
@@ -61,6 +61,7 @@ def write(folder, labels, measured, *, classes=CLASSES, digests=None, base=None,
         earlier=None if theirs is None else measured.removed,
         earlier_classes=() if theirs is None else tuple(classes),
         earlier_skills=None if theirs is None else skills_digest(theirs),
+        in_earlier=in_earlier,
     ).save(folder)
     return folder
 
@@ -124,6 +125,48 @@ def test_neurons_are_named(runs, tmp_path):
     assert skill.left == before[CLASSES[0]]
     assert skill.overlap.shared == 0
     assert skill.base_skill is None  # whoever was not measured without BASE's skills
+
+
+def test_skills_are_exchanged_between_the_models(runs, tmp_path):
+    """NEW's skill of cat takes all of cat in BASE, that of deer nothing, that of dog what was not shown."""
+    base, _, labels, measured = runs
+    cat, deer = CLASSES.index("cat"), CLASSES.index("deer")
+    in_earlier = measured.removed.copy()
+    in_earlier[cat, labels == cat] = wrong(cat, 10)
+    in_earlier[deer] = measured.intact
+    order = np.random.default_rng(1).permutation(1000)  # of NEW's examples
+    new = write(
+        tmp_path / "new", labels[order], Measured(measured.intact[order], measured.removed[:, order], None),
+        digests=order.astype(np.uint64), base=base, in_earlier=in_earlier[:, order],
+    )  # fmt: skip
+    found = compare(base, new, output=tmp_path / "out")
+    right, own = (measured.intact == labels)[labels == cat], measured.removed[cat, labels == cat] != cat
+    skill = found.skills["cat"]
+    assert skill.new_set.takes == pytest.approx(right.mean())
+    assert skill.new_set.own == pytest.approx(right.mean() - 1 + own.mean())
+    assert skill.new_set.ci95[0] < skill.new_set.takes < skill.new_set.ci95[1]
+    assert (skill.new_skill.base, skill.in_base.new) == (skill.new_set.takes, skill.new_set.takes)
+    assert (skill.in_base.base, skill.new_skill.new) == (skill.new_set.own, skill.drop.new)
+    assert skill.new_skill.change == pytest.approx(skill.drop.new - skill.new_set.takes)
+    assert skill.in_base.ci95[0] < skill.in_base.change < skill.in_base.ci95[1]
+    assert skill.verdicts == ["unchanged"]  # what NEW's neurons do in BASE changes no verdict
+    lost = found.skills["deer"]
+    assert (lost.new_set.carries, lost.new_set.takes, lost.base_set.carries) == ("no", 0, "yes")
+    assert lost.in_base.q < 0.05
+    others = [name for name in CLASSES if name != "deer"]
+    text = comparison_text(found, "text")
+    assert f"NEW's neurons carried the class in BASE, too: {', '.join(others)}." in text
+    assert "NEW's neurons did not carry the class in BASE: deer." in text
+    told = comparison_text(found, "markdown")
+    assert "### Skills removed from the other run's model" in told
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "carried the class" in page
+    shown = run("compare", base, new, "--output", tmp_path / "out")
+    assert "removed from the other run's model" in shown.output
+    without = compare(base, write(tmp_path / "without", labels, measured, base=base))
+    assert without.skills["cat"].new_set is without.skills["cat"].new_skill is without.skills["cat"].in_base is None
+    assert without.skills["cat"].base_set.carries == "yes"
+    assert "not measured" in comparison_text(without, "markdown")
 
 
 def test_examples_are_paired_by_what_they_are(runs, tmp_path):
@@ -324,6 +367,11 @@ def test_another_checkpoint_is_measured_like_an_earlier_run(audited):
     swept = skillfast.sweep(subject.model, loader(subject.splits.test, 256), conditions, keep_predictions=True)
     np.testing.assert_array_equal(decided.earlier, swept.predictions)
     np.testing.assert_array_equal(decided.intact, swept.top2[:, 0])
+    load_model(subject.model, folder / "base" / "model.safetensors")
+    theirs = [skillfast.Condition(skill) for skill in skillfast.load_skills(folder / "new").values()]
+    back = skillfast.sweep(subject.model, loader(subject.splits.test, 256), theirs, keep_predictions=True)
+    np.testing.assert_array_equal(decided.in_earlier, back.predictions)
+    assert (decided.in_earlier != decided.removed).any()  # the models differ
 
 
 def test_the_audit_names_what_the_checkpoint_lost(audited):
@@ -333,7 +381,35 @@ def test_the_audit_names_what_the_checkpoint_lost(audited):
     assert found.n == base.results.dataset.n_test
     assert found.skills["red"].accuracy.new == 0
     assert found.skills["red"].base_skill is not None
+    assert found.skills["red"].new_set is not None
     assert (found.gate.decision, found.exit_code) == ("regression", 3)
+
+
+@pytest.mark.parametrize("case", ["gone", "other"])
+def test_an_earlier_model_that_is_not_there_is_said(audited, tmp_path, case):
+    """Its weights are gone, or others lie in their place."""
+    from safetensors.torch import load_file, save_file
+
+    from skillfast.runs.decisions import remove_from_earlier
+    from skillfast.runs.removals import Removals
+    from skillfast.runs.session import open_session
+
+    folder, _ = audited
+    base, said = tmp_path / "base", []
+    shutil.copytree(folder / "base", base)
+    (base / "model.safetensors").unlink()
+    if case == "other":
+        weights = load_file(folder / "base" / "model.safetensors")
+        weights["head.weight"] = -weights["head.weight"]
+        save_file(weights, base / "model.safetensors", metadata={"trained": "{}"})
+    config = BenchConfig.of(like=str(base), checkpoint=str(folder / "tuned.safetensors"))
+    with open_session(config, say=said.append) as session:
+        skills = list(skillfast.load_skills(folder / "new").values())
+        removals = Removals.of(session.subject, skills, session.trace("select"))
+        assert remove_from_earlier(session, base, removals) is None
+    words = {"gone": "expected the weights that the run trained, got none", "other": "what is loaded is another model"}
+    assert f"the skills are not removed from the model of {base}: " in said[-1]
+    assert words[case] in said[-1]
 
 
 def test_what_a_like_run_takes_no_option_of(audited, tmp_path):

@@ -135,6 +135,8 @@ def render(found: Comparison) -> str:
         title=words.title(found),
         sentences=words.sentences(found),
         tiles=_tiles(found),
+        exchanged_columns=words.EXCHANGED,
+        exchanged=words.exchanged(found),
         columns=words.COLUMNS,
         rows=words.rows(found),
         figures=figures.keys(),

@@ -22,8 +22,21 @@ STYLES = {"lost": "red", "merged": "red", "weakened": "red", "moved": "yellow", 
 CHECKED = ("skill", "check", "limit", "measured", "outcome")
 
 
-def table(found: Comparison) -> Table:
-    """See `skillfast.report.audit_table`."""
+def tables(found: Comparison) -> list[Table]:
+    """See `skillfast.report.audit_tables`."""
+    made = [_verdicts(found)]
+    if rows := words.exchanged(found):
+        sets = Table(title="Each run's skills, removed from the other run's model: points lost, 95 % intervals",
+                     title_justify="left")  # fmt: skip
+        for heading in words.EXCHANGED:
+            sets.add_column(heading)
+        for cells in rows:
+            sets.add_row(*map(Text, cells))
+        made.append(sets)
+    return made
+
+
+def _verdicts(found: Comparison) -> Table:
     caption = "95 % intervals of paired changes, points; q after Benjamini-Hochberg's correction over the skills"
     made = Table(title=Text(words.title(found)), title_justify="left", caption=caption, caption_justify="left")
     for heading in words.COLUMNS:
@@ -55,6 +68,8 @@ def markdown(found: Comparison) -> str:
     lines += [f"- {_cell(sentence)}" for sentence in words.sentences(found)]
     if found.skills:
         lines += ["", *_table(words.COLUMNS, words.rows(found))]
+    if rows := words.exchanged(found):
+        lines += ["", "### Skills removed from the other run's model", "", *_table(words.EXCHANGED, rows)]
     if found.gate is not None:
         lines += ["", "### Checks", "", *_table(CHECKED, [words.check_row(check) for check in found.gate.checks])]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from skillfast.report.formatting import UNDEFINED, interval, number_of, percent,
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from skillfast.results.comparison import Check, ComparedRun, Comparison, PairedChange, Shift, SkillChange
+    from skillfast.results.comparison import Carried, Check, ComparedRun, Comparison, PairedChange, Shift, SkillChange
 
 LEVEL = 0.05
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -37,7 +37,13 @@ MEANINGS = (
     ),
     ("moved", "BASE's neurons take half at most of what they took, and other ones carry the class."),
     ("merged", "Either of two removals takes at least half of the other's class, and more than it did."),
-    ("unchanged", "Shown by two one-sided tests: accuracy within the margin, the drop within twice the margin."),
+    (
+        "unchanged",
+        (
+            "Shown by two one-sided tests: accuracy within the margin, and within twice the margin what BASE's skill "
+            "takes, or each model's own where NEW was not measured with BASE's."
+        ),
+    ),
     ("undecided", "Neither a change nor its absence is shown by so few examples."),
 )
 CHECKS = {
@@ -49,7 +55,10 @@ CHECKS = {
     "max_harm": "harm to other classes, at most",
     "max_kl": "divergence of probabilities, at most",
 }
-COLUMNS = ("skill", "verdict", "accuracy", "change", "q", "drop by its own skill", "by BASE's skill", "neurons shared")
+COLUMNS = ("skill", "verdict", "accuracy", "change", "q", "drop by its own skill", "by BASE's skill", "by NEW's skill",
+           "neurons shared")  # fmt: skip
+EXCHANGED = ("skill", "BASE's takes in NEW", "NEW's own", "carries the class", "NEW's takes in BASE", "BASE's own",
+             "carried the class")  # fmt: skip
 
 
 def run_name(run: ComparedRun) -> str:
@@ -107,7 +116,7 @@ def row(name: str, found: SkillChange) -> list[str]:
         change(found.accuracy),
         "" if found.accuracy is None else p_value(found.accuracy.q),
         from_to(found.drop, points),
-        "not measured" if found.base_skill is None else from_to(found.base_skill, points),
+        *("not measured" if pair is None else from_to(pair, points) for pair in (found.base_skill, found.new_skill)),
         "other architecture" if overlap is None else f"{percent(overlap.jaccard)} (chance {percent(overlap.chance)})",
     ]
 
@@ -115,6 +124,19 @@ def row(name: str, found: SkillChange) -> list[str]:
 def rows(found: Comparison) -> list[list[str]]:
     """Every skill, in BASE's order."""
     return [row(name, skill) for name, skill in found.skills.items()]
+
+
+def exchanged(found: Comparison) -> list[list[str]]:
+    """What each run's skill takes from the other run's model, under `EXCHANGED`; empty where nothing was measured."""
+    if all(skill.base_set is None and skill.new_set is None for skill in found.skills.values()):
+        return []
+    return [[name, *_carried(skill.base_set), *_carried(skill.new_set)] for name, skill in found.skills.items()]
+
+
+def _carried(found: Carried | None) -> list[str]:
+    if found is None:
+        return ["not measured", "", ""]
+    return [f"{points(found.takes)} {interval(found.ci95, points)}", points(found.own), found.carries]
 
 
 def title(found: Comparison) -> str:
@@ -146,6 +168,9 @@ def sentences(found: Comparison) -> list[str]:
     ]
     if len(found.interference) > 5:
         said.append(f"{len(found.interference) - 5} more such removals are in compare.json.")
+    for answer, say in (("yes", "carried the class in BASE, too"), ("no", "did not carry the class in BASE")):
+        if names := [name for name, s in found.skills.items() if s.new_set is not None and s.new_set.carries == answer]:
+            said.append(f"NEW's neurons {say}: {', '.join(names)}.")
     if (seen := visible(found.skills)) is not None:
         said.append(f"What could be seen: {seen}.")
     if any(skill.base_skill is None for skill in found.skills.values()):
