@@ -177,11 +177,11 @@ class Monitor:
         if forward is not None:
             forward.add(*read.routed(found, forward))
 
-    def _end(self, *_: object) -> None:
+    def _end(self, _: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         forward, self._here.forward = getattr(self._here, "forward", None), None
         with self._lock:
             self._forwards += 1
-            if forward is not None and forward.total is not None:
+            if forward is not None and forward.total is not None and output is not None:  # else it failed half way
                 self._pending.append((forward.total, forward.routed))
             if self._forwards % self._every:
                 return

@@ -15,7 +15,7 @@ from skillfast import Skill
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.activations import Activations
 from skillfast.models.sites import find_sites
-from skillfast.skills.tuning import _note
+from skillfast.skills.tuning import _cut, _note
 
 
 def true_in(mask: torch.Tensor) -> list[list[int]]:
@@ -118,6 +118,7 @@ def test_every_entry_is_what_changing_it_does() -> None:
     """A row is the skill's own if the output hears of its entries, and does not while the neurons are held."""
     torch.manual_seed(0)
     model, x = Convolutions().eval(), torch.randn(2, 3, 4, 4)
+    x[:, 1] = 0  # entries that read it do nothing; they are of their rows all the same
     skill = Skill("deer", {"blocks.0.mlp": [1], "blocks.1.mlp": [0, 4], "head": [2]})
     masks = skillfast.skill_parameters(model, skill, x)
     model, x, paths = model.double(), x.double(), {site.name: site.path for site in find_sites(model)}
@@ -190,6 +191,12 @@ def test_neurons_that_are_silent_are_counted() -> None:
     for seen in ([[0.0, 0, 1, 0]], [[0.0, 2, 0, 0]]):  # of two calls in one forward
         _note(zero, site, Activations(torch.tensor(seen)))
     assert zero[site.name].tolist() == [True, False, False, True]
+    values = torch.randn(2, 4, requires_grad=True)
+    cut = _cut(site, torch.tensor([1, 2]), Activations(values))
+    assert torch.equal(cut, values)
+    cut.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[1, 0, 0, 1]] * 2
 
 
 @pytest.mark.parametrize("optimiser", ["AdamW", "SGD"])
@@ -223,6 +230,7 @@ def test_an_optimiser_changes_nothing_else(optimiser: str) -> None:
             assert (changed & mask).float().sum() >= 0.9 * mask.sum(), name
         assert parameter.requires_grad == (name != "blocks.2.attn.qkv.bias")
     steps(1)
+    assert all(model.get_parameter(name).grad[~mask].any() for name, mask in masks.items() if not mask.all())
     assert all(
         (parameter != before[name]).any() for name, parameter in model.named_parameters() if parameter.requires_grad
     )

@@ -302,6 +302,38 @@ def test_examples_are_those_of_the_first_input_that_has_any(tmp_path: Path) -> N
     assert [(line["step"], line["examples"]) for line in lines(tmp_path)] == [(1, 3), (2, 5), (3, 7)]
 
 
+def test_sites_that_see_other_examples_are_refused(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.skillfast_sites = {"blocks.0.mlp": "first", "blocks.1.mlp": "second"}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)[:1])
+
+    model, skill = Two().eval(), Skill("deer", {"blocks.0.mlp": [0], "blocks.1.mlp": [0]})
+    with torch.no_grad(), Monitor(model, [skill], output=tmp_path, share=1.0):
+        text = one_line(ModelError, model, torch.randn(3, 4))
+        model(torch.randn(1, 4))
+    assert text.startswith("blocks.1.mlp: expected one row per sample (3)")
+    assert [(line["step"], line["examples"]) for line in lines(tmp_path)] == [(2, 1)]  # of what failed nothing counts
+
+
+def test_sums_of_sites_and_the_first_share_of_tokens() -> None:
+    """Sites of experts may see other examples than went in."""
+    forward, nan = monitor_module._Forward(2, None), torch.nan
+    forward.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert forward.routed is None
+    forward.add(torch.ones(2, 2), torch.tensor([[nan, 0.5], [nan, 0.25]]))
+    forward.add(torch.ones(2, 2), torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    assert forward.total is not None
+    assert forward.total.tolist() == [[3, 4], [5, 6]]
+    torch.testing.assert_close(forward.routed, torch.tensor([[0.1, 0.5], [0.3, 0.25]]))
+    text = one_line(ModelError, forward.add, torch.ones(1, 2))
+    assert text == "monitor: expected 2 examples at every site, got 1; leave out skills at sites that see others"
+
+
 def test_numbers_that_are_none_are_counted(tmp_path: Path) -> None:
     model = Small().eval()
     settings: dict[str, Any] = {"every": 2, "output": tmp_path, "reference": 4, "share": 1.0}
