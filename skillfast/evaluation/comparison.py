@@ -134,12 +134,11 @@ def paired_change(
     difference: PairedDifference, base: float, new: float, q: float, equivalence_q: float
 ) -> PairedChange:
     """The record of a difference between two means."""
-    low, high = difference.limits()
     return PairedChange(
         base=base,
         new=new,
         change=difference.change,
-        ci95=[max(low, -2.0), min(high, 2.0)],
+        ci95=list(difference.limits()),
         p=difference.p,
         q=q,
         equivalence_q=equivalence_q,
@@ -315,11 +314,10 @@ def interferences(
             float((side.removed[i, members[j]] == j).mean() - (side.intact[members[j]] == j).mean())
             for side in (base, new)
         )
-        low, high = difference.limits()
         found.append(
             NewInterference(
                 removed=classes[i], harmed=classes[j], base=base_change, new=new_change,
-                ci95=[max(low, -2.0), min(high, 2.0)], p=float(p[at]), q=float(q[at]),
+                ci95=list(difference.limits()), p=float(p[at]), q=float(q[at]),
             )
         )  # fmt: skip
     found.sort(key=lambda entry: entry.new - entry.base)
