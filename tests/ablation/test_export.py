@@ -6,6 +6,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from skillfast.ablation.export import _umask
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import randomise
 from skillfast.models.sites import find_sites
+from skillfast.models.text_classifier import TextClassifier
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -262,6 +264,13 @@ def test_from_pretrained_opens_the_folder(tmp_path: Path, model_class: str, sett
         f'---\ntags: ["skillfast"]\nlibrary_name: "transformers"\n{base}---\n\n# {name} with 1 skill scaled by 0.5\n'
     )
     assert f'\n\n    transformers.{model_class}.from_pretrained("FOLDER")\n\n' in card
+    if model_class in ("BertForSequenceClassification", "GPT2LMHeadModel"):  # as the classifier that runs wrap it in
+        words = None if model_class.startswith("Bert") else torch.tensor([4, 5])
+        wrapped = TextClassifier(SimpleNamespace(model=model, tokenizer=tokenizer), 2, words)
+        of_wrapped = skillfast.export(wrapped, skill, tmp_path / "wrapped", scale=0.5)
+        found, want = (load_file(each / "model.safetensors") for each in (of_wrapped, folder))
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
 
 
 EXPERTS = {
