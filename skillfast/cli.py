@@ -50,9 +50,11 @@ _reference = click.option(
 def _config(given: dict[str, Any]) -> BenchConfig:
     """The run's settings from a command's options, as far as it has them."""
     known = {name: value for name, value in given.items() if name in BenchConfig.names() and name != "model_kwargs"}
-    if known.get("like") is not None:  # all others are the earlier run's, but for those that were typed
+    if known.get("like") is not None or known.get("replay") is not None:  # what is not typed is the earlier run's
         source = click.get_current_context().get_parameter_source
         known = {name: value for name, value in known.items() if source(name) is ParameterSource.COMMANDLINE}
+        if known.get("replay") is not None and given["model_kwargs"]:
+            known["model_kwargs"] = given["model_kwargs"]  # to be refused as the others are
     config = BenchConfig.of(**known)
     if not given["model_kwargs"]:
         return config
@@ -100,12 +102,17 @@ def bench(quiet: bool, **given: Any) -> None:
 
         _show(summary_table(report.results))
     click.echo(f"report: {report.directory / 'report.html'}")
+    if report.replay is not None:
+        from skillfast.report import replay_text
+
+        click.echo(replay_text(report.replay))
+        click.get_current_context().exit(report.replay.exit_code)
 
 
 @main.command(cls=Command)
 @_subject
 @options_of(TraceConfig)
-@options_of(RunConfig, but=["resume", "like"])
+@options_of(RunConfig, but=["resume", "like", "replay"])
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Neurons to show per metric.")
 @_quiet
 def trace(quiet: bool, top: int, **given: Any) -> None:
@@ -127,7 +134,7 @@ def trace(quiet: bool, top: int, **given: Any) -> None:
 @main.command(cls=Command)
 @_subject
 @_skills
-@options_of(RunConfig, but=["output", "resume", "like"])
+@options_of(RunConfig, but=["output", "resume", "like", "replay"])
 @click.option(
     "--mode",
     type=click.Choice([mode for mode in words.MODES if mode != "constant"]),
@@ -217,7 +224,7 @@ def export(
 @options_of(SelectConfig, only=["method"], method="pearson")
 @options_of(Grid, but=["seed", "replicates"])
 @options_of(Generation)
-@options_of(RunConfig, but=["resume", "like"])
+@options_of(RunConfig, but=["resume", "like", "replay"])
 @_quiet
 def evaluate(quiet: bool, **given: Any) -> None:
     """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.

@@ -19,5 +19,9 @@ class DataError(SkillfastError):
     """Data that is missing, unreadable or too little."""
 
 
+class NotComparableError(SkillfastError):
+    """A run to be repeated whose model, data or settings are others now. The command line exits with 4."""
+
+
 class BackendError(SkillfastError, RuntimeError):
     """An explicitly chosen backend that cannot run an op."""

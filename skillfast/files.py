@@ -25,13 +25,14 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide the result from everyone else
+        temporary.chmod(0o666 & ~umask())  # mkstemp's 0600 would hide the result from everyone else
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask of permissions, which only setting it tells."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

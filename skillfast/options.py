@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from skillfast.errors import ArgumentError, SkillfastError
+from skillfast.errors import ArgumentError, NotComparableError, SkillfastError
 from skillfast.settings import name_of, range_of, type_of
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Failure(click.ClickException):
-    """One line on stderr; exit code 2 for a wrong argument, 1 for a failed run."""
+    """One line on stderr; exit code 2 for a wrong argument, 4 for what cannot be compared, 1 for a failed run."""
 
     def __init__(self, error: SkillfastError) -> None:
         super().__init__(str(error))
-        self.exit_code = 2 if isinstance(error, ArgumentError) else 1  # type: ignore[misc]
+        codes = {ArgumentError: 2, NotComparableError: 4}
+        self.exit_code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)  # type: ignore[misc]
 
 
 class Numbers(click.ParamType):

@@ -7,6 +7,9 @@ from typing import Any
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FINGERPRINT = "sha256:5f2c9e0d"
+WEIGHTS = {"sha256": "a5" * 32, "origin": "random weights of seed 0"}
+DIGESTS = {part: {"examples": f"{i}e" * 32, "labels": f"{i}f" * 32}
+           for i, part in enumerate(("select", "validate", "test"))}  # fmt: skip
 
 
 def class_names(n_classes: int) -> list[str]:
@@ -76,7 +79,7 @@ def _config() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     return {
-        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31", "numpy": "2.4.6",
+        "skillfast": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "numpy": "2.4.6", "libraries": {"timm": "1.0.31"},
         "scikit-learn": "1.9.0", "platform": "Linux x86_64", "device": "cpu", "device_name": "CPU", "threads": 2,
         "backends": {"native": "avx512", "triton": "no CUDA device"},
     }  # fmt: skip
@@ -292,10 +295,12 @@ def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 
         "model": {
             "name": "vit_digits_128x4", "parameters": 809_482, "embed_dim": 128, "fingerprint": FINGERPRINT,
             "neurons": sum(site["width"] for site in sites), "sites": sites,
+            "weights": WEIGHTS,
             "trained": {"from": "scratch", "finetune": "all", "epochs": 60, "n_train": 898,
                         "validation_accuracy": 0.9733},
         },
-        "dataset": {"name": "digits", "classes": classes, "n_select": 898, "n_validate": 449, "n_test": 50 * n_classes},
+        "dataset": {"name": "digits", "classes": classes, "n_select": 898, "n_validate": 449, "n_test": 50 * n_classes,
+                    "digests": DIGESTS},
         "baseline": {"accuracy": sum(baseline) / n_classes, "per_class": baseline,
                      "n_test_per_class": [50] * n_classes},
         "removal_matrix": found,

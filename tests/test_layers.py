@@ -21,7 +21,7 @@ LAYERS = [
     {"statistics"},
     {"models", "results"},
     {"ops", "data", "options"},
-    {"metrics", "backends", "files", "progress", "settings"},
+    {"metrics", "backends", "files", "markdown", "progress", "settings"},
     {"errors", "vocabulary", "transfer", "_core", "kernels"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,8 +17,10 @@ from skillfast import __version__
 from skillfast.ablation.folding import folded
 from skillfast.ablation.interventions import Condition
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.files import check_output
+from skillfast.files import check_output, umask
+from skillfast.markdown import code, escaped, table
 from skillfast.models.coverage import warn_incomplete
+from skillfast.models.digests import weights_digest
 from skillfast.models.huggingface import save_language_model
 from skillfast.models.shrink import is_configured
 from skillfast.models.sites import find_sites, unwrap_compiled
@@ -101,7 +101,7 @@ def export(
     changed = folded(model, conditions, reference, untied=[prefix + tied] if tied else [])
     changed = {name.removeprefix(prefix): values for name, values in changed.items()}
     original = saved.state_dict()
-    card = _card(saved, model, conditions, changed, weights_digest(original))
+    card = _card(saved, model, conditions, changed, weights_digest(saved))
     with _appearing(target) as made:
         state = {**original, **changed}
         if is_configured(saved):
@@ -113,17 +113,6 @@ def export(
             _save_state(state, made / WEIGHTS)
         (made / CARD).write_text(card, encoding="utf-8")
     return target
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all of a state dict, in the order of its names: name, dtype, shape and bytes of each tensor."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        if not tensor.is_meta:  # offloaded: nothing to look at
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -168,19 +157,13 @@ def _appearing(target: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
     try:
         yield made
-        made.chmod(0o777 & ~_umask())
+        made.chmod(0o777 & ~umask())
         if target.is_dir():
             target.rmdir()
         made.replace(target)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _save_state(state: Mapping[str, Tensor], path: Path) -> None:
@@ -242,15 +225,15 @@ def _card(
     scale = conditions[0].scale
     what = "removed" if scale == 0 else f"scaled by {scale:g}"
     towards = "0" if conditions[0].mode == "zero" else "its mean, which the bias holds"
-    lines += [f"# {_plain(name)} with {_plural(len(conditions), 'skill')} {what}", ""]
-    lines += f"""A copy of {_code(name)} ({type(saved).__name__}) whose weights were changed by skillfast {__version__}.
+    lines += [f"# {escaped(name)} with {_plural(len(conditions), 'skill')} {what}", ""]
+    lines += f"""A copy of {code(name)} ({type(saved).__name__}) whose weights were changed by skillfast {__version__}.
 It runs without skillfast:
 
     {opened}
 
 - Factor on each neuron below: {scale:g}, towards {towards}.
-- Weights that differ: {", ".join(map(_code, changed))}. All others are those of the source.
-- SHA-256 of the source's weights: {_code(digest)}, over its state dict in the order of the names: for each tensor a
+- Weights that differ: {", ".join(map(code, changed))}. All others are those of the source.
+- SHA-256 of the source's weights: {code(digest)}, over its state dict in the order of the names: for each tensor a
   line with name, dtype and shape, then its bytes.
 
 A neuron is an input of the projection named beside it: a column of that weight. That it was removed does not show that
@@ -260,25 +243,13 @@ the information is gone; a refitted probe may still read it.""".split("\n")
         skill = condition.skill
         chosen = [(site, neurons) for site in sites if (neurons := condition.neurons_at(site)) is not None]
         count = sum(len(neurons) for _, neurons in chosen)
-        lines += ["", f"## Skill {_code(skill.name)}: {_plural(count, 'neuron')}", ""]
+        lines += ["", f"## Skill {code(skill.name)}: {_plural(count, 'neuron')}", ""]
         if skill.method is not None:
-            lines += [f"Chosen by {_code(skill.method)} for {_code(str(skill.metric))}.", ""]
-        lines += ["| site | projection | neurons |", "| --- | --- | --- |"]
-        lines += [
-            f"| {site.name} | {_code(site.path)} | {' '.join(map(str, neurons.tolist()))} |" for site, neurons in chosen
-        ]
+            lines += [f"Chosen by {code(skill.method)} for {code(str(skill.metric))}.", ""]
+        rows = ([site.name, code(site.path), " ".join(map(str, neurons.tolist()))] for site, neurons in chosen)
+        lines.append(table(("site", "projection", "neurons"), rows))
     return "\n".join(lines) + "\n"
 
 
 def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
-def _plain(text: str) -> str:
-    """Text of a user's as Markdown shows it letter by letter, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Text of a user's in a code span, in one line; a table's bar is left out."""
-    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"

@@ -39,6 +39,9 @@ class Source(Protocol):
     def read(self, index: int) -> Image.Image:
         """Decode one picture."""
 
+    def content(self, index: int) -> bytes:
+        """The bytes of one picture, before they are decoded."""
+
     def path(self, index: int) -> str:
         """What to call that picture in a message."""
 
@@ -56,6 +59,10 @@ class FileSource:
         with Path(self.paths[index]).open("rb") as file:
             return Image.open(file).convert("RGB")
 
+    def content(self, index: int) -> bytes:
+        """The bytes of a picture's file."""
+        return Path(self.paths[index]).read_bytes()
+
     def path(self, index: int) -> str:
         """The file of a picture."""
         return self.paths[index]
@@ -72,6 +79,10 @@ class ArraySource:
     def read(self, index: int) -> Image.Image:
         """Make one picture."""
         return Image.fromarray(self.pixels[index])
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a picture's pixels."""
+        return self.pixels[index].tobytes()
 
     def path(self, index: int) -> str:
         """The place of a picture."""
@@ -156,6 +167,14 @@ class ImageDataset:
                 return list(pool.map(self._fetch, indices))
         except _UnreadableError as broken:
             raise self._chosen.unreadable(self._source, broken.index, broken.reason) from broken.reason
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a picture's file, or of its pixels; raises DataError where they cannot be read."""
+        row = int(self._indices[index])
+        try:
+            return self._source.content(row)
+        except OSError as error:
+            raise self._chosen.unreadable(self._source, row, error) from error
 
     def _fetch(self, index: int) -> Example:
         row = int(self._indices[index])

@@ -27,6 +27,9 @@ class LabelledDataset(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def content(self, index: int) -> bytes:
+        """What an example is made of, before anything is done to it: the bytes of a file, pixels, a text."""
+
 
 class Batches(Protocol):
     """A map-style dataset that gives whole batches."""
@@ -78,6 +81,10 @@ class TensorImages:
 
     def __getitem__(self, index: int) -> Example:
         return self.images[index], int(self.labels[index])
+
+    def content(self, index: int) -> bytes:
+        """The bytes of an image."""
+        return self.images[index].numpy().tobytes()
 
 
 def loader(

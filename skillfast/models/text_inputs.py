@@ -6,6 +6,7 @@ prompt; its logits of one word per class at the last token are the classes' logi
 
 from __future__ import annotations
 
+import json
 import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,6 +145,12 @@ class TokenExamples:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def content(self, index: int) -> bytes:
+        """Text, second text and the values of further columns, as JSON."""
+        table = self.table
+        columns = {name: values[index].item() for name, values in table.columns.items()}
+        return json.dumps([table.texts[index], None if table.pairs is None else table.pairs[index], columns]).encode()
 
     def __getitem__(self, index: int) -> Batch:
         """One example: lists of ids, the label, and the further columns' values."""

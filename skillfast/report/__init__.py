@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults
     from skillfast.results.comparison import Comparison
     from skillfast.results.evaluation import EvaluationResults
+    from skillfast.results.replay import Replay
     from skillfast.results.skills import Skills
     from skillfast.statistics.scores import NeuronScores
 
@@ -28,6 +29,7 @@ __all__ = [
     "plan_table",
     "read_results",
     "render",
+    "replay_text",
     "sites_table",
     "summary_table",
     "top_neurons_table",
@@ -134,6 +136,17 @@ def summary_table(results: BenchResults) -> Table:
     from skillfast.report import tables
 
     return tables.summary_table(results)
+
+
+def replay_text(found: Replay) -> str:
+    """What `skillfast bench --replay` prints: a line per value that differs, what is no number first, then by size.
+
+    Args:
+        found: what the replay gave again and what not.
+    """
+    from skillfast.report import replay
+
+    return replay.text(found)
 
 
 def comparison_table(named: Mapping[str, BenchResults]) -> Table:

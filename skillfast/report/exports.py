@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
 from skillfast.files import replacing
+from skillfast.markdown import escaped, escaped_table
 from skillfast.report import files
 from skillfast.report.formatting import data_name, model_name, percent, points, term_interval, term_value
 from skillfast.results import bench, records, skills
@@ -51,7 +52,7 @@ def card(results: BenchResults) -> str:
     parts = [
         "## Skills",
         " ".join(words.summary(results)),
-        _table(["points of accuracy, 95 % intervals", *(name for name, _ in named)], terms),
+        escaped_table(["points of accuracy, 95 % intervals", *(name for name, _ in named)], terms),
         "### By class",
         _classes(results),
         "### How it was measured",
@@ -73,9 +74,9 @@ def _classes(results: BenchResults) -> str:
     ]
     head = ["class", "right before", "test examples", "its own removal takes, points"]
     if results.verdicts is None:
-        return _table(head, [[*row, points(-matrix[i][i])] for i, row in enumerate(before)])
+        return escaped_table(head, [[*row, points(-matrix[i][i])] for i, row in enumerate(before)])
     known = ((row[1], row[4], row[-1]) for row in words.verdict_rows(results))
-    return _table(
+    return escaped_table(
         [*head, "no other class loses more than", "verdict"],
         [[*row, *more] for row, more in zip(before, known, strict=True)],
     )
@@ -92,23 +93,14 @@ def _provenance(results: BenchResults) -> Mapping[str, str]:
         "Method": f"seed {results.config.get('seed')}; skills chosen by this rule: {results.selection.rule}"
         if results.selection
         else f"seed {results.config.get('seed')}",
-        "Software": f"skillfast {ran.skillfast}, torch {ran.torch}, NumPy {ran.numpy}, timm {ran.timm}",
+        "Software": f"skillfast {ran.skillfast}, torch {ran.torch}, NumPy {ran.numpy}"
+        + "".join(f", {name} {version}" for name, version in ran.libraries.items()),
         "Device": f"{ran.device_name}; {ran.threads} used",
     }
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
-
-
 def _list(items: Mapping[str, str]) -> str:
-    return "\n".join(f"- **{name}**: {_plain(text)}" for name, text in items.items())
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line of a table."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return "\n".join(f"- **{name}**: {escaped(text)}" for name, text in items.items())
 
 
 def write_figures(directory: Path, kind: str) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from skillfast.results.bench import BenchResults, Selectivity
 
@@ -189,3 +189,12 @@ def plain(value: Any) -> str:
     if isinstance(value, list | dict):
         return ", ".join(plain(item) for item in value) or "none"
     return str(value)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of nested settings: the way to each leaf, with dots, and the leaf as text."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        rows += flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, plain(value))]
+    return rows

@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, UnsetType, field
 
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
+from skillfast.results.provenance import DataDigests, Weights
 from skillfast.results.records import (
     Change,
     Count,
@@ -94,6 +95,7 @@ class Model(Record, frozen=True):
     fingerprint: Name
     neurons: Positive
     sites: Annotated[list[SiteSize], Meta(min_length=1)]
+    weights: Weights
     trained: Trained
     coverage: ModelCoverage | None = None
     """None: nobody could say what the model takes, so that it was not certified."""
@@ -107,6 +109,7 @@ class Dataset(Record, frozen=True):
     n_select: Positive
     n_validate: Count
     n_test: Positive
+    digests: DataDigests
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):

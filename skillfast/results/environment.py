@@ -10,13 +10,13 @@ from skillfast.results.records import Name, Positive, Record
 
 
 class Environment(Record, frozen=True):
-    """Versions, device and backends."""
+    """Versions, device and backends; `libraries` are those whose modules the model is made of."""
 
     skillfast: Name
     python: Name
     torch: Name
-    timm: Name
     numpy: Name
+    libraries: dict[Name, Name]
     scikit_learn: Name = field(name="scikit-learn")
     platform: Name
     device: Name

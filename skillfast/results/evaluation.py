@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
+from skillfast.results.provenance import DataDigests, Weights
 from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share
 from skillfast.vocabulary import Kind
 
@@ -118,6 +119,7 @@ class EvaluatedModel(Record, frozen=True):
     fingerprint: Name
     neurons: Positive
     sites: Annotated[list[EvaluatedSite], Meta(min_length=1)]
+    weights: Weights
     coverage: ModelCoverage | None = None
     """None: nobody could say what the model takes, so that it was not certified."""
 
@@ -130,6 +132,7 @@ class EvaluatedData(Record, frozen=True):
     n_select: Count
     n_validate: Count
     n_test: Positive
+    digests: DataDigests
     tokens: Positive | None = None
     prefixes: Count | None = None
 

@@ -26,6 +26,7 @@ from skillfast.evaluation.resampling import Bootstrap
 from skillfast.evaluation.verdicts import verdicts
 from skillfast.models.sites import choose_sites, find_sites, fingerprint
 from skillfast.results import records
+from skillfast.results import skills as skill_files
 from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.config import BenchConfig
@@ -39,6 +40,7 @@ from skillfast.runs.identifiability import identify
 from skillfast.runs.kept import JSON, Kept
 from skillfast.runs.removals import Removals
 from skillfast.runs.replacements import replaced_predictions
+from skillfast.runs.replay import Earlier
 from skillfast.runs.session import open_session
 from skillfast.runs.shares import OwnPredictions, predict_parts
 from skillfast.skills.ranking import NeuronRanking
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
     from skillfast.ablation.interventions import Condition
     from skillfast.results.decisions import Decisions
+    from skillfast.results.replay import Replay
     from skillfast.runs.session import Session
     from skillfast.runs.subject import Subject
 
@@ -66,11 +69,13 @@ class BenchReport:
         results: The content of results.json.
         skills: Class name -> the skill that was removed.
         directory: The output folder.
+        replay: What differs from the run that was run again; None without one.
     """
 
     results: BenchResults
     skills: dict[str, Skill]
     directory: Path
+    replay: Replay | None = None
 
 
 def bench(
@@ -155,7 +160,11 @@ def bench(
         directory = Path(session.config.run.output)
         _write(directory, results, skills, scores, kept_decisions(session, removals, swept, earlier, in_earlier))
         session.finish()
-    return BenchReport(results, skills, directory)
+    replay = None
+    if config.run.replay is not None:
+        removed = records.read(skill_files.Skills, directory / skill_files.FILE, REMEDY)
+        replay = Earlier.read(config.run.replay).compared(results, removed)
+    return BenchReport(results, skills, directory, replay)
 
 
 def _announce_baseline(session: Session) -> None:
@@ -383,10 +392,10 @@ def _results(
         )
         seen["information"] = information(embedded.readings, whole[0], intact, labels, classes)
     return {
-        "environment": environment(subject.device),
+        "environment": environment(subject.model, subject.device),
         "config": subject.config.to_json(),
         "model": _model(session),
-        "dataset": subject.dataset_json(),
+        "dataset": {**subject.dataset_json(), "digests": session.data_digests},
         "baseline": {
             "accuracy": float(swept.baseline.mean()),
             "per_class": swept.baseline.tolist(),
@@ -430,6 +439,7 @@ def _model(session: Session) -> dict[str, Any]:
         "sites": [
             {"name": s.name, "kind": s.kind, "block": s.block, "heads": s.heads, "width": s.width} for s in sites
         ],
+        "weights": session.weights,
         "trained": subject.trained,
         "coverage": None if session.coverage is None else session.coverage.to_json(),
     }

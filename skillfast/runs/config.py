@@ -34,7 +34,7 @@ from skillfast.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from dataclasses import Field
 
 LANGUAGE_MODEL = "hf:"  # before the name of a language model
@@ -44,8 +44,9 @@ EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are n
 _OF_IMAGE_FILES = ("mean", "std", "crop_pct", "train_per_class", "test_per_class")
 _CHANNELS = (1, 3)  # of images
 NOTHING = "none"  # what is trained of weights that are to be measured as they are
-_OF_A_MACHINE = ("device", "memory_budget", "like")  # settings of a run that another one has its own of
-_NOT_RESULTS = ("output", "resume")  # where a run writes and what it goes on from change no result
+OF_A_MACHINE = ("device", "memory_budget")  # settings of a run that another one may have its own of
+_NOT_RESULTS = ("output", "resume", "replay")  # where a run writes and what it goes on from change no result
+_OF_A_REPLAY = (*OF_A_MACHINE, *_NOT_RESULTS)
 
 
 @dataclass(frozen=True)
@@ -236,15 +237,24 @@ class RunConfig(Settings):
         None, "Folder of an earlier run: measure another checkpoint with its data and settings, and remove its skills, "
         "too. Give options of the model and of the run alone.",
     )  # fmt: skip
+    replay: str | None = setting(
+        None, "Folder of an earlier run: run it again with its settings, data and weights, and say what differs. Exits "
+        "with 3 where something does, with 4 where data or weights are others.",
+    )  # fmt: skip
     output: str = setting("skillfast-report", "Folder of the results.")
 
     def check(self) -> None:
-        """Raise ArgumentError for a device that no machine has, or an output folder that cannot be written."""
+        """Raise ArgumentError for a device that no machine has, or an output folder that is not to be written."""
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ArgumentError(
                 f"device: expected cpu, cuda or cuda:<number>, got {self.device!r}; leave it out for the default"
             )
         check_output(self.output)
+        for name, earlier in (("like", self.like), ("replay", self.replay)):
+            if earlier is not None and Path(earlier).resolve() == Path(self.output).resolve():
+                raise ArgumentError(
+                    f"output: expected another folder than that of --{name}, got {self.output!r}; name a new one"
+                )
 
     @property
     def memory_bytes(self) -> int | None:
@@ -318,15 +328,20 @@ class BenchConfig:
     def of(**settings: Any) -> BenchConfig:
         """Make the settings from flat ones, named as the command line's options: `of(model=..., dataset=...)`.
 
-        With `like=` they start from those of an earlier run, for another checkpoint of its model or another model.
+        With `like=` they start from those of an earlier run, for another checkpoint of its model or another model; with
+        `replay=` they are those of an earlier run, which is to be run again.
 
         Raises:
             ArgumentError: A setting that is not known, or a value that cannot be used; with `like`, one of data, trace
-                or selection, which are the earlier run's.
+                or selection, and with `replay` any but the folder and the machine's, which are the earlier run's.
             DataError: An earlier run that cannot be read.
         """
-        like = settings.get("like")
-        return (BenchConfig() if like is None else _like(like, settings)).replaced(**settings)
+        like, replay = settings.get("like"), settings.get("replay")
+        if replay is not None:
+            start = _again(replay, settings)
+        else:
+            start = BenchConfig() if like is None else _like(like, settings)
+        return start.replaced(**settings)
 
     def replaced(self, **settings: Any) -> BenchConfig:
         """A copy with some flat settings replaced; raises ArgumentError as `of`."""
@@ -422,19 +437,9 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
         directory: Folder of the earlier run.
         given: The settings to be replaced; with none of the model there is nothing to measure.
     """
-    earlier = records.read(BenchResults, Path(directory) / FILE, "run `skillfast bench` into that folder")
-    if earlier.config["dataset"] == GIVEN:
-        raise ArgumentError(
-            f"like: expected a run of named data, got {directory}, whose model and loader were given in Python; pass "
-            "the same config and loader to skillfast.bench"
-        )
     groups = dict[str, str]((name_of(declared), group) for group, declared in _declared())
     fixed = [name for name in given if groups.get(name) not in (None, "model", "run") or name == "seed"]
-    if fixed:
-        raise ArgumentError(
-            f"{fixed[0]}: expected with a run of its own, got it with --like, which takes it from {directory}; leave "
-            "it out"
-        )
+    earlier = _earlier("like", directory, fixed)
     own = [name for name in given if groups.get(name) == "model"]
     weights = any(name in ("model", "checkpoint", "pretrained") for name in own)
     if not own or (not weights and earlier.model.trained.finetune not in (None, NOTHING)):
@@ -442,13 +447,37 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
             f"like: expected --checkpoint or --model with it, got {own[0] if own else 'neither'}; name the weights to "
             f"measure as {directory} was measured"
         )
-    kept = {name: value for name, value in earlier.config.items() if name in groups and name not in _OF_A_MACHINE}
+    kept = {
+        name: value for name, value in earlier.config.items() if name in groups and name not in (*OF_A_MACHINE, "like")
+    }
     kept |= {"epochs": None, "lr": None, "finetune": NOTHING if given.get("model", kept["model"]) else None}
     if weights:
         kept |= {"checkpoint": None, "pretrained": False}
     if given.get("model") not in (None, kept["model"]):
         kept["model_kwargs"] = {}
     return BenchConfig().replaced(**{**kept, **given})
+
+
+def _again(directory: str, given: Mapping[str, Any]) -> BenchConfig:
+    """The settings of an earlier run; only where it computes and writes may be given anew."""
+    earlier = _earlier("replay", directory, [name for name in given if name not in _OF_A_REPLAY])
+    return BenchConfig().replaced(**earlier.config)
+
+
+def _earlier(option: str, directory: str, fixed: Sequence[str]) -> BenchResults:
+    """Results whose settings an option takes; raises ArgumentError for settings that are fixed by them."""
+    earlier = records.read(BenchResults, Path(directory) / FILE, "run `skillfast bench` into that folder")
+    if earlier.config["dataset"] == GIVEN:
+        raise ArgumentError(
+            f"{option}: expected a run of named data, got {directory}, whose model and loader were given in Python; "
+            "pass the same config and loader to skillfast.bench"
+        )
+    if fixed:
+        raise ArgumentError(
+            f"{fixed[0]}: expected with a run of its own, got it with --{option}, which takes it from {directory}; "
+            "leave it out"
+        )
+    return earlier
 
 
 def _check_readable(checkpoint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,16 @@ from skillfast import __version__, backends
 from skillfast.results.environment import Environment
 
 
-def environment(device: torch.device) -> Environment:
-    """The versions of what decides how skillfast behaves, and where it runs."""
+def environment(model: torch.nn.Module, device: torch.device) -> Environment:
+    """The versions of what decides how skillfast and the model behave, and where they run."""
     import sklearn
-    import timm
 
     return Environment(
         skillfast=__version__,
         python=platform.python_version(),
         torch=str(torch.__version__),
-        timm=timm.__version__,
         numpy=np.__version__,
+        libraries=_libraries(model),
         scikit_learn=sklearn.__version__,
         platform=f"{platform.system()} {platform.machine()}",
         device=str(device),
@@ -31,6 +31,13 @@ def environment(device: torch.device) -> Environment:
         threads=torch.get_num_threads(),
         backends=backends.status(),
     )
+
+
+def _libraries(model: torch.nn.Module) -> dict[str, str]:
+    """Versions of the packages whose modules the model is made of, but for torch and skillfast."""
+    roots = sorted({type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch", "skillfast"})
+    versions = {root: getattr(sys.modules.get(root), "__version__", None) for root in roots}
+    return {root: str(version) for root, version in versions.items() if version is not None}
 
 
 def _processor() -> str:

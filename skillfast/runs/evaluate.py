@@ -173,9 +173,9 @@ def _evaluate_classifier(
         "intact": intact,
         "outcomes": outcomes,
         "model": evaluated_model(session),
-        "data": subject.dataset_json(),
+        "data": {**subject.dataset_json(), "digests": session.data_digests},
         "config": _settings(subject.config, grid, skills),
-        "environment": environment(subject.device),
+        "environment": environment(subject.model, subject.device),
         "tasks": compared,
     }
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
@@ -206,9 +206,9 @@ def _evaluate_causal(
         "intact": intact,
         "outcomes": outcomes,
         "model": evaluated_model(session),
-        "data": subject.dataset_json() | counts,
+        "data": {**subject.dataset_json(), **counts, "digests": session.data_digests},
         "config": _settings(subject.config, grid, skills) | {"generation": asdict(settings)},
-        "environment": environment(subject.device),
+        "environment": environment(subject.model, subject.device),
     }
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 
@@ -281,5 +281,6 @@ def evaluated_model(session: Session) -> EvaluatedModel:
         fingerprint=fingerprint(model),
         neurons=sum(site.width for site in sites),
         sites=[EvaluatedSite(name=site.name, kind=site.kind, block=site.block, width=site.width) for site in sites],
+        weights=session.weights,
         coverage=None if covered is None else records.made(ModelCoverage, covered.to_json()),
     )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from skillfast import data
 from skillfast.errors import ArgumentError, DataError
 from skillfast.models.batches import Batch, classes_of, read_batch
-from skillfast.models.inputs import described, joined
+from skillfast.models.inputs import described, joined, tensors_in
 from skillfast.models.sites import find_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.runs.config import BenchConfig, DataConfig, ModelConfig
 from skillfast.runs.subject import NO_TRAINING, Subject, Training
@@ -154,6 +154,11 @@ class Part:
     def __getitem__(self, index: int) -> Any:
         """An item, for `collate`."""
         return self.examples[int(self.rows[index])]
+
+    def content(self, index: int) -> bytes:
+        """The input tensors of a batch of this one example."""
+        inputs = read_batch(self.collate([self[index]])).inputs
+        return b"".join(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for x in tensors_in(inputs))
 
 
 def given_subject(given: Given, config: BenchConfig) -> Subject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,18 +17,22 @@ from skillfast.memory.budget import limited_memory
 from skillfast.memory.usage import peak_memory
 from skillfast.metrics import check_metric_names
 from skillfast.models.coverage import coverage
+from skillfast.models.digests import weights_digest
 from skillfast.models.sites import module_device
 from skillfast.progress import telling
+from skillfast.results.records import to_json
 from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
-from skillfast.runs.digests import data_digest, weights_digest
 from skillfast.runs.given import given_subject
+from skillfast.runs.provenance import data_digests, measured_weights
+from skillfast.runs.replay import Earlier
 from skillfast.statistics.scoring import undefined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from skillfast.models.coverage import Coverage
+    from skillfast.results.provenance import DataDigests, Weights
     from skillfast.runs.config import BenchConfig
     from skillfast.runs.given import Given
     from skillfast.runs.kept import Kept
@@ -68,6 +73,17 @@ class Session:
     def config(self) -> BenchConfig:
         """The settings, the dtype among them."""
         return self.subject.config
+
+    @cached_property
+    def data_digests(self) -> DataDigests:
+        """Digests of each part of the data, all of which is read for them once."""
+        with self.clock.stage("data"):
+            return data_digests(self.subject.splits)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Digest and origin of the weights, once they are trained."""
+        return measured_weights(self.subject)
 
     def stage(self, name: str, make: Callable[[], T], kept: Kept[T] | None = None, *, part: str = "") -> T:
         """A stage's result: what an interrupted run left of it, or made now.
@@ -151,6 +167,7 @@ def open_session(
         resumable: Keep stages' results in the output folder, which is made, for an interrupted run to go on from.
 
     Raises:
+        NotComparableError: A run to be repeated of other data or weights.
         SkillfastError: Data or a model that cannot be had, a device that is not there, an output folder that cannot be
             written.
     """
@@ -167,10 +184,15 @@ def open_session(
             )
             covered = _certify(subject.model, say)
         session = Session(subject, covered, clock, quiet, say)
+        earlier = None if config.run.replay is None else Earlier.read(config.run.replay)
+        if earlier is not None:
+            earlier.check(config, session.data_digests)
         if resumable:
-            session.checkpoints = _checkpoints(subject, say)
+            session.checkpoints = _checkpoints(session)
         try:
-            _train(session)
+            _train(session, earlier)
+            if earlier is not None:
+                earlier.check_weights(session.weights)
             stack.enter_context(session.subject.precision())
             yield session
         except BaseException:
@@ -204,28 +226,30 @@ def load_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say:
     return text_subject(config, device, quiet=quiet)
 
 
-def _train(session: Session) -> None:
-    """Give the subject its weights."""
-    subject = session.subject
-    if subject.training.line:
-        session.say(subject.training.line)
-    trained = session.stage(TRAIN, subject.training.run, subject.training.kept)
+def _train(session: Session, earlier: Earlier | None) -> None:
+    """Give the subject its weights: trained, or those that an earlier run trained and left."""
+    subject, how = session.subject, session.subject.training
+    if how.kept is not None and earlier is not None and earlier.has_weights:
+        how = replace(how, run=partial(how.kept.load, earlier.directory), line="")
+    if how.line:
+        session.say(how.line)
+    trained = session.stage(TRAIN, how.run, how.kept)
     subject.model.eval()
     session.subject = replace(subject, trained={"from": subject.source, **trained})
 
 
-def _checkpoints(subject: Subject, say: Say) -> Checkpoints:
+def _checkpoints(session: Session) -> Checkpoints:
     """What an interrupted run of the same settings, versions, data and weights left."""
-    config, splits = subject.config, subject.splits
+    config = session.config
     identity = {
         **config.to_json(),
         "skillfast": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "data": data_digest({part: getattr(splits, part) for part in ("select", "validate", "test")}),
-        "weights": weights_digest(subject.model),
+        "data": to_json(session.data_digests),
+        "weights": weights_digest(session.subject.model),
     }
-    return Checkpoints(files.output_folder(config.run.output), identity, resume=config.run.resume, say=say)
+    return Checkpoints(files.output_folder(config.run.output), identity, resume=config.run.resume, say=session.say)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -226,12 +226,12 @@ def _folder_of(loaded: LanguageModel) -> Kept[dict[str, Any]]:
 
     def save(trained: dict[str, Any], folder: Path) -> None:
         save_language_model(loaded.model, folder / MODEL, tokenizer=loaded.tokenizer)
-        JSON.save(trained, folder)
+        JSON.save(trained, folder / MODEL)
 
     def load(folder: Path) -> dict[str, Any]:
         again = type(loaded.model).from_pretrained(folder / MODEL, local_files_only=True)  # type: ignore[attr-defined]
         loaded.model.load_state_dict(again.state_dict())
-        return JSON.load(folder)
+        return JSON.load(folder / MODEL)
 
     return Kept(save, load)
 

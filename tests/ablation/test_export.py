@@ -20,8 +20,8 @@ from torch import nn
 
 import skillfast
 from skillfast import Skill
-from skillfast.ablation.export import _umask
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.files import umask
 from skillfast.models.coverage import randomise
 from skillfast.models.sites import find_sites
 from skillfast.models.text_classifier import TextClassifier
@@ -389,6 +389,6 @@ def test_wrapped_models_are_refused_and_an_empty_folder_is_taken(tmp_path: Path)
     folder.mkdir()
     assert skillfast.export(model, skill, folder, model_kwargs={**VIT, "num_classes": 5}) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask()
     card = (folder / "README.md").read_text()
     assert "# vit\\_tiny\\_patch16\\_224 with 1 skill removed" in card

@@ -21,6 +21,7 @@ from skillfast.data.text import read_text
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.metrics import parse_metrics
 from skillfast.models import huggingface
+from skillfast.models.digests import weights_digest
 from skillfast.models.huggingface import load_language_model, quantization
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, TokenExamples, batches
@@ -71,6 +72,7 @@ def test_a_model_partly_on_disk_traces_and_ablates_as_the_plain_one(tmp_path, da
     whole, scores, swept, logits = outcome(folder, data)
     model, got, again, same = outcome(folder, data, device_map=PLACES)
     assert model.language_model.get_submodule("model.layers.1.mlp.down_proj").weight.device.type == "meta"
+    assert weights_digest(model) == weights_digest(whole)  # of the values on disk, too
     np.testing.assert_allclose(got.mean, scores.mean, atol=1e-6)
     np.testing.assert_allclose(got.pearson, scores.pearson, atol=1e-5)
     np.testing.assert_array_equal(again.predictions, swept.predictions)

@@ -36,7 +36,7 @@ def test_card_has_the_numbers_and_no_markup_of_names(run):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[:6]}) == 1
     of_class = next(line for line in lines if line.startswith("| a "))
-    assert r"a \| b \<i\>\*c\*\</i\>" in of_class
+    assert r"a \| b &lt;i&gt;\*c\*&lt;/i&gt;" in of_class
     assert f"{100 * results.selectivity.target_drop:.1f}" in lines[2]
     assert results.model.fingerprint in text
     assert f"torch {results.environment.torch}" in text

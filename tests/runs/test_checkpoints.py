@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,15 +10,17 @@ from conftest import make_vit
 
 import skillfast
 from skillfast import BenchConfig, NeuronRanking, SweepResult
-from skillfast.data.splits import TensorImages
+from skillfast.data.splits import Splits, TensorImages
+from skillfast.errors import ModelError
+from skillfast.models.digests import weights_digest
 from skillfast.progress import Forecast
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
 from skillfast.runs import images, subject
 from skillfast.runs.checkpoints import FOLDER, Checkpoints
 from skillfast.runs.cost import Clock
-from skillfast.runs.digests import data_digest, weights_digest
 from skillfast.runs.kept import JSON, WEIGHTS, Kept
+from skillfast.runs.provenance import data_digests
 from skillfast.runs.session import Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:some scores are not defined", "ignore:no neuron was chosen")
@@ -100,20 +103,36 @@ def test_a_full_disk_costs_the_way_back_and_not_the_run(tmp_path):
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["run.json"]
 
 
-def test_digests_tell_weights_and_data_apart():
-    model, images = make_vit(), torch.randn(40, 3, 4, 4)
-    digest = weights_digest(model)
-    assert weights_digest(make_vit()) == digest
-    with torch.no_grad():
-        model.blocks[1].mlp.fc2.bias += 1e-3
-    assert weights_digest(model) != digest
-    labels = torch.arange(40) % 4
-    part = TensorImages(images, labels, "abcd")
-    digest = data_digest({"test": part})
-    assert data_digest({"test": TensorImages(images.clone(), labels.clone(), "abcd")}) == digest
-    assert data_digest({"test": TensorImages(images, labels.flip(0), "abcd")}) != digest
-    assert data_digest({"test": TensorImages(images + 1, labels, "abcd")}) != digest
-    assert data_digest({"test": TensorImages(images, labels, "abce")}) != digest
+def test_a_digest_is_of_every_value_in_the_order_of_the_names():
+    model, wanted = make_vit(), hashlib.sha256()
+    for name in sorted(state := model.state_dict()):
+        wanted.update(f"{name} float32 [{', '.join(map(str, state[name].shape))}]\n".encode())
+        wanted.update(np.ascontiguousarray(state[name].numpy()).tobytes())
+    assert weights_digest(model) == wanted.hexdigest()
+    with torch.no_grad():  # one value, and not the first
+        model.blocks[1].mlp.fc2.weight.t()[7, 5] += 1e-3
+    assert weights_digest(model) not in (wanted.hexdigest(), weights_digest(model.bfloat16()))
+    with pytest.raises(ModelError, match=r"weights: expected values of \S+, got none, on the meta device; load them"):
+        weights_digest(torch.nn.Linear(2, 2, device="meta"))
+
+
+def test_every_example_and_label_of_a_part_is_in_its_digest():
+    images, labels = torch.randn(40, 3, 4, 4), torch.arange(40) % 4
+    changed = images.clone()
+    changed[17, 2, 3, 3] += 1e-3
+
+    def digests(images, labels, classes="abcd"):
+        part = TensorImages(images, labels, classes)
+        return data_digests(Splits("x", tuple(classes), part, TensorImages(images[:1], labels[:1], classes), part))
+
+    found = digests(images, labels)
+    assert found == digests(images.clone(), labels.clone())
+    assert found.select == found.test != found.validate
+    assert digests(changed, labels).test.examples != found.test.examples
+    assert digests(changed, labels).test.labels == found.test.labels
+    for other in (digests(images, labels.flip(0)), digests(images, labels, "abce")):
+        assert other.test.labels != found.test.labels
+        assert other.test.examples == found.test.examples
 
 
 def test_results_come_back_as_they_were(tmp_path, vit, batches):

@@ -18,14 +18,15 @@ from conftest import one_line
 import skillfast
 from skillfast import BenchConfig
 from skillfast.cli import main
-from skillfast.errors import ArgumentError, DataError
+from skillfast.errors import ArgumentError, DataError, NotComparableError
 from skillfast.evaluation.comparison import Measured
-from skillfast.report import comparison_text, write_comparison
+from skillfast.report import comparison_text, replay_text, write_comparison
 from skillfast.results import records
 from skillfast.results.comparison import Comparison
 from skillfast.results.decisions import Decisions
 from skillfast.results.skills import Skills, skills_digest
 from skillfast.runs.compare import compare
+from skillfast.runs.replay import Earlier
 from skillfast.testing import assert_no_regression
 
 CLASSES = tuple(sample.class_names(10))
@@ -329,10 +330,14 @@ def audited(pictures, tmp_path_factory):
         method="attribution", control_draws=1, share=0.05, output=str(folder / "base"),
     )  # fmt: skip
     base = skillfast.bench(config)
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "base" / "model.safetensors")
+    with safe_open(folder / "base" / "model.safetensors", "pt") as file:
+        trained = file.metadata()
     weights["head.bias"] = weights["head.bias"] + torch.tensor([0.0, 0.0, -30.0])  # red is gone
+    save_file(weights, folder / "other.safetensors", metadata=trained)  # as if the run had left it
     save_file(weights, folder / "tuned.safetensors")
     like = ["--like", folder / "base", "--checkpoint", folder / "tuned.safetensors"]
     result = run("bench", *like, "--output", folder / "new", "--quiet")
@@ -432,3 +437,92 @@ def test_what_a_like_run_takes_no_option_of(audited, tmp_path):
     message = one_line(ArgumentError, BenchConfig.of, like=str(tmp_path), **weights)
     assert "model and loader were given in Python" in message
     shutil.rmtree(tmp_path)
+
+
+# --replay
+
+
+@pytest.fixture(scope="module")
+def replayed_run(audited):
+    """A copy of the run in which two values were changed by hand, replayed."""
+    folder, _ = audited
+    hand = folder / "hand"
+    shutil.copytree(folder / "base", hand)
+    text = json.loads((hand / "results.json").read_text())
+    text["selectivity"]["ci95"]["target_drop"][1] -= 0.002
+    text["cost"]["forward_s"] += 100
+    text["environment"]["torch"] = "1.0"
+    (hand / "results.json").write_text(json.dumps(text))
+    skills = json.loads((hand / "skills.json").read_text())
+    next(iter(skills["skills"][0]["neurons"].values())).pop()
+    (hand / "skills.json").write_text(json.dumps(skills))
+    return run("bench", "--replay", hand, "--output", folder / "again", "--quiet"), hand, folder
+
+
+def test_a_replay_names_what_was_changed_and_nothing_else(replayed_run, audited):
+    done, hand, folder = replayed_run
+    assert done.exit_code == 3, done.output
+    first, *lines = done.output.splitlines()[1:]
+    assert first.startswith(f"replay of {hand}: 2 of ")
+    assert lines[0].startswith("  skills.json: blue: ")
+    assert lines[0].endswith(" of these and 1 others")
+    high = audited[1].results.selectivity.ci95.target_drop[1]
+    assert lines[1] == f"  results.json: selectivity.ci95.target_drop[1]: {high - 0.002}, now {high} (0.002 apart)"
+    assert lines[2:] == [f"  ran on: torch: 1.0, now {torch.__version__}"]
+    again = records.read(type(audited[1].results), folder / "again" / "results.json", "again")
+    assert again.config == audited[1].results.config
+    assert again.model.weights == audited[1].results.model.weights
+    assert again.model.trained == audited[1].results.model.trained
+    assert (folder / "again" / "model.safetensors").is_file()  # the run's own, and not trained again
+    found = Earlier.read(folder / "base").compared(again, Earlier.read(folder / "again").skills)
+    assert (found.differences, found.environment, found.exit_code) == ((), (), 0)
+    assert found.n > 500
+    assert replay_text(found) == (
+        f"replay of {folder / 'base'}: all {found.n:,} values are equal; numbers are equal within 1e-06 + 0.0001 of "
+        "their size"
+    )
+
+
+def test_a_replay_of_other_data_or_weights_is_refused(audited, pictures, tmp_path):
+    folder, base = audited
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    shutil.copytree(pictures, data)
+    shutil.copytree(folder / "base", copy)
+    text = json.loads((copy / "results.json").read_text())
+    text["config"]["data_dir"] = str(data)
+    (copy / "results.json").write_text(json.dumps(text))
+    with (data / "test" / "red" / "3.png").open("ab") as file:
+        file.write(b"x")  # decodes to the same pixels
+    again = ["bench", "--replay", copy, "--output", tmp_path / "again", "--quiet"]
+    done = run(*again)
+    assert (done.exit_code, done.output) == (4, (
+        f"Error: data: expected those of {copy}, got other test examples; replay it on the data that it read\n"
+    ))  # fmt: skip
+    text["config"]["data_dir"] = str(pictures)
+    (copy / "results.json").write_text(json.dumps(text))
+    shutil.copy(folder / "other.safetensors", copy / "model.safetensors")
+    done = run(*again)
+    assert done.exit_code == 4
+    assert f"weights: expected SHA-256 {base.results.model.weights.sha256}, as in {copy}, got " in done.output
+    assert not (tmp_path / "again" / "results.json").exists()
+
+
+def test_what_a_replay_takes_no_option_of(audited):
+    base = str(audited[0] / "base")
+    for settings, words in (
+        ({"share": 0.1}, "share: expected with a run of its own, got it with --replay"),
+        ({"like": base}, "like: expected with a run of its own, got it with --replay"),
+        ({"output": f"{base}/../base"}, "output: expected another folder than that of --replay"),
+    ):
+        assert words in one_line(ArgumentError, BenchConfig.of, replay=base, **settings)
+    assert "output: expected another folder than that of --like" in one_line(
+        ArgumentError, BenchConfig.of, like=base, checkpoint=str(audited[0] / "tuned.safetensors"), output=base
+    )
+    done = run("bench", "--replay", base, "--model-kwarg", "depth=3", "--output", audited[0] / "never")
+    assert (done.exit_code, "model_kwargs: expected with a run of its own" in done.output) == (2, True)
+    config = BenchConfig.of(replay=base, device="cpu", output="elsewhere")
+    assert config.to_json() == {**audited[1].results.config, "device": "cpu"}
+    other = config.replaced(share=0.1)
+    assert "share: expected 0.05, as in" in one_line(
+        NotComparableError, Earlier.read(base).check, other, audited[1].results.dataset.digests
+    )

@@ -12,6 +12,7 @@ import jsonschema
 import numpy as np
 import planted
 import pytest
+import report_sample as sample
 import torch
 from click.testing import CliRunner
 from conftest import make_vit, one_line
@@ -362,12 +363,14 @@ def hostile_page(folder, vit, batches):
         "fingerprint": "x",
         "neurons": 10,
         "sites": [{"name": "head", "kind": "head", "block": None, "width": 10}],
+        "weights": sample.WEIGHTS,
     }
     data = {"name": "x", "classes": list(classes), "n_select": 1, "n_validate": 0, "n_test": 37}
+    data["digests"] = sample.DIGESTS
     results = {
         "task": "classification", "measures": class_scores.MEASURES, "intact": intact, "outcomes": outcomes,
         "model": model, "data": data, "config": {"grid": {}},
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(vit, torch.device("cpu")),
     }  # fmt: skip
     Evaluation(records.made(EvaluationResults, results)).save(folder)
     jsonschema.validate(json.loads((folder / "evaluation.json").read_text()), schema())

@@ -12,6 +12,7 @@ from skillfast.report.formatting import (
     UNDEFINED,
     UNDEFINED_RATIO,
     finite,
+    flat,
     interval,
     number_of,
     percent,
@@ -245,14 +246,6 @@ def contribution_rows(results: BenchResults) -> list[tuple[str, str, str]]:
     return [*rows, ("non-additivity", percent(found.non_additivity), rest)]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        rows += _flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, plain(value))]
-    return rows
-
-
 def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
     seconds = [(STAGES.get(stage, stage), f"{plain(took)} s") for stage, took in to_json(cost.seconds).items()]
     return [
@@ -275,11 +268,11 @@ def details(results: BenchResults) -> list[dict[str, Any]]:
         for site in results.model.sites
     ]
     return [
-        {"title": "Model", "rows": _flat(model)},
+        {"title": "Model", "rows": flat(model)},
         {"title": "Places of the neurons", "rows": sites},
-        {"title": "Data", "rows": _flat(dataset)},
-        {"title": "Configuration", "rows": _flat(results.config)},
-        {"title": "Environment", "rows": _flat(to_json(results.environment))},
+        {"title": "Data", "rows": flat(dataset)},
+        {"title": "Configuration", "rows": flat(results.config)},
+        {"title": "Environment", "rows": flat(to_json(results.environment))},
         {"title": "Cost", "rows": _cost_rows(results.cost)},
     ]
 

@@ -9,11 +9,12 @@ from xml.etree import ElementTree
 from rich.table import Table
 from rich.text import Text
 
+from skillfast.markdown import escaped, escaped_table
 from skillfast.report.comparison import words
 from skillfast.results.records import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from skillfast.results.comparison import Check, Comparison
 
@@ -62,28 +63,17 @@ def as_json(found: Comparison) -> str:
 
 def markdown(found: Comparison) -> str:
     """Headings, sentences and tables, for a step summary or a merge request."""
-    lines = [f"## {_cell(words.title(found))}", ""]
+    lines = [f"## {escaped(words.title(found))}", ""]
     if found.gate is not None:
-        lines += [f"**{_cell(words.gate_says(found))}**", ""]
-    lines += [f"- {_cell(sentence)}" for sentence in words.sentences(found)]
+        lines += [f"**{escaped(words.gate_says(found))}**", ""]
+    lines += [f"- {escaped(sentence)}" for sentence in words.sentences(found)]
     if found.skills:
-        lines += ["", *_table(words.COLUMNS, words.rows(found))]
+        lines += ["", escaped_table(words.COLUMNS, words.rows(found))]
     if rows := words.exchanged(found):
-        lines += ["", "### Skills removed from the other run's model", "", *_table(words.EXCHANGED, rows)]
+        lines += ["", "### Skills removed from the other run's model", "", escaped_table(words.EXCHANGED, rows)]
     if found.gate is not None:
-        lines += ["", "### Checks", "", *_table(CHECKED, [words.check_row(check) for check in found.gate.checks])]
+        lines += ["", "### Checks", "", escaped_table(CHECKED, [words.check_row(check) for check in found.gate.checks])]
     return "\n".join(lines)
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(map(_cell, cells))} |" for cells in (heading, ["---"] * len(heading), *rows)]
-
-
-def _cell(value: str) -> str:
-    """Text without anything that markdown or HTML reads."""
-    for mark in "\\`*_{}[]<>|#":
-        value = value.replace(mark, f"\\{mark}")
-    return value.replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\n", " ")
 
 
 def junit(found: Comparison) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.report import pages
 from skillfast.report.evaluation import tasks
-from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, plain, points
+from skillfast.report.formatting import UNDEFINED, finite, flat, interval, number_of, percent, plain, points
 from skillfast.report.parts import DIVERGING, Figure, across, amounts, base, colour, down, heatmap, labels, largest
 from skillfast.results.records import to_json
 
@@ -250,6 +250,7 @@ def _with_interval(intact: Intact, name: str) -> str:
 def render(results: EvaluationResults) -> str:
     """Make the page; see `skillfast.report.write_evaluation`."""
     made = make_figures(results)
+    measured = {"weights": to_json(results.model.weights), "data": to_json(results.data.digests)}
     return pages.render(
         "skillfast.report.evaluation",
         {"figures": made},
@@ -259,5 +260,5 @@ def render(results: EvaluationResults) -> str:
         figures=made.keys(),
         rows=table_rows(results),
         tasks=None if results.tasks is None else tasks.context(results.tasks),
-        settings=[(name, plain(value)) for name, value in {**to_json(results.environment), **results.config}.items()],
+        settings=[*flat(measured), *flat(to_json(results.environment)), *flat(results.config)],
     )

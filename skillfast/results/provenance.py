@@ -1,0 +1,46 @@
+"""What a result is of: weights, examples and labels by their SHA-256."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from skillfast.results.records import Name, Record
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Weights(Record, frozen=True):
+    """The weights that were measured, after any training.
+
+    Attributes:
+        sha256: Of all of them, as `skillfast.models.digests.weights_digest` says.
+        origin: The file, name or seed that they were loaded or trained from.
+        revision: Commit of a name on the hub.
+    """
+
+    sha256: Sha256
+    origin: Name
+    revision: Name | None = None
+
+
+class PartDigests(Record, frozen=True):
+    """A part of the data.
+
+    Attributes:
+        examples: SHA-256 over its examples in their order: of each the number of bytes (8 bytes, little-endian) and the
+            bytes of its image file, its pixels, its text as JSON or, where a loader was given, its input tensors.
+        labels: SHA-256 over the classes as a JSON list, a line feed, and the labels as 64-bit little-endian integers.
+    """
+
+    examples: Sha256
+    labels: Sha256
+
+
+class DataDigests(Record, frozen=True):
+    """The examples that skills were chosen on, that settings were chosen on, and that were measured on."""
+
+    select: PartDigests
+    validate: PartDigests
+    test: PartDigests
