@@ -129,6 +129,14 @@ def test_the_sample_depends_neither_on_batches_nor_on_padding():
     assert not np.allclose(other.spearman, want.spearman, atol=1e-3)
 
 
+def test_edges_that_no_longer_fit_are_named():
+    rows, label, loss = texts(400, 5)
+    rows = [x + 40 * (i >= 60) * (np.arange(WIDTH) < 3) for i, x in enumerate(rows)]
+    with pytest.warns(RuntimeWarning, match="stale_edges"):
+        scores = traced(([x.astype(np.float32) for x in rows], label, loss), 40, calibrate=60)
+    assert {0, 1, 2} <= set(scores.reasons["stale_edges"]) != set(range(WIDTH))
+
+
 def test_every_token_is_sampled_alike():
     """Over 40 seeds tokens of short and of long texts, early and late ones, are ranked equally often."""
     from skillfast.statistics.tokens import TokenSample

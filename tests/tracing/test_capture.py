@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -128,6 +130,16 @@ def test_an_ablation_around_a_trace_is_traced_and_one_inside_is_not(vit, batches
     inside = tracer.compute()
     assert around["blocks.1.mlp"].mean[4] == 0
     assert inside["blocks.1.mlp"].mean[4] != 0
+
+
+def test_a_copy_of_a_traced_model_is_not_traced(vit, batches):
+    before = [block.mlp.act for block in vit.blocks]
+    with Tracer(vit, LABEL, sites=("mlp",)) as tracer, torch.no_grad():
+        copied = copy.deepcopy(vit)
+        assert [type(block.mlp.act) for block in copied.blocks] == [type(act) for act in before]
+        wanted = vit(batches[0][0])
+        tracer.discard()
+        torch.testing.assert_close(copied(batches[0][0]), wanted)
 
 
 def test_gradients_pass_a_traced_model(vit, batches):

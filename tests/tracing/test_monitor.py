@@ -21,9 +21,12 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites
 from skillfast.statistics.sequential import DriftTest
 from skillfast.tracing import monitor as monitor_module
+from skillfast.tracing.capture import reading_routed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from skillfast.models.activations import RoutedActivations
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -159,6 +162,17 @@ def test_padding_and_experts(tmp_path: Path, model_class: str) -> None:
     with torch.no_grad(), Monitor(model, skills, **settings):
         model(input_ids=x["input_ids"])  # without padding
     handle.remove()
+    whole: list[Any] = []
+    read = monitor_module._Read(site, skills)
+
+    def both(found: RoutedActivations) -> None:
+        masks = None, torch.zeros(3, 5, dtype=torch.bool)  # of other tokens than the site's
+        whole.extend(read.routed(found, monitor_module._Forward(3, mask)) for mask in masks)
+
+    with torch.no_grad(), reading_routed(model, site, both):
+        model(**x)
+    for one, other in zip(*whole, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
     routed = (seen[0][1] == expert).any(-1).float()
     assert lines(tmp_path)[1]["skill/deer/routed_share"] == pytest.approx(float(routed.mean()), rel=1e-5)
 

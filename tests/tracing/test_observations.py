@@ -84,6 +84,36 @@ def test_experts_rows_are_those_of_numpy_however_forwards_cut_them(per_token, ke
                 np.testing.assert_allclose(scores.pearson_low, found[-1].pearson_low, atol=1e-5)
 
 
+def test_experts_are_calibrated_and_refuse_what_was_told_before():
+    """What came before a calibration leaves no trace; a forward whose metrics are known takes no others."""
+    g = torch.Generator().manual_seed(2)
+    x, gate = torch.randn(8, TOKENS, 2, UNITS, generator=g), torch.ones(8, TOKENS, 2)
+    expert = torch.stack([torch.randperm(EXPERTS, generator=g)[:2] for _ in range(8 * TOKENS)]).view(8, TOKENS, 2)
+    values = {"label": torch.arange(8) % 2, "loss": torch.randn(8, generator=g)}
+    found = []
+    for before in (False, True):
+        expected = Expected()
+        rows = routed(expected, ("pearson",), None)
+        rows.count(values, None, None)  # no forward waits
+        if before:
+            rows.read_routed(rows.sites[0], forward(7 * x, gate, expert, slice(None)))
+            rows.count(values, None, None)
+            rows.calibrate()
+        rows.read_routed(rows.sites[0], forward(x, gate, expert, slice(None)))
+        rows.count(values, None, None)
+        found.append(rows.scores())
+    for name in ("n_routed", "mean", "std", "pearson"):
+        np.testing.assert_allclose(getattr(found[1], name), getattr(found[0], name), rtol=1e-5, atol=1e-6)
+    assert found[0].n_routed.sum() == 8 * TOKENS * 2 * UNITS
+    expected.values = values
+    for told, valid in ((values, None), ({}, torch.ones(8, dtype=torch.bool))):
+        rows.read_routed(rows.sites[0], forward(x, gate, expert, slice(None)))
+        with pytest.raises(ArgumentError, match="step: expected"):
+            rows.count(told, valid, None)
+        rows.discard()
+    assert not rows.open
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_tokens_are_counted_as_they_flow_on(dtype, per_token):
