@@ -289,13 +289,18 @@ class Interventions:
         """Site -> scale and shift, float64 [1, D] each, of what one condition does there.
 
         Raises:
-            ArgumentError: Donors, which differ from example to example.
+            ArgumentError: Donors, which differ from example to example, or a router whose logits are masked.
         """
         found = {}
         for site in self.sites:
             change = self.change_at(site, condition)
             if change is None:
                 continue
+            if change.masked:
+                raise ArgumentError(
+                    "mode 'reroute': expected another mode for a prepared model, got a router's logits to mask, which "
+                    "are inside its own code, where no gate stands; use mode 'zero', or the model that was not prepared"
+                )
             if change.donors is not None:
                 raise ArgumentError(
                     "mode 'resample': expected 'zero', 'mean' or 'constant' for a prepared model, got donors, which "

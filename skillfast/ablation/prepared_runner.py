@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from skillfast.ablation.batch_result import BatchRecorder, Observed, embedding_of
+from skillfast.ablation.prefix_reuse import routes_of
 from skillfast.errors import ArgumentError
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import call
 from skillfast.models.sites import module_device, unwrap_compiled
+from skillfast.tracing.gates import RoutedGate, SiteGate
 from skillfast.tracing.prepared import prepared
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
     from skillfast.ablation.batch_result import BatchResult
     from skillfast.ablation.interventions import Interventions
@@ -40,6 +44,7 @@ class PreparedRunner:
         self.device = module_device(self.inner)
         self.interventions = interventions
         self.factors = [interventions.factors(i) for i in range(len(interventions.conditions))]
+        self.routers = [site for site in known.sites if site.kind == "router"]
         self.head = next((site for site in known.sites if site.kind == "head"), None)
 
     def run(self, batch: Batch, keep_embeddings: bool, *, keep_logits: bool) -> BatchResult:
@@ -54,13 +59,33 @@ class PreparedRunner:
         logits = self._logits(batch)
         observed = Observed.of(batch, logits, self.inner)
         embedding = embedding_of(batch, self._embedding(batch), self.inner) if keep_embeddings else None
-        part = BatchRecorder(observed, logits, embedding, len(self.factors), keep_logits=keep_logits)
+        routes = self._routes(batch)
+        part = BatchRecorder(
+            observed, logits, embedding, len(self.factors), keep_logits=keep_logits, routed=_choices(routes, batch)
+        )
         for i, factors in enumerate(self.factors):
             with self.known.changed(self.inner, factors):
                 changed = self._logits(batch)
                 embedding = self._embedding(batch) if keep_embeddings else None
-            part.set([i], changed[None], None if embedding is None else embedding[None])
+            others = [(now != before).any(-1) for now, before in zip(self._routes(batch), routes, strict=True)]
+            part.set([i], changed[None], None if embedding is None else embedding[None], _total(others, batch))
         return part.result()
+
+    def _routes(self, batch: Batch) -> list[torch.Tensor]:
+        """The experts of each token in the last forward, ascending: int64 [batch, tokens, slots] of each router."""
+        if not self.routers:
+            return []
+        if len(batch) > self.known.rows:
+            raise ArgumentError(
+                f"routers: expected batches of up to {self.known.rows}, which the model is prepared for, got "
+                f"{len(batch)}; prepare(model, rows={len(batch)})"
+            )
+        told, found = self.known.forwards(self.inner), list[torch.Tensor]()
+        for site in self.routers:
+            gate = self.known.gate(self.inner, site)
+            assert isinstance(gate, RoutedGate)
+            found.append(routes_of(gate.last(*told[site.name][1:])).clone())
+        return found
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         return logits_of(call(self.model, batch.inputs), self.inner)
@@ -70,4 +95,18 @@ class PreparedRunner:
         if self.head is None:
             return None
         gate = self.known.gate(self.inner, self.head)
-        return gate.rows[: len(batch)].clone() if int(gate.read[2]) == 1 else None
+        assert isinstance(gate, SiteGate)
+        return gate.last(len(batch), 1, 0).clone() if int(gate.read[2]) == 1 else None
+
+
+def _total(chosen: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor | None:
+    """How many real tokens at all routers, int64 [1], of bool [batch, tokens] each; None without routers."""
+    if not chosen:
+        return None
+    real = batch.mask
+    return torch.stack([(x if real is None else x & (real.to(x.device) != 0)).sum() for x in chosen]).sum()[None]
+
+
+def _choices(routes: Sequence[torch.Tensor], batch: Batch) -> int:
+    total = _total([torch.ones_like(route[..., 0], dtype=torch.bool) for route in routes], batch)
+    return 0 if total is None else int(total)

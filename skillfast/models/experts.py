@@ -162,7 +162,7 @@ def _seam_of(model: torch.nn.Module, site: Site) -> Iterator[_Seam]:
 
 
 def _check(module: torch.nn.Module, site: Site) -> None:
-    name = _implementation(module)
+    name = implementation_of(module)
     if name not in (*AT_ONCE, "eager"):
         raise ModelError(
             f"{site.name}: expected experts computed by eager, {' or '.join(AT_ONCE)}, got {name!r}, which shows "
@@ -170,7 +170,8 @@ def _check(module: torch.nn.Module, site: Site) -> None:
         )
 
 
-def _implementation(module: torch.nn.Module) -> str:
+def implementation_of(module: torch.nn.Module) -> str:
+    """Name of what computes a module of experts: one of `AT_ONCE`, `"eager"` for a loop or code of its own, another."""
     if not hasattr(module, "has_gate"):
         return "eager"  # code of its own
     return getattr(getattr(module, "config", None), "_experts_implementation", None) or "eager"
@@ -396,7 +397,7 @@ class _Forward(TorchFunctionMode):
         self.slots = slots  # experts of a token
         self.watchers = watchers
         self.seen = False
-        self.at_once = _implementation(module) in AT_ONCE
+        self.at_once = implementation_of(module) in AT_ONCE
         self._order: torch.Tensor | None = None  # int64 [rows], of a sort by expert
         self._hit: tuple[torch.Tensor, ...] | None = None  # slots and tokens of the expert that is computed
         self._own = {id(last.weight): i for i, last in enumerate(_separate(module))}  # of experts that are modules
@@ -415,9 +416,12 @@ class _Forward(TorchFunctionMode):
             handle = module.act_fn.register_forward_hook(lambda _, __, found: self._all_rows(found))
             self._stack.callback(handle.remove)
             return
-        original = module._apply_gate
+        original, own = module._apply_gate, module.__dict__.get("_apply_gate")
         module._apply_gate = lambda gate_up: self._all_rows(original(gate_up))
-        self._stack.callback(module.__dict__.pop, "_apply_gate")
+        if own is None:
+            self._stack.callback(module.__dict__.pop, "_apply_gate")
+        else:
+            self._stack.callback(setattr, module, "_apply_gate", own)  # of a prepared model
 
     def _all_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Rows of all experts, in the order of the sort where there was one."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from skillfast.models.sites import Site
+    from skillfast.vocabulary import Layout
 
     # what flows on instead of a site's activations, like their `values`; None: what came
     See = Callable[[Activations], torch.Tensor | None]
@@ -47,8 +48,8 @@ def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
         return
 
     def before_projection(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = see(Activations(_turned(args[0], site)))
-        return None if replaced is None else (_turned(replaced, site, back=True), *args[1:])
+        replaced = see(Activations(turned(args[0], site.layout)))
+        return None if replaced is None else (turned(replaced, site.layout, back=True), *args[1:])
 
     with projecting(model, site):
         handle = model.get_submodule(site.path).register_forward_pre_hook(before_projection)
@@ -78,28 +79,37 @@ def on_samples(model: nn.Module, tell: Callable[[int], None]) -> RemovableHandle
     return model.register_forward_pre_hook(begin, with_kwargs=True)
 
 
-def _turned(x: torch.Tensor, site: Site, *, back: bool = False) -> torch.Tensor:
+def turned(x: torch.Tensor, layout: Layout, *, back: bool = False) -> torch.Tensor:
     """What a projection takes as [batch, ..., D], and back."""
-    if site.layout == "channels_first":
+    if layout == "channels_first":
         return x.movedim(-1, 1) if back else x.movedim(1, -1)
-    return x.transpose(0, 1) if site.layout == "tokens_first" and x.dim() > 2 else x
+    return x.transpose(0, 1) if layout == "tokens_first" and x.dim() > 2 else x
 
 
 @contextmanager
 def _calling_its_projection(attention: nn.MultiheadAttention) -> Iterator[None]:
-    """Inside, an attention module of torch calls its projection, whose weights it else hands to a function."""
+    call_projection(attention)
+    try:
+        yield
+    finally:
+        leave_projection(attention)
+
+
+def call_projection(attention: nn.MultiheadAttention) -> None:
+    """Let an attention module of torch call its projection, whose weights it else hands to a function."""
     readers = getattr(attention, _READERS, 0)
     setattr(attention, _READERS, readers + 1)
     if not readers:
         attention.forward = partial(_with_projection, attention)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        readers = getattr(attention, _READERS) - 1
-        setattr(attention, _READERS, readers)
-        if not readers:
-            delattr(attention, _READERS)
-            del attention.forward
+
+
+def leave_projection(attention: nn.MultiheadAttention) -> None:
+    """Undo one `call_projection`; the module is as it was when all are undone."""
+    readers = getattr(attention, _READERS) - 1
+    setattr(attention, _READERS, readers)
+    if not readers:
+        delattr(attention, _READERS)
+        del attention.forward
 
 
 class _Identity(nn.Module):

@@ -32,6 +32,7 @@ from skillfast.statistics.scoring import warn_of_reasons
 from skillfast.statistics.state import needs_bins
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading, reading_routed
+from skillfast.tracing.gates import RoutedGate
 from skillfast.tracing.observations import Expected, PooledRows, RoutedTokens, TokenRows
 from skillfast.tracing.prepared import prepared
 from skillfast.vocabulary import BINS, BUFFER_ROWS, POOLS, STATISTICS, Pool
@@ -102,7 +103,7 @@ class Tracer:
         self._pool = pool
         self._metrics = tuple(metrics)
         self.sites = choose_sites(model, sites) if self._prepared is None else self._prepared.chosen(model, sites, pool)
-        self._forwards: dict[str, tuple[int, int, int]] = {}  # of a prepared model, those that were counted
+        self._forwards: dict[str, tuple[int, int, int, int]] = {}  # of a prepared model, those that were counted
         self._seen: set[str] = set()
         self._stack = ExitStack()
         self._expected = Expected()
@@ -192,7 +193,7 @@ class Tracer:
         self._fetch()
         fired = set().union(*(group.fired for group in self._groups()))
         if not fired:
-            larger = "" if self._prepared is None else f"; it is prepared for batches of up to {self._prepared.rows}"
+            larger = "" if self._prepared is None else f"; it is prepared for batches of up to {self._prepared.most}"
             raise ModelError(f"step: expected a forward of the traced model since the last step, got none{larger}")
         self._seen |= fired
         if self._pool != "none":
@@ -207,7 +208,7 @@ class Tracer:
             return
         before, self._forwards = self._forwards, self._prepared.forwards(self._model)
         for site in self.sites:
-            times, n, tokens = self._forwards[site.name]
+            times, n, tokens, routed = self._forwards[site.name]
             times -= before[site.name][0]
             if times > 1:
                 raise ModelError(
@@ -221,10 +222,13 @@ class Tracer:
                         f"mask: expected one for the {n} x {tokens} tokens of {site.name}, got shape "
                         f"{list(mask.shape)}; give the mask of what runs through the blocks"
                     )
-                rows = self._prepared.gate(self._model, site).rows[:n]
-                group = self._rows[site.name]
-                assert not isinstance(group, RoutedTokens)  # no expert is prepared
-                group.read(site, rows, "identity", False)
+                gate, group = self._prepared.gate(self._model, site), self._rows[site.name]
+                if isinstance(gate, RoutedGate):
+                    assert not isinstance(group, TokenRows)
+                    group.read_routed(site, gate.last(n, tokens, routed))
+                else:
+                    assert not isinstance(group, RoutedTokens)
+                    group.read(site, gate.last(n, tokens, None if mask is None else mask.shape[1]), "identity", False)
 
     def expect(self, mask: ArrayLike | torch.Tensor | None = None, **values: ArrayLike | torch.Tensor) -> None:
         """Tell what is known of the next forward before it runs.

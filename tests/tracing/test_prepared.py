@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch._dynamo.utils import counters
 import skillfast
 from skillfast import Categorical, Condition, Continuous, Skill
 from skillfast.errors import ArgumentError, ModelError
-from skillfast.tracing.prepared import GATE, prepared
+from skillfast.models.coverage import randomise
+from skillfast.tracing.gates import GATE
+from skillfast.tracing.prepared import prepared
 
 FIRST = Skill("first", {"blocks.0.mlp": torch.arange(0, 96, 5), "blocks.1.attn": [0, 3], "head": [1]})
 OTHER = Skill("other", {"blocks.0.attn": [2], "blocks.1.mlp": torch.arange(40)})
@@ -157,7 +161,7 @@ def test_forwards_of_a_prepared_model_are_told_by_their_shape(images):
     with torch.no_grad():
         for n in (3, 5, 6):
             model(images[:n])
-    assert set(found.forwards(model).values()) == {(2, 5, 17), (2, 5, 1)}  # the head has one row
+    assert set(found.forwards(model).values()) == {(2, 5, 17, 0), (2, 5, 1, 0)}  # the head has one row
     for tokens in (0, -1):
         told = one_line(ArgumentError, skillfast.prepare, make_vit(depth=1), tokens=tokens)
         assert told.startswith("rows, tokens: expected at least 1, got 64, ")
@@ -270,7 +274,8 @@ def test_what_a_model_is_not_prepared_for_is_refused(images):
         lambda: skillfast.ablate(model, FIRST).__enter__(),
     ):
         assert "expected one that the model is prepared at (blocks.0.mlp to " in one_line(ArgumentError, refused)
-    assert "expected one of mean, cls, max, last" in one_line(ArgumentError, skillfast.prepare, model, pool="none")
+    assert "expected one of mean, cls, max, last" in one_line(ArgumentError, skillfast.prepare, model, pool="median")
+    assert "for pool 'none', got none; give tokens=" in one_line(ArgumentError, skillfast.prepare, model, pool="none")
     assert "expected at least 1" in one_line(ArgumentError, skillfast.prepare, model, rows=0)
     with (
         skillfast.ablate(model, Skill("s", {"blocks.0.mlp": [0]})),
@@ -285,3 +290,145 @@ def test_what_a_model_is_not_prepared_for_is_refused(images):
     assert "prepare: expected a model in evaluation mode" in one_line(
         ModelError, skillfast.prepare, make_vit(depth=1).train()
     )
+
+
+METRICS = {"label": Categorical(5), "loss": Continuous()}
+
+
+def test_tokens_are_observations_of_a_compiled_model(images):
+    """Ranks from the same sample of tokens, metrics told before the forward and after it, padding left out."""
+    model, plain = compiled(skillfast.prepare(make_vit(depth=2), pool="none", rows=8, tokens=17)), make_vit(depth=2)
+    mask = torch.rand(8, 17, generator=torch.Generator().manual_seed(2)) < 0.8
+    for early in (False, True):
+        tracers = [skillfast.Tracer(m, METRICS, pool="none", bins=8) for m in (model, plain)]
+        with torch.inference_mode(), tracers[0], tracers[1]:
+            for x, y in batches_of(images):
+                values = {"label": y, "loss": x.mean((1, 2, 3))}
+                for m, tracer in zip((model, plain), tracers, strict=True):
+                    tracer.expect(mask, **(values if early else {}))
+                    m(x)
+                    tracer.step(**({} if early else values))
+        found, want = (tracer.compute() for tracer in tracers)
+        assert tracers[0].n_observations == tracers[1].n_observations == 3 * int(mask.sum())
+        for name, array in want.arrays().items():
+            np.testing.assert_allclose(found.arrays()[name], array, atol=2e-4, err_msg=name)
+    assert graphs() == 1
+    with skillfast.Tracer(model, METRICS, pool="none") as tracer, torch.inference_mode():
+        model(torch.randn(9, 3, 16, 16))
+        told = one_line(ModelError, tracer.step, label=LABELS[:9], loss=LABELS[:9])
+    assert "it is prepared for batches of up to 8 examples of 17 tokens" in told
+
+
+class Convolved(torch.nn.Module):
+    """Projections that take channels after the batch or tokens before it, the latter of torch's own attention."""
+
+    num_classes = 5
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Conv2d(3, 12, 3, 2), torch.nn.Conv2d(12, 6, 1)
+        self.attention = torch.nn.MultiheadAttention(6, 2)
+        self.head = torch.nn.Linear(6, 5)
+        paths = {"blocks.0.mlp": "down", "blocks.1.attn": "attention.out_proj", "head": "head"}
+        skillfast.models.sites.declare_sites(self, paths)
+
+    def forward(self, x):
+        x = self.down(torch.relu(self.up(x))).flatten(2).permute(2, 0, 1)  # [tokens, batch, 6]
+        return self.head((x + self.attention(x, x, x)[0]).mean(0))
+
+
+@pytest.mark.parametrize("pool", ["max", "none"])
+def test_convolutions_and_attention_of_torch_are_prepared(images, pool):
+    model, plain = compiled(skillfast.prepare(Convolved().eval(), pool=pool, tokens=49)), Convolved().eval()
+    settings = {"pool": pool, "statistics": ("pearson",)}
+    found, want = (skillfast.trace(m, batches_of(images), **settings) for m in (model, plain))
+    np.testing.assert_allclose(found.pearson, want.pearson, atol=5e-5)
+    skill = Skill("s", {"blocks.0.mlp": [1, 7, 8], "blocks.1.attn": [0, 5]})
+    with torch.inference_mode(), skillfast.ablate(model, skill, scale=2.0), skillfast.ablate(plain, skill, scale=2.0):
+        torch.testing.assert_close(model(images[:8]), plain(images[:8]))
+    assert graphs() == 1
+    skillfast.prepare(model, sites=("head",))
+    assert vars(model._orig_mod.attention).keys() == vars(plain.attention).keys()
+
+
+def moe(implementation):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        intermediate_size=24, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2, vocab_size=50,
+        use_cache=False,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    randomise(model)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize(("implementation", "pool"), [("grouped_mm", "mean"), ("batched_mm", "none")])
+def test_experts_are_prepared(implementation, pool):
+    plain, model = moe(implementation), moe(implementation)
+    model = compiled(skillfast.prepare(model, pool=pool, rows=6, tokens=7))
+    assert {site.kind for site in prepared(model).sites} == {"attn", "router", "expert", "head"}
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for lengths in torch.randint(2, 8, (18,), generator=generator).split(6):
+        mask = (torch.arange(7) < lengths[:, None]).long()
+        ids = torch.randint(3, 50, mask.shape, generator=generator) * mask
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    skill = Skill("s", {"blocks.0.experts": [0, 13, 30], "blocks.1.router": [2], "blocks.1.experts": [40]})
+    for y in (torch.arange(6) % 5, None):
+        tracers = [skillfast.Tracer(m, METRICS, pool=pool, bins=8) for m in (model, plain)]
+        with torch.inference_mode(), tracers[0], tracers[1]:
+            for batch in batches:
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                values = {"label": torch.arange(6) % 5, "loss": batch["input_ids"].double().mean(1)}
+                for m, tracer in zip((model, plain), tracers, strict=True):
+                    tracer.expect(batch["attention_mask"], **({} if y is None else values))
+                    m(**inputs)
+                    tracer.step(**(values if y is None else {}))
+        found, want = (tracer.compute() for tracer in tracers)
+        for name, array in want.arrays().items():
+            np.testing.assert_allclose(found.arrays()[name], array, atol=2e-4, err_msg=name)
+    with torch.inference_mode():
+        intact = plain(**inputs).logits
+        for changed in (skill, Skill("t", {"blocks.0.router": [1], "blocks.0.experts": range(20)})):
+            with skillfast.ablate(model, changed, scale=3.0), skillfast.ablate(plain, changed, scale=3.0):
+                torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+                assert not torch.allclose(plain(**inputs).logits, intact, rtol=1e-2)
+    conditions = [Condition(skill, scale=3.0), Condition(Skill("attn", {"blocks.0.attn": range(16)}), scale=-9.0)]
+    found, want = (skillfast.sweep(m, batches, conditions, classes=50, keep_margins=True) for m in (model, plain))
+    np.testing.assert_allclose(found.margins, want.margins, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found.rerouted, want.rerouted)
+    assert want.rerouted.max() > 0
+    assert graphs() == 1
+    told = one_line(ArgumentError, skillfast.sweep, model, batches, [Condition(skill, mode="reroute")], classes=50)
+    assert "are inside its own code, where no gate stands; use mode 'zero'" in told
+
+
+def test_experts_that_cannot_be_prepared_are_refused():
+    told = one_line(ArgumentError, skillfast.prepare, moe("eager"), tokens=7)
+    assert "by 'eager', whose loop over experts is no one graph; call model.set_experts_implementation(" in told
+    told = one_line(ArgumentError, skillfast.prepare, moe("grouped_mm"))
+    assert "blocks.0.router, of which the rows of all tokens are left, got none; give tokens=, or leave out" in told
+
+
+def test_gates_of_experts_are_taken_away_and_other_readers_find_their_way():
+    plain, model = moe("grouped_mm"), skillfast.prepare(moe("grouped_mm"), tokens=7)
+    batch = {"input_ids": torch.arange(28).view(4, 7), "labels": torch.arange(28).view(4, 7)}
+    found, want = (skillfast.attribute(m, [batch], classes=50) for m in (model, plain))
+    np.testing.assert_allclose(found.values, want.values, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        model(batch["input_ids"])
+        told = prepared(model).forwards(model)
+        assert told["blocks.0.experts"][1:] == told["blocks.1.router"][1:] == (4, 7, 56)
+        copied = copy.deepcopy(model)
+        with skillfast.ablate(copied, Skill("s", {"blocks.0.experts": range(48)})):
+            changed = copied(batch["input_ids"]).logits
+        torch.testing.assert_close(model(batch["input_ids"]).logits, plain(batch["input_ids"]).logits)
+        assert not torch.allclose(changed, plain(batch["input_ids"]).logits, rtol=1e-2)
+    skillfast.prepare(model, sites=("attn",))
+    experts = model.model.layers[0].mlp.experts
+    assert "_apply_gate" not in vars(experts)
+    assert not experts._forward_pre_hooks
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
