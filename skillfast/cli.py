@@ -319,18 +319,21 @@ def report(directory: str, kind: str) -> None:
 
 
 @main.command(cls=Command)
-@click.option("--model", help="timm's name, or hf: and a name or folder: list its sites.")
+@click.option("--model", help="As of bench: list its sites.")
 @click.option("--model-kwarg", multiple=True, metavar="KEY=VALUE")
 @click.option("--verify", is_flag=True, help="Certify that the model's sites hold all that its blocks do; else exit 1.")
 def info(model: str | None, model_kwarg: tuple[str, ...], verify: bool) -> None:
-    """Show versions and backends, and where a model's neurons are."""
+    """Show versions and backends, the pretrained models of installed packages, and where a model's neurons are."""
     if verify and model is None:
         raise ArgumentError("verify: expected --model with it, got none; name the model")
     from skillfast import backends
+    from skillfast.models.embedded import PACKAGES
 
     click.echo(f"skillfast {__version__}")
     for name, text in backends.status().items():
         click.echo(f"  {name}: {text}")
+    for package in PACKAGES:
+        click.echo(f"  {words.EMBEDDED}{package.name}: {package.status()}")
     if model is not None:
         from skillfast.models.huggingface import is_huggingface, load_config, skeleton
         from skillfast.models.loading import create_model, parse_model_kwargs
@@ -355,7 +358,7 @@ def info(model: str | None, model_kwarg: tuple[str, ...], verify: bool) -> None:
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="hf: and a name on the hub, a folder or a config.json.")
+@click.option("--model", required=True, help="hf: and a name on the hub, a folder, a GGUF file or a config.json.")
 @options_of(PlanConfig)
 @click.option("--device-memory", help="Of one device, such as 80GiB; by default what is free here.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -53,6 +53,15 @@ def output_folder(directory: str | Path) -> Path:
     return path
 
 
+def cache_dir() -> Path:
+    """Find the folder for default models, trained or unpacked: `$SKILLFAST_CACHE`, or the user's cache folder."""
+    if folder := os.environ.get("SKILLFAST_CACHE"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("skillfast"))
+
+
 def check_output(directory: str | Path) -> None:
     """Raises ArgumentError where a file stands in the way of an output folder; makes nothing."""
     path = Path(directory)

@@ -12,6 +12,8 @@ Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
 Task = Literal["own", "classification", "causal"]
 
+HUGGINGFACE, EMBEDDED = "hf:", "embedded:"  # before a language model's name: a hub or a folder, an installed package
+
 BINS = 128  # per neuron, for all statistics but Pearson's r
 BUFFER_ROWS = 512  # observations collected before one update of an accumulator
 

@@ -185,6 +185,7 @@ def test_info_certifies_sites(tmp_path, model_type, name, code, words):
 
 def test_info():
     result = run("info", "--model", "vit_tiny_patch16_224", "--model-kwarg", "depth=2")
+    assert "  embedded:gemma-3-270m: decoder, " in result.output
     assert result.exit_code == 0
     assert re.search(r"blocks\.1\.mlp.*768", result.output)
     assert "native" in result.output

@@ -13,6 +13,8 @@ from tiny_models import WORDS, save_model
 
 import skillfast
 from skillfast.cli import main
+from skillfast.runs.config import BenchConfig
+from skillfast.runs.text import with_default_model
 
 pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -150,3 +152,17 @@ def test_info_lists_the_sites_of_a_language_model(tmp_path):
     assert result.exit_code == 0, result.output
     assert "152 neurons in 5 sites" in " ".join(result.output.split())
     assert "model.layers.1.mlp.down_proj" in result.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "embedded:all-minilm-l6-v2"),
+        ({"prompt": "{text} is", "label_words": (" bad", " good")}, "embedded:gemma-3-270m"),
+        ({"metrics": ("token_log_probability",)}, "embedded:gemma-3-270m"),
+        ({"model": "hf:mine"}, "hf:mine"),
+    ],
+)
+def test_text_has_a_default_model_that_needs_no_hub(settings, name):
+    config = BenchConfig.of(dataset="text", data_file="train.tsv", **settings)
+    assert with_default_model(config).model.name == name

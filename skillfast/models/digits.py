@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.nn.init import trunc_normal_
 
 from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
-from skillfast.models.loading import LoadedModel, cache_dir, load_trained, save_trained
+from skillfast.files import cache_dir
+from skillfast.models.loading import LoadedModel, load_trained, save_trained
 from skillfast.models.training import finetune
 from skillfast.models.weights import first_line
 

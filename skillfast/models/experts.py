@@ -51,6 +51,11 @@ def experts_of(model: torch.nn.Module, path: str) -> tuple[int, int] | None:
     all_of_one = takes == 1 and getattr(module, "num_experts", None) == len(weight)
     if takes != 3 and not all_of_one and _sorting_router(model, path) is None:
         return None
+    if not weight.is_floating_point():
+        raise ModelError(
+            f"{path}: expected experts in floating point, got packed ones ({weight.dtype}); load the model without "
+            "quantisation, of a GGUF file with GgufConfig(dequantize=True)"
+        )
     experts, units, *_ = by_unit(module, weight).shape
     return experts, units
 

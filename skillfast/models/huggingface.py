@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.sources import Source, is_gguf, source_of
 from skillfast.models.weights import first_line, probe
+from skillfast.vocabulary import EMBEDDED, HUGGINGFACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from skillfast.vocabulary import Task
 
-PREFIX = "hf:"
 _AUTO = {"classification": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM", "own": "AutoModel"}
 _NO_LIMIT = 10**6  # tokenizers without one say 10^30
 
@@ -49,21 +50,21 @@ class LanguageModel:
 
 def is_huggingface(name: str | None) -> bool:
     """Whether a `--model` argument means a model of the transformers library."""
-    return name is not None and name.startswith(PREFIX)
+    return name is not None and name.startswith((HUGGINGFACE, EMBEDDED))
 
 
 def load_config(name: str) -> Any:
     """Read a model's configuration; no weights.
 
     Args:
-        name: A name on the hub, a folder with a `config.json`, or such a file; with or without the prefix.
+        name: As `load_language_model` takes it, or a file `config.json`.
 
     Raises:
         ModelError: No such model here or on the hub, or a configuration that transformers does not know.
     """
     transformers = _library()
-    name = name.removeprefix(PREFIX)
-    if Path(name).is_file():
+    name = name.removeprefix(HUGGINGFACE)
+    if Path(name).is_file() and not is_gguf(name):
         try:
             values = json.loads(Path(name).read_text(encoding="utf-8"))
             return transformers.AutoConfig.for_model(**values)
@@ -72,8 +73,13 @@ def load_config(name: str) -> Any:
                 f"model '{name}': expected a config.json with a known model_type, got {first_line(error)}; "
                 "check the file"
             ) from error
-    with _from_hub(name, "its configuration") as where:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+    source = _source(name)
+    with _from_hub(name, source, "its configuration") as where:
+        config = transformers.AutoConfig.from_pretrained(source.place, trust_remote_code=False, **where)
+    if source.gguf and not config.architectures:  # older readers of such files name none
+        decoders = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.architectures = [decoders[config.model_type]] if config.model_type in decoders else None
+    return config
 
 
 def load_language_model(
@@ -90,35 +96,44 @@ def load_language_model(
     """Load a model, its weights and its tokenizer.
 
     Args:
-        name: A name on the hub or a folder; with or without the prefix `hf:`.
+        name: A name on the hub, a folder, or a GGUF file in either; with or without the prefix `hf:`. With the prefix
+            `embedded:` what an installed package brings (`skillfast.models.embedded`).
         task: `"classification"` puts a head for the classes on it unless the weights have one; `"causal"` predicts
             tokens; `"own"` is whatever its configuration names as the architecture of its weights.
         classes: Names of the classes, for classification.
         pad_token: What to pad with, where the tokenizer has nothing.
         dtype: Data type of the weights; None for that of the file.
         device_map: As in `from_pretrained`: `"auto"` spreads the layers over the devices; needs accelerate.
-        quantization_config: As in `from_pretrained`, for 4-bit and 8-bit layers.
+        quantization_config: As in `from_pretrained`, for 4-bit and 8-bit layers. A GGUF file is unpacked; with
+            transformers' `GgufConfig()` its weights stay packed where there is a kernel that multiplies by them.
         seed: Seed of a new head's weights; the global random state is left as it was.
 
     Raises:
         ModelError: No such model here or on the hub, weights or a tokenizer that cannot be read, no token to pad with.
     """
     transformers = _library()
-    name = name.removeprefix(PREFIX)
+    name = name.removeprefix(HUGGINGFACE)
+    source = _source(name)
     config = load_config(name)
     tokenizer = load_tokenizer(name, pad_token=pad_token)
-    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
     if task == "classification":
-        options |= {"num_labels": len(_checked(classes)), "ignore_mismatched_sizes": True}
+        config.num_labels = len(_checked(classes))
+    quantised = _unpacked(transformers, name, quantization_config) if source.gguf else quantization_config
+    options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "device_map": device_map}
+    if quantised is not None:
+        options["quantization_config"] = quantised
     with (
         torch.random.fork_rng(devices=[]),
-        _from_hub(name, "its weights") as where,
+        _from_hub(name, source, "its weights") as where,
     ):
         torch.default_generator.manual_seed(seed)
         model, loading = _model_class(transformers, config, task).from_pretrained(
-            name, output_loading_info=True, trust_remote_code=False, **options, **where
+            source.place,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=task == "classification",
+            **options,
+            **where,
         )
     missing = sorted([*loading["missing_keys"], *(str(key[0]) for key in loading["mismatched_keys"])])
     if missing and not (task == "classification" and all(is_head(model, key) for key in missing)):
@@ -157,16 +172,17 @@ def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:
     """Load a model's tokenizer.
 
     Args:
-        name: A name on the hub or a folder; with or without the prefix `hf:`.
+        name: As `load_language_model` takes it.
         pad_token: What to pad with, where the tokenizer has nothing; a token of its vocabulary.
 
     Raises:
         ModelError: No tokenizer there, or one without a token to pad with.
     """
     transformers = _library()
-    name = name.removeprefix(PREFIX)
-    with _from_hub(name, "its tokenizer") as where:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    name = name.removeprefix(HUGGINGFACE)
+    source = _source(name)
+    with _from_hub(name, source, "its tokenizer") as where:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **where)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
         raise ModelError(
             f"model '{name}': expected a tokenizer beside it, got none; save it there with "
@@ -286,32 +302,57 @@ def _check_tokens(name: str, model: Any, tokenizer: Any) -> None:
         )
 
 
+def _source(name: str) -> Source:
+    return source_of(name, _unpack)
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as a folder, its weights in float32."""
+    loaded = load_language_model(str(file), "causal", dtype=torch.float32)
+    save_language_model(loaded.model, folder, tokenizer=loaded.tokenizer)
+
+
+def _unpacked(transformers: Any, name: str, given: Any) -> Any:
+    """What unpacks a GGUF file, unless it shall stay packed; older versions of transformers do nothing else."""
+    packs = getattr(transformers, "GgufConfig", None)
+    if given is None:
+        return None if packs is None else packs(dequantize=True)
+    if packs is None or not isinstance(given, packs):
+        raise ModelError(
+            f"model '{HUGGINGFACE}{name}': expected no other quantisation of a GGUF file's weights, got "
+            f"{type(given).__name__}; leave out --bits"
+        )
+    return given
+
+
 @contextmanager
-def _from_hub(name: str, what: str) -> Iterator[dict[str, Any]]:
+def _from_hub(name: str, source: Source, what: str) -> Iterator[dict[str, Any]]:
     """Arguments that say where to look; a failure in one line, and soon where there is no network."""
     from huggingface_hub import constants
 
     transformers = _library()
-    local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(
-            f"model '{PREFIX}{name}': expected a folder or a name on the hub, got no such folder; check the path"
-        )
+    local = source.is_local
     offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1"
     unreachable = None if local or offline else probe(constants.ENDPOINT)
     try:
         with _silent(transformers):
-            yield {"local_files_only": local or offline or unreachable is not None}
+            yield {"local_files_only": local or offline or unreachable is not None, **source.arguments}
     except ModelError:
         raise
     except Exception as error:  # of the hub's client, of safetensors, of whatever reads the files
-        reason, remedy = first_line(error), "check the folder" if local else "check the name, or pass a folder"
+        reason, remedy = first_line(error), "check the name, or pass a folder"
+        if local:
+            remedy = "check the file" if source.gguf else "check the folder"
         if unreachable is not None or offline:
             reason = "it is not in the local cache, and " + (
                 f"{constants.ENDPOINT} cannot be reached ({unreachable})" if unreachable else "HF_HUB_OFFLINE is set"
             )
             remedy = "pass --model hf:FOLDER with the files of the model"
-        raise ModelError(f"model '{PREFIX}{name}': expected {what}, got none: {reason}; {remedy}") from error
+        raise ModelError(f"model '{_prefixed(name)}': expected {what}, got none: {reason}; {remedy}") from error
+
+
+def _prefixed(name: str) -> str:
+    return name if name.startswith(EMBEDDED) else f"{HUGGINGFACE}{name}"
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ from skillfast.files import replacing
 from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
 
     from torch import Tensor, nn
@@ -130,15 +130,6 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):  # a bare word is a string
             parsed[key] = value
     return parsed
-
-
-def cache_dir() -> Path:
-    """Find the folder for trained default models: `$SKILLFAST_CACHE`, or the user's cache folder."""
-    if folder := os.environ.get("SKILLFAST_CACHE"):
-        return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("skillfast"))
 
 
 def _find(name: str) -> dict[str, Any]:

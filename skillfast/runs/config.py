@@ -20,8 +20,10 @@ from skillfast.vocabulary import (
     DATASETS,
     DEVICE_MAPS,
     DTYPES,
+    EMBEDDED,
     FINETUNE,
     GIVEN,
+    HUGGINGFACE,
     KINDS,
     LEARNED,
     MAX_SITE_SHARE,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from dataclasses import Field
 
-LANGUAGE_MODEL = "hf:"  # before the name of a language model
 ALL, EACH, LAST, HEAD = "all", "each", "last", "head"  # layers of an evaluation's grid
 EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are named
 
@@ -55,8 +56,8 @@ class ModelConfig(Settings):
 
     name: str | None = setting(
         None,
-        "timm's name of a vision transformer, or hf: and a language model's name or folder; the default is a small one "
-        "for the digits.",
+        "timm's name of a vision transformer; hf: and a language model's name, folder or GGUF file; or embedded: and "
+        "the name of one that an installed package brings (`skillfast info`), as by default for text.",
         name="model",
     )
     kwargs: dict[str, Any] = setting(  # noqa: RUF009
@@ -103,7 +104,7 @@ class ModelConfig(Settings):
     @property
     def is_language_model(self) -> bool:
         """Whether it reads text."""
-        return self.name is not None and self.name.startswith(LANGUAGE_MODEL)
+        return self.name is not None and self.name.startswith((HUGGINGFACE, EMBEDDED))
 
     @property
     def placed(self) -> bool:
@@ -294,12 +295,12 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         name, dataset = self.model.name, self.data.dataset
-        if name is None and dataset != "digits":
+        if name is None and dataset not in ("digits", "text"):  # which have a default
             raise ArgumentError(
-                f"model: expected a {'language model' if dataset == 'text' else 'timm name'} with --dataset {dataset}, "
-                f"got none; for example --model {'hf:gpt2' if dataset == 'text' else 'vit_tiny_patch16_224'}"
+                f"model: expected a timm name with --dataset {dataset}, got none; for example --model "
+                "vit_tiny_patch16_224"
             )
-        if self.model.is_language_model != (dataset == "text"):
+        if name is not None and self.model.is_language_model != (dataset == "text"):
             text = self.model.is_language_model
             what, expected, got = ("dataset", "text", dataset) if text else ("model", "hf:NAME", name)
             raise ArgumentError(

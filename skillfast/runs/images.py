@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast import data
+from skillfast import data, files
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import digits, loading, training, weights
 from skillfast.models.sites import choose_sites
@@ -109,7 +109,7 @@ def _images(config: BenchConfig, loaded: loading.LoadedModel, quiet: bool) -> tu
     )
     if config.data.dataset == "cifar10":
         splits = data.load_cifar10(
-            config.data.data_dir or loading.cache_dir() / "cifar10",
+            config.data.data_dir or files.cache_dir() / "cifar10",
             transforms,
             config.data.train_per_class or CIFAR10_TRAIN,
             config.data.test_per_class or CIFAR10_TEST,

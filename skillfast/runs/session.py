@@ -178,7 +178,7 @@ def open_session(
     with ExitStack() as stack:
         stack.enter_context(backends.use_backend(config.run.backend))
         stack.enter_context(limited_memory(config.run.memory_bytes))
-        with clock.stage("data"):
+        with clock.stage("data"), telling(say):
             subject = (
                 load_subject(config, device, quiet=quiet, say=say) if given is None else given_subject(given, config)
             )
@@ -219,8 +219,9 @@ def load_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say:
         from skillfast.runs.images import image_subject
 
         return image_subject(config, device, quiet=quiet, say=say)
-    from skillfast.runs.text import causal_subject, predicts_tokens, text_subject
+    from skillfast.runs.text import causal_subject, predicts_tokens, text_subject, with_default_model
 
+    config = with_default_model(config)
     if predicts_tokens(config):
         return causal_subject(config, device)
     return text_subject(config, device, quiet=quiet)

@@ -14,6 +14,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, parse_metrics
 from skillfast.models import training
 from skillfast.models.causal import CausalForward, CausalModel
+from skillfast.models.embedded import DECODER, ENCODER
 from skillfast.models.huggingface import load_config, load_language_model, quantization, save_language_model
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
@@ -21,6 +22,7 @@ from skillfast.models.text_inputs import Prompt, TextForward, batches, split_tex
 from skillfast.runs.kept import JSON, MODEL, Kept
 from skillfast.runs.subject import NO_TRAINING, Subject, Training
 from skillfast.tracing.trace import trace
+from skillfast.vocabulary import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,6 +109,17 @@ class CausalSubject(Subject):
 def predicts_tokens(config: BenchConfig) -> bool:
     """Whether the metrics ask for the log-probabilities of tokens."""
     return config.data.dataset == "text" and TOKEN_LOG_PROBABILITY in config.trace.metrics
+
+
+def with_default_model(config: BenchConfig) -> BenchConfig:
+    """The settings with a model that a package brings where none is named: a decoder where tokens are predicted.
+
+    Otherwise a sentence encoder, which is fine-tuned in minutes.
+    """
+    if config.model.name is not None:
+        return config
+    package = DECODER if config.model.prompt is not None or predicts_tokens(config) else ENCODER
+    return config.replaced(model=f"{EMBEDDED}{package.name}")
 
 
 def text_subject(config: BenchConfig, device: torch.device, *, quiet: bool) -> TextSubject:

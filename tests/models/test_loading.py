@@ -18,9 +18,10 @@ from torch import nn
 
 from skillfast.data import Splits, TensorImages, load_digits, load_imagefolder, make_transforms
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.files import cache_dir
 from skillfast.models import digits, loading, training, weights
 from skillfast.models.digits import digits_model, load_or_train_digits
-from skillfast.models.loading import cache_dir, create_model, parse_model_kwargs
+from skillfast.models.loading import create_model, parse_model_kwargs
 from skillfast.models.training import accuracy, finetune, resolve_finetune
 from skillfast.progress import telling
 
