@@ -248,36 +248,51 @@ def evaluate(quiet: bool, **given: Any) -> None:
 
 
 @main.command(cls=Command)
-@click.argument("directories", nargs=-1, required=True, type=click.Path(), metavar="BASE NEW | DIR DIR DIR...")
+@click.argument("sides", nargs=-1, required=True, metavar="BASE NEW | RUN RUN RUN...")
 @click.option(
     "--gate", type=click.Path(), help="Thresholds, a gates.toml: exit with 3 for a regression, 4 for no pass."
 )
 @click.option("--margin", type=float, default=0.05, show_default=True, help="Change of accuracy that does not matter.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 @click.option(
-    "--output", default="skillfast-compare", show_default=True, help="Folder for compare.json and compare.html."
-)
+    "--output", default="skillfast-compare", show_default=True,
+    help="Folder for compare.json and compare.html, and for the runs of models.",
+)  # fmt: skip
+@options_of(ModelConfig, only=["model", "model_kwargs"])
+@options_of(DataConfig, only=["dataset", "data_dir", "data_file"])
+@options_of(RunConfig, only=["device"])
 @_quiet
-def compare(directories: tuple[str, ...], gate: str | None, margin: float, form: str, output: str, quiet: bool) -> None:
-    """Say what became of each skill between two bench runs on the same examples; show more runs side by side.
+def compare(
+    sides: tuple[str, ...], gate: str | None, margin: float, form: str, output: str, quiet: bool, **given: Any
+) -> None:
+    """Say what became of each skill between two runs or models on the same examples; show more runs side by side.
 
-    NEW had best be made with `skillfast bench --like BASE --checkpoint FILE`. Exits with 0, with 3 where a gate finds a
-    regression, and with 4 where it cannot tell: other data, other classes, too few examples.
+    A run is a folder of `skillfast bench`; NEW's had best be made with `--like BASE`. A model is a checkpoint, hf: and
+    a name or folder, or timm's name of a pretrained one: BASE is measured by `bench` with the options of model and data
+    (others take `bench` first), NEW by `bench --like BASE`. Exits with 0, with 3 where a gate finds a regression, and
+    with 4 where it cannot tell: other data, other classes, too few examples.
     """
-    if len(directories) != 2:
-        if len(directories) == 1 or gate is not None or form != FORMATS[0]:
+    source = click.get_current_context().get_parameter_source
+    settings = {name: value for name, value in given.items() if source(name) is ParameterSource.COMMANDLINE}
+    if "model_kwargs" in settings:
+        from skillfast.models.loading import parse_model_kwargs
+
+        settings["model_kwargs"] = parse_model_kwargs(settings["model_kwargs"])
+    if len(sides) != 2:
+        if len(sides) == 1 or gate is not None or form != FORMATS[0]:
             raise ArgumentError(
-                f"runs: expected two, BASE and NEW, got {len(directories)}; more are shown side by side, without "
+                f"runs: expected two, BASE and NEW, got {len(sides)}; more are shown side by side, without "
                 "--gate and --format"
             )
         from skillfast.report import comparison_table, read_results
 
-        _show(comparison_table({directory: read_results(directory) for directory in directories}))
+        _show(comparison_table({side: read_results(side) for side in sides}))
         return
     from skillfast.report import audit_tables, comparison_text
     from skillfast.runs.compare import compare as run
 
-    found = run(*directories, gate=gate, margin=margin, output=output)
+    say = _say(quiet or form != FORMATS[0])  # other programs read the other formats
+    found = run(*sides, gate=gate, margin=margin, output=output, quiet=quiet, say=say, **settings)
     if form != FORMATS[0]:
         click.echo(comparison_text(found, form))
     elif not quiet:

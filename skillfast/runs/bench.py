@@ -29,7 +29,7 @@ from skillfast.results import records
 from skillfast.results import skills as skill_files
 from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs import selection
-from skillfast.runs.config import BenchConfig
+from skillfast.runs.config import BenchConfig, given_in_python
 from skillfast.runs.cost import trace_over_forward
 from skillfast.runs.decisions import kept_decisions, remove_earlier, remove_from_earlier
 from skillfast.runs.earlier import REMEDY
@@ -84,6 +84,7 @@ def bench(
     model: torch.nn.Module | None = None,
     loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     label_key: str | None = None,
+    like_model: torch.nn.Module | None = None,
     quiet: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> BenchReport:
@@ -98,6 +99,7 @@ def bench(
         loader: The labelled examples, in batches as `trace` takes them, one label per example: a third of each class
             tests, a fifth of the rest validates; or a loader for each of `"select"`, `"validate"` and `"test"`.
         label_key: Key of the labels in a batch that is a mapping; by default `labels` or `label`.
+        like_model: The model of the run that `like` names, where it was given, too; others are loaded from its folder.
         quiet: Show no progress bars.
         say: Called with each line worth reading while the run goes on; the baseline accuracy comes first.
 
@@ -109,6 +111,8 @@ def bench(
         SkillfastError: Anything that stops the run, in one line.
     """
     given = Given.of(model, loader, label_key)
+    if given is None and config is not None and config.given is not None:
+        raise given_in_python("like", str(config.run.like))
     config = (config or BenchConfig()) if given is None else given.config(config)
     selection.check_traced(config.select.method, config.trace.statistics)
     like = config.run.like
@@ -129,7 +133,10 @@ def bench(
             earlier = stage("like", lambda: remove_earlier(session, like), kept)
         if like is not None and earlier is not None:
             in_earlier = stage(
-                "like", lambda: remove_from_earlier(session, like, removals), kept, part="from the earlier model"
+                "like",
+                lambda: remove_from_earlier(session, like, removals, like_model),
+                kept,
+                part="from the earlier model",
             )
         own = stage("shares", lambda: _shares(session, removals, swept.labels), Kept.by(OwnPredictions.load))
         embedded = stage(

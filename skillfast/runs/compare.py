@@ -32,7 +32,9 @@ from skillfast.results.decisions import Decisions
 from skillfast.results.gates import gates_of, read_gates
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    import torch
 
     from skillfast.results.bench import BenchResults
     from skillfast.results.comparison import Overlap, PairedChange
@@ -117,46 +119,76 @@ class _Run:
 
 
 def compare(
-    base: str | Path,
-    new: str | Path,
+    base: str | Path | torch.nn.Module,
+    new: str | Path | torch.nn.Module,
     *,
     gate: str | Path | Mapping[str, Any] | None = None,
     margin: float = comparison.MARGIN,
     output: str | Path | None = None,
+    loader: Any = None,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
 ) -> Comparison:
-    """Say what became of each skill between two runs of `bench` on the same test examples.
+    """Say what became of each skill between two runs of `bench` on the same test examples, or between two models.
 
     NEW had best be run with `--like BASE`, so that it was measured without BASE's skills, too: then a skill that moved
-    is told from one that was chosen otherwise.
+    is told from one that was chosen otherwise. A model is measured first: BASE by `bench`, NEW by `bench` like BASE.
 
     Args:
-        base: Folder of the earlier run.
-        new: Folder of the later run.
+        base: Folder of the earlier run, or a model: a checkpoint, `hf:` and a name or folder, timm's name of a
+            pretrained one, or a module.
+        new: Folder of the later run, or a model.
         gate: Thresholds: a `gates.toml`, or what one holds.
         margin: Largest change of accuracy that does not matter, in (0, 1); of a drop twice as much.
-        output: Folder for `compare.json` and `compare.html`; None writes nothing.
+        output: Folder for `compare.json` and `compare.html`, and for the runs of models, `base` and `new`; None writes
+            nothing.
+        loader: Labelled examples for modules, as `bench` takes them.
+        quiet: Show no progress bars while models are measured.
+        say: Called with each line worth reading meanwhile.
+        **settings: Flat settings as of `BenchConfig.of`, for a model as BASE: `model`, `dataset`, `data_dir`.
 
     Returns:
         The comparison; `.passed` says whether the gate passed. Runs of other classes or examples are compared as far as
         they go, with `.reasons`, and pass no gate.
 
     Raises:
-        ArgumentError: A gate with unknown skills or keys, or a margin out of its range.
+        ArgumentError: A gate with unknown skills or keys, a margin out of its range, models without `output`.
         DataError: A folder without readable results, skills and decisions.
+        SkillfastError: What stops the run of a model.
     """
     if not 0 < margin < 1:
         raise ArgumentError(f"margin: expected a number in (0, 1), got {margin:g}; leave it out for 0.05")
     gates = None
     if gate is not None:
         gates = gates_of(gate) if isinstance(gate, Mapping) else read_gates(Path(gate))
-    runs = _Run.read(base), _Run.read(new)
-    found = _compared(*runs, gates, margin)
+    folders = run_folders([base, new], output, settings, loader=loader, quiet=quiet, say=say)
+    runs = [_Run.read(folder) for folder in folders]
+    found = _compared(runs[0], runs[1], gates, margin)
     if output is not None:
         from skillfast.report import write_comparison
 
         records.write(found, files.output_folder(output) / FILE)
         write_comparison(output)
     return found
+
+
+def run_folders(
+    sides: Sequence[str | Path | torch.nn.Module],
+    output: str | Path | None,
+    settings: Mapping[str, Any],
+    *,
+    loader: Any = None,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Folders of runs; see `skillfast.runs.measure.measured`, which folders alone do not need, nor torch."""
+    runs = [Path(side) for side in sides if isinstance(side, str | Path)]
+    if len(runs) == len(sides) and all(run.is_dir() for run in runs) and not settings and loader is None:
+        return runs
+    from skillfast.runs.measure import measured
+
+    return measured(sides, output, settings, loader=loader, quiet=quiet, say=say)
 
 
 def _compared(base: _Run, new: _Run, gates: Gates | None, margin: float) -> Comparison:

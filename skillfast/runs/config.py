@@ -442,15 +442,20 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
     fixed = [name for name in given if groups.get(name) not in (None, "model", "run") or name == "seed"]
     earlier = _earlier("like", directory, fixed)
     own = [name for name in given if groups.get(name) == "model"]
+    kept = {
+        name: value for name, value in earlier.config.items() if name in groups and name not in (*OF_A_MACHINE, "like")
+    }
+    if earlier.config["dataset"] == GIVEN:
+        if own:
+            raise given_in_python("like", directory)
+        kept = {name: value for name, value in kept.items() if groups[name] not in ("model", "data")}
+        return BenchConfig().replaced(**{**kept, **given}).of_given(earlier.config["model"])
     weights = any(name in ("model", "checkpoint", "pretrained") for name in own)
     if not own or (not weights and earlier.model.trained.finetune not in (None, NOTHING)):
         raise ArgumentError(
             f"like: expected --checkpoint or --model with it, got {own[0] if own else 'neither'}; name the weights to "
             f"measure as {directory} was measured"
         )
-    kept = {
-        name: value for name, value in earlier.config.items() if name in groups and name not in (*OF_A_MACHINE, "like")
-    }
     kept |= {"epochs": None, "lr": None, "finetune": NOTHING if given.get("model", kept["model"]) else None}
     if weights:
         kept |= {"checkpoint": None, "pretrained": False}
@@ -462,23 +467,28 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
 def _again(directory: str, given: Mapping[str, Any]) -> BenchConfig:
     """The settings of an earlier run; only where it computes and writes may be given anew."""
     earlier = _earlier("replay", directory, [name for name in given if name not in _OF_A_REPLAY])
+    if earlier.config["dataset"] == GIVEN:
+        raise given_in_python("replay", directory)
     return BenchConfig().replaced(**earlier.config)
 
 
 def _earlier(option: str, directory: str, fixed: Sequence[str]) -> BenchResults:
     """Results whose settings an option takes; raises ArgumentError for settings that are fixed by them."""
     earlier = records.read(BenchResults, Path(directory) / FILE, "run `skillfast bench` into that folder")
-    if earlier.config["dataset"] == GIVEN:
-        raise ArgumentError(
-            f"{option}: expected a run of named data, got {directory}, whose model and loader were given in Python; "
-            "pass the same config and loader to skillfast.bench"
-        )
     if fixed:
         raise ArgumentError(
             f"{fixed[0]}: expected with a run of its own, got it with --{option}, which takes it from {directory}; "
             "leave it out"
         )
     return earlier
+
+
+def given_in_python(option: str, directory: str) -> ArgumentError:
+    """What is said where a run on a model and loader of its caller's is asked for again without them."""
+    return ArgumentError(
+        f"{option}: expected a run of named data, or model= and loader=, got {directory}, whose model and loader were "
+        "given in Python; pass the same ones to skillfast.bench"
+    )
 
 
 def _check_readable(checkpoint: str) -> None:

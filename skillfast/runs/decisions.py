@@ -20,6 +20,8 @@ from skillfast.runs.earlier import REMEDY, earlier_model
 from skillfast.skills.skill import load_skills
 
 if TYPE_CHECKING:
+    import torch
+
     from skillfast.runs.removals import Removals
     from skillfast.runs.session import Session
 
@@ -51,18 +53,21 @@ def remove_earlier(session: Session, directory: str | Path) -> SweepResult | Non
     )
 
 
-def remove_from_earlier(session: Session, directory: str | Path, removals: Removals) -> SweepResult | None:
+def remove_from_earlier(
+    session: Session, directory: str | Path, removals: Removals, model: torch.nn.Module | None = None
+) -> SweepResult | None:
     """Remove this run's skills from the earlier run's model on the test part; None, and a line, where it is not there.
 
     Args:
         session: The run.
         directory: Folder of the earlier run, of the same architecture.
         removals: What this run removed.
+        model: The earlier run's model; None loads it.
     """
     subject = session.subject
     try:
         found = sweep(
-            earlier_model(session, Path(directory)),
+            earlier_model(session, Path(directory)) if model is None else model,
             subject.loader("test"),
             removals.whole,
             classes=subject.splits.classes,

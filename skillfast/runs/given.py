@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from skillfast import data
-from skillfast.errors import ArgumentError, DataError
+from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.models.batches import Batch, classes_of, read_batch
 from skillfast.models.inputs import described, joined, tensors_in
 from skillfast.models.sites import find_sites, module_device, refuse_training, unwrap_compiled
@@ -42,12 +42,23 @@ class Given:
 
     @staticmethod
     def of(model: torch.nn.Module | None, loader: Any, label_key: str | None) -> Given | None:
-        """Both, or None where neither was given; raises ArgumentError for one of them."""
+        """Both, or None where neither was given.
+
+        Raises:
+            ArgumentError: One of them.
+            ModelError: Layers of packed integers, through which there is no gradient to choose neurons by.
+        """
         if (model is None) != (loader is None):
             raise ArgumentError(
                 f"{'loader' if loader is None else 'model'}: expected model= and loader= together, got one; give both, "
                 "or settings of a model and data"
             )
+        for name, module in () if model is None else model.named_modules():
+            if ".quantized." in type(module).__module__:
+                raise ModelError(
+                    f"model: expected layers that pass gradients, got a quantised {type(module).__name__} at {name}; "
+                    "give the weights rounded as they are in it, in floating point"
+                )
         return None if model is None else Given(model, loader, label_key)
 
     def config(self, config: BenchConfig | None) -> BenchConfig:

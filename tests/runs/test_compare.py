@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from xml.etree import ElementTree
 
 import jsonschema
@@ -18,7 +20,7 @@ from conftest import one_line
 import skillfast
 from skillfast import BenchConfig
 from skillfast.cli import main
-from skillfast.errors import ArgumentError, DataError, NotComparableError
+from skillfast.errors import ArgumentError, DataError, ModelError, NotComparableError
 from skillfast.evaluation.comparison import Measured
 from skillfast.report import comparison_text, replay_text, write_comparison
 from skillfast.results import records
@@ -26,6 +28,7 @@ from skillfast.results.comparison import Comparison
 from skillfast.results.decisions import Decisions
 from skillfast.results.skills import Skills, skills_digest
 from skillfast.runs.compare import compare
+from skillfast.runs.measure import settings_of
 from skillfast.runs.replay import Earlier
 from skillfast.testing import assert_no_regression
 
@@ -388,6 +391,87 @@ def test_the_audit_names_what_the_checkpoint_lost(audited):
     assert found.skills["red"].base_skill is not None
     assert found.skills["red"].new_set is not None
     assert (found.gate.decision, found.exit_code) == ("regression", 3)
+
+
+SMALL = {"method": "attribution", "statistics": ("pearson",), "control_draws": 1, "share": 0.05, "quiet": True}
+
+
+def rounded(weights):
+    """Matrices in 8 bits, a scale for each row, as quantisation of the weights alone leaves them."""
+    scales = {name: w.abs().amax(1, keepdim=True) / 127 for name, w in weights.items() if w.dim() == 2}
+    return {name: (w / scales[name]).round() * scales[name] if name in scales else w for name, w in weights.items()}
+
+
+def test_checkpoints_are_measured_and_compared(audited, pictures, tmp_path):
+    """Two files of weights, float32 and 8 bits: each is measured as it is, the second like the first."""
+    from safetensors.torch import load_file, save_file
+
+    folder, base = audited
+    files = folder / "base" / "model.safetensors", tmp_path / "int8.safetensors"
+    save_file(rounded(load_file(files[0])), files[1])
+    settings = {name: base.results.config[name] for name in ("model", "model_kwargs", "dataset", "data_dir", "seed")}
+    found = compare(*files, output=tmp_path / "out", gate={"skill": {"*": {"max_weakening": 0.9}}}, **SMALL, **settings)
+    one, other = (
+        records.read(type(base.results), tmp_path / "out" / name / "results.json", "again") for name in ("base", "new")
+    )
+    assert (one.config["checkpoint"], other.config["checkpoint"]) == tuple(map(str, files))
+    assert {results.model.trained.finetune for results in (one, other)} == {"none"}
+    assert (one.config["like"], other.config["like"]) == (None, str(tmp_path / "out" / "base"))
+    assert one.config["method"] == other.config["method"] == "attribution"
+    assert one.baseline.accuracy == base.results.baseline.accuracy  # the weights of that run
+    assert found.reasons == []
+    assert all(skill.new_set is not None and skill.base_set is not None for skill in found.skills.values())
+    assert not {"lost", "gained", "weakened", "strengthened"} & {v for s in found.skills.values() for v in s.verdicts}
+    assert found.overall.kl.mean < 0.05
+
+
+def test_modules_are_measured_and_compared(audited, tmp_path):
+    """Before and after LoRA, whose merged weights take red away."""
+    from skillfast.data import loader
+    from skillfast.runs.session import choose_device, load_subject
+
+    config = BenchConfig.of(like=str(audited[0] / "base"), checkpoint=str(audited[0] / "base" / "model.safetensors"))
+    subject = load_subject(config, choose_device("cpu"), quiet=True, say=print)
+    tuned = copy.deepcopy(subject.model)
+    with torch.no_grad():  # W + B A, of rank 1
+        tuned.head.weight += torch.tensor([[0.0], [0.0], [-5.0]]) @ tuned.head.weight[2:].sign()
+    parts = {part: loader(getattr(subject.splits, part), 64) for part in ("select", "validate", "test")}
+    found = compare(
+        subject.model, tuned, loader=parts, output=tmp_path, gate={"skill": {"red": {"min_accuracy": 0.5}}}, **SMALL
+    )
+    assert found.reasons == []
+    assert found.skills["red"].accuracy.new == 0 < found.skills["red"].accuracy.base
+    assert found.gate.decision == "regression"
+    for skill in found.skills.values():  # BASE's model was given, and so was measured again
+        assert skill.new_set is not None
+    with pytest.raises(ArgumentError, match="model and loader were given in Python"):
+        skillfast.bench(BenchConfig.of(like=str(tmp_path / "base"), output=str(tmp_path / "again")))
+
+
+def test_packed_integers_are_refused_before_anything_is_measured(tmp_path):
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of their end
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), Linear(4, 4)).eval()
+    message = one_line(ModelError, skillfast.bench, BenchConfig.of(output=str(tmp_path)), model=model, loader=[])
+    assert "got a quantised Linear at 1; give the weights rounded" in message
+
+
+def test_what_models_to_compare_have_to_be_told(audited, tmp_path):
+    base = audited[0] / "base"
+    assert "output: expected a folder" in one_line(ArgumentError, compare, base, audited[0] / "tuned.safetensors")
+    assert "seed: expected with a model to measure" in one_line(ArgumentError, compare, base, base, seed=3)
+    result = run("compare", base, base, "--dataset", "cifar10", "--output", tmp_path)
+    assert (result.exit_code, "dataset: expected with a model" in result.output) == (2, True)
+    result = run("compare", base, audited[0] / "tuned.safetensors", "--dataset", "digits", "--output", tmp_path)
+    assert (result.exit_code, "dataset: expected with a run of its own" in result.output) == (2, True)
+    result = run("compare", base, "vit_tiny_patch16_225", "--output", tmp_path)
+    assert (result.exit_code, "vit_tiny_patch16_225" in result.output) == (1, True)
+    assert settings_of("vit_tiny_patch16_224") == {"model": "vit_tiny_patch16_224", "pretrained": True}
+    assert settings_of("hf:gpt2") == {"model": "hf:gpt2"}
+    assert settings_of(tmp_path / "vit.pt") == {"checkpoint": str(tmp_path / "vit.pt")}
+    assert settings_of(base) is settings_of("runs/none") is None
 
 
 @pytest.mark.parametrize("case", ["gone", "other"])
