@@ -143,6 +143,7 @@ def _interference(classes: list[str], rng: random.Random) -> dict[str, Any]:
         "difference": {"own_angle_deg": 37.1, "other_angle_deg": 7.1, "draws": 2,
                        "ci95": {"own_angle_deg": [35.8, 38.4], "other_angle_deg": [6.7, 7.5]}},
         "competition": [pair], "linkage": [], "oracle_explains": [],
+        "visible": {"competition": {"margin": 0.6, "change": 0.03}, "linkage": {"margin": 0.9, "change": 0.07}},
         "strongest": {"angle": {"removed": a, "class": b, "angle_deg": 19.9}, "competition": pair, "linkage": weak,
                       "overlap": {"one": a, "other": b, "jaccard": 0.2}},
     }  # fmt: skip

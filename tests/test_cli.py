@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import jsonschema
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SAFELY, changed, make_pictures
+from conftest import ROOT, SAFELY, changed, make_pictures
 
 import skillfast
 from skillfast import Skill, load_skills
@@ -102,6 +103,23 @@ def test_trace_and_ablate(pictures, bench_output, tmp_path):
     result = run("ablate", *TINY, *data, "--skills", bench_output, "--skill", "pink")
     assert result.exit_code == 2
     assert "Error: skill: expected some of blue, green, red, got pink" in result.output
+
+
+def test_what_a_dtype_changes_of_a_run(bench_output):
+    """In float32 the run's own skills do to its model what the run says; bfloat16 is measured beside it."""
+    spec = importlib.util.spec_from_file_location("bench_dtypes", ROOT / "bench" / "bench_dtypes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.measured(bench_output, str(bench_output / "model.safetensors"), 8)
+    results = json.loads((bench_output / "results.json").read_text())
+    for key in ("target_drop", "regret"):
+        assert found["effects"]["float32"][key] == pytest.approx(results["selectivity"][key], abs=1e-6)
+        assert found["effects"]["bfloat16"][key] == pytest.approx(results["selectivity"][key], abs=0.2)
+    assert 0.7 < min(found["decisions_alike"].values()) <= 1
+    times = found["forward_ms_per_image"]
+    assert found["forward_ratio"] == pytest.approx(times["bfloat16"] / times["float32"])
+    assert min(times.values()) > 0
+    assert found["n_test"] == 24
 
 
 def test_export_of_a_run(bench_output, tmp_path):

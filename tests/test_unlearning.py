@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -47,3 +50,42 @@ def test_every_way_leaves_what_it_should(unlearning, trained_digits, monkeypatch
     assert retrained.relearned_in != 0
     assert found["NegGrad+"].forgotten < intact.forgotten
     assert min(row.seconds for row in rows[1:]) > 0
+
+
+def test_a_file_of_rows_is_gone_on_with(unlearning, monkeypatch, tmp_path, capsys):
+    """Rows that are there are not made again; those of other settings end the run."""
+    path, made = tmp_path / "rows.json", []
+
+    def compare(_, target, *, found, ways, **settings):
+        assert target == 3
+        for name in sorted(ways):  # in any order
+            made.append(name)
+            found(unlearning.Row(name, 0.9, 0.1, 0.5, 0.25, None, 0.5, 2.0))
+
+    monkeypatch.setattr(unlearning, "compare", compare)
+    monkeypatch.setattr(unlearning, "open_session", lambda _: contextlib.nullcontext(stand_in()))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unlearning.py", "--json", str(path), *arguments])
+        unlearning.main()
+
+    run("--only", "NegGrad+", "--only", "intact")
+    assert made == ["NegGrad+", "intact"]
+    run()
+    assert sorted(made) == sorted(unlearning.WAYS)
+    found = json.loads(path.read_text())
+    assert [row["name"] for row in found["rows"]] == list(unlearning.WAYS)
+    assert (found["class"], found["tuning_steps"], found["examples"]) == ("three", 240, {"select": 3, "test": 2})
+    assert "0.2 minutes of processor time" in capsys.readouterr().out
+    before = path.read_text()
+    with pytest.raises(
+        SystemExit, match="expected rows of the same settings, got another retrain_epochs, seed, tuning_steps"
+    ):
+        run("--quick", "--retrain-epochs", "0", "--seed", "1")
+    assert path.read_text() == before
+
+
+def stand_in():
+    """A session with as much as a run reads of it."""
+    splits = SimpleNamespace(classes=["zero", "one", "two", "three"], select=range(3), test=range(2))
+    return SimpleNamespace(subject=SimpleNamespace(splits=splits))

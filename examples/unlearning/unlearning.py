@@ -3,7 +3,8 @@
 `python examples/unlearning/unlearning.py` does so for a digit and the default model, in some minutes on two cores;
 `--quick` trains and tunes less. `--dataset cifar10 --data DIR --checkpoint FILE` takes a folder of CIFAR-10's images
 and the weights of a vision transformer for it; `--retrain-epochs 0` leaves out what takes longest, a model that never
-saw the class. `--json FILE` is written after every row.
+saw the class. `--json FILE` is written after every row; rows that it has already are not made again, so that a run that
+ended goes on, and `--only` makes some of the rows. README.md beside this file has results.
 
 Every row is a plain checkpoint: of a removal the model with the neurons' output weights set to 0.
 
@@ -14,7 +15,7 @@ Every row is a plain checkpoint: of a removal the model with the neurons' output
 | information lost | what a linear probe that is fitted anew on the embeddings does not, either |
 | relearned in | steps of tuning all weights until nine tenths of what was right of the class is right again |
 | membership | AUC of the loss that tells the class's training images from its test images; 50 is chance |
-| seconds | of processor time, with what is learned or trained |
+| seconds | of processor time, for what is learned or trained |
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from skillfast.skills.learned_mask import ERASE
 from skillfast.skills.select import skill_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from skillfast import Skill
     from skillfast.runs.subject import Subject
@@ -53,6 +54,10 @@ if TYPE_CHECKING:
 SHARE = 0.03
 BATCH = 64
 MOST_STEPS = 120  # of relearning
+WAYS = (
+    "intact", "removal, learned mask", "removal, erasing mask", "selective pruning", "fine-tuning on the rest",
+    "NegGrad+", "retrained without it",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,14 @@ class Judge:
 
 
 def compare(
-    subject: Subject, target: int, *, tune: int, retrain_epochs: int | None, seed: int = 0, found: Callable[[Row], None]
+    subject: Subject,
+    target: int,
+    *,
+    tune: int,
+    retrain_epochs: int | None,
+    seed: int = 0,
+    found: Callable[[Row], None],
+    ways: Collection[str] = WAYS,
 ) -> list[Row]:
     """Unlearn a class in every way and measure what is left.
 
@@ -243,30 +255,29 @@ def compare(
         retrain_epochs: Passes of training a model without the class; None for the default model's recipe, 0 for none.
         seed: Seed of masks, batches and training.
         found: Called with each row once it is measured.
+        ways: Which of `WAYS`.
     """
     judge, rows = Judge(subject, target, seed), []
     model, select, name = subject.model, subject.splits.select, subject.splits.classes[target]
     rest = of_class(select, target, others=True)
 
     def add(how: str, make: Callable[[], torch.nn.Module]) -> None:
+        if how not in ways:
+            return
         start = time.process_time()
         made = make()
         row = judge.row(how, made, time.process_time() - start)
         rows.append(row)
         found(row)
 
-    attributions = None
-
     def learned(erase: float) -> torch.nn.Module:
-        nonlocal attributions
-        if attributions is None:
-            ranking = skillfast.attribute(model, subject.loader("select"), classes=subject.splits.classes)
-            values = ranking.values.copy()
-            values[:, np.arange(len(ranking.columns)) != target] = np.nan  # the other classes' masks are not learned
-            attributions = replace(ranking, values=values)
+        ranking = skillfast.attribute(model, subject.loader("select"), classes=subject.splits.classes)
+        values = ranking.values.copy()
+        values[:, np.arange(len(ranking.columns)) != target] = np.nan  # the other classes' masks are not learned
         masks = skillfast.learn_masks(
-            model, subject.loader("select"), attributions, share=SHARE, keep=5.0, erase=erase, batch_size=32, seed=seed
-        )
+            model, subject.loader("select"), replace(ranking, values=values), share=SHARE, keep=5.0, erase=erase,
+            batch_size=32, seed=seed,
+        )  # fmt: skip
         skill = skillfast.select(masks, metric=f"label:{name}", share=SHARE)[name]
         made = exported(model, skill)
         hooked = skillfast.sweep(model, subject.loader("test"), [skillfast.Condition(skill)], keep_predictions=True)
@@ -297,6 +308,17 @@ def compare(
     return rows
 
 
+def kept(path: Path | None, settings: dict[str, Any]) -> list[Row]:
+    """The rows that a file has; a file of other settings ends the run."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    rows = [Row(**row) for row in found.pop("rows")]
+    if other := sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key)):
+        raise SystemExit(f"{path}: expected rows of the same settings, got another {', '.join(other)}; name a new file")
+    return rows
+
+
 def line(row: Row) -> str:
     """A row as text."""
     steps = "-" if row.relearned_in is None else str(row.relearned_in)
@@ -318,7 +340,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Fewer steps and epochs.")
     parser.add_argument("--retrain-epochs", type=int, help="0 leaves retraining out.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="File for the rows and what made them.")
+    parser.add_argument(
+        "--json", type=Path, help="File for the rows and what made them; one that is there is gone on with."
+    )
+    parser.add_argument("--only", action="append", choices=WAYS, help="Make this row; may be given again.")
     given = parser.parse_args()
     config = BenchConfig.of(seed=given.seed)
     if given.dataset == "cifar10":
@@ -350,16 +375,20 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        rows: list[Row] = []
+        rows = kept(given.json, made)
+        for row in rows:
+            print(line(row))
 
         def keep(row: Row) -> None:
             rows.append(row)
+            rows.sort(key=lambda each: WAYS.index(each.name))
             print(line(row), flush=True)
             if given.json is not None:
                 given.json.parent.mkdir(parents=True, exist_ok=True)
                 given.json.write_text(json.dumps({**made, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
-        compare(session.subject, given.target, tune=tune, retrain_epochs=epochs, seed=given.seed, found=keep)
+        ways = set(given.only or WAYS) - {row.name for row in rows}
+        compare(session.subject, given.target, tune=tune, retrain_epochs=epochs, seed=given.seed, found=keep, ways=ways)
     print(f"{sum(row.seconds for row in rows) / 60:.1f} minutes of processor time to make them")
 
 

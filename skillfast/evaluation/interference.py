@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import norm, t
 
 from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
+from skillfast.evaluation.power import POWER
 from skillfast.metrics import per_class_accuracy, per_class_mean
 from skillfast.results.bench import (
     AngleDifference,
@@ -21,6 +22,8 @@ from skillfast.results.bench import (
     Strongest,
     StrongestAngle,
     StrongestOverlap,
+    VisiblePair,
+    VisiblePairs,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +87,10 @@ class Effects:
         p_gain: float64 [K, K], that the class is helped: the larger p of two one-sided paired t tests.
         p_loss: float64 [K, K], that the class is hurt, by the same tests.
         p_beyond: float64 [K, K], that the class is helped, and more than by the oracle.
+        visible_gain: float64 [2, K, K], the smallest shift of the mean margin that is found to help the class, and more
+            than by the oracle, in both directions in `POWER` of the cases: that beyond the random draws', and what it
+            raises the class's accuracy by. Not finite where no shift is found.
+        visible_loss: float64 [2, K, K], the same that is found to hurt the class, downwards.
     """
 
     change: np.ndarray
@@ -93,6 +100,8 @@ class Effects:
     p_gain: np.ndarray
     p_loss: np.ndarray
     p_beyond: np.ndarray
+    visible_gain: np.ndarray
+    visible_loss: np.ndarray
 
     @classmethod
     def of(
@@ -114,24 +123,65 @@ class Effects:
         random = _against_draws(margins, labels, k)
         least = RELEVANT * np.sqrt(per_class_mean(np.square(margins.intact, dtype=np.float64), labels, k))  # [K]
         gain = random.p_above(least)
+        helped, hurt = (
+            np.maximum(gain, beyond.p_above(least)),
+            np.maximum(random.p_below(least), intact.p_below(least)),
+        )
+        level = _level_of_one_more(np.stack([helped, hurt]))
+        drawn = intact.mean - random.mean  # [K, K], mean shift by the draws, against the intact model
+        above, below = (
+            np.maximum.reduce([test.reach(least, level) + start for test, start in tests])
+            for tests in (
+                ((intact, 0.0), (random, drawn), (beyond, intact.mean - beyond.mean)),
+                ((intact, 0.0), (random, -drawn)),
+            )
+        )
         return cls(
             change=accuracy - per_class_accuracy(baseline, labels, k),
             beyond_oracle=accuracy - per_class_accuracy(oracle, labels, k),
             shift=random.mean,
             shift_beyond_oracle=beyond.mean,
             p_gain=np.maximum(gain, intact.p_above(least)),
-            p_loss=np.maximum(random.p_below(least), intact.p_below(least)),
-            p_beyond=np.maximum(gain, beyond.p_above(least)),
+            p_loss=hurt,
+            p_beyond=helped,
+            visible_gain=np.stack([above - drawn, _turned_right(above, margins.intact, labels)]),
+            visible_loss=np.stack([below + drawn, -_turned_right(-below, margins.intact, labels)]),
         )
+
+
+def _level_of_one_more(p: np.ndarray) -> float:
+    """The largest p of both directions by which one more pair would be found: p [kinds, K, K] of those that there are.
+
+    By `replicated_q` that is `LEVEL` over one more than how many claims have a smaller p below it.
+    """
+    i, j = np.triu_indices(p.shape[-1], 1)
+    either = np.sort(np.minimum(p[:, i, j], p[:, j, i]), axis=None)
+    levels = LEVEL / (1 + np.arange(len(either) + 1))
+    return float(levels[np.searchsorted(either, levels, side="right") <= np.arange(len(levels))].max())
+
+
+def _turned_right(shift: np.ndarray, margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What a shift [K, K] of all margins [n] of a class changes its accuracy by: [K, K]."""
+    change = np.full(shift.shape, np.nan)
+    for j in np.unique(labels):
+        own = np.sort(margins[labels == j])
+        # those above 0 after the shift; NaN is sorted last
+        right = len(own) - np.searchsorted(own, np.append(-shift[:, j], 0.0), side="right")
+        change[:, j] = (right[:-1] - right[-1]) / len(own)
+    return np.where(np.isfinite(shift), change, np.nan)
 
 
 @dataclass(frozen=True)
 class _Shift:
-    """Mean shifts [K, K] with their variances and degrees of freedom."""
+    """Mean shifts [K, K] with their variances and degrees of freedom.
+
+    `sampling` is what of the variance other images and other draws to compare with would change.
+    """
 
     mean: np.ndarray
     variance: np.ndarray
     freedom: np.ndarray
+    sampling: np.ndarray
 
     def p_above(self, least: np.ndarray) -> np.ndarray:
         """One-sided p that the mean is above `least` [K]; 1 where the mean is not finite."""
@@ -139,9 +189,19 @@ class _Shift:
             p = t.sf((self.mean - least) / np.sqrt(self.variance), self.freedom)
         return np.where(np.isfinite(p), p, 1.0)
 
+    def reach(self, least: np.ndarray, level: float) -> np.ndarray:
+        """Mean [K, K] whose p is below `level` in the root of `POWER` of the cases, for one of two directions.
+
+        By normal approximation, in which the estimate of the variance varies, too.
+        """
+        needed = t.isf(level, self.freedom)
+        with np.errstate(invalid="ignore"):
+            varies = self.sampling + self.variance * needed**2 / (2 * self.freedom)
+            return least + needed * np.sqrt(self.variance) + norm.ppf(POWER**0.5) * np.sqrt(varies)
+
     def p_below(self, least: np.ndarray) -> np.ndarray:
         """One-sided p that the mean is below minus `least` [K]; 1 where the mean is not finite."""
-        return _Shift(-self.mean, self.variance, self.freedom).p_above(least)
+        return replace(self, mean=-self.mean).p_above(least)
 
 
 def _paired(shift: np.ndarray, labels: np.ndarray, k: int) -> _Shift:
@@ -151,7 +211,7 @@ def _paired(shift: np.ndarray, labels: np.ndarray, k: int) -> _Shift:
     squares = per_class_mean(np.square(shift - mean[..., labels]), labels, k)
     with np.errstate(invalid="ignore"):
         variance = np.where(n > 1, squares / (n - 1), np.inf)
-    return _Shift(mean, variance, np.broadcast_to(np.maximum(n - 1.0, 1), mean.shape))
+    return _Shift(mean, variance, np.broadcast_to(np.maximum(n - 1.0, 1), mean.shape), variance)
 
 
 def _against_draws(margins: Margins, labels: np.ndarray, k: int) -> _Shift:
@@ -167,11 +227,12 @@ def _against_draws(margins: Margins, labels: np.ndarray, k: int) -> _Shift:
     one = _paired(margins.random - margins.random.mean(0, dtype=np.float64), labels, k)
     between = np.square(one.mean).sum((0, 1)) / (k * (draws - 1))  # [K], variance of a draw's mean shift
     within = one.variance.sum((0, 1)) / (k * (draws - 1))  # what of it the choice of images explains
-    more = np.maximum(between - within, 0) * (1 + 1 / draws)
+    beyond = np.maximum(between - within, 0)
+    more = beyond * (1 + 1 / draws)
     variance = images.variance + more
     with np.errstate(invalid="ignore"):
         freedom = variance**2 / (images.variance**2 / images.freedom + more**2 / (k * (draws - 1)))
-    return _Shift(images.mean, variance, np.where(variance > 0, freedom, 1))
+    return _Shift(images.mean, variance, np.where(variance > 0, freedom, 1), images.variance + beyond / draws)
 
 
 def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[Pair]]:
@@ -216,6 +277,18 @@ def find_pairs(effects: Effects, classes: Sequence[str]) -> dict[str, list[Pair]
         "linkage": made("linkage", strict_p[1], strict_q[1], weakest["linkage"] > 0),
         "oracle_explains": made("oracle_explains", p[0], q[0], explained),
     }
+
+
+def visible_pairs(effects: Effects) -> VisiblePairs:
+    """The smallest effects by which pairs of classes are found in `POWER` of the cases: the median over all pairs."""
+    i, j = np.triu_indices(len(effects.change), 1)
+
+    def median(effect: np.ndarray) -> VisiblePair | None:
+        both = (effect[:, i, j] + effect[:, j, i]) / 2  # [2, pairs]
+        both = both[:, np.isfinite(both).all(0)]
+        return VisiblePair(*np.median(both, axis=1).tolist()) if both.size else None
+
+    return VisiblePairs(competition=median(effects.visible_gain), linkage=median(effects.visible_loss))
 
 
 def _both_directions(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +365,8 @@ def interference(
         The object; an angle or a pair that is not defined is None or left out, and `reasons` says why.
     """
     k = len(classes)
-    pairs = find_pairs(Effects.of(predictions, oracle, baseline, labels, margins), classes)
+    effects = Effects.of(predictions, oracle, baseline, labels, margins)
+    pairs = find_pairs(effects, classes)
     other = ~np.eye(k, dtype=bool)
     angles = None if turns is None else turns[0]
     turned = {} if turns is None else _turned(*turns)
@@ -303,6 +377,7 @@ def interference(
         competition=[pair for pair in pairs["competition"] if pair.significant],
         linkage=[pair for pair in pairs["linkage"] if pair.significant],
         oracle_explains=pairs["oracle_explains"],
+        visible=visible_pairs(effects),
         strongest=Strongest(
             angle=None if angles is None else _strongest_angle(np.where(other, angles, np.nan), classes),
             overlap=_strongest_overlap(np.where(other, overlap, np.nan), classes),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from skillfast.report.bench.interference import visible_pairs
 from skillfast.report.bench.tradeoff import method_of
 from skillfast.report.formatting import (
     UNDEFINED,
@@ -46,6 +47,7 @@ ROWS = (
 )
 # what else takes the neurons' place than 0
 REPLACED = (("mean", "their means"), ("resample", "another example's"), ("constant", "fitted constants"))
+PAIRS = (("competition", "pairs that compete"), ("linkage", "pairs that are linked"))
 KINDS = (
     ("mlp", "MLP"), ("attn", "attention"), ("ssm", "mixers"), ("expert", "experts"), ("router", "routers"),
     ("head", "classifier head"),
@@ -111,6 +113,11 @@ def _add_evidence(table: Table, results: BenchResults) -> None:
         flagged = sum(values.flagged for values in controls.per_class.values())
         own, arbitrary = points(controls.drop), points(controls.control)
         table.add_row("chosen for a class; arbitrary group", f"{own}; {arbitrary} ({flagged} flagged)", "", "")
+    visible = visible_pairs(results)
+    for kind, name in PAIRS:
+        if kind in visible:
+            n = len(getattr(results.interference, kind))
+            table.add_row(f"{name}; smallest to be seen", Text(f"{n}; {visible[kind]}"), "", "")
     if correlated is not None and (label := correlated.metrics.get("label")):
         table.add_row(f"top-{correlated.top} |r| with label", plain(finite(label.test)), "", "")
 

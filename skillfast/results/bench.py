@@ -696,6 +696,25 @@ class Strongest(Record, frozen=True):
     linkage: Pair | None
 
 
+class VisiblePair(Record, frozen=True):
+    """The smallest effect by which a pair of classes is found in 80 % of the cases: the median over all pairs.
+
+    Attributes:
+        margin: Shift of a class's mean margin beyond random draws, the mean of both directions.
+        change: What that changes the class's accuracy by, against the intact model.
+    """
+
+    margin: float
+    change: Fraction
+
+
+class VisiblePairs(Record, frozen=True):
+    """What could have been found; null where no effect is, as competition of two classes."""
+
+    competition: VisiblePair | None
+    linkage: VisiblePair | None
+
+
 class AngleMeans(Record, frozen=True):
     """Mean angle of each class without its own skill, and without another's."""
 
@@ -755,6 +774,7 @@ class Interference(Record, frozen=True, kw_only=True):
         competition: Pairs of which each removal helps the other class beyond random draws and oracle, significantly.
         linkage: Pairs of which each removal hurts the other class beyond random draws, significantly.
         oracle_explains: Pairs of which each removal helps the other class beyond random draws, but not the oracle.
+        visible: The smallest effects that these examples and draws could have shown.
         strongest: The largest of each kind.
         overlap: [K][K], Jaccard index of the skills' neurons.
         reasons: Why values are missing.
@@ -771,6 +791,7 @@ class Interference(Record, frozen=True, kw_only=True):
     competition: list[Pair] | None = None
     linkage: list[Pair] | None = None
     oracle_explains: list[Pair] | None = None
+    visible: VisiblePairs | None = None
     strongest: Strongest | None = None
     overlap: Annotated[list[Annotated[list[Fraction | None], Meta(min_length=2)]], Meta(min_length=2)]
     reasons: InterferenceReasons | None = None

@@ -4,22 +4,25 @@ import numpy as np
 import planted
 import pytest
 import torch
-from scipy.stats import false_discovery_control, t, ttest_1samp, ttest_rel
+from scipy.stats import false_discovery_control, norm, t, ttest_1samp, ttest_rel
 
 import skillfast
 from skillfast.evaluation.directions import angles as turned
 from skillfast.evaluation.interference import (
+    LEVEL,
     RELEVANT,
     Effects,
     Margins,
     _against_draws,
     _difference,
     _left_out,
+    _level_of_one_more,
     _paired,
     _Shift,
     find_pairs,
     interference,
     replicated_q,
+    visible_pairs,
 )
 from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
 from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
@@ -135,6 +138,58 @@ def test_a_shift_that_hides_among_draws_that_vary_is_not_significant():
         for trial in range(20)
     ]
     assert sum(map(len, found)) <= 5  # 20 where the draws hardly vary
+
+
+@pytest.mark.parametrize(
+    ("kind", "sign", "n", "draws", "spread"), [("competition", 1, 54, 2, 0.2), ("linkage", -1, 100, 5, 0.05)]
+)
+def test_what_could_have_been_found_is_found(kind, sign, n, draws, spread):
+    """A pair whose removals shift both margins by what is said to be visible is found; half of that is not."""
+    found, visible = {1.0: [], 0.5: []}, []
+    for trial in range(25):
+        predictions, oracle, intact, labels, margins = world(
+            np.random.default_rng(trial), n, draws=draws, common=spread, k=6
+        )
+        visible.append(getattr(visible_pairs(Effects.of(predictions, oracle, intact, labels, margins)), kind))
+        for part, all_found in found.items():
+            for i, j in ((0, 1), (1, 0)):
+                own = labels == j  # all of the removal's effect is what is planted
+                by = part * sign * visible[-1].margin - (margins.removed[i, own] - margins.intact[own]).mean()
+                margins.removed[i, own] += by
+            pairs = find_pairs(Effects.of(predictions, oracle, intact, labels, margins), [str(c) for c in range(6)])
+            all_found.append(["0", "1"] in classes_of(pairs[kind]))
+    assert np.mean(found[1.0]) >= 0.7
+    assert np.mean(found[0.5]) <= 0.3
+    worth = np.mean([pair.change for pair in visible])  # of normal margins, 1.28 deviations above 0
+    shift = np.mean([sign * pair.margin for pair in visible])
+    assert worth == pytest.approx(sign * (norm.cdf(1.28 + shift) - norm.cdf(1.28)), abs=0.015)
+
+
+def test_what_is_visible_goes_beyond_oracle_and_random_draws():
+    """Where the oracle shifts a class by 2, competition has to; where draws hurt it, linkage has to hurt more."""
+    rng = np.random.default_rng(0)
+    predictions, oracle, intact, labels, margins = world(rng, oracle=[(i, j, 2.0) for i in range(K) for j in range(K)])
+    pairs = visible_pairs(Effects.of(predictions, oracle, intact, labels, margins))
+    assert 2.0 < pairs.competition.margin < 2.6
+    assert pairs.linkage.margin < 0.6
+    hurt = Margins(margins.removed - 2, margins.random - 2, margins.oracle, margins.intact)
+    pairs = visible_pairs(Effects.of(predictions, oracle, intact, labels, hurt))
+    assert 4.0 < pairs.competition.margin < 4.6  # 2 to be as the intact model, 2 to be as the oracle
+    assert pairs.linkage.margin < 0.6
+    assert pairs.linkage.change == pytest.approx(norm.cdf(1.28) - norm.cdf(1.28 - 2.2), abs=0.04)  # draws', and more
+
+
+def test_one_more_pair_needs_less_where_others_are_far_from_being_found():
+    """As `replicated_q` would find it: with a claim of p in both directions beside those that there are."""
+    rng = np.random.default_rng(0)
+    for power in (1, 3, 8):
+        p = rng.random((2, 6, 6)) ** power
+        level = _level_of_one_more(p)
+        i, j = np.triu_indices(6, 1)
+        either = np.minimum(p[:, i, j], p[:, j, i]).ravel()
+        claims = np.stack([either, np.ones_like(either)])  # none of them can be made
+        for by, found in ((level * (1 - 1e-9), True), (level * 1.001, False)):
+            assert (replicated_q(np.c_[claims, [by, by]])[-1] <= LEVEL) is np.bool_(found)
 
 
 def test_what_the_oracle_does_too_is_listed_as_explained():
@@ -338,7 +393,7 @@ def test_planted_inhibition_and_shared_neurons_are_competition_and_linkage():
 
 
 def test_a_shift_that_is_not_known_has_a_p_of_1():
-    shift = _Shift(np.array([np.nan, 0.0, 3.0]), np.array([1.0, np.inf, 0.01]), np.full(3, 9.0))
+    shift = _Shift(np.array([np.nan, 0.0, 3.0]), np.array([1.0, np.inf, 0.01]), np.full(3, 9.0), np.zeros(3))
     for least in (0.0, 1.0):
         assert shift.p_above(np.full(3, least))[0] == shift.p_below(np.full(3, least))[0] == 1
     assert shift.p_above(np.zeros(3))[1] == 0.5

@@ -68,6 +68,8 @@ def test_the_terminal_says_them_too():
     assert f"accuracy retained (other classes) │ {percent(retained)} │" in shown.replace(" %", "\N{NO-BREAK SPACE}%")
     assert f"accuracy forgotten (removed class) │ {percent(forgotten)} │" in shown.replace(" %", "\N{NO-BREAK SPACE}%")
     assert "top-10 |r| with label │ 0.78" in shown
+    assert "pairs that compete; smallest to be seen │ 1; +0.60 (+3.00 points)" in shown
+    assert "pairs that are linked; smallest to be seen │ 0; -0.90 (-7.00 points)" in shown
 
 
 def test_the_headline_says_what_other_values_leave_of_the_drop():

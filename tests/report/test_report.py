@@ -304,6 +304,10 @@ def test_page_names_the_strongest_interference():
     )
     assert "points and its margin by +0.81 beyond random neurons; without that of truck, airplane by +4.00" in words
     assert "Chance alone can do that (q = 0.62)." in words
+    assert (
+        "In 80 % of the cases this test would find competition that shifts both margins by +0.60 (+3.00 points) and "
+        "linkage that shifts both margins by -0.90 (-7.00 points) beyond random neurons; medians over all pairs."
+    ) in words.replace("\N{MINUS SIGN}", "-")
     assert "explained by the oracle" not in words
     results["interference"]["oracle_explains"] = results["interference"]["competition"]
     assert "explained by the oracle airplane truck +0.81 (+5.00)" in Elements(rendered(results, skills)).words
