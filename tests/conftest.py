@@ -15,6 +15,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import numpy as np
 import torch
+from browsing import Browser
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -68,6 +69,14 @@ def shared() -> Path:
     if not data.is_dir():
         pytest.skip(f"no data at {data}; set SKILLFAST_DATA")
     return data.parent
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser for all tests of pages; skips where there is none."""
+    started = Browser()
+    yield started
+    started.close()
 
 
 def make_pictures(root: Path, train: int, test: int, colour: int) -> Path:

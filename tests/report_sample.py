@@ -282,10 +282,14 @@ def _own_control(rng: random.Random, n_classes: int, drop: float) -> dict[str, A
             "ci95": [mean - 0.01, mean + 0.01]}  # fmt: skip
 
 
-def sample_results(n_classes: int = 10, *, optional: bool = True, blocks: int = 4) -> dict[str, Any]:
-    """A `results.json`; `optional` adds the keys that a run may leave out."""
+def sample_results(
+    n_classes: int = 10, *, optional: bool = True, blocks: int = 4, names: dict[int, str] | None = None
+) -> dict[str, Any]:
+    """A `results.json`; `optional` adds the keys that a run may leave out, `names` gives classes other names."""
     rng = random.Random(n_classes)
     classes, sites = class_names(n_classes), _sites(blocks, 128)
+    for index, name in (names or {}).items():
+        classes[index] = name
     baseline = [round(rng.uniform(0.92, 1.0) * 50) / 50 for _ in classes]
     oracle = [[-b if i == j else 0.02 * (rng.random() < 0.1) for j, b in enumerate(baseline)] for i in range(n_classes)]
     found = _matrix(rng, baseline, 0.95, 0.012)

@@ -1,55 +1,64 @@
-"""How a page is put together: a template, its style and script, plotly, and the figures as JSON."""
+"""How a page is put together: its template over the common one, style and scripts, plotly, and the figures as JSON."""
 
 from __future__ import annotations
 
-import json
-import math
+import base64
+import zlib
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FIGURES = "skillfast.report", "figures.js"
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PACKED_FROM = 500_000  # characters of JSON; from here on the page holds them deflated
 
 
-def render(package: str, drawn: dict[str, Any], /, *, script: tuple[str, str] = FIGURES, **context: Any) -> str:
-    """Fill a package's `page.html`: one self-contained page that asks the network for nothing.
+def render(
+    page: str, drawn: dict[str, Any], /, *, version: str, kind: str, scripts: Sequence[str] = (), **context: Any
+) -> str:
+    """Fill a page's template: one self-contained file that asks the network for nothing.
 
     Args:
-        package: Holds `page.html`.
-        script: Package and name of the page's script; by default the one that draws figures and no more.
-        drawn: What the script reads as JSON.
+        page: Folder of this package with `page.html`.
+        drawn: What the scripts read as JSON.
+        version: The version of skillfast that the results name.
+        kind: What the page is, in a word.
+        scripts: Files of the folder that do more than draw figures; the last starts the page.
         context: What the template reads.
     """
     import jinja2
     from markupsafe import Markup
 
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_resource),
+    )
+    data = script_json(drawn)
+    packed = len(data) >= PACKED_FROM
+    own = [_resource(f"{page}/{name}") for name in scripts] or ["page.start();"]
     # our own files and encoded JSON: everything else in the page is escaped
     inline = {
-        "style": Markup(_resource("skillfast.report", "page.css")),
-        "script": Markup(_resource(*script)),
-        "plotly": Markup(_resource("skillfast.report", "plotly.min.js")),
-        "data": Markup(script_json(drawn)),
+        "style": Markup(_resource("page.css")),
+        "scripts": [Markup(script) for script in (_resource("figures.js"), *own)],
+        "plotly": Markup(_resource("plotly.min.js")),
+        "data": Markup(base64.b64encode(zlib.compress(data.encode())).decode() if packed else data),
     }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_resource(package, "page.html")).render(**context, **inline)
+    template = environment.get_template(f"{page}/page.html")
+    return template.render(**context, **inline, version=version, kind=kind, packed=packed)
 
 
 def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON that cannot end the script element it stands in; what is not finite is null."""
+    text = msgspec.json.encode(value).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _resource(package: str, name: str) -> str:
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+def _resource(name: str) -> str:
+    return resources.files("skillfast.report").joinpath(*name.split("/")).read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # beyond this many classes a cell is too small for its number
 MAX_WRITTEN = 20
+# beyond this many a bar for each is thinner than a line, and takes long to draw
+MAX_BARS = 100
 MAX_LABEL = 14
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 LEGEND = {

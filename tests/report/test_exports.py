@@ -19,8 +19,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 @pytest.fixture
 def run(tmp_path):
     """A folder as `bench` leaves it, with a class whose name is markup."""
-    results = sample.sample_results(4)
-    results["dataset"]["classes"][1] = "a | b <i>*c*</i>"
+    results = sample.sample_results(4, names={1: "a | b <i>*c*</i>"})
     found = (
         records.from_json(BenchResults, results, "", ""),
         records.from_json(Skills, sample.sample_skills(results), "", ""),

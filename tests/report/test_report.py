@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import html
-import http.server
 import importlib.util
 import io
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
-import threading
-import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
 import jsonschema
 import pytest
+from browsing import barriers, draw_all
 
 from skillfast import report
 from skillfast.errors import DataError
@@ -35,8 +32,6 @@ sample = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sample)
 
 HOSTILE = "</script><b id=hostile>&amp;\u2028"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def both(n_classes=10, **options):
@@ -242,13 +237,10 @@ def test_page_says_the_result():
 
 
 def test_class_names_are_escaped():
-    results, _ = both()
-    results["dataset"]["classes"][3] = HOSTILE
-    skills = sample.sample_skills(results)
-    page = rendered(results, skills)
+    page = rendered(*both(names={3: HOSTILE}))
     found = Elements(page)
     assert all(attrs.get("id") != "hostile" for _, attrs in found.tags)
-    assert [tag for tag, _ in found.tags].count("script") == 3
+    assert [tag for tag, _ in found.tags].count("script") == 5
     assert HOSTILE in html.unescape(page)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     # plotly reads labels as markup: there the name stays escaped once more
@@ -393,134 +385,196 @@ def test_import_is_cheap():
 
 # the page in a browser
 
-WATCH = """<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message));
-addEventListener("unhandledrejection", (event) => errors.push(`rejected: ${event.reason}`));
-document.addEventListener("securitypolicyviolation", (event) => errors.push(`blocked: ${event.blockedURI}`));
-for (const name of ["error", "warn"]) console[name] = (...what) => errors.push(what.join(" "));
-</script>"""
 
-# presses every control, and tells the server what the page then shows; the pending image keeps the browser open
-PRESS = """<img src="/wait" alt=""><script>
-(async () => {
-  const root = document.documentElement;
-  const at = (id) => document.getElementById(id);
-  const until = async (done) => {
-    for (let i = 0; i < 200 && !done(); i++) await new Promise((next) => setTimeout(next, 100));
-    return done();
-  };
-  const step = () => Number(at("stepper").dataset.step);
-  const bars = () => at("removal-steps").data.map((trace) => trace.y[step() - 1]);
-  const told = {};
-  await until(() => root.dataset.ready);
-  told.opened = step();
-  at("next").click();
-  await until(() => bars()[0] !== null);
-  Object.assign(told, { pressed: step(), status: at("status").textContent, bars: bars() });
-  told.marked = at("removal-matrix").layout.shapes.map((shape) => (shape.y0 + shape.y1) / 2);
-  told.address = location.hash;
-  at("play").click();
-  await until(() => step() !== told.pressed && bars()[0] !== null);
-  told.played = step();
-  at("play").click();
-  at("slider").value = 1;
-  at("slider").dispatchEvent(new Event("input"));
-  told.slid = step();
-  at("zoom").click();
-  await until(() => at("removal-matrix").data[0].zmax < 50);
-  told.scale = at("removal-matrix").data[0].zmax;
-  const before = JSON.stringify(at("location-steps").data.map((trace) => trace.y));
-  at("located").value = 1;
-  at("located").dispatchEvent(new Event("change"));
-  told.located = await until(() => JSON.stringify(at("location-steps").data.map((trace) => trace.y)) !== before);
-  const drawn = Array.from(document.querySelectorAll(".plot"), (plot) => plot.querySelectorAll(".main-svg").length);
-  const hostile = at("hostile") !== null;
-  Object.assign(told, { drawn, hostile, errors, width: root.scrollWidth, window: innerWidth });
-  new Image().src = "/told?" + encodeURIComponent(JSON.stringify(told));
-})();
-</script>"""
+def until(page, told):
+    """Wait for what a script tells to be true."""
+    for _ in range(200):
+        if found := page.evaluate(told):
+            return found
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never: {told}")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one page, and takes one message from it."""
-
-    daemon_threads = True
-
-    def __init__(self, page):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.page, self.told, self.arrived, self.asked = page, None, threading.Event(), set()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+BARS = "document.getElementById('removal-steps').data.map((trace) => trace.y[%d])"
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path, _, query = self.path.partition("?")
-        self.server.asked.add(path)
-        if path == "/told":
-            self.server.told = json.loads(urllib.parse.unquote(query))
-            self.server.arrived.set()
-        if path == "/wait":
-            self.server.arrived.wait(120)
-        self.send_response(200 if path == "/" else 204)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.end_headers()
-        if path == "/":
-            self.wfile.write(self.server.page.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def browse(tmp_path):
-    if BROWSER is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} on PATH")
-
-    def open_page(page, fragment):
-        page = page.replace("<title>", WATCH + "<title>", 1).replace("</body>", PRESS + "</body>")
-        # the test's own two requests; everything else stays forbidden
-        server = Server(page.replace("img-src data:", "img-src 'self' data:", 1))
-        command = [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900", "--enable-logging=stderr", "--v=0",
-            "--dump-dom", f"http://127.0.0.1:{server.server_port}/{fragment}",
-        ]  # fmt: skip
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-        finally:
-            server.shutdown()
-            server.server_close()
-        assert server.asked == {"/", "/wait", "/told"}
-        return server.told, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return open_page
+def steps_of(page):
+    """Press every control; what the page then shows."""
+    step = page.locator("#stepper")
+    told = {"opened": int(step.get_attribute("data-step"))}
+    page.click("#next")
+    told["pressed"] = int(step.get_attribute("data-step"))
+    told["status"] = page.inner_text("#status")
+    until(page, f"{BARS % (told['pressed'] - 1)}[0] !== null")
+    told["bars"] = page.evaluate(BARS % (told["pressed"] - 1))
+    told["marked"] = page.evaluate("document.getElementById('removal-matrix').layout.shapes[0]")
+    told["address"] = page.evaluate("location.hash")
+    page.click("#play")
+    until(page, f"Number(document.getElementById('stepper').dataset.step) !== {told['pressed']}")
+    page.click("#play")
+    told["played"] = int(step.get_attribute("data-step"))
+    page.locator("#slider").fill("1")
+    told["slid"] = int(step.get_attribute("data-step"))
+    page.check("#zoom")
+    told["scale"] = until(
+        page,
+        "(() => { const { zmax } = document.getElementById('removal-matrix').data[0]; return zmax < 50 && zmax })()",
+    )
+    told["drawn"] = draw_all(page)
+    places = "JSON.stringify(document.getElementById('location-steps').data.map((trace) => trace.y))"
+    before = page.evaluate(places)
+    page.select_option("#located", "1")
+    until(page, f"{places} !== {json.dumps(before)}")
+    told["width"] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    return told
 
 
-@pytest.mark.parametrize(("n_classes", "blocks"), [(2, 2), (10, 4), (16, 24), (100, 12)])
-def test_page_opens_and_steps(browse, n_classes, blocks):
-    results, _ = both(n_classes, blocks=blocks)
-    results["dataset"]["classes"][1] = HOSTILE
-    told, console = browse(rendered(results, sample.sample_skills(results)), "#step=2")
-    assert told["errors"] == console == []
-    assert not told["hostile"]
-    # the figures of the page, each of several drawings
-    assert len(told["drawn"]) == 13
-    assert min(told["drawn"]) >= 1
+def test_page_of_many_classes_draws_what_is_near(browser, tmp_path):
+    """Its figures are compact, the others wait for the window, and the graph has the strongest connections alone."""
+    path = saved(tmp_path, *both(200, blocks=2))
+    assert "data-packed" in path.read_text(encoding="utf-8")
+
+    def look(page):
+        drawn = page.locator(".plot:has(.main-svg)").count()
+        page.evaluate("document.getElementById('overlap').scrollIntoView()")
+        page.wait_for_selector("#overlap .main-svg")
+        page.fill("#search", "truck of kind 19")
+        page.press("#search", "Enter")
+        return (
+            drawn,
+            page.evaluate("document.getElementById('class-accuracy').data?.length"),
+            page.evaluate("document.getElementById('overlap').data[0].z[1][0]"),
+            page.locator("#nodes button").count(),
+            page.locator("#card h3").inner_text(),
+            int(page.locator("#stepper").get_attribute("data-step")),
+        )
+
+    drawn, far, shared, nodes, title, step = browser.visit(path, look)
+    assert 0 < drawn < 13
+    assert far is None
+    assert shared == pytest.approx(sample.sample_results(200, blocks=2)["interference"]["overlap"][1][0], abs=5e-4)
+    assert 40 <= nodes <= 52  # and the chosen class with its own
+    assert (title, step) == ("truck of kind 19", 200)
+
+
+def found_by_search(page):
+    page.fill("#search", " TRU")
+    until(page, "document.querySelectorAll('#matches li').length === 1")
+    told = {"said": page.inner_text("#matching")}
+    shown = (
+        "Array.from(document.querySelectorAll('table[data-skills] tbody tr:not(.mean)')).filter((row) => !row.hidden)"
+    )
+    told["shown"] = page.evaluate(f"[...new Set({shown}.map((row) => row.cells[0].textContent))]")
+    page.press("#search", "Enter")
+    told["card"] = page.inner_text("#card")
+    told["step"] = page.input_value("#removed")
+    told["place"] = page.text_content("#located-name")
+    page.fill("#search", "")
+    until(page, f"{shown}.length > 20")
+    return told
+
+
+def test_skills_are_found_by_name(browser, tmp_path):
+    results, skills = both()
+    told = browser.visit(saved(tmp_path, results, skills), found_by_search)
+    assert told["said"] == "1 of 10 skills match. Tables by skill show no others."
+    assert told["shown"] == ["truck"]
+    assert (told["step"], told["place"]) == ("10", "truck")
+    from skillfast.report.bench import words
+
+    found = typed(results, skills)[0]
+    for rows in (words.verdict_rows(found), words.share_rows(found)[1]):
+        assert all(value in told["card"] for value in rows[-1][1:])
+    assert "airplane and truck compete" in told["card"]
+
+
+def walked(page):
+    """Go through the graph by keyboard; what it tells, and what is lit."""
+    page.locator("#nodes button[tabindex='0']").focus()
+    page.keyboard.press("End")
+    told = {"title": page.inner_text("#told h3"), "items": page.locator("#told li").all_inner_texts()}
+    told["near"] = page.locator("#arcs .near").count()
+    told["name"] = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.keyboard.press("Enter")
+    told["pressed"] = page.locator("#nodes button[aria-pressed='true']").inner_text()
+    told["step"] = page.input_value("#removed")
+    told["focus"] = page.evaluate("document.activeElement.textContent")
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowUp")
+    told["kept"] = page.locator("#nodes button[aria-pressed='true']").count()
+    told["above"] = page.inner_text("#told h3")
+    page.hover("#nodes li:first-child button")
+    told["pointed"] = page.inner_text("#told h3")
+    arcs = page.locator("#arcs .arc").count()
+    page.uncheck("#kinds label:last-of-type input")
+    told["hidden"] = arcs - page.locator("#arcs .arc").count()
+    return told
+
+
+def test_graph_is_walked_by_keyboard(browser, tmp_path):
+    results, skills = both()
+    told = browser.visit(saved(tmp_path, results, skills), walked)
+    assert told["title"] == "truck"
+    assert told["items"][0] == "Removing airplane takes 2.00 points from truck."
+    assert told["items"][1].startswith("airplane and truck compete")
+    overlap = results["interference"]["overlap"][9]
+    assert sum("share" in item for item in told["items"]) >= min(5, sum(0 < v < 1 for v in overlap))
+    assert told["name"] == f"truck, {told['near']} connections"
+    assert told["near"] <= len(told["items"])
+    assert told["pressed"] == told["focus"] == "truck"
+    assert told["step"] == "10"
+    assert (told["kept"], told["above"], told["pointed"]) == (0, "ship", "airplane")
+    assert told["hidden"] == 20
+
+
+def shut_out(page):
+    """What axe-core finds when all is drawn and a skill is chosen; and that it finds a field without a name."""
+    draw_all(page)
+    for details in page.locator("details").all():
+        details.evaluate("(element) => (element.open = true)")
+    page.press("#search", "Enter")
+    found = barriers(page)
+    page.emulate_media(color_scheme="dark")
+    found += barriers(page, "color-contrast")
+    page.evaluate("document.getElementById('search').parentElement.replaceWith(document.getElementById('search'))")
+    return found, barriers(page, "label")
+
+
+def test_report_shuts_nobody_out(browser, tmp_path):
+    found, planted = browser.visit(saved(tmp_path, *both(3, blocks=1, names={1: HOSTILE})), shut_out, width=820)
+    assert found == []
+    assert len(planted) == 1
+
+
+def test_names_must_be_those_of_the_data():
+    results, skills = both()
+    results["dataset"]["classes"][0] = "zeppelin"
+    with pytest.raises(DataError, match="verdicts and pairs of the classes of its data, got airplane;"):
+        rendered(results, skills)
+
+
+def saved(folder, *found):
+    path = folder / "report.html"
+    path.write_text(rendered(*found), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("n_classes", "blocks", "width"), [(2, 2, 390), (16, 24, 1280), (200, 2, 820)])
+def test_page_opens_and_steps(browser, tmp_path, n_classes, blocks, width):
+    results, skills = both(n_classes, blocks=blocks, names={1: HOSTILE})
+    told = browser.visit(saved(tmp_path, results, skills), steps_of, fragment="#step=2", width=width)
+    assert told["drawn"] == 13
     assert told["opened"] == 2
     step = 2 % n_classes
     assert told["pressed"] == step + 1
     assert told["address"] == f"#step={step + 1}"
     assert f"({step + 1} of {n_classes})" in told["status"]
-    assert told["marked"] == [step]
+    assert (told["marked"]["y0"] + told["marked"]["y1"]) / 2 == step
     assert told["bars"][0] == pytest.approx(100 * results["removal_matrix"][step][step])
     assert told["bars"][2] == pytest.approx(100 * results["oracle"]["removal_matrix"][step][step])
     assert told["played"] == (step + 1) % n_classes + 1
     assert told["slid"] == 1
-    assert told["scale"] < 50
-    assert told["located"]
-    assert told["width"] <= told["window"]
+    assert told["width"] <= 0
 
 
 # the file

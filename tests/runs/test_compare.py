@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import report_sample as sample
 import torch
+from browsing import barriers, draw_all
 from click.testing import CliRunner
 from compared import planted, wrong
 from conftest import one_line
@@ -279,6 +280,20 @@ def test_names_from_users_are_escaped(runs, tmp_path):
     assert "&lt;b&gt;\\|x" in markdown
     cases = ElementTree.fromstring(comparison_text(found, "junit")).iter("testcase")
     assert "skillfast.<b>|x" in {case.get("classname") for case in cases}
+
+
+def test_the_page_shuts_nobody_out(browser, runs, tmp_path):
+    _, _, labels, measured = runs
+    odd = write(tmp_path / "odd", labels, measured, classes=["<b id=hostile>", *CLASSES[1:]])
+    compare(odd, odd, gate={"skill": {"*": {"max_weakening": 0.05}}}, output=tmp_path)
+
+    def use(page):
+        drawn = draw_all(page)
+        found = barriers(page)
+        page.emulate_media(color_scheme="dark")
+        return drawn, found + barriers(page, "color-contrast")
+
+    assert browser.visit(tmp_path / "compare.html", use, width=390) == (2, [])
 
 
 def test_the_page_is_made_again(runs, tmp_path):

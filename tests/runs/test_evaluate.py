@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import jsonschema
@@ -14,6 +11,7 @@ import planted
 import pytest
 import report_sample as sample
 import torch
+from browsing import barriers, draw_all
 from click.testing import CliRunner
 from conftest import make_vit, one_line
 from sklearn.metrics import accuracy_score, f1_score
@@ -33,8 +31,6 @@ from skillfast.runs.environment import environment
 from skillfast.runs.evaluate import Evaluation
 from skillfast.runs.grid import Case, cases_of_scores, cases_of_skills, largest, layer_sites
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
@@ -383,17 +379,13 @@ def test_names_on_the_page_are_text(tmp_path, vit, batches):
     hostile_page(tmp_path, vit, batches)
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} on PATH")
-def test_the_page_draws_its_figures(tmp_path, vit, batches):
-    page = hostile_page(tmp_path, vit, batches)
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert 'data-ready="true"' in done.stdout
-    places = re.findall(r'<div class="plot[^"]*" id="([^"]+)"', done.stdout)
-    assert len(places) == 4 * 4  # measures x (size, factor, layers, their control)
-    assert done.stdout.count('class="plot-container plotly"') == len(places)
-    assert 'id="hostile"' not in done.stdout
-    assert "CONSOLE" not in done.stderr
+def test_the_page_draws_its_figures_and_shuts_nobody_out(browser, tmp_path, vit, batches):
+    def use(page):
+        drawn = draw_all(page)
+        found = barriers(page)
+        page.emulate_media(color_scheme="dark")
+        return drawn, found + barriers(page, "color-contrast")
+
+    drawn, found = browser.visit(hostile_page(tmp_path, vit, batches), use)
+    assert drawn == 4 * 4  # measures x (size, factor, layers, their control)
+    assert found == []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, rounded, term_value
 from skillfast.report.parts import (
     DIVERGING,
+    MAX_BARS,
     MAX_WRITTEN,
     SEQUENTIAL,
     Figure,
@@ -82,6 +83,21 @@ def _bars(name: str, x: list[str], y: list[Any], hue: str, hover: str, **more: A
     }
 
 
+def _outlined(name: str, x: list[str], y: list[Any], hue: str, hover: str, **more: Any) -> dict[str, Any]:
+    """Bars side by side as one outline, which is drawn at once however many they are."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": x,
+        "y": y,
+        "line": {"color": colour(hue), "shape": "hvh", "width": 1},
+        "fill": "tozeroy",
+        "hovertemplate": f"{hover}<extra>%{{fullData.name}}</extra>",
+        **more,
+    }
+
+
 def removal_steps(results: BenchResults) -> Figure:
     """The change in every class's accuracy for one removal, the oracle's beside it.
 
@@ -98,9 +114,15 @@ def removal_steps(results: BenchResults) -> Figure:
         ("oracle, for comparison", "--oracle", 0.0),
     ]
     hover = "<b>%{x}</b>: %{y:+.1f} points"
-    data = [
-        _bars(name, names, [None] * len(names), hue, hover, width=width, offset=offset) for name, hue, offset in styles
-    ]
+    none = [None] * len(names)
+    if len(names) <= MAX_BARS:
+        data = [_bars(name, names, none, hue, hover, width=width, offset=offset) for name, hue, offset in styles]
+    else:
+        own = {"mode": "markers", "marker": {"size": 9, "color": colour(styles[0][1])}, "fill": "none"}
+        data = [
+            _outlined(name, names, none, hue, hover, **(own if i == 0 else {"fill": "none"} if i == 2 else {}))
+            for i, (name, hue, _) in enumerate(styles)
+        ]
     every = [v for matrix in (rows, best) for row in matrix for v in row if v is not None]
     low, high = min([0.0, *every]), max([0.0, *every])
     pad = 0.04 * max(high - low, 1.0)
@@ -202,11 +224,12 @@ def class_accuracy(results: BenchResults) -> Figure:
     after = [None if b is None or c is None else max(0.0, b + c) for b, c in zip(before, change, strict=True)]
     counts = results.baseline.n_test_per_class
     hover = "<b>%{x}</b>: %{y:.1%} of %{customdata} examples"
+    shown = [("whole model", before, "--other", -0.4), ("without the class's own skill", after, "--skill", 0.0)]
     data = [
-        _bars("whole model", names, before, "--other", hover, width=0.4, offset=-0.4, customdata=counts),
-        _bars(
-            "without the class's own skill", names, after, "--skill", hover, width=0.4, offset=0.0, customdata=counts
-        ),
+        _bars(name, names, values, hue, hover, width=0.4, offset=offset, customdata=counts)
+        if len(names) <= MAX_BARS
+        else _outlined(name, names, values, hue, hover, customdata=counts)
+        for name, values, hue, offset in shown
     ]
     layout = base(
         barmode="overlay",
@@ -290,11 +313,14 @@ def contribution(results: BenchResults) -> Figure:
     per_class = found.per_class
     names = labels(["all classes", *per_class])
     rows: list[Shares] = [found, *per_class.values()]
-    data = [
-        _bars(name, names, [finite(getattr(row, kind)) for row in rows], hue, "<b>%{x}</b>: %{y:.1%}")
+    shown = [
+        (name, hue, [rounded(getattr(row, kind), 4) for row in rows])
         for kind, name, hue in KINDS
         if finite(getattr(found, kind)) is not None
     ]
+    if len(names) > MAX_BARS:
+        return _shares_in_colours(names, {name: values for name, _, values in shown})
+    data = [_bars(name, names, values, hue, "<b>%{x}</b>: %{y:.1%}") for name, hue, values in shown]
     layout = base(
         # relative: a negative share hangs below 0 instead of shortening the stack
         barmode="relative",
@@ -303,6 +329,16 @@ def contribution(results: BenchResults) -> Figure:
         yaxis=amounts("share of the loss", tickformat=".0%"),
     )
     return {"data": data, "layout": layout}
+
+
+def _shares_in_colours(names: list[str], shares: dict[str, list[Any]]) -> Figure:
+    """Shares of many classes: row = kind, column = class."""
+    rows, limit = list(shares.values()), largest(list(shares.values()), 0.01)
+    trace = heatmap(
+        rows, names, list(shares), str, "share of the loss", ".0%", zmin=-limit, zmid=0, zmax=limit,
+        colorscale=DIVERGING, hovertemplate="<b>%{x}</b>, %{y}: %{z:.1%}<extra></extra>",
+    )  # fmt: skip
+    return {"data": [trace], "layout": base(xaxis=across(names), yaxis=down(list(shares)))}
 
 
 def contribution_by_block(results: BenchResults) -> Figure:
@@ -340,7 +376,9 @@ def overlap(results: BenchResults) -> Figure:
     names = labels(results.dataset.classes)
     assert results.interference is not None
     found = results.interference.overlap
-    rows = [[None if i == j else rounded(v, 4) for j, v in enumerate(row)] for i, row in enumerate(found)]
+    # what can be read off; of many classes more digits would be most of the page
+    digits = 4 if len(names) <= MAX_BARS else 3
+    rows = [[None if i == j else rounded(v, digits) for j, v in enumerate(row)] for i, row in enumerate(found)]
     trace = heatmap(
         rows,
         names,

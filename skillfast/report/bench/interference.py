@@ -58,7 +58,8 @@ def angles(results: BenchResults) -> Figure:
     assert found is not None
     assert found.angles_deg is not None
     assert found.ci95 is not None
-    rows = [[rounded(v, 2) for v in row] for row in found.angles_deg]
+    # what is read off; of many classes more digits would be most of the page
+    rows = [[rounded(v, 2 if len(names) <= MAX_INTERVALS else 1) for v in row] for row in found.angles_deg]
     ends = found.ci95.angles_deg
     more: dict[str, Any] = {}
     if len(names) <= MAX_INTERVALS:

@@ -1,62 +1,23 @@
+// The report: steps through removals and places, and finds skills by name.
 (() => {
   "use strict";
-  const { figures, steps } = JSON.parse(document.getElementById("data").textContent);
-  const at = (id) => document.getElementById(id);
-  const root = document.documentElement;
+  const { at, figures, isDrawn, themed } = page;
   const still = matchMedia("(prefers-reduced-motion: reduce)");
-  const count = steps.length;
-  const pause = count > 20 ? 600 : 1300;
+  const MOST = 12; // skills that a search shows
+  const marks = {}; // the outline of a matrix's first row, by the matrix
+  let steps = [];
+  let names = []; // of the skills, as results name them
+  let count = 0;
+  let pause = 0;
   let step = 1; // counted from 1, as shown
   let timer = null;
-  let resized = null;
+  let typed = null;
 
-  // figures name their colours by CSS variable, so both colour schemes share one description
-  function themed(value) {
-    if (typeof value === "string") {
-      return value.startsWith("var(") ? getComputedStyle(root).getPropertyValue(value.slice(4, -1)).trim() : value;
-    }
-    if (Array.isArray(value)) return value.map(themed);
-    if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item)]));
-  }
-
-  // a line of tick labels takes about 17 pixels of its axis; where they do not fit, every second, third ... is shown
-  function fitted(id, axis) {
-    const { tickvals, ticktext, tickangle } = figures[id].layout[axis];
-    const room = Math.max(axis === "xaxis" ? at(id).clientWidth - 120 : at(id).clientHeight - 130, 100);
-    const widths = ticktext.map((text) => 10 + 7 * text.length);
-    const mean = widths.reduce((sum, width) => sum + width, 0) / widths.length;
-    const every = Math.ceil(((axis === "xaxis" && tickangle === 0 ? mean : 17) * tickvals.length) / room);
-    const kept = (list) => list.filter((_, index) => index % every === 0);
-    const ticks = { [`${axis}.tickvals`]: kept(tickvals), [`${axis}.ticktext`]: kept(ticktext) };
-    // plotly's own choice of an angle can swing to and fro with the margins that it needs
-    if (tickangle === undefined) ticks[`${axis}.tickangle`] = Math.max(...widths) * tickvals.length > room ? -90 : 0;
-    return ticks;
-  }
-
-  function fit(id) {
-    const { data, layout } = figures[id];
-    const axes = ["xaxis", "yaxis"].filter((axis) => layout[axis].tickvals);
-    const ticks = Object.assign({}, ...axes.map((axis) => fitted(id, axis)));
-    if (!data[0].texttemplate) return Plotly.relayout(id, ticks);
-    // numbers in cells narrower than this would be too small to read
-    const written = (at(id).clientWidth - 120) / data[0].x.length >= 18;
-    return Plotly.update(id, { texttemplate: written ? data[0].texttemplate : "" }, ticks);
-  }
-
-  const options = { responsive: true, displayModeBar: false, displaylogo: false };
-
-  async function drawAll() {
-    for (const [id, figure] of Object.entries(figures)) {
-      const { data, layout, frames } = themed(figure);
-      await Plotly.newPlot(id, { data, layout, frames: frames || [], config: options });
-      await fit(id);
-    }
-    at("removal-matrix").on("plotly_click", (event) => go(event.points[0].pointIndex[0] + 1));
-  }
-
-  function animate(id, frame) {
+  function animate(id, data) {
+    data.forEach((trace, index) => (figures[id].data[index].y = trace.y));
+    if (!isDrawn(id)) return undefined;
     const duration = still.matches || count > 40 ? 0 : 350;
+    const frame = { data: data.map(({ y }) => ({ y })), traces: data.map((_, index) => index) };
     return Plotly.animate(id, [frame], {
       mode: "immediate",
       transition: { duration, easing: "cubic-in-out" },
@@ -69,14 +30,14 @@
     const row = figures["removal-matrix"].data[0].z[index];
     const own = row.map((value, other) => (other === index ? value : null));
     const others = row.map((value, other) => (other === index ? null : value));
-    const heights = [own, others, figures["removal-steps"].layout.meta.oracle[index]];
-    return { data: heights.map((y) => ({ y })), traces: [0, 1, 2] };
+    return [own, others, figures["removal-steps"].layout.meta.oracle[index]].map((y) => ({ y }));
   }
 
   function mark(id, index) {
-    const [shape] = themed(figures[id].layout.shapes);
-    const moved = { ...shape, y0: index + shape.y0, y1: index + shape.y1 };
-    return Plotly.relayout(id, { shapes: index < 0 ? [] : [moved] });
+    const { y0, y1 } = marks[id];
+    const shapes = index < 0 ? [] : [{ ...marks[id], y0: index + y0, y1: index + y1 }];
+    figures[id].layout.shapes = shapes;
+    return isDrawn(id) ? Plotly.relayout(id, { shapes: themed(shapes) }) : undefined;
   }
 
   async function show() {
@@ -122,12 +83,86 @@
   function zoom(on) {
     const [all, others] = figures["removal-matrix"].layout.meta.limits;
     const limit = on ? others : all;
-    return Plotly.restyle("removal-matrix", { zmin: -limit, zmax: limit });
+    Object.assign(figures["removal-matrix"].data[0], { zmin: -limit, zmax: limit });
+    return isDrawn("removal-matrix") ? Plotly.restyle("removal-matrix", { zmin: -limit, zmax: limit }) : undefined;
   }
 
   async function locate(index) {
+    at("located").value = index;
     at("located-name").textContent = at("located").options[index].text;
-    await Promise.all([mark("location-matrix", index - 1), animate("location-steps", String(index))]);
+    const places = figures["location-steps"].frames[index].data;
+    await Promise.all([mark("location-matrix", index - 1), animate("location-steps", places)]);
+  }
+
+  function made(tag, text, of = {}) {
+    const element = Object.assign(document.createElement(tag), of);
+    element.textContent = text;
+    return element;
+  }
+
+  // the tables by skill, each with its rows by the name at their head
+  const bySkill = () => document.querySelectorAll("table[data-skills]");
+  const rows = (table) => Array.from(table.tBodies[0].rows).slice(Number(table.dataset.first));
+
+  // what the tables of the page say of one skill
+  function card(index) {
+    const parts = [made("h3", names[index]), made("p", `Without it: ${steps[index]}`)];
+    const grid = made("div", "", { className: "facts" });
+    for (const table of bySkill()) {
+      const row = rows(table).find((each) => each.cells[0].textContent === names[index]);
+      if (!row) continue;
+      const list = document.createElement("dl");
+      Array.from(row.cells).slice(1).forEach((cell, column) => {
+        const pair = document.createElement("div");
+        pair.append(made("dt", table.tHead.rows[0].cells[column + 1].textContent), made("dd", cell.textContent));
+        list.append(pair);
+      });
+      const part = document.createElement("section");
+      part.append(made("h4", table.dataset.skills), list);
+      grid.append(part);
+    }
+    const told = graph.of(index);
+    if (told.length > 0) {
+      const part = document.createElement("section");
+      const list = document.createElement("ul");
+      list.append(...told.map((text) => made("li", text)));
+      part.append(made("h4", "Connections"), list);
+      grid.append(part);
+    }
+    at("card").replaceChildren(...parts, grid);
+    at("card").hidden = false;
+  }
+
+  // turns the whole page to one skill
+  function choose(index) {
+    play(false);
+    card(index);
+    graph.pin(index);
+    const place = Array.from(at("located").options).findIndex((option, n) => n > 0 && option.text === names[index]);
+    return Promise.all([go(index + 1), place > 0 ? locate(place) : undefined]);
+  }
+
+  function search() {
+    const wanted = at("search").value.trim().toLowerCase();
+    const all = names.map((_, index) => index);
+    const found = all.filter((index) => names[index].toLowerCase().includes(wanted));
+    const matching = new Set(found.map((index) => names[index]));
+    for (const table of bySkill()) {
+      for (const row of rows(table)) row.hidden = !matching.has(row.cells[0].textContent);
+    }
+    const shown = found.slice(0, MOST);
+    at("matches").replaceChildren(
+      ...shown.map((index) => {
+        const item = document.createElement("li");
+        item.append(made("button", names[index], { type: "button", onclick: () => choose(index) }));
+        return item;
+      }),
+    );
+    const many = found.length > MOST ? `; the first ${MOST} stand here` : "";
+    at("matching").textContent = wanted
+      ? `${found.length} of ${count} skills match${many}. Tables by skill show no others.`
+      : `${count} skills${many}.`;
+    return found;
   }
 
   function listen() {
@@ -142,24 +177,37 @@
     at("removed").addEventListener("change", (event) => chosen(Number(event.target.value)));
     at("zoom").addEventListener("change", (event) => zoom(event.target.checked));
     at("located").addEventListener("change", (event) => locate(Number(event.target.value)));
+    at("search").addEventListener("input", () => {
+      clearTimeout(typed);
+      typed = setTimeout(search, 120);
+    });
+    at("search").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      clearTimeout(typed);
+      const [first] = search();
+      if (first !== undefined) choose(first);
+    });
+    at("removal-matrix").addEventListener("drawn", () => {
+      at("removal-matrix").on("plotly_click", (event) => chosen(event.points[0].pointIndex[0] + 1));
+    });
     addEventListener("hashchange", () => {
       const target = fromAddress();
       if (target !== null && target !== step) chosen(target);
     });
-    addEventListener("resize", () => {
-      clearTimeout(resized);
-      resized = setTimeout(() => Object.keys(figures).forEach(fit), 200);
-    });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", start);
   }
 
-  async function start() {
-    await drawAll();
-    await Promise.all([show(), zoom(at("zoom").checked), locate(Number(at("located").value))]);
-    root.dataset.ready = "true";
-  }
-
-  step = fromAddress() ?? 1;
-  listen();
-  start();
+  page.start((data) => {
+    ({ steps } = data);
+    names = Array.from(at("removed").options, (option) => option.text);
+    count = steps.length;
+    pause = count > 20 ? 600 : 1300;
+    for (const id of ["removal-matrix", "location-matrix"]) [marks[id]] = figures[id].layout.shapes;
+    step = fromAddress() ?? 1;
+    graph.start(data.connections, choose);
+    listen();
+    search();
+    show();
+    zoom(at("zoom").checked);
+    locate(Number(at("located").value));
+  });
 })();

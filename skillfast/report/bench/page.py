@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import DataError
 from skillfast.report import pages
-from skillfast.report.bench import evidence, figures, identifiability, information, interference, tradeoff, words
+from skillfast.report.bench import (
+    connections,
+    evidence,
+    figures,
+    identifiability,
+    information,
+    interference,
+    tradeoff,
+    words,
+)
 from skillfast.report.formatting import cell, data_name, model_name, number_of, percent
 from skillfast.report.parts import MAX_WRITTEN
 
@@ -51,7 +60,9 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "summary": words.summary(results),
         "tiles": words.tiles(results),
         "definitions": words.definitions(results, skills),
-        "matrix": [[cell(v) for v in row] for row in results.removal_matrix] if few else [],
+        "matrix": [[name, *(cell(v) for v in row)] for name, row in zip(classes, results.removal_matrix, strict=True)]
+        if few
+        else [],
         "selectivity": words.selectivity_rows(results),
         "verdicts": words.verdict_rows(results) if results.verdicts else None,
         "draws": results.random_control.draws,
@@ -59,11 +70,14 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "replaced": words.replacements_say(results) if results.replacements else None,
         "replacements": words.replacement_rows(results) if results.replacements else [],
         "contribution": words.contribution_rows(results) if results.layer_contribution else None,
+        "shares": words.share_rows(results) if results.layer_contribution else None,
         "by_block": results.layer_contribution is not None and bool(results.layer_contribution.per_block),
         "n_by_block": number_of(results.layer_contribution.n_by_block)
         if results.layer_contribution and results.layer_contribution.n_by_block
         else None,
-        "closest": figures.closest_pairs(results) if results.interference else None,
+        "closest": [(other, one, percent(share)) for one, other, share in figures.closest_pairs(results)]
+        if results.interference
+        else None,
         "angles_say": interference.angles_say(results)
         if results.interference and results.interference.angles_deg is not None
         else None,
@@ -90,18 +104,39 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
 def render(results: BenchResults, skills: Skills) -> str:
     """Make the page; see `skillfast.report.render`."""
     check(results, skills)
-    context = _context(results, skills)
-    drawn = {"figures": make_figures(results, skills), "steps": figures.step_texts(results)}
-    return pages.render("skillfast.report.bench", drawn, script=("skillfast.report.bench", "page.js"), **context)
+    connected = connections.connections(results)
+    drawn = {
+        "figures": make_figures(results, skills),
+        "steps": figures.step_texts(results),
+        "connections": connected and connected["drawn"],
+    }
+    return pages.render(
+        "bench",
+        drawn,
+        version=results.environment.skillfast,
+        kind="report",
+        scripts=("graph.js", "page.js"),
+        connections=connected,
+        **_context(results, skills),
+    )
 
 
 def check(results: BenchResults, skills: Skills) -> None:
-    """Raise DataError where two files are not of one model."""
+    """Raise DataError where two files are not of one model, or one is not of one data set."""
     ours, theirs = results.model.fingerprint, skills.fingerprint
     if ours != theirs:
         raise DataError(
             f"skills.json: expected the skills of the model {ours!r} of results.json, got {theirs!r}; "
             "take both files from one run"
+        )
+    classes = set(results.dataset.classes)
+    named = {*(results.verdicts or {}), *(name for each in (results.verdicts or {}).values() for name in each.harmed)}
+    if found := results.interference:
+        named |= {name for pair in (*(found.competition or ()), *(found.linkage or ())) for name in pair.classes}
+    if strange := sorted(named - classes):
+        raise DataError(
+            f"results.json: expected verdicts and pairs of the classes of its data, got {', '.join(strange)}; "
+            "take a file that a run wrote"
         )
     sites = {site.name for site in results.model.sites}
     unknown = sorted({site for skill in skills.skills for site in skill.neurons} - sites)

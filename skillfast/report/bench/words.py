@@ -168,16 +168,17 @@ def _written(values: Selectivity, key: str) -> tuple[str, str]:
     return value, bounds
 
 
-def replacement_rows(results: BenchResults) -> list[tuple[str, list[str]]]:
-    """Per class, the mean over all first: what it loses by what takes its skill's neurons' place, in points."""
+def replacement_rows(results: BenchResults) -> list[list[str]]:
+    """Per class, the mean over all first: what it loses by what takes its neurons' place, and if these differ."""
     found = results.replacements
     assert found is not None
     named = [("all classes", found.average), *found.per_class.items()]
     return [
-        (
-            f"{name} *" if row.marked else name,
-            [f"{points(getattr(row, by))} {interval(getattr(row.ci95, by), points)}" for by in REPLACED],
-        )
+        [
+            name,
+            *(f"{points(getattr(row, by))} {interval(getattr(row.ci95, by), points)}" for by in REPLACED),
+            "yes" if row.marked else "no",
+        ]
         for name, row in named
     ]
 
@@ -191,8 +192,8 @@ def replacements_say(results: BenchResults) -> str:
         f"Set to 0, the neurons cost their class {points(found.average.zero)} points; at the constants that cost the "
         f"model least, fitted on the examples to select on, {points(found.average.constant)}. What lies between need "
         f"not be lost with the neurons: it is the price of a value that does not fit the others. "
-        f"{marked} of {len(found.per_class)} classes differ by more than 5 points between zero and mean or constants "
-        f"(marked *)."
+        f"{marked} of {len(found.per_class)} classes differ by more than 5 points between zero and mean or "
+        f"constants."
     )
 
 
@@ -244,6 +245,15 @@ def contribution_rows(results: BenchResults) -> list[tuple[str, str, str]]:
     ]
     rest = interval(found.ci95.non_additivity, percent)
     return [*rows, ("non-additivity", percent(found.non_additivity), rest)]
+
+
+def share_rows(results: BenchResults) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, and per class the Shapley share of each kind of site."""
+    found = results.layer_contribution
+    assert found is not None
+    kinds = [(kind, name) for kind, name, _ in KINDS if finite(getattr(found, kind)) is not None]
+    rows = [[name, *(percent(getattr(row, kind)) for kind, _ in kinds)] for name, row in found.per_class.items()]
+    return ["class", *(name for _, name in kinds)], rows
 
 
 def _cost_rows(cost: Cost) -> list[tuple[str, str]]:

@@ -127,8 +127,10 @@ def render(found: Comparison) -> str:
     figures = make_figures(found)
     gate = found.gate
     return pages.render(
-        "skillfast.report.comparison",
+        "comparison",
         {"figures": figures},
+        version=found.skillfast,
+        kind="comparison",
         found=found,
         base_name=words.run_name(found.base),
         new_name=words.run_name(found.new),

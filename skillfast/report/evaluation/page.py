@@ -252,12 +252,15 @@ def render(results: EvaluationResults) -> str:
     made = make_figures(results)
     measured = {"weights": to_json(results.model.weights), "data": to_json(results.data.digests)}
     return pages.render(
-        "skillfast.report.evaluation",
+        "evaluation",
         {"figures": made},
+        version=results.environment.skillfast,
+        kind="evaluation",
         results=results,
         summary=summary(results),
         measures=[(name, NAMES[name]) for name in defined(results)],
         figures=made.keys(),
+        columns=["skill", "of all neurons", "layers", "factor", *(NAMES[name] for name in defined(results))],
         rows=table_rows(results),
         tasks=None if results.tasks is None else tasks.context(results.tasks),
         settings=[*flat(measured), *flat(to_json(results.environment)), *flat(results.config)],

@@ -51,7 +51,7 @@ def context(tasks: Tasks) -> dict[str, Any]:
         for name in tasks.intact
     ]
     return {
-        "names": names,
+        "without": [f"without {name}" for name in names],
         "say": say,
         "rows": rows,
         "measured": list(tasks.measured.items()),
