@@ -132,9 +132,13 @@ class CoMoments:
         )
 
     def merge(self, other: CoMoments) -> None:
-        """Add the rows of another state on the same device; one that has no rows takes over the other's shift."""
-        if int(self.count) == 0 and int(other.count) > 0:
-            self.shift_x.copy_(other.shift_x)
+        """Add the rows of another state on the same device; one that has no rows takes over the other's shift.
+
+        So does each expert that has none.
+        """
+        taken = ((self.count == 0) & (other.count > 0))[..., None]
+        self.shift_x.copy_(torch.where(taken, other.shift_x, self.shift_x))
+        if int(self.count.sum()) == 0 and int(other.count.sum()) > 0:
             self.shift_y.copy_(other.shift_y)
         moved = other.reshift(self.shift_x, self.shift_y).sums()
         for name, tensor in self.sums().items():

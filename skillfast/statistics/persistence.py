@@ -44,13 +44,20 @@ def to_dict(state: State) -> dict[str, Any]:
     }
 
 
-def from_dict(stored: Mapping[str, Any], device: torch.device) -> State:
+def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | None = None) -> State:
     """A state on a device, from what `to_dict` gave.
+
+    Args:
+        stored: What `to_dict` gave.
+        device: Where the tensors are to lie.
+        experts: How many experts' sums are stacked; None for those of one accumulator.
 
     Raises:
         ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
     """
     state = State.empty(_settings(stored), device)
+    if experts is not None:
+        state.stack(experts)
     layout = BinLayout.of(state.settings.metrics, state.settings.bins)
     _check_shapes(state, stored, layout)
     _check_contents(stored, layout)
@@ -111,10 +118,11 @@ def _check_shapes(state: State, stored: Mapping[str, Any], layout: BinLayout) ->
 
 def _check_contents(stored: Mapping[str, Any], layout: BinLayout) -> None:
     """What shapes do not tell; raises ArgumentError."""
-    count, table = int(stored["comoments"]["count"]), stored["table"]
+    counts, table = stored["comoments"]["count"], stored["table"]
+    count = int(counts.sum())
     wrong = []
-    if count < 0:
-        wrong.append(f"count {count}")
+    if bool((counts < 0).any()):
+        wrong.append(f"count {int(counts.min())}")
     if table is not None:
         if bool((table["edges"][:, 1:] < table["edges"][:, :-1]).any()):
             wrong.append("edges that do not ascend")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from skillfast import ops
+from skillfast import files, ops
 from skillfast.backends.capture import accumulation_dtype
 from skillfast.errors import ArgumentError
-from skillfast.statistics import distributed, inputs, scoring
+from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.moments import CoMoments
 from skillfast.statistics.state import AccumulatorSettings, State
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from skillfast.statistics.scores import NeuronScores
     from skillfast.statistics.tokens import TokenMask
 
+SCHEMA = "skillfast.routed/1"
+FILE = "routed.safetensors"
 LEAST = 10  # tokens of an expert, below which its units have no scores
 _AT_ONCE = 1 << 19  # elements of rows that the CPU works on at once: they stay in its cache
 
@@ -107,6 +110,8 @@ class RoutedStatistics:
         self._sums = State.empty(settings, device)  # no row of it ever waits in its buffer
         self.n_experts = n_experts
         self.units = units
+        self.statistics = tuple(statistics)
+        self.n_bootstrap = n_bootstrap
         self._made = partial(
             NeuronStatistics, units, metrics, statistics, bins=bins, n_bootstrap=n_bootstrap, seed=seed,
             buffer_rows=buffer_rows, device=device,
@@ -115,9 +120,7 @@ class RoutedStatistics:
         self.experts = [self._made() for _ in range(n_experts)] if self.keeps_rows else []
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         if not self.keeps_rows:
-            columns = len(settings.columns)
-            with torch.inference_mode(False):
-                self._sums.moments = CoMoments.zeros(units, columns, device, n_experts)
+            self._sums.stack(n_experts)
 
     @property
     def device(self) -> torch.device:
@@ -294,6 +297,88 @@ class RoutedStatistics:
         self._sums.moments.clear()
         self._waiting = []
         self.experts = [self._made() for _ in self.experts]
+
+    def merge(self, other: RoutedStatistics) -> None:
+        """Add what another accumulator of the same experts has counted; the other is left as it is.
+
+        Raises:
+            ArgumentError: The other has other experts, metrics or statistics, or counts into other bins.
+        """
+        if self._told() != other._told():
+            raise ArgumentError(f"merge: expected {self._told()}, got {other._told()}; count both with one tracer's")
+        for state in (self._sums, other._sums):
+            state.refuse_faults()
+        self._drain()
+        other._drain()
+        if not self.keeps_rows:
+            self._sums.merge_sums(other._sums)
+        for ours, theirs in zip(self.experts, other.experts, strict=True):
+            ours.merge(theirs)
+
+    def _told(self) -> str:
+        settings = self._sums.settings
+        return (
+            f"{self.n_experts} experts of {self.units} units, {settings.bins} bins, {self.n_bootstrap} replicates, "
+            f"seed {settings.seed}, metrics {settings.metrics} and statistics {list(self.statistics)}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
+        self._drain()
+        return {
+            "schema": SCHEMA,
+            "n_experts": self.n_experts,
+            "statistics": list(self.statistics),
+            "n_bootstrap": self.n_bootstrap,
+            "sums": persistence.to_dict(self._sums),
+            "experts": {str(e): expert.state_dict() for e, expert in enumerate(self.experts)},
+        }
+
+    @staticmethod
+    def from_state_dict(stored: Mapping[str, Any], device: torch.device | str = "cpu") -> RoutedStatistics:
+        """An accumulator that goes on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: Another schema version, or tensors that do not fit the settings.
+        """
+        if stored.get("schema") != SCHEMA:
+            raise ArgumentError(
+                f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
+            )
+        device, n = torch.device(device), stored["n_experts"]
+        kept = [stored["experts"][name] for name in sorted(stored["experts"], key=int)]
+        sums = persistence.from_dict(stored["sums"], device, None if kept else n)
+        settings = sums.settings
+        made = RoutedStatistics(
+            n, settings.n_neurons, settings.metrics, stored["statistics"], bins=settings.bins,
+            n_bootstrap=stored["n_bootstrap"], seed=settings.seed, buffer_rows=settings.buffer_rows, device=device,
+        )  # fmt: skip
+        if len(made.experts) != len(kept):
+            raise ArgumentError(
+                f"state_dict: expected the states of {len(made.experts)} experts, got {len(kept)}; it is damaged"
+            )
+        made._sums = sums
+        made.experts = [NeuronStatistics.from_state_dict(each, device) for each in kept]
+        return made
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the state as `routed.safetensors` into the folder; returns its path."""
+        path = files.output_folder(directory) / FILE
+        files.write_nested(path, self.state_dict())
+        return path
+
+    @staticmethod
+    def load(directory: str | Path, device: torch.device | str = "cpu") -> RoutedStatistics:
+        """Go on from what `save` wrote.
+
+        Raises:
+            DataError: The file is missing, broken or of another version.
+            ArgumentError: Tensors that do not fit the settings in the file.
+        """
+        path, remedy = Path(directory) / FILE, "write it with RoutedStatistics.save"
+        stored = files.read_nested(path, SCHEMA, remedy)
+        with files.whole(path, remedy):
+            return RoutedStatistics.from_state_dict(stored, device)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""

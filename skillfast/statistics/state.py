@@ -169,6 +169,11 @@ class State:
                 faults=torch.zeros(len(settings.metrics), dtype=torch.bool, device=device),
             )
 
+    def stack(self, experts: int) -> None:
+        """Hold the co-moments of many experts in place of one accumulator's, before anything is counted."""
+        with torch.inference_mode(False):
+            self.moments = CoMoments.zeros(self.settings.n_neurons, len(self.settings.columns), self.device, experts)
+
     def like(self, device: torch.device) -> State:
         """An empty state of the same settings, shift and bin edges on a device, with numbers of its own."""
         other = State.empty(self.settings, device)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from fake_cuda import DEVICE, FakeCuda
 
 from skillfast import Categorical, Continuous
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
 from skillfast.statistics import routed
 from skillfast.statistics.routed import RoutedRows, RoutedStatistics
 from skillfast.statistics.tokens import TokenMask
@@ -82,6 +84,9 @@ def count(statistics, rows, values, per_token, device="cpu", mask=None):
         statistics.add_accumulated(statistics.accumulated(rows, checked))
     else:
         values = {name: value if value.dim() == 1 else value[:, 0] for name, value in values.items()}
+        if statistics.keeps_rows:
+            statistics.add(rows, statistics.check(values, BATCH)[rows.example], rows.example)
+            return
         statistics.center(rows)
         statistics.add_sums(*statistics.summed(rows), statistics.check(values, BATCH))
 
@@ -187,3 +192,82 @@ def test_what_is_forgotten_leaves_no_trace(kept):
             statistics.forget()
             assert statistics.n_observations == 0
     check(statistics.scores(), found[2:], per_token=False, tolerance=1e-3)
+
+
+def stored(statistics, folder=None):
+    if folder is None:
+        return RoutedStatistics.from_state_dict(statistics.state_dict())
+    assert statistics.save(folder).name == "routed.safetensors"
+    return RoutedStatistics.load(folder)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_shards_with_shifts_of_their_own_merge(tmp_path, per_token, resumed):
+    """Each shard's first rows are its shift, experts that one of them never met are the other's alone."""
+    found = steps(n=4)
+    for _, values in found[2:]:
+        values["loss"] += 100.0
+    assert 4 in found[2][0].expert  # which now comes in the first shard only
+    without = [torch.where(rows.expert == 4, EXPERTS, rows.expert) for rows, _ in found[2:]]
+    found[2:] = [(replace(rows, expert=expert), v) for (rows, v), expert in zip(found[2:], without, strict=True)]
+    shards = [made(), made(), made()]  # the last one has counted nothing
+    for shard, part in zip(shards, (found[:2], found[2:], []), strict=True):
+        for rows, values in part:
+            count(shard, rows, values, per_token)
+    if resumed:
+        shards = [stored(shards[0]), stored(shards[1], tmp_path), stored(shards[2])]
+    before = shards[1].state_dict()["sums"]["comoments"]
+    merged = shards[2]
+    merged.merge(shards[0])
+    merged.merge(shards[1])
+    merged.merge(made())
+    check(merged.scores(), found, per_token)
+    one = made()
+    for rows, values in found:
+        count(one, rows, values, per_token)
+    np.testing.assert_allclose(merged.scores().pearson, one.scores().pearson, atol=1e-9 if not per_token else 1e-5)
+    for name, tensor in shards[1].state_dict()["sums"]["comoments"].items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("statistics", [("pearson",), ("pearson", "spearman", "auroc")])
+def test_a_pass_goes_on_where_it_was_stored(tmp_path, statistics):
+    found = steps(n=6)
+    one, first = made(statistics=statistics), made(statistics=statistics)
+    for rows, values in found:
+        count(one, rows, values, False)
+    for rows, values in found[:3]:
+        count(first, rows, values, False)
+    resumed = stored(first, tmp_path)
+    for rows, values in found[3:]:
+        count(resumed, rows, values, False)
+    assert resumed.counts() == one.counts()
+    for name, want in one.scores().arrays().items():
+        atol = 1e-12 if len(statistics) == 1 else 1e-6  # float32 sums of other buffers
+        np.testing.assert_allclose(resumed.scores().arrays()[name], want, atol=atol, err_msg=name)
+    if len(statistics) > 1:
+        second = made(statistics=statistics)
+        for rows, values in found[3:]:
+            count(second, rows, values, False)
+        first.merge(second)
+        for name, want in one.scores().arrays().items():
+            np.testing.assert_allclose(first.scores().arrays()[name], want, atol=1e-6, err_msg=name)
+
+
+def test_what_does_not_fit_is_refused_on_the_way_back(tmp_path):
+    kept, plain = made(statistics=("spearman",)), made()
+    told = one_line(ArgumentError, kept.merge, plain)
+    assert "5 experts of 6 units, 16 bins, None replicates" in told
+    state = kept.state_dict()
+    del state["experts"]["4"]
+    assert "expected the states of 5 experts, got 4" in one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
+    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**state, "schema": "other"})
+    assert "expected schema 'skillfast.routed/1', got 'other'" in told
+    state = plain.state_dict()
+    state["sums"]["comoments"]["count"][3] = -1
+    assert "count -1" in one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
+    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**plain.state_dict(), "n_experts": 4})
+    assert "expected shape [4], got [5]" in told
+    told = one_line(DataError, RoutedStatistics.load, tmp_path)
+    assert "write it with RoutedStatistics.save" in told
