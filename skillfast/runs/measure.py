@@ -11,8 +11,9 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.files import output_folder
 from skillfast.runs.bench import bench
-from skillfast.runs.config import LANGUAGE_MODEL, NOTHING, BenchConfig, RunConfig
+from skillfast.runs.config import NOTHING, BenchConfig, RunConfig
 from skillfast.settings import name_of
+from skillfast.vocabulary import EMBEDDED, HUGGINGFACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -89,7 +90,7 @@ def settings_of(side: str | Path | torch.nn.Module) -> dict[str, Any] | None:
     if isinstance(side, torch.nn.Module):
         return {}
     name = str(side)
-    if name.startswith(LANGUAGE_MODEL):
+    if name.startswith((HUGGINGFACE, EMBEDDED)):
         return {"model": name}
     if name.endswith(WEIGHTS):
         return {"checkpoint": name}

@@ -262,7 +262,7 @@ def test_where_one_verdict_ends_and_another_begins():
     for drop, base_skill in ((down, up), (up, down), (down, same), (same, down), (up, same), (same, up)):
         assert told(same, drop, base_skill) == ["undecided"]
     assert told(change(less, 0.3), up, up) == ["weakened"]
-    for end, verdict in ((-0.1501, "weakened"), (-0.15, "undecided"), (0.15, "undecided"), (0.1501, "strengthened")):
+    for end, verdict in ((-0.501, "weakened"), (-0.5, "undecided"), (0.5, "undecided"), (0.501, "strengthened")):
         drop = change(0.8, 0.2, ci95=(-0.9, end)) if end < 0 else change(0.2, 0.8, ci95=(end, 0.9))
         assert told(same, drop) == [verdict]
         unsure = change(drop.base, drop.new, q=0.06, ci95=drop.ci95)
