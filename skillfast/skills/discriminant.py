@@ -23,7 +23,7 @@ def linear_discriminant(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.
     present = np.unique(labels)
     wide = embeddings.astype(np.float64)
     means = np.stack([wide[labels == label].mean(0) for label in present])
-    covariance, _ = ledoit_wolf(wide - means[np.searchsorted(present, labels)], assume_centered=True)
+    covariance, _ = ledoit_wolf(wide - means[np.searchsorted(present, labels)])
     # the pseudo-inverse, since embeddings may be constant
     weights = means @ np.linalg.pinv(covariance, hermitian=True)
     return present, weights, -(weights * means).sum(1) / 2

@@ -305,7 +305,8 @@ def test_threads_share_a_monitor(tmp_path: Path) -> None:
 def test_examples_are_those_of_the_first_input_that_has_any(tmp_path: Path) -> None:
     class Scaled(Small):
         def forward(self, scale: Any, x: torch.Tensor | None = None, *, pixel_values: Any = None) -> torch.Tensor:
-            return super().forward(scale * (pixel_values if x is None else x))
+            x = pixel_values if x is None else x
+            return scale if x is None else super().forward(scale * x)
 
     model, settings = Scaled().eval(), {"every": 1, "output": tmp_path, "share": 1.0, "reference": 99}
     with torch.no_grad(), Monitor(model, [Skill("deer", {"blocks.0.mlp": [0]})], **settings):
@@ -313,6 +314,7 @@ def test_examples_are_those_of_the_first_input_that_has_any(tmp_path: Path) -> N
         model(2.0, torch.randn(5, 4))
         model(torch.ones(1, 4), pixel_values=torch.randn(7, 4))
         model.first(torch.randn(9, 4))  # no forward of the model
+        model(torch.ones(2, 4))  # one that no site sees
     assert [(line["step"], line["examples"]) for line in lines(tmp_path)] == [(1, 3), (2, 5), (3, 7)]
 
 
