@@ -127,7 +127,7 @@ def changes_of(pairs: Sequence[ClassPair], name: str, margin: float) -> list[Pai
 
 def adjusted(p: Sequence[float]) -> list[float]:
     """Benjamini-Hochberg's q of all of them."""
-    return [float(value) for value in false_discovery_control(p)] if len(p) else []
+    return [float(value) for value in false_discovery_control(p)]
 
 
 def paired_change(
@@ -192,10 +192,10 @@ def verdicts(
         return ["undecided"]
     made: set[Verdict] = {"merged"} if merged else set()
     if _falls(accuracy):
-        most = share_limits(accuracy.new, accuracy.new * (1 - accuracy.new) / pair.n, pair.n)[1]
+        most = share_limits(accuracy.new, 0.0, pair.n)[1]
         made.add("lost" if most <= HALF * accuracy.base else "weakened")
     elif _rises(accuracy):
-        most = share_limits(accuracy.base, accuracy.base * (1 - accuracy.base) / pair.n, pair.n)[1]
+        most = share_limits(accuracy.base, 0.0, pair.n)[1]
         made.add("gained" if most <= HALF * accuracy.new else "strengthened")
     if "lost" not in made and _moved(pair, found, overlap):
         made.add("moved")

@@ -126,8 +126,6 @@ class EmbeddingMetrics:
     def knn_accuracy(self) -> float | None:
         """Accuracy of the intact model's nearest neighbours over the images that can be judged; None where none can."""
         kept = self.has_direction
-        if not kept.any():
-            return None
         return _mean((self if kept.all() else self._rows(kept))._right)
 
     def _rows(self, kept: np.ndarray) -> EmbeddingMetrics:

@@ -81,7 +81,7 @@ def share_limits(share: float, variance: float, effective: float, z: float = Z) 
     Args:
         share: The estimate, in [0, 1].
         variance: Variance of the estimate; examples may be clustered.
-        effective: Number of examples to count where the variance is 0 for lack of events.
+        effective: Number of examples to count where the variance is 0: for lack of events, or of clusters.
         z: Reach in standard errors.
     """
     share = min(max(share, 0.0), 1.0)  # a mean of ones may be 1 and a rounding

@@ -236,7 +236,7 @@ def change(base, new, q=0.01, ci95=(0.0, 0.0), equivalence_q=1.0):
 def test_where_one_verdict_ends_and_another_begins():
     """Each limit from both sides, of a class with 100 examples."""
     same, up, down = change(0.5, 0.5), change(0.2, 0.8), change(0.8, 0.2)
-    most = share_limits(0.3, 0.3 * 0.7 / 100, 100)[1]
+    most = share_limits(0.3, 0.0, 100)[1]
     twice = most / 0.5
     less = float(np.nextafter(twice, 0))
     close, apart = (Overlap(shared=1, jaccard=0.1, chance=0.1, p=p) for p in (0.05, 0.051))
@@ -638,6 +638,8 @@ def test_what_is_not_defined_does_not_pass(rng):
     assert {check.outcome for check in none.checks} == {"undefined"}
     assert none.decision == "not comparable"
     assert {check.value for check in none.checks} == {None}
+    harm = Harm(plug_in=0.1, cross_fitted=0.08, noise_floor=0.0, ci95=None)
+    assert {check.value for check in decision(labels, base, base, {"max_harm": 1.0}, harm).checks} == {None}
     empty = Quantities(base, base, labels, np.empty(0, int), None, None)
     assert decide([("a", "min_accuracy", 0.0)], {"a": empty}).decision == "not comparable"
     nothing = Measured(wrong(labels, 10), base.removed, None)

@@ -120,7 +120,9 @@ def test_every_entry_is_what_changing_it_does() -> None:
     model, x = Convolutions().eval(), torch.randn(2, 3, 4, 4)
     x[:, 1] = 0  # entries that read it do nothing; they are of their rows all the same
     skill = Skill("deer", {"blocks.0.mlp": [1], "blocks.1.mlp": [0, 4], "head": [2]})
+    before = torch.get_rng_state()
     masks = skillfast.skill_parameters(model, skill, x)
+    assert torch.equal(torch.get_rng_state(), before)  # it draws, but not from what others draw from
     model, x, paths = model.double(), x.double(), {site.name: site.path for site in find_sites(model)}
     seen: dict[str, torch.Tensor] = {}
 

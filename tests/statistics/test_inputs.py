@@ -150,6 +150,8 @@ def test_any_array_goes_in():
 def test_integers_that_are_no_classes_are_asked_about():
     with pytest.raises(ArgumentError, match="expected class indices below 1000, got 1000000019"):
         skillfast.correlate(np.zeros((20, 2)), {"t": np.arange(20) + 10**9})
+    with pytest.raises(ArgumentError, match=r"activations: expected \[n, D\], got shape \[20\]"):
+        skillfast.correlate(np.zeros(20), {"t": np.arange(20)})
 
 
 def test_names_of_step_are_refused(vit):
