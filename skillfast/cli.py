@@ -310,21 +310,24 @@ def compare(
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["html", "markdown", "png", "svg", "pdf"]),
+    type=click.Choice(["html", "markdown", "cyclonedx", "png", "svg", "pdf"]),
     default="html",
     show_default=True,
-    help="The page; a section for a model card; or each figure as a file, by kaleido and a browser.",
+    help="The page; a section for a model card; an ML-BOM; or each figure as a file, by kaleido and a browser.",
 )
 def report(directory: str, kind: str) -> None:
     """Make the page of a folder again: report.html, evaluation.html or compare.html, from its JSON files.
 
-    Of a bench run also model-card.md (markdown), or its figures as files in figures/ (png, svg, pdf).
+    Of a bench run also model-card.md (markdown), ml-bom.cdx.json (cyclonedx), or its figures as files in figures/ (png,
+    svg, pdf).
     """
-    from skillfast.report import write_card, write_comparison, write_evaluation, write_figures, write_report
+    from skillfast.report import write_bom, write_card, write_comparison, write_evaluation, write_figures, write_report
     from skillfast.results import bench, comparison, evaluation
 
     if kind == "markdown":
         click.echo(f"model card: {write_card(directory)}")
+    elif kind == "cyclonedx":
+        click.echo(f"ML-BOM: {write_bom(directory)}")
     elif kind != "html":
         click.echo("\n".join(f"figure: {path}" for path in write_figures(directory, kind)))
     else:

@@ -10,6 +10,7 @@ Pool = Literal["mean", "cls", "max", "last", "none"]
 Mode = Literal["zero", "mean", "resample", "constant", "reroute"]
 Activation = Literal["identity", "gelu", "gelu_tanh", "relu", "silu"]
 Finetune = Literal["none", "head", "last-block", "all"]
+NO_TRAINING: Finetune = "none"  # of weights that are to be measured as they are
 Task = Literal["own", "classification", "causal"]
 
 HUGGINGFACE, EMBEDDED = "hf:", "embedded:"  # before a language model's name: a hub or a folder, an installed package

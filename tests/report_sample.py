@@ -300,7 +300,7 @@ def sample_results(
         "model": {
             "name": "vit_digits_128x4", "parameters": 809_482, "embed_dim": 128, "fingerprint": FINGERPRINT,
             "neurons": sum(site["width"] for site in sites), "sites": sites,
-            "weights": WEIGHTS,
+            "weights": dict(WEIGHTS),
             "trained": {"from": "scratch", "finetune": "all", "epochs": 60, "n_train": 898,
                         "validation_accuracy": 0.9733},
         },

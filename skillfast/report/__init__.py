@@ -33,6 +33,7 @@ __all__ = [
     "sites_table",
     "summary_table",
     "top_neurons_table",
+    "write_bom",
     "write_card",
     "write_comparison",
     "write_evaluation",
@@ -74,6 +75,24 @@ def write_report(directory: str | Path) -> Path:
     from skillfast.report import files
 
     return files.write_report(Path(directory))
+
+
+def write_bom(directory: str | Path) -> Path:
+    """Write `ml-bom.cdx.json`, an ML-BOM (CycloneDX 1.6), from the `results.json` of an output folder.
+
+    Args:
+        directory: the folder; the file appears in it whole or not at all.
+
+    Returns:
+        The path of the file. It holds the model with its card and hash, the data with theirs and the libraries; of
+        equal results it is the same file with the same serial number.
+
+    Raises:
+        DataError: a file that is missing, is not JSON, or has a key or a value that its type does not know.
+    """
+    from skillfast.report import bom
+
+    return bom.write_bom(Path(directory))
 
 
 def write_card(directory: str | Path) -> Path:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
 from skillfast.files import replacing
-from skillfast.markdown import escaped, escaped_table
+from skillfast.markdown import code, escaped, escaped_table, table
 from skillfast.report import files
 from skillfast.report.formatting import data_name, model_name, percent, points, term_interval, term_value
 from skillfast.results import bench, records, skills
+from skillfast.vocabulary import NO_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,9 +56,12 @@ def card(results: BenchResults) -> str:
         escaped_table(["points of accuracy, 95 % intervals", *(name for name, _ in named)], terms),
         "### By class",
         _classes(results),
+        "### What this does not say",
+        "\n".join(f"- {escaped(sentence)}" for sentence in words.limits(results)),
         "### How it was measured",
-        _list(_provenance(results)),
-        "Again, with the same numbers on the same machine:",
+        "\n".join(f"- **{name}**: {escaped(text)}" for name, text in _provenance(results).items()),
+        _data(results),
+        "`skillfast bench --replay FOLDER` runs it again from its folder and says what differs. By its settings:",
         f"```\n{words.command(results)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
@@ -83,24 +87,38 @@ def _classes(results: BenchResults) -> str:
 
 
 def _provenance(results: BenchResults) -> Mapping[str, str]:
-    model, data, ran = results.model, results.dataset, results.environment
+    model, ran = results.model, results.environment
+    weights, trained = model.weights, model.trained
+    tuned = trained.finetune not in (None, NO_TRAINING)
     skipped = "not certified" if model.coverage is None else f"{percent(model.coverage.share)} of the blocks' weights"
     return {
         "Model": f"{model_name(results)}, {model.parameters:,} parameters, architecture {model.fingerprint}",
-        "Data": f"{data_name(results)}: {data.n_select} examples to choose skills, {data.n_validate} to choose a "
-        f"method, {data.n_test} to measure",
+        "Weights": f"SHA-256 {weights.sha256}; from {weights.origin}"
+        + (f", revision {weights.revision}" if weights.revision else "")
+        + (f"; trained ({trained.finetune}) in {trained.epochs} epochs" if tuned else ""),
+        "Data": f"{data_name(results)}, {len(results.dataset.classes)} classes",
         "Neurons": f"{model.neurons:,} at {len(model.sites)} places; what acts through them: {skipped}",
         "Method": f"seed {results.config.get('seed')}; skills chosen by this rule: {results.selection.rule}"
         if results.selection
         else f"seed {results.config.get('seed')}",
-        "Software": f"skillfast {ran.skillfast}, torch {ran.torch}, NumPy {ran.numpy}"
+        "Software": f"skillfast {ran.skillfast}, Python {ran.python}, torch {ran.torch}, NumPy {ran.numpy}"
         + "".join(f", {name} {version}" for name, version in ran.libraries.items()),
-        "Device": f"{ran.device_name}; {ran.threads} used",
+        "Device": f"{ran.device} ({ran.device_name}), {ran.threads} threads used, {ran.platform}",
     }
 
 
-def _list(items: Mapping[str, str]) -> str:
-    return "\n".join(f"- **{name}**: {escaped(text)}" for name, text in items.items())
+def _data(results: BenchResults) -> str:
+    """A row per part of the data: examples and digests."""
+    data = results.dataset
+    rows = [
+        [use, f"{n:,}", code(digests.examples), code(digests.labels)]
+        for use, n, digests in (
+            ("to choose skills", data.n_select, data.digests.select),
+            ("to choose a method", data.n_validate, data.digests.validate),
+            ("to measure", data.n_test, data.digests.test),
+        )
+    ]
+    return table(["data", "examples", "SHA-256 of the examples", "SHA-256 of the labels"], rows)
 
 
 def write_figures(directory: Path, kind: str) -> list[Path]:
@@ -109,7 +127,8 @@ def write_figures(directory: Path, kind: str) -> list[Path]:
         import kaleido
     except ImportError as error:
         raise ArgumentError(
-            f"format: expected html or markdown without kaleido, got {kind!r}; pip install 'skillfast[figures]'"
+            f"format: expected html, markdown or cyclonedx without kaleido, got {kind!r}; "
+            "pip install 'skillfast[figures]'"
         ) from error
     from skillfast.report.bench import page
 
@@ -132,7 +151,8 @@ def write_figures(directory: Path, kind: str) -> list[Path]:
             if "chrome" not in type(error).__name__.lower():
                 raise
             raise ArgumentError(
-                f"format: expected html or markdown without a browser, got {kind!r}; install Chromium or Chrome"
+                f"format: expected html, markdown or cyclonedx without a browser, got {kind!r}; install Chromium or "
+                "Chrome"
             ) from error
     return paths
 

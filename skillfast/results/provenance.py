@@ -8,6 +8,15 @@ from msgspec import Meta
 
 from skillfast.results.records import Name, Record
 
+# what the digests are of, for whoever computes them again
+WEIGHTS_HASHED = (
+    "over the state dict in the order of its names: of each tensor a line with name, dtype and shape, then its bytes"
+)
+EXAMPLES_HASHED = (
+    "over the examples in their order: of each the number of its bytes (8 bytes, little-endian), then the bytes of its "
+    "image file, its pixels, its text as JSON or, where a loader was given, its input tensors"
+)
+LABELS_HASHED = "over the classes as a JSON list, a line feed, and the labels as 64-bit little-endian integers"
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -15,7 +24,7 @@ class Weights(Record, frozen=True):
     """The weights that were measured, after any training.
 
     Attributes:
-        sha256: Of all of them, as `skillfast.models.digests.weights_digest` says.
+        sha256: Of all of them (`WEIGHTS_HASHED`).
         origin: The file, name or seed that they were loaded or trained from.
         revision: Commit of a name on the hub.
     """
@@ -29,9 +38,8 @@ class PartDigests(Record, frozen=True):
     """A part of the data.
 
     Attributes:
-        examples: SHA-256 over its examples in their order: of each the number of bytes (8 bytes, little-endian) and the
-            bytes of its image file, its pixels, its text as JSON or, where a loader was given, its input tensors.
-        labels: SHA-256 over the classes as a JSON list, a line feed, and the labels as 64-bit little-endian integers.
+        examples: SHA-256 of its examples (`EXAMPLES_HASHED`).
+        labels: SHA-256 of its classes and labels (`LABELS_HASHED`).
     """
 
     examples: Sha256

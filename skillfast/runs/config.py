@@ -29,6 +29,7 @@ from skillfast.vocabulary import (
     MAX_SITE_SHARE,
     METHODS,
     METRICS,
+    NO_TRAINING,
     PERPLEXITY,
     POOLS,
     SHARE,
@@ -44,7 +45,6 @@ EVALUATED = ("label",)  # metrics whose skills are evaluated unless others are n
 
 _OF_IMAGE_FILES = ("mean", "std", "crop_pct", "train_per_class", "test_per_class")
 _CHANNELS = (1, 3)  # of images
-NOTHING = "none"  # what is trained of weights that are to be measured as they are
 OF_A_MACHINE = ("device", "memory_budget")  # settings of a run that another one may have its own of
 _NOT_RESULTS = ("output", "resume", "replay")  # where a run writes and what it goes on from change no result
 _OF_A_REPLAY = (*OF_A_MACHINE, *_NOT_RESULTS)
@@ -95,7 +95,7 @@ class ModelConfig(Settings):
                 "prompt: expected --prompt and --label-words together, got one; leave both out for a model with a "
                 "classification head"
             )
-        if self.placed and self.finetune not in (None, "none"):
+        if self.placed and self.finetune not in (None, NO_TRAINING):
             raise ArgumentError(
                 f"--finetune: expected none with {self.placed_by}, got {self.finetune!r}; layers that are spread or "
                 "quantised are not trained"
@@ -451,12 +451,12 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
         kept = {name: value for name, value in kept.items() if groups[name] not in ("model", "data")}
         return BenchConfig().replaced(**{**kept, **given}).of_given(earlier.config["model"])
     weights = any(name in ("model", "checkpoint", "pretrained") for name in own)
-    if not own or (not weights and earlier.model.trained.finetune not in (None, NOTHING)):
+    if not own or (not weights and earlier.model.trained.finetune not in (None, NO_TRAINING)):
         raise ArgumentError(
             f"like: expected --checkpoint or --model with it, got {own[0] if own else 'neither'}; name the weights to "
             f"measure as {directory} was measured"
         )
-    kept |= {"epochs": None, "lr": None, "finetune": NOTHING if given.get("model", kept["model"]) else None}
+    kept |= {"epochs": None, "lr": None, "finetune": NO_TRAINING if given.get("model", kept["model"]) else None}
     if weights:
         kept |= {"checkpoint": None, "pretrained": False}
     if given.get("model") not in (None, kept["model"]):

@@ -11,9 +11,8 @@ from skillfast.results.bench import FILE, BenchResults
 from skillfast.runs.config import ModelConfig
 from skillfast.runs.kept import MODEL, WEIGHTS
 from skillfast.runs.session import load_subject
-from skillfast.runs.subject import NO_TRAINING
 from skillfast.settings import name_of
-from skillfast.vocabulary import GIVEN
+from skillfast.vocabulary import GIVEN, NO_TRAINING
 
 if TYPE_CHECKING:
     from pathlib import Path

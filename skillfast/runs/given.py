@@ -16,8 +16,8 @@ from skillfast.models.batches import Batch, classes_of, read_batch
 from skillfast.models.inputs import described, joined, tensors_in
 from skillfast.models.sites import find_sites, module_device, refuse_training, unwrap_compiled
 from skillfast.runs.config import BenchConfig, DataConfig, ModelConfig
-from skillfast.runs.subject import NO_TRAINING, Subject, Training
-from skillfast.vocabulary import GIVEN, KINDS
+from skillfast.runs.subject import Subject, Training
+from skillfast.vocabulary import GIVEN, KINDS, NO_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,8 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import digits, loading, training, weights
 from skillfast.models.sites import choose_sites
 from skillfast.runs.kept import weights_of
-from skillfast.runs.subject import NO_TRAINING, Subject, Training
+from skillfast.runs.subject import Subject, Training
+from skillfast.vocabulary import NO_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

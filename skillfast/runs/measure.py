@@ -11,9 +11,9 @@ import torch
 from skillfast.errors import ArgumentError
 from skillfast.files import output_folder
 from skillfast.runs.bench import bench
-from skillfast.runs.config import NOTHING, BenchConfig, RunConfig
+from skillfast.runs.config import BenchConfig, RunConfig
 from skillfast.settings import name_of
-from skillfast.vocabulary import EMBEDDED, HUGGINGFACE
+from skillfast.vocabulary import EMBEDDED, HUGGINGFACE, NO_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def measured(
         else:
             config = BenchConfig.of(**{**settings, **model}, output=str(folder))
             if config.model.name is not None and config.model.finetune is None:
-                config = config.replaced(finetune=NOTHING)
+                config = config.replaced(finetune=NO_TRAINING)
         given = side if isinstance(side, torch.nn.Module) else None
         say(f"{name}: {type(side).__name__ if given is not None else side}")
         bench(

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from skillfast.runs.kept import Kept
     from skillfast.statistics.scores import NeuronScores
 
-NO_TRAINING = "none"
-
 
 @dataclass(frozen=True)
 class Training:

@@ -20,9 +20,9 @@ from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, batches, split_text
 from skillfast.runs.kept import JSON, MODEL, Kept
-from skillfast.runs.subject import NO_TRAINING, Subject, Training
+from skillfast.runs.subject import Subject, Training
 from skillfast.tracing.trace import trace
-from skillfast.vocabulary import EMBEDDED
+from skillfast.vocabulary import EMBEDDED, NO_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -95,6 +95,21 @@ def summary(results: BenchResults) -> list[str]:
     return said
 
 
+def limits(results: BenchResults) -> list[str]:
+    """What the numbers do not say."""
+    covered, least = results.model.coverage, min(results.baseline.n_test_per_class)
+    if covered is None:
+        places = "It was not certified that the traced neurons hold all that the model's blocks do."
+    else:
+        places = f"{percent(covered.share)} of the weights of the model's blocks act through the traced neurons alone."
+    return [
+        places,
+        "That a class's neurons are removed does not show that the information is gone: a refitted probe may read it.",
+        f"A class has {least:,} test examples or more; changes that so few cannot show are not ruled out.",
+        "Everything was measured on these examples alone, with this seed and these settings.",
+    ]
+
+
 def controls_say(results: BenchResults) -> str:
     """What many draws cost the class that they were drawn for, by number and matched by mean activation."""
     random, matched = results.random_control.own, results.matched_control
