@@ -145,6 +145,11 @@ def test_an_empty_accumulator_takes_over_the_shift():
         total.merge(shard)
     assert total.state.moments.shift_x.abs().min() > 90
     check(total.state, x, values)
+    later, rows = NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES), torch.arange(120, 240)
+    later.merge(halves(x, values)[0])
+    later.update(x[rows], part(values, rows), groups=rows)  # about the shift that it took over
+    later.compute()
+    check(later.state, x, values)
 
 
 def test_a_shard_without_rows_leaves_the_shift_alone():
