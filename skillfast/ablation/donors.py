@@ -11,6 +11,7 @@ import heapq
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.memory.budget import memory_limit
-from skillfast.models.activations import by_sample
+from skillfast.models.activations import RoutedActivations, by_sample
 from skillfast.models.batches import read_batch
 from skillfast.models.inputs import (
     MASK,
@@ -39,6 +40,7 @@ from skillfast.progress import track
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from skillfast.models.activations import Activations
     from skillfast.models.sites import Site
     from skillfast.skills.skill import Skill
 
@@ -55,7 +57,9 @@ class DonorBank:
         labels: int64 [M], their classes; -1 where tokens have labels.
         neurons: Site -> int64 [S], ascending: the neurons that are kept.
         activations: Site -> [M, ..., S] in the dtype of the model. Tokens are those of the donor, place by place; of
-            a model that is told its padding they are one, [M, 1, S]: the mean over the donor's real tokens.
+            a model that is told its padding they are one, [M, 1, S]: the mean over the donor's real tokens. So they are
+            of routed experts and their gates, over the donor's tokens that were routed there; of a donor without any
+            the mean of the other donors.
         digests: uint64 [M], ascending.
         seed: Seed of the draw, and of who gets which donor.
         fingerprint: Digest of the model's architecture.
@@ -123,7 +127,8 @@ def donors(
 
     Raises:
         ArgumentError: Fewer than two different examples, skills that do not fit the model, examples of different
-            numbers of tokens in a model that is not told its padding, or more bytes than the budget has.
+            numbers of tokens in a model that is not told its padding, an expert that no donor's token was routed to, or
+            more bytes than the budget has.
         ModelError: A model in training mode, or one that folds tokens into the batch.
     """
     model = unwrap_compiled(model)
@@ -132,11 +137,6 @@ def donors(
         raise ArgumentError(f"n_donors: expected at least 2, got {n_donors}; 256 are usual")
     sites = find_sites(model)
     neurons = _union(skills, sites)
-    if any(site.experts is not None and site.name in neurons for site in sites):
-        raise ArgumentError(
-            "donors: expected skills at sites whose neurons every token has, got some of routed experts, which a "
-            "donor's tokens may not have passed; use mode 'mean' there, or leave out sites of kind expert and router"
-        )
     drawn = _drawn(model, loader, n_donors, label_key, seed, quiet)
     if len(drawn) < 2:
         raise ArgumentError(f"donors: expected at least 2 different examples, got {len(drawn)}; give more data")
@@ -149,6 +149,9 @@ def donors(
                 kept[name] += zip(rows, x, strict=True)
             _refuse_too_large(kept, drawn, len(rows), budget)
     activations = {name: _stacked(name, found) for name, found in kept.items()}
+    for site in sites:
+        if site.experts is not None and site.name in neurons:
+            activations[site.name] = _of_others(site, neurons[site.name], activations[site.name])
     return DonorBank(
         indices=np.array([donor.index for donor in drawn]),
         labels=np.array([donor.label for donor in drawn]),
@@ -270,14 +273,44 @@ class _Reader:
             chosen = by_sample(x.index_select(-1, self.neurons[name].to(x.device)), n, name)
             found[name] = chosen.float().mean(1, keepdim=True).to(x.dtype) if pooled and x.dim() == 3 else chosen
 
+        routed: dict[str, list[RoutedActivations]] = {site.name: [] for site in self.sites if site.experts is not None}
+
+        def see(name: str, seen: Activations) -> None:
+            if isinstance(seen, RoutedActivations):
+                routed[name].append(seen)
+            else:
+                keep(name, seen.values)
+
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(
-                    watched(self.model, site, lambda seen, name=site.name: keep(name, seen.values))  # type: ignore[misc]
-                )
+                stack.enter_context(watched(self.model, site, partial(see, site.name)))
             device = module_device(self.model)
             call(self.model, mapped(inputs, lambda x: x.to(device)))
-        return found
+        means = {name: _mean_where_routed(parts, self.neurons[name]) for name, parts in routed.items() if parts}
+        return found | means
+
+
+def _mean_where_routed(parts: Sequence[RoutedActivations], neurons: torch.Tensor) -> torch.Tensor:
+    """Mean of experts' neurons over each example's tokens that were routed there [batch, 1, S]; NaN without any."""
+    rows = RoutedActivations.joined(parts)
+    one = torch.ones_like(rows.values[:, :1])
+    counts = rows.summed(one.double()).to(torch.float64)  # [batch, experts]
+    index = neurons.to(counts.device)
+    means = rows.summed(rows.values.double())[:, index] / counts[:, index // rows.values.shape[-1]]
+    return means[:, None].to(rows.values.dtype)
+
+
+def _of_others(site: Site, neurons: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Activations [M, 1, S] with the other donors' mean where a donor's tokens passed an expert by."""
+    means = activations.double().nanmean(0).to(activations.dtype)
+    if bool(means.isnan().any()):
+        assert site.experts is not None
+        lacking = sorted(set((neurons.to(means.device)[means[0].isnan()] // (site.width // site.experts)).tolist()))
+        raise ArgumentError(
+            f"donors: expected tokens of some donor at each expert of {site.name} that a skill has, got none at expert "
+            f"{lacking[0]}; raise n_donors, or leave it out"
+        )
+    return torch.where(activations.isnan(), means, activations)
 
 
 def _refuse_too_large(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.activations import RoutedActivations
 from skillfast.models.batches import LABELS
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import without_experts
@@ -55,7 +56,8 @@ class Condition:
         scale: Factor on each neuron's activation: 0 removes, above 1 amplifies.
         mode: What `scale` 0 leaves: `"zero"` nothing, `"mean"` the mean that the reference scores hold (of units and
             gates of experts that over the tokens that were routed there, units weighed by their gates), `"resample"`
-            the activation of a donor, another example drawn from a whole data set, `"constant"` the `constants`; in
+            the activation of a donor, another example drawn from a whole data set (at experts its mean over the tokens
+            that were routed there), `"constant"` the `constants`; in
             general `other + scale * (x - other)`. `"reroute"` is `"zero"`, but an expert whose neuron of a router is
             in the skill gets its logit masked, so that its tokens are routed to other experts.
         name: What a sweep's result calls it; by default the skill's name and the settings that are not the defaults,
@@ -247,6 +249,9 @@ class Interventions:
         changed = found.scaled(tables.scale, tables.shift, condition)
         if self.donors is None:
             return changed
+        if isinstance(found, RoutedActivations):
+            added = self._donated_to_experts(site, found, conditions, rows)
+            return torch.where((found.expert < found.n_experts)[:, None], changed + added, changed)
         for part, i in zip(changed.split(batch), conditions, strict=True):
             change = changes.get(i)
             if change is None or change.donors is None:
@@ -272,6 +277,24 @@ class Interventions:
                 ) from error
             part.index_add_(-1, change.neurons.to(part.device), (1 - change.scale) * other)
         return changed
+
+    def _donated_to_experts(
+        self, site: Site, found: RoutedActivations, conditions: Sequence[int], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What each row [rows, U] at experts gets of its example's donor."""
+        batch = found.batch // len(conditions)
+        if rows is None or len(rows) != batch:
+            raise ModelError(
+                f"{site.name}: expected a forward of the whole model, which tells whose donors are wanted, got "
+                f"{batch} examples where {'none' if rows is None else len(rows)} went in; call the model itself"
+            )
+        added = found.values.new_zeros(found.batch, site.width)
+        for part, i in zip(added.split(batch), conditions, strict=True):
+            change = self._changes[site.name].get(i)
+            if change is not None and (other := change.donated(rows)) is not None:
+                part[:, change.neurons.to(part.device)] = (1 - change.scale) * other[:, 0].to(part)
+        each = added.view(found.batch, found.n_experts, -1)
+        return each[found.example, found.expert.clamp(max=found.n_experts - 1)]
 
     def apply_each(self, site: Site, found: Activations, condition: torch.Tensor) -> torch.Tensor:
         """Activations of [batch] examples, each changed by a condition of its own, without donors.

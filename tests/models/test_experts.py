@@ -737,3 +737,82 @@ def test_means_that_nothing_tells_are_refused():
     unreached[reference.site_slices()["blocks.0.router"].start + 2] = 0
     said = one_line(ArgumentError, ablate(reference=dataclasses.replace(reference, mean=unreached)).__enter__)
     assert "none or too few at expert 2" in said
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("qwen3_moe", "eager"), ("gpt_oss", "grouped_mm"), ("jetmoe", "eager")]
+)
+def test_donors_give_experts_their_mean_over_the_tokens_that_were_routed_there(family, backend):
+    """What flows at the first block's experts is worked out row by row, from a plain reading of all examples."""
+    model, given = made(family, backend)
+    ids = (given["input_ids"].repeat(3, 1) + 7 * torch.arange(3 * len(given["input_ids"]))[:, None]) % 200
+    data = [{"input_ids": part, "labels": torch.arange(len(part))} for part in ids.split(5)]
+    site = next(site for site in find_sites(model) if site.kind == "expert" and "attention" not in site.path)
+    units = site.width // site.experts
+    path, parent = site.path, site.path.rpartition(".")[0]
+    hidden, index, gates = plain_inputs(model, {"input_ids": ids})[path]
+    mixture = model.get_submodule(parent)
+    ones = plain_reading(model.get_submodule(path), hidden, index, torch.ones(index.shape), mixture)
+    x = ones.reshape(*ids.shape, site.experts, units)  # 0 where a token was not routed
+    here = np.zeros((index.shape[0], site.experts), bool)
+    np.put_along_axis(here, index.numpy(), True, 1)
+    here = here.reshape(*ids.shape, site.experts)
+    busy = np.argsort(-here.any(1).mean(0))[:2]
+    neurons = torch.from_numpy(np.sort(np.concatenate([busy * units + 1, busy[:1] * units + 5])))
+    router = router_of(site).name
+    skill = Skill("s", {site.name: neurons, router: torch.tensor([int(busy[1])])})
+    bank = skillfast.donors(model, data, [skill], n_donors=6)
+    with np.errstate(invalid="ignore"):
+        means = x.sum(1) / here.sum(1)[..., None]  # [examples, experts, units]
+        of_gates = np.zeros(here.shape[:2] + here.shape[2:])
+        np.put_along_axis(of_gates.reshape(len(index), -1), index.numpy(), gates.float().numpy(), 1)
+        gate_means = of_gates.sum(1) / here.sum(1)
+    for kept, found in ((means.reshape(len(ids), -1)[:, neurons], bank.activations[site.name]),
+                        (gate_means[:, [busy[1]]], bank.activations[router])):  # fmt: skip
+        want = kept[bank.indices]
+        want = np.where(np.isnan(want), np.nanmean(want, 0), want)
+        np.testing.assert_allclose(found[:, 0], want, rtol=1e-4, atol=1e-6)
+    outputs = []
+    hook = model.get_submodule(parent).register_forward_hook(
+        lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    )
+    only = Skill("units", {site.name: neurons})
+    with torch.no_grad():
+        model(input_ids=ids)
+        with skillfast.ablate(model, only, mode="resample", donors=bank, scale=0.25):
+            model(input_ids=ids)
+    hook.remove()
+    rows = bank.rows_of(model, {"input_ids": ids}).numpy()
+    change = np.zeros_like(ones)
+    for example, row in enumerate(rows):
+        other = bank.activations[site.name][row, 0].numpy()
+        for neuron, value in zip(neurons.tolist(), other, strict=True):
+            e, u = divmod(neuron, units)
+            own = x[example, :, e, u]
+            at = slice(example * ids.shape[1], (example + 1) * ids.shape[1])
+            change[at, e, u] = of_gates[example, :, e] * here[example, :, e] * 0.75 * (value - own)
+    down = np.stack(
+        [weight.numpy() for weight in down_projections(model.get_submodule(path))]
+    )  # [experts, hidden, units]
+    want = np.einsum("teu,ehu->th", change, down)
+    got = (outputs[1] - outputs[0]).reshape(len(want), -1).numpy()
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max() + 1e-6)
+    classifier, labels = LastToken(model).eval(), torch.arange(len(ids)) % 5
+    bank = skillfast.donors(classifier, [(ids, labels)], [skill], n_donors=6)
+    conditions = [Condition(skill, mode="resample"), Condition(only, mode="resample", scale=0.25)]
+    swept = skillfast.sweep(classifier, [(ids, labels)], conditions, donors=bank, keep_margins=True)
+    for condition, got in zip(conditions, swept.margins, strict=True):
+        change = {"mode": condition.mode, "scale": condition.scale, "donors": bank}
+        with torch.no_grad(), skillfast.ablate(classifier, condition.skill, **change):
+            logits = classifier(ids)
+        want = skillfast.metrics.margin(logits, labels).numpy()
+        np.testing.assert_allclose(got, want, atol=2e-4 * float(logits.abs().max()))
+
+
+def test_an_expert_that_no_donor_passed_is_told():
+    model, given = made("gpt_oss")
+    site = next(site for site in find_sites(model) if site.kind == "expert")
+    ids = given["input_ids"][:2, :1]  # two tokens, and more experts than they have
+    skill = Skill("s", {site.name: range(site.width)})
+    told = one_line(ArgumentError, skillfast.donors, model, [{"input_ids": ids, "labels": ids}], [skill])
+    assert f"expected tokens of some donor at each expert of {site.name} that a skill has, got none at expert" in told
