@@ -7,7 +7,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError
-from skillfast.files import replacing
 from skillfast.markdown import code, escaped, escaped_table, table
 from skillfast.report import files
 from skillfast.report.formatting import data_name, model_name, percent, points, term_interval, term_value
@@ -33,10 +32,7 @@ MOST_TICKS = 40
 
 def write_card(directory: Path) -> Path:
     """Write `model-card.md`; see `skillfast.report.write_card`."""
-    path = directory / CARD
-    with replacing(path) as temporary:
-        temporary.write_text(card(files.read_results(directory)), encoding="utf-8")
-    return path
+    return files.write(directory / CARD, card(files.read_results(directory)))
 
 
 def card(results: BenchResults) -> str:
@@ -132,8 +128,8 @@ def write_figures(directory: Path, kind: str) -> list[Path]:
         ) from error
     from skillfast.report.bench import page
 
-    found = records.read(skills.Skills, directory / skills.FILE, files.REMEDY)
-    results = records.read(bench.BenchResults, directory / bench.FILE, files.REMEDY)
+    found = records.read(skills.Skills, directory / skills.FILE, bench.REMEDY)
+    results = records.read(bench.BenchResults, directory / bench.FILE, bench.REMEDY)
     page.check(results, found)
     figures = {name: figure for name, figure in page.make_figures(results, found).items() if _drawn(figure)}
     folder = directory / FIGURES

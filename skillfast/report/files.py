@@ -10,20 +10,18 @@ from skillfast.results import bench, comparison, evaluation, records, skills
 if TYPE_CHECKING:
     from pathlib import Path
 
-REMEDY = "run `skillfast bench` into that folder"
-
 
 def read_results(directory: Path) -> bench.BenchResults:
     """Read a folder's `results.json`; see `skillfast.report.read_results`."""
-    return records.read(bench.BenchResults, directory / bench.FILE, REMEDY)
+    return records.read(bench.BenchResults, directory / bench.FILE, bench.REMEDY)
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html`; see `skillfast.report.write_report`."""
     from skillfast.report.bench import page
 
-    found = records.read(skills.Skills, directory / skills.FILE, REMEDY)
-    return _write(directory / "report.html", page.render(read_results(directory), found))
+    found = records.read(skills.Skills, directory / skills.FILE, bench.REMEDY)
+    return write(directory / "report.html", page.render(read_results(directory), found))
 
 
 def write_evaluation(directory: Path) -> Path:
@@ -32,7 +30,7 @@ def write_evaluation(directory: Path) -> Path:
 
     remedy = "run `skillfast evaluate` into that folder"
     results = records.read(evaluation.EvaluationResults, directory / evaluation.FILE, remedy)
-    return _write(directory / "evaluation.html", page.render(results))
+    return write(directory / "evaluation.html", page.render(results))
 
 
 def write_comparison(directory: Path) -> Path:
@@ -41,10 +39,11 @@ def write_comparison(directory: Path) -> Path:
 
     remedy = "run `skillfast compare BASE NEW` into that folder"
     found = records.read(comparison.Comparison, directory / comparison.FILE, remedy)
-    return _write(directory / "compare.html", page.render(found))
+    return write(directory / "compare.html", page.render(found))
 
 
-def _write(path: Path, text: str) -> Path:
+def write(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all; returns its path."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

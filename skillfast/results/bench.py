@@ -32,6 +32,7 @@ TwoChanges = Annotated[list[Change], Meta(min_length=2, max_length=2)]
 TwoNumbers = Annotated[list[float], Meta(min_length=2, max_length=2)]
 Names = Annotated[list[str], Meta(min_length=1)]
 FILE = "results.json"
+REMEDY = "run `skillfast bench` into that folder"  # where a file of a run is missing or broken
 Seconds = Annotated[float, Meta(ge=0)]
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from skillfast.results.provenance import PartDigests, Weights
 from skillfast.results.records import Change, Count, Document, Fraction, Name, Positive, Record
 
 FILE = "compare.json"
@@ -22,18 +23,20 @@ class ComparedRun(Record, frozen=True):
     Attributes:
         directory: Where its files are.
         model: Name of the model.
-        checkpoint: The file of its weights; null where they come from elsewhere.
+        weights: Their digest and origin.
         fingerprint: Digest of its architecture.
         dataset: Name of the data.
+        data: Digests of the test examples and their labels.
         accuracy: Accuracy of the intact model on the compared examples; null where there are none.
         n_test: Number of test examples.
     """
 
     directory: str
     model: Name
-    checkpoint: str | None
+    weights: Weights
     fingerprint: Name
     dataset: Name
+    data: PartDigests
     accuracy: Fraction | None
     n_test: Positive
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from skillfast import files
+from skillfast.results.bench import REMEDY
 
 SCHEMA = "skillfast.decisions/1"
 FILE = "decisions.safetensors"
@@ -69,7 +70,7 @@ class Decisions:
     @staticmethod
     def load(directory: str | Path) -> Decisions:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "run `skillfast bench` into that folder"
+        path, remedy = Path(directory) / FILE, REMEDY
         arrays, header = files.read_arrays(path, SCHEMA, remedy)
         with files.whole(path, remedy):
             classes, earlier = tuple(header["classes"]), tuple(header["earlier_classes"])

@@ -27,12 +27,11 @@ from skillfast.evaluation.verdicts import verdicts
 from skillfast.models.sites import choose_sites, find_sites, fingerprint
 from skillfast.results import records
 from skillfast.results import skills as skill_files
-from skillfast.results.bench import FILE, BenchResults
+from skillfast.results.bench import FILE, REMEDY, BenchResults
 from skillfast.runs import selection
 from skillfast.runs.config import BenchConfig, given_in_python
 from skillfast.runs.cost import trace_over_forward
 from skillfast.runs.decisions import kept_decisions, remove_earlier, remove_from_earlier
-from skillfast.runs.earlier import REMEDY
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings, fit_at_once
 from skillfast.runs.environment import environment
 from skillfast.runs.given import Given

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from skillfast.results.comparison import Overlap, PairedChange
     from skillfast.results.gates import Gates
 
-REMEDY = "run `skillfast bench` into that folder"
 SAME = ("scale", "pool", "sites")  # settings without which a drop is not the same quantity
 
 
@@ -58,8 +57,8 @@ class _Run:
         path = Path(directory)
         return _Run(
             path,
-            records.read(bench.BenchResults, path / bench.FILE, REMEDY),
-            records.read(skill_files.Skills, path / skill_files.FILE, REMEDY),
+            records.read(bench.BenchResults, path / bench.FILE, bench.REMEDY),
+            records.read(skill_files.Skills, path / skill_files.FILE, bench.REMEDY),
             Decisions.load(path),
         )
 
@@ -110,9 +109,10 @@ class _Run:
         return ComparedRun(
             directory=str(self.directory),
             model=results.model.name,
-            checkpoint=results.config.get("checkpoint"),
+            weights=results.model.weights,
             fingerprint=results.model.fingerprint,
             dataset=results.dataset.name,
+            data=results.dataset.digests.test,
             accuracy=accuracy,
             n_test=results.dataset.n_test,
         )

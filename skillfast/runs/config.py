@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skillfast.errors import ArgumentError
 from skillfast.files import check_output
 from skillfast.results import records
-from skillfast.results.bench import FILE, BenchResults
+from skillfast.results.bench import FILE, REMEDY, BenchResults
 from skillfast.settings import Settings, name_of, setting
 from skillfast.vocabulary import (
     BACKENDS,
@@ -474,7 +474,7 @@ def _again(directory: str, given: Mapping[str, Any]) -> BenchConfig:
 
 def _earlier(option: str, directory: str, fixed: Sequence[str]) -> BenchResults:
     """Results whose settings an option takes; raises ArgumentError for settings that are fixed by them."""
-    earlier = records.read(BenchResults, Path(directory) / FILE, "run `skillfast bench` into that folder")
+    earlier = records.read(BenchResults, Path(directory) / FILE, REMEDY)
     if fixed:
         raise ArgumentError(
             f"{fixed[0]}: expected with a run of its own, got it with --{option}, which takes it from {directory}; "

@@ -15,8 +15,9 @@ from skillfast.errors import SkillfastError
 from skillfast.models.batches import read_batch
 from skillfast.models.sites import fingerprint
 from skillfast.results import records, skills
+from skillfast.results.bench import REMEDY
 from skillfast.results.decisions import Decisions
-from skillfast.runs.earlier import REMEDY, earlier_model
+from skillfast.runs.earlier import earlier_model
 from skillfast.skills.skill import load_skills
 
 if TYPE_CHECKING:

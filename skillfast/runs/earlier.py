@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError, DataError
 from skillfast.results import records
-from skillfast.results.bench import FILE, BenchResults
+from skillfast.results.bench import FILE, REMEDY, BenchResults
 from skillfast.runs.config import ModelConfig
 from skillfast.runs.kept import MODEL, WEIGHTS
 from skillfast.runs.session import load_subject
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from skillfast.runs.session import Session
-
-REMEDY = "run `skillfast bench` into that folder"
 
 
 def model_settings(directory: Path, results: BenchResults) -> ModelConfig:

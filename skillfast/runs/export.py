@@ -13,7 +13,7 @@ from skillfast.models import digits, loading
 from skillfast.models.huggingface import load_language_model
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.results import bench, records
-from skillfast.runs.earlier import REMEDY, model_settings
+from skillfast.runs.earlier import model_settings
 from skillfast.skills.skill import load_skills
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _of_run(folder: Path, quiet: bool) -> _Loaded:
     """The model of a run's folder, or the default one where there was no run."""
     if not (folder / bench.FILE).is_file():
         return _digits(0, quiet)
-    results = records.read(bench.BenchResults, folder / bench.FILE, REMEDY)
+    results = records.read(bench.BenchResults, folder / bench.FILE, bench.REMEDY)
     named, seed = model_settings(folder, results), results.config["seed"]
     if named.name is None:
         return _digits(seed, quiet)

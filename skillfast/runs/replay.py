@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from skillfast.results.skills import Skills
     from skillfast.runs.config import BenchConfig
 
-REMEDY = "run `skillfast bench` into that folder"
-
 
 @dataclass(frozen=True)
 class Earlier:
@@ -44,8 +42,8 @@ class Earlier:
         path = Path(directory)
         return Earlier(
             path,
-            records.read(bench.BenchResults, path / bench.FILE, REMEDY),
-            records.read(skills.Skills, path / skills.FILE, REMEDY),
+            records.read(bench.BenchResults, path / bench.FILE, bench.REMEDY),
+            records.read(skills.Skills, path / skills.FILE, bench.REMEDY),
         )
 
     @property

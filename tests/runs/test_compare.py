@@ -110,6 +110,11 @@ def test_a_lost_class_is_named_and_nothing_else(runs, tmp_path):
     written = json.loads((tmp_path / "compare.json").read_text())
     jsonschema.validate(written, records.schema(Comparison))
     assert records.read(Comparison, tmp_path / "compare.json", "again") == found
+    for one in (found.base, found.new):
+        assert (one.weights.sha256, one.weights.origin) == (sample.WEIGHTS["sha256"], "random weights of seed 0")
+        assert (one.data.examples, one.data.labels) == ("2e" * 32, "2f" * 32)  # of the test part
+    page = (tmp_path / "compare.html").read_text()
+    assert [page.count(each) for each in (sample.WEIGHTS["sha256"], "2e" * 32, "2f" * 32)] == [2, 2, 2]
 
 
 def test_a_run_against_itself_is_unchanged(runs):

@@ -111,14 +111,13 @@ def _runs(found: Comparison) -> list[tuple[str, str, str]]:
     return [
         ("folder", one.directory, other.directory),
         ("model", one.model, other.model),
-        (
-            "weights",
-            one.checkpoint or "as the run made or loaded them",
-            other.checkpoint or "as the run made or loaded them",
-        ),
+        ("weights from", one.weights.origin, other.weights.origin),
+        ("SHA-256 of the weights", one.weights.sha256, other.weights.sha256),
         ("architecture", one.fingerprint, other.fingerprint),
         ("data", one.dataset, other.dataset),
         ("test examples", number_of(one.n_test), number_of(other.n_test)),
+        ("SHA-256 of the test examples", one.data.examples, other.data.examples),
+        ("SHA-256 of their labels", one.data.labels, other.data.labels),
     ]
 
 
