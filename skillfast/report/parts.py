@@ -56,8 +56,9 @@ def labels(names: list[str]) -> list[str]:
 
 
 def _short(label: str) -> str:
+    """A label of at most MAX_LABEL characters: names of many classes often differ in their ends."""
     text = html.unescape(label)
-    return label if len(text) <= MAX_LABEL else html.escape(text[: MAX_LABEL - 1] + "…", quote=False)
+    return label if len(text) <= MAX_LABEL else html.escape(f"{text[: MAX_LABEL - 6]}…{text[-5:]}", quote=False)
 
 
 def _title(text: str, **more: Any) -> dict[str, Any]:

@@ -381,10 +381,9 @@ def test_names_on_the_page_are_text(tmp_path, vit, batches):
 
 def test_the_page_draws_its_figures_and_shuts_nobody_out(browser, tmp_path, vit, batches):
     def use(page):
-        drawn = draw_all(page)
         found = barriers(page)
         page.emulate_media(color_scheme="dark")
-        return drawn, found + barriers(page, "color-contrast")
+        return draw_all(page), found + barriers(page, "color-contrast")
 
     drawn, found = browser.visit(hostile_page(tmp_path, vit, batches), use)
     assert drawn == 4 * 4  # measures x (size, factor, layers, their control)

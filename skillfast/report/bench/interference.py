@@ -69,7 +69,7 @@ def angles(results: BenchResults) -> Figure:
         names,
         names,
         lambda v: "" if v is None else f"{v:.0f}" if v >= 9.95 else f"{v:.1f}",
-        "turn of the class's mean embedding, degrees",
+        "turn of the mean embedding, degrees",
         zmin=0,
         zmax=largest(rows, 0.1),
         colorscale=SEQUENTIAL,

@@ -113,6 +113,7 @@
       if (!row) continue;
       const list = document.createElement("dl");
       Array.from(row.cells).slice(1).forEach((cell, column) => {
+        if (!cell.textContent) return;
         const pair = document.createElement("div");
         pair.append(made("dt", table.tHead.rows[0].cells[column + 1].textContent), made("dd", cell.textContent));
         list.append(pair);
