@@ -114,20 +114,30 @@ def bench(quiet: bool, **given: Any) -> None:
 @options_of(TraceConfig)
 @options_of(RunConfig, but=["resume", "like", "replay"])
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Neurons to show per metric.")
+@click.option(
+    "--given",
+    "fixed",
+    type=Names(),
+    default="",
+    metavar="METRICS",
+    help="Show partial correlations: what is left of r within these metrics. The file holds what all need.",
+)
 @_quiet
-def trace(quiet: bool, top: int, **given: Any) -> None:
+def trace(quiet: bool, top: int, fixed: tuple[str, ...], **given: Any) -> None:
     """Correlate every neuron with label, correctness, confidence and loss, or others; write scores.safetensors."""
     from skillfast.files import output_folder
-    from skillfast.runs.trace import traced
+    from skillfast.runs.trace import check_given, traced
 
     config = _config(given)
+    check_given(config, fixed)
     output_folder(config.run.output)  # one that cannot be written is told before the expensive step
     scores = traced(config, quiet=quiet, say=_say(quiet))
     path = scores.save(config.run.output)
     if not quiet:
         from skillfast.report import top_neurons_table
+        from skillfast.runs.trace import of_given
 
-        _show(top_neurons_table(scores, top))
+        _show(top_neurons_table(of_given(scores, fixed), top))
     click.echo(f"scores: {path}")
 
 

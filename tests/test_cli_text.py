@@ -49,8 +49,12 @@ def test_trace_of_an_encoder_whose_head_is_new(data, tmp_path):
     folder = save_model(tmp_path / "model", "BertForMaskedLM")
     metrics = "label,loss,entropy,column:words"
     options = text_options(data, folder, tmp_path / "out")
-    result = run("trace", *options, "--pool", "cls", "--metrics", metrics, "--epochs", 1)
+    text = run("trace", *options, "--pool", "cls", "--metrics", metrics, "--given", "margin").output
+    assert "given: expected some of label, loss, entropy, words and not all, with the statistic pearson, got" in text
+    given = ("--given", "label,column:words")
+    result = run("trace", *options, "--pool", "cls", "--metrics", metrics, "--epochs", 1, *given)
     assert result.exit_code == 0, result.output
+    assert "pearson given label, words" in " ".join(result.output.split())
     assert "(all) on 48 texts" in result.output
     scores = skillfast.NeuronScores.load(tmp_path / "out")
     assert scores.columns == ("label:neg", "label:pos", "loss", "entropy", "words")

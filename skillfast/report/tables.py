@@ -165,7 +165,8 @@ def top_neurons_table(scores: NeuronScores, top: int) -> Table:
     names = [(site.name, unit) for site in scores.sites for unit in range(site.width)]
     table = Table(title=Text(f"{scores.n_neurons:,} neurons, {scores.n_observations:,} observations"))
     statistic = next(name for name in STATISTICS if name in scores.arrays())
-    for heading in ("metric", "site", "neuron", statistic):
+    conditions = f" given {', '.join(scores.conditioned_on)}" if scores.conditioned_on else ""
+    for heading in ("metric", "site", "neuron", statistic + conditions):
         table.add_column(heading, justify="right" if heading != "site" else "left")
     for i, column in enumerate(scores.columns):
         values = scores.statistic(statistic)[:, i]

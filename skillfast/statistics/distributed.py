@@ -76,7 +76,8 @@ def reduce_moments(state: CoMoments, group: dist.ProcessGroup | None) -> CoMomen
 def reduce_tensors(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum each tensor over the processes, in place."""
     for tensor in tensors.values():
-        dist.all_reduce(tensor, group=group)
+        if tensor.numel():  # what stacked experts do not hold is empty
+            dist.all_reduce(tensor, group=group)
 
 
 def reduce_table(table: BinTable, group: dist.ProcessGroup | None) -> None:

@@ -30,6 +30,7 @@ class CoMoments:
         sum_y: float64 [M].
         sum_yy: float64 [M].
         sum_xy: float64 [M, D].
+        sum_between: float64 [M, M], of the columns with each other; [0, 0] of stacked experts.
     """
 
     count: torch.Tensor
@@ -40,6 +41,7 @@ class CoMoments:
     sum_y: torch.Tensor
     sum_yy: torch.Tensor
     sum_xy: torch.Tensor
+    sum_between: torch.Tensor
 
     @staticmethod
     def zeros(n_neurons: int, n_columns: int, device: torch.device, experts: int | None = None) -> CoMoments:
@@ -58,6 +60,7 @@ class CoMoments:
             sum_y=sums(n_columns),
             sum_yy=sums(n_columns),
             sum_xy=sums(n_columns, n_neurons),
+            sum_between=torch.zeros([n_columns if experts is None else 0] * 2, dtype=torch.float64, device=device),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -66,8 +69,9 @@ class CoMoments:
 
     def of_expert(self, expert: int) -> CoMoments:
         """One expert's co-moments, as views."""
-        own = {name: tensor[expert] for name, tensor in self.tensors().items() if name != "shift_y"}
-        return CoMoments(shift_y=self.shift_y, **own)
+        shared = {"shift_y": self.shift_y, "sum_between": self.sum_between}
+        own = {name: tensor[expert] for name, tensor in self.tensors().items() if name not in shared}
+        return CoMoments(**own, **shared)
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The count and the sums by name: everything but the shift, so that two states with one shift add up."""
@@ -92,10 +96,15 @@ class CoMoments:
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Count n rows: x [n, D] in its own dtype, y float64 [n, M]."""
         shifted = y - self.shift_y
-        self.count += x.shape[0]
+        self.count_columns(shifted)
+        ops.comoments_update(x, shifted.float(), self.shift_x, self.sum_x, self.sum_xx, self.sum_xy)
+
+    def count_columns(self, shifted: torch.Tensor) -> None:
+        """Count the columns of n rows about their shift, float64 [n, M], whose activations are summed elsewhere."""
+        self.count += len(shifted)
         self.sum_y += shifted.sum(0)
         self.sum_yy += shifted.square().sum(0)
-        ops.comoments_update(x, shifted.float(), self.shift_x, self.sum_x, self.sum_xx, self.sum_xy)
+        self.sum_between += shifted.T @ shifted
 
     def update_sums(self, sums: torch.Tensor, counts: torch.Tensor, shifted: torch.Tensor) -> None:
         """Count examples whose rows were summed already: each has one value per column and `counts` rows.
@@ -113,12 +122,18 @@ class CoMoments:
         self.sum_y += weights @ shifted
         self.sum_yy += weights @ shifted.square()
         self.sum_xy += shifted.T @ x.movedim(0, -2)
+        if self.sum_between.numel():
+            self.sum_between += (weights * shifted.T) @ shifted
 
     def reshift(self, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
         """The rows summed about another shift (float32 [D], float64 [M]), in float64."""
         n = self.count.double()[..., None]
         dx = self.shift_x.double() - shift_x.double()  # [..., D]
         dy = self.shift_y - shift_y  # [M]
+        between = self.sum_between
+        if between.numel():
+            moved = dy[:, None] * self.sum_y
+            between = between + moved + moved.T + n * dy[:, None] * dy
         sum_xy = self.sum_xy + dy[:, None] * self.sum_x[..., None, :] + self.sum_y[..., None] * dx[..., None, :]
         return CoMoments(
             count=self.count.clone(),
@@ -129,6 +144,7 @@ class CoMoments:
             sum_y=self.sum_y + n * dy,
             sum_yy=self.sum_yy + 2 * dy * self.sum_y + n * dy.square(),
             sum_xy=sum_xy + n[..., None] * dy[:, None] * dx[..., None, :],
+            sum_between=between.clone(),
         )
 
     def merge(self, other: CoMoments) -> None:
@@ -166,3 +182,14 @@ class CoMoments:
         r[constant_y] = torch.nan
         r[:, constant_x] = torch.nan
         return r.T.contiguous()
+
+    def between(self, constant_y: torch.Tensor) -> torch.Tensor:
+        """Pearson's r of every column with every other, float64 [M, M]; NaN where either is constant (bool [M])."""
+        n = self.count.double()
+        mean = self.sum_y / n
+        covariance = self.sum_between / n - mean[:, None] * mean
+        deviation = self.mean_and_variance()[3].sqrt()
+        r = (covariance / (deviation[:, None] * deviation)).clamp(-1, 1)
+        r[constant_y] = torch.nan
+        r[:, constant_y] = torch.nan
+        return r

@@ -432,5 +432,6 @@ class RoutedStatistics:
             n_observations=sum(counts),
             n_ranked=None if known.n_ranked is None else sum(counts),
             n_routed=np.repeat(counts, self.units),
+            between=None,  # each expert has tokens of its own
             reasons={name: tuple(where) for name, where in reasons.items()},
         )

@@ -11,6 +11,7 @@ import numpy as np
 from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import Site, site_slices
+from skillfast.statistics.partial import partial_correlations
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ OF_NEURONS = (
     "beyond_float32",
     "too_few_tokens",
     "constant_where_routed",
+    "explained_neuron",
 )  # reasons that hold indices of neurons
 _ROUTED = "routed."  # before the names of the shares' arrays in a file
 _PER_NEURON = ("mean", "std", "n_routed")
@@ -67,6 +69,10 @@ class NeuronScores:
             log 2; of a continuous metric with its 8 soft levels, at most about 1.5 however exactly the neuron follows
             it. So compare neurons within a column, not columns of labels with those of continuous metrics. 0 for a
             constant neuron.
+        between: float64 [n_columns, n_columns], Pearson's r of the columns with each other, from which `given` makes
+            partial correlations; None without Pearson's r, and where there are sites of experts alone whose tokens are
+            observations.
+        conditioned_on: Metrics that `pearson` is given; empty for plain correlations.
         sites: The sites whose neurons these are, in order; empty for activations without a model.
         pool: How tokens became one observation; None for activations without a model.
         fingerprint: Digest of the model's architecture, or None.
@@ -74,6 +80,7 @@ class NeuronScores:
             `constant_metric` names of columns, `hook_never_fired` names of sites. `stale_edges` holds neurons whose
             bins no longer divide the rows: their bounds are wide, calibrate on random rows. `beyond_float32` holds
             neurons whose squares leave float32's range, `metric_beyond_float32` columns that do: rescale them.
+            `explained_neuron` and `explained_metric` hold neurons and columns that follow from what they are given.
             `too_few_tokens` holds units of experts to which fewer than 10 tokens were routed, `constant_where_routed`
             those of experts whose tokens have one value of a metric.
     """
@@ -95,6 +102,8 @@ class NeuronScores:
     auroc: np.ndarray | None = None
     auroc_bound: np.ndarray | None = None
     mutual_info: np.ndarray | None = None
+    between: np.ndarray | None = None
+    conditioned_on: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     pool: str | None = None
     fingerprint: str | None = None
@@ -170,15 +179,71 @@ class NeuronScores:
                 parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
+    def given(self, *metrics: str) -> NeuronScores:
+        """Partial correlations: Pearson's r of neurons and columns after a regression of both on other metrics.
+
+        Confidence follows the label, so neurons that carry the label correlate with both; `given("label")` keeps of
+        their r with confidence what is left within classes. It is made from the correlations alone, without the data.
+
+        Args:
+            *metrics: Names of metrics that were traced; of a categorical one all classes are meant.
+
+        Returns:
+            Scores whose `pearson` is given these metrics, without their columns and without other statistics. NaN
+            where less than a ten-thousandth of a neuron's or a column's variance is left, and for units of experts
+            whose own tokens are the observations.
+
+        Raises:
+            ArgumentError: A metric that was not traced, none or all of them, or scores without Pearson's r.
+        """
+        if self.pearson is None or self.between is None:
+            raise ArgumentError("given: expected scores with Pearson's r of dense sites, got none; trace with pearson")
+        names = list(dict.fromkeys(column.partition(":")[0] for column in self.columns))
+        if not metrics or not set(metrics) < set(names):
+            raise ArgumentError(
+                f"given: expected some of {', '.join(names)} and not all, got {', '.join(metrics) or 'none'}; trace "
+                "more metrics"
+            )
+        fixed = np.array([column.partition(":")[0] in metrics for column in self.columns])
+        found = partial_correlations(self.pearson, self.between, fixed)
+        slices = self.site_slices()
+        if self.n_routed is not None:
+            for site in (site for site in self.sites if site.experts is not None):
+                found.neurons[slices[site.name]] = np.nan
+        columns = tuple(column for column, out in zip(self.columns, fixed, strict=True) if not out)
+        reasons = {
+            **self.reasons,
+            "explained_neuron": tuple(np.flatnonzero(found.explained_neurons).tolist()),
+            "explained_metric": tuple(columns[i] for i in np.flatnonzero(found.explained_columns)),
+        }
+        return NeuronScores(
+            columns=columns,
+            mean=self.mean,
+            std=self.std,
+            n_observations=self.n_observations,
+            n_routed=self.n_routed,
+            routed=None if self.routed is None else self.routed.given(*metrics),
+            pearson=found.neurons,
+            between=found.columns,
+            conditioned_on=(*self.conditioned_on, *metrics),
+            sites=self.sites,
+            pool=self.pool,
+            fingerprint=self.fingerprint,
+            reasons={name: where for name, where in reasons.items() if where},
+        )
+
     def save(self, directory: str | Path) -> Path:
         """Write `scores.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        arrays, header = self.arrays(), self._header()
+        arrays, header = self._stored(), self._header()
         if self.routed is not None:
-            arrays |= {f"{_ROUTED}{name}": array for name, array in self.routed.arrays().items()}
+            arrays |= {f"{_ROUTED}{name}": array for name, array in self.routed._stored().items()}
             header["routed"] = self.routed._header()
         files.write_arrays(path, arrays, {"schema": SCHEMA, **header})
         return path
+
+    def _stored(self) -> dict[str, np.ndarray]:
+        return self.arrays() if self.between is None else {**self.arrays(), "between": self.between}
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -188,6 +253,7 @@ class NeuronScores:
             "sites": [asdict(site) for site in self.sites],
             "pool": self.pool,
             "fingerprint": self.fingerprint,
+            "conditioned_on": self.conditioned_on,
             "reasons": self.reasons,
         }
 
@@ -214,6 +280,7 @@ def _of_header(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> NeuronSc
         sites=tuple(Site(**site) for site in header["sites"]),
         pool=header["pool"],
         fingerprint=header["fingerprint"],
+        conditioned_on=tuple(header["conditioned_on"]),
         reasons={name: tuple(where) for name, where in header["reasons"].items()},
         **arrays,
     )

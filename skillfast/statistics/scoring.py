@@ -45,6 +45,9 @@ def scores(state: State, rate: float = 1.0) -> NeuronScores:
     arrays: dict[str, torch.Tensor] = {}
     if "pearson" in statistics:
         arrays["pearson"] = moments.pearson(constant_x | beyond_x, constant_y | beyond_y)
+    between = (
+        moments.between(constant_y | beyond_y) if "pearson" in statistics and moments.sum_between.numel() else None
+    )
     stale = torch.zeros_like(constant_x)
     counted = _bin_scores(state, non_finite, rate)
     if counted is not None:
@@ -75,6 +78,7 @@ def scores(state: State, rate: float = 1.0) -> NeuronScores:
         n_observations=int(moments.count),
         n_ranked=None if counted is None else int(moments.count),
         reasons={name: where for name, where in reasons.items() if where},
+        between=None if between is None else between.cpu().numpy(),
         **{name: array.cpu().numpy() for name, array in arrays.items()},  # type: ignore[arg-type]
     )
 

@@ -242,9 +242,7 @@ class TokenStatistics:
         self.counted = True
         moments = self._sums.moments
         shifted = self._sums.settings.expand(values) - moments.shift_y
-        moments.count += len(values)
-        moments.sum_y += shifted.sum(0)
-        moments.sum_yy += shifted.square().sum(0)
+        moments.count_columns(shifted)
         for columns, (sum_x, sum_xx, sum_xy) in added:
             moments.sum_x[columns] += sum_x
             moments.sum_xx[columns] += sum_xx
@@ -368,7 +366,7 @@ class TokenStatistics:
             raise ArgumentError("compute: expected at least one observation, got none; call update first")
         found = scoring.scores(self._sums)
         if not self.has_pearson:
-            found = replace(found, pearson=None)
+            found = replace(found, pearson=None, between=None)
         if self._sampled is None:
             return found
         ranked = self._sampled.scores(self._sample.rate)

@@ -343,6 +343,7 @@ class Tracer:
             **arrays,
             sites=tuple(site for part in parts for site in part.sites),
             reasons={name: where for name, where in reasons.items() if where},
+            between=next((part.between for part in parts if part.between is not None), None),
             pool=self._pool,
             fingerprint=fingerprint(self._model),
         )

@@ -26,7 +26,7 @@ def scores(**changes):
     """Every array is there, and every reason."""
     rng = np.random.default_rng(0)
     names = [field.name for field in dataclasses.fields(NeuronScores) if field.type.startswith("np.ndarray | None")]
-    arrays = {name: rng.normal(size=(12, 3)) for name in names if name != "n_routed"}
+    arrays = {name: rng.normal(size=(12, 3)) for name in names if name not in ("n_routed", "between")}
     arrays["auroc"][:, 2] = np.nan
     router = Site("blocks.1.router", "router", 1, "r", 3, experts=3)
     routed = NeuronScores(
@@ -39,7 +39,7 @@ def scores(**changes):
     given = {
         "mean": rng.random(12), "std": rng.random(12), "n_observations": 100, "n_ranked": 60,
         "n_routed": np.arange(12), "routed": routed, "sites": SITES, "pool": "mean", "fingerprint": "abc",
-        "reasons": reasons, **arrays, **changes,
+        "reasons": reasons, "between": rng.normal(size=(3, 3)), "conditioned_on": ("loss",), **arrays, **changes,
     }  # fmt: skip
     return NeuronScores(COLUMNS, **given)
 
@@ -48,7 +48,8 @@ def same(found, want):
     assert found.arrays().keys() == want.arrays().keys()
     for name, array in want.arrays().items():
         np.testing.assert_array_equal(found.arrays()[name], array, err_msg=name)
-    for name in ("columns", "n_observations", "n_ranked", "sites", "pool", "fingerprint", "reasons"):
+    np.testing.assert_array_equal(found.between, want.between)
+    for name in ("columns", "conditioned_on", "n_observations", "n_ranked", "sites", "pool", "fingerprint", "reasons"):
         assert getattr(found, name) == getattr(want, name), name
 
 
@@ -57,7 +58,7 @@ def test_all_that_scores_hold_is_saved(tmp_path):
     assert len(want.arrays()) == 13
     want.save(tmp_path)
     with safe_open(tmp_path / "scores.safetensors", "numpy") as file:
-        assert set(file.keys()) == {*want.arrays(), *(f"routed.{name}" for name in want.routed.arrays())}
+        assert set(file.keys()) == {"between", *want.arrays(), *(f"routed.{name}" for name in want.routed.arrays())}
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     found = NeuronScores.load(tmp_path)
     same(found, want)
