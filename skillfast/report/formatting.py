@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from skillfast.results.bench import BenchResults, Selectivity
+    from skillfast.results.evaluation import EvaluationResults
 
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -151,7 +152,7 @@ def number_of(count: float) -> str:
     return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
 
 
-def model_name(results: BenchResults) -> str:
+def model_name(results: BenchResults | EvaluationResults) -> str:
     """The model's name as a title has it: of a folder its last two parts."""
     name = str(results.model.name).removeprefix("hf:")
     parts = PurePath(name).parts

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.report import pages
 from skillfast.report.evaluation import tasks
-from skillfast.report.formatting import UNDEFINED, finite, flat, interval, number_of, percent, plain, points
+from skillfast.report.formatting import UNDEFINED, finite, flat, interval, model_name, number_of, percent, plain, points
 from skillfast.report.parts import DIVERGING, Figure, across, amounts, base, colour, down, heatmap, labels, largest
 from skillfast.results.records import to_json
 
@@ -257,6 +257,7 @@ def render(results: EvaluationResults) -> str:
         version=results.environment.skillfast,
         kind="evaluation",
         results=results,
+        model_name=model_name(results),
         summary=summary(results),
         measures=[(name, NAMES[name]) for name in defined(results)],
         figures=made.keys(),
