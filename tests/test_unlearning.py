@@ -77,12 +77,29 @@ def test_a_file_of_rows_is_gone_on_with(unlearning, monkeypatch, tmp_path, capsy
     assert [row["name"] for row in found["rows"]] == list(unlearning.WAYS)
     assert (found["class"], found["tuning_steps"], found["examples"]) == ("three", 240, {"select": 3, "test": 2})
     assert "0.2 minutes of processor time" in capsys.readouterr().out
+    run("--table", str(path))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [
+        "| | retained | forgotten | readout lost | information lost | relearned in | membership | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    assert printed[2] == "| intact | 90.0 | 10.0 | 50.0 | 25.0 | more than 120 | 50.0 | 2 |"
     before = path.read_text()
     with pytest.raises(
         SystemExit, match="expected rows of the same settings, got another retrain_epochs, seed, tuning_steps"
     ):
         run("--quick", "--retrain-epochs", "0", "--seed", "1")
     assert path.read_text() == before
+
+
+def test_the_page_has_what_the_files_say(unlearning):
+    """Tables are those that `--table` prints of the committed files, of which each has a place."""
+    folder = ROOT / "examples" / "unlearning"
+    page, files = (folder / "README.md").read_text(), sorted((folder / "results").glob("*.json"))
+    assert files
+    for path in files:
+        assert unlearning.table(path) in page
+        assert f"results/{path.name}" in page
 
 
 def stand_in():

@@ -4,7 +4,7 @@
 `--quick` trains and tunes less. `--dataset cifar10 --data DIR --checkpoint FILE` takes a folder of CIFAR-10's images
 and the weights of a vision transformer for it; `--retrain-epochs 0` leaves out what takes longest, a model that never
 saw the class. `--json FILE` is written after every row; rows that it has already are not made again, so that a run that
-ended goes on, and `--only` makes some of the rows. README.md beside this file has results.
+ended goes on, and `--only` makes some of the rows. `--table FILE` prints a file as README.md beside this script has it.
 
 Every row is a plain checkpoint: of a removal the model with the neurons' output weights set to 0.
 
@@ -328,6 +328,25 @@ def line(row: Row) -> str:
     )  # fmt: skip
 
 
+def table(path: Path) -> str:
+    """A file of rows as a table in Markdown."""
+    found = json.loads(path.read_text())
+    rows = [Row(**row) for row in found["rows"]]
+    head = ("", "retained", "forgotten", "readout lost", "information lost", "relearned in", "membership", "seconds")
+    cells = [head, ("---",) * len(head)]
+    for row in rows:
+        shares = (row.retained, row.forgotten, row.readout_lost, row.information_lost)
+        steps = f"more than {MOST_STEPS}" if row.relearned_in is None else str(row.relearned_in)
+        written = (
+            *(f"{100 * share:.1f}" for share in shares),
+            steps,
+            f"{100 * row.membership:.1f}",
+            f"{row.seconds:.0f}",
+        )
+        cells.append((row.name, *written))
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in cells)
+
+
 def main() -> None:
     """Parse the options, compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,7 +363,11 @@ def main() -> None:
         "--json", type=Path, help="File for the rows and what made them; one that is there is gone on with."
     )
     parser.add_argument("--only", action="append", choices=WAYS, help="Make this row; may be given again.")
+    parser.add_argument("--table", type=Path, help="Print this file's rows and end.")
     given = parser.parse_args()
+    if given.table is not None:
+        print(table(given.table))
+        return
     config = BenchConfig.of(seed=given.seed)
     if given.dataset == "cifar10":
         config = BenchConfig.of(

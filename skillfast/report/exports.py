@@ -75,7 +75,7 @@ def _classes(results: BenchResults) -> str:
     head = ["class", "right before", "test examples", "its own removal takes, points"]
     if results.verdicts is None:
         return escaped_table(head, [[*row, points(-matrix[i][i])] for i, row in enumerate(before)])
-    known = ((row[1], row[4], row[-1]) for row in words.verdict_rows(results))
+    known = ((row[1], row[5], row[-1]) for row in words.verdict_rows(results))
     return escaped_table(
         [*head, "no other class loses more than", "verdict"],
         [[*row, *more] for row, more in zip(before, known, strict=True)],

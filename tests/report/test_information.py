@@ -6,9 +6,9 @@ import pytest
 from msgspec import structs
 from report_sample import sample_results
 
-from skillfast.report import summary_table
-from skillfast.report.bench import identifiability, information
-from skillfast.report.formatting import UNDEFINED
+from skillfast.report import exports, summary_table
+from skillfast.report.bench import identifiability, information, words
+from skillfast.report.formatting import UNDEFINED, percent, points
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
 
@@ -27,6 +27,17 @@ def test_classes_are_called_gone_hidden_or_still_read(results):
     assert information.verdict(structs.replace(values, readout_lost=0.1, information_lost=0.95)) == "gone"
     assert information.verdict(structs.replace(values, information_lost=None)) == UNDEFINED
     assert information.say(results)[-1] == "Of 10 classes: 1 gone, 8 hidden, 1 still read."
+
+
+def test_who_signs_reads_what_is_lost_beside_what_a_removal_takes(results):
+    for name, drop, lost, *_ in words.verdict_rows(results):
+        assert drop.startswith(points(results.verdicts[name].target_drop))
+        assert lost == percent(results.information.per_class[name].information_lost)
+    card = exports.card(results)
+    row = results.verdicts["bird"]
+    assert f"| {points(row.others_lose_at_most)} |" in next(line for line in card.splitlines() if "| bird |" in line)
+    unread = structs.replace(results, information=None)
+    assert {row[2] for row in words.verdict_rows(unread)} == {UNDEFINED}
 
 
 def test_sentences_say_what_comes_back(results):

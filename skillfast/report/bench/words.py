@@ -226,8 +226,9 @@ def selectivity_rows(results: BenchResults) -> list[dict[str, Any]]:
 
 
 def verdict_rows(results: BenchResults) -> list[list[str]]:
-    """Per class: drop and interval, harm, bound for all others, smallest visible harms, verdict."""
+    """Per class: drop and interval, information lost, harm, bound for all others, smallest visible harms, verdict."""
     assert results.verdicts is not None
+    information = None if results.information is None else results.information.per_class
 
     def said(found: Verdict) -> str:
         if found.verdict == "harmful":
@@ -238,6 +239,7 @@ def verdict_rows(results: BenchResults) -> list[list[str]]:
         [
             name,
             f"{points(found.target_drop)} {interval(found.ci95, points)}",
+            UNDEFINED if information is None else percent(information[name].information_lost),
             f"{points(found.harm.cross_fitted)} to {points(found.harm.plug_in)}",
             points(found.harm.noise_floor),
             points(found.others_lose_at_most),
