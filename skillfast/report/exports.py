@@ -99,7 +99,7 @@ def _provenance(results: BenchResults) -> Mapping[str, str]:
         else f"seed {results.config.get('seed')}",
         "Software": f"skillfast {ran.skillfast}, Python {ran.python}, torch {ran.torch}, NumPy {ran.numpy}"
         + "".join(f", {name} {version}" for name, version in ran.libraries.items()),
-        "Device": f"{ran.device} ({ran.device_name}), {ran.threads} threads used, {ran.platform}",
+        "Device": f"{ran.device} ({ran.device_name}), threads used: {ran.threads}, {ran.platform}",
     }
 
 

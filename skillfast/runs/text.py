@@ -10,7 +10,7 @@ import torch
 
 from skillfast import data
 from skillfast.data.text import TextTable, read_text
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, parse_metrics
 from skillfast.models import training
 from skillfast.models.causal import CausalForward, CausalModel
@@ -19,6 +19,7 @@ from skillfast.models.huggingface import load_config, load_language_model, quant
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, batches, split_text
+from skillfast.models.weights import first_line
 from skillfast.runs.kept import JSON, MODEL, Kept
 from skillfast.runs.subject import Subject, Training
 from skillfast.tracing.trace import trace
@@ -242,8 +243,14 @@ def _folder_of(loaded: LanguageModel) -> Kept[dict[str, Any]]:
         JSON.save(trained, folder / MODEL)
 
     def load(folder: Path) -> dict[str, Any]:
-        again = type(loaded.model).from_pretrained(folder / MODEL, local_files_only=True)  # type: ignore[attr-defined]
-        loaded.model.load_state_dict(again.state_dict())
+        of: Any = type(loaded.model)
+        try:
+            again = of.from_pretrained(folder / MODEL, local_files_only=True)
+            loaded.model.load_state_dict(again.state_dict())
+        except Exception as error:  # readers of damaged files raise nearly anything
+            raise DataError(
+                f"trained weights '{folder / MODEL}': expected a whole folder, got {first_line(error)}; train again"
+            ) from error
         return JSON.load(folder / MODEL)
 
     return Kept(save, load)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from skillfast.cli import main
 from skillfast.report import bom, exports, write_card, write_figures
-from skillfast.report.bench import page
+from skillfast.report.bench import page, words
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
 from skillfast.results.skills import Skills
@@ -45,7 +45,7 @@ def test_card_has_the_numbers_and_no_markup_of_names(run):
         f"| to choose a method | 449 | `{'1e' * 32}` | `{'1f' * 32}` |",
         f"| to measure | 200 | `{'2e' * 32}` | `{'2f' * 32}` |",
         f"skillfast 0.1.0, Python 3.11.7, torch {results.environment.torch}, NumPy 2.4.6, timm 1.0.31",
-        "cpu (CPU), 2 threads used, Linux x86\\_64",
+        "cpu (CPU), threads used: 2, Linux x86\\_64",
         "seed 0; skills chosen by this rule: the best on the validation part",
         "It was not certified that the traced neurons hold",
         "\n```\nskillfast bench --no-pretrained --finetune all --dataset digits",
@@ -119,7 +119,7 @@ def test_a_bom_says_what_is_known_and_no_more():
     results["dataset"]["name"] = "given"
     results["model"]["weights"] |= {"revision": "abc"}
     results["model"]["coverage"] = {
-        "share": 0.5, "complete": False, "missing": {"x": 0.5}, "unexercised": {}, "inputs": "y"
+        "share": 0.75, "complete": False, "missing": {"x": 0.25}, "unexercised": {}, "inputs": "y"
     }  # fmt: skip
     results["information"]["per_class"]["airplane"]["information_lost"] = None
     found = bom.bom(records.from_json(BenchResults, results, "", ""))
@@ -129,7 +129,10 @@ def test_a_bom_says_what_is_known_and_no_more():
     assert model["modelCard"]["modelParameters"]["outputs"] == [{"format": "logits of 2 classes"}]
     assert "inputs" not in model["modelCard"]["modelParameters"]
     assert {"name": "skillfast:revision", "value": "abc"} in model["properties"]
-    assert model["modelCard"]["considerations"]["technicalLimitations"][0].startswith("50.0")
+    limits = model["modelCard"]["considerations"]["technicalLimitations"]
+    assert limits[0] == "25.0\u00a0% of the weights of the model's blocks act past the traced neurons."
+    results["model"]["coverage"] |= {"share": 1.0, "complete": True, "missing": {}}
+    assert words.limits(records.from_json(BenchResults, results, "", "")) == limits[1:]
     metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     assert [each.get("slice") for each in metrics if "probe" in each["type"]] == [None, "class automobile"]
 

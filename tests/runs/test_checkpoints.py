@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_vit
+from conftest import make_vit, one_line
+from tiny_models import save_model
 
 import skillfast
 from skillfast import BenchConfig, NeuronRanking, SweepResult
 from skillfast.data.splits import Splits, TensorImages
-from skillfast.errors import ModelError
+from skillfast.errors import DataError, ModelError
 from skillfast.models.digests import weights_digest
 from skillfast.progress import Forecast
 from skillfast.results.records import to_json
@@ -19,7 +20,7 @@ from skillfast.runs import bench as protocol
 from skillfast.runs import images, subject
 from skillfast.runs.checkpoints import FOLDER, Checkpoints
 from skillfast.runs.cost import Clock
-from skillfast.runs.kept import JSON, WEIGHTS, Kept
+from skillfast.runs.kept import JSON, MODEL, WEIGHTS, Kept
 from skillfast.runs.provenance import data_digests
 from skillfast.runs.session import Session
 
@@ -270,3 +271,23 @@ def test_what_a_stage_foretells_bears_its_name():
     session.stage("select", lambda: Forecast("60 steps", 60), part="mask keep 5")
     Forecast("nobody is told", 1)
     assert said == ["select: mask keep 5: 60 steps"]
+
+
+def test_a_language_model_that_was_trained_is_read_from_the_folder_that_it_is_left_in(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers")
+    from skillfast.models.huggingface import load_language_model
+    from skillfast.runs.text import _folder_of
+
+    folder = save_model(tmp_path / "saved")
+    trained, other = (load_language_model(str(folder)) for _ in range(2))
+    with torch.no_grad():
+        trained.model.classifier.bias += 1
+    (tmp_path / "stage").mkdir()
+    _folder_of(trained).save({"finetune": "all", "epochs": 3}, tmp_path / "stage")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "stage" / MODEL).rename(tmp_path / "run" / MODEL)  # all that a finished run leaves
+    assert weights_digest(other.model) != weights_digest(trained.model)
+    assert _folder_of(other).load(tmp_path / "run") == {"finetune": "all", "epochs": 3}
+    assert weights_digest(other.model) == weights_digest(trained.model)
+    (tmp_path / "run" / MODEL / "model.safetensors").write_bytes(b"x")
+    assert "expected a whole folder, got" in one_line(DataError, _folder_of(other).load, tmp_path / "run")

@@ -58,6 +58,10 @@ FLAGS = (
     "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool", "statistics", "bins", "method",
     "contrastive", "share", "max_site_share", "scale", "control_draws", "memory_budget", "backend",
 )  # fmt: skip
+BESIDE_LIKE = (
+    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "prompt", "label_words", "pad_token", "device",
+    "device_map", "bits", "dtype", "batch_size", "memory_budget", "backend",
+)  # fmt: skip
 
 
 def _lost(change: float | None, verb: str = "costs") -> str:
@@ -98,12 +102,13 @@ def summary(results: BenchResults) -> list[str]:
 def limits(results: BenchResults) -> list[str]:
     """What the numbers do not say."""
     covered, least = results.model.coverage, min(results.baseline.n_test_per_class)
+    places = []
     if covered is None:
-        places = "It was not certified that the traced neurons hold all that the model's blocks do."
-    else:
-        places = f"{percent(covered.share)} of the weights of the model's blocks act through the traced neurons alone."
+        places = ["It was not certified that the traced neurons hold all that the model's blocks do."]
+    elif not covered.complete:
+        places = [f"{percent(1 - covered.share)} of the weights of the model's blocks act past the traced neurons."]
     return [
-        places,
+        *places,
         "That a class's neurons are removed does not show that the information is gone: a refitted probe may read it.",
         f"A class has {least:,} test examples or more; changes that so few cannot show are not ruled out.",
         "Everything was measured on these examples alone, with this seed and these settings.",
@@ -324,5 +329,7 @@ def command(results: BenchResults) -> str:
     config = results.config
     if config.get("dataset") == GIVEN:
         return "skillfast.bench(model=..., loader=...)"
-    words = [word for key in FLAGS for word in _flag(key, config.get(key))]
-    return shlex.join(["skillfast", "bench", *words])
+    like = config.get("like")
+    keys = FLAGS if like is None else [key for key in FLAGS if key in BESIDE_LIKE]
+    words = [word for key in keys for word in _flag(key, config.get(key))]
+    return shlex.join(["skillfast", "bench", *_flag("like", like), *words])
