@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import shutil
 import warnings
 from xml.etree import ElementTree
@@ -630,3 +631,16 @@ def test_what_a_replay_takes_no_option_of(audited):
     assert "share: expected 0.05, as in" in one_line(
         NotComparableError, Earlier.read(base).check, other, audited[1].results.dataset.digests
     )
+
+
+def test_the_command_of_a_card_repeats_a_run_like_another(audited):
+    from skillfast import cli
+    from skillfast.report.bench.words import command
+
+    folder, base = audited
+    for results in (base.results, records.read(type(base.results), folder / "new" / "results.json", "again")):
+        typed = shlex.split(command(results))
+        assert typed[:2] == ["skillfast", "bench"]
+        with main.commands["bench"].make_context("bench", typed[2:]) as context:
+            given = {name: value for name, value in context.params.items() if name != "quiet"}
+            assert cli._config(given).to_json() == results.config
