@@ -26,7 +26,7 @@ HEADLINE = (
     ("gross_loss", "the others' decisions that turn wrong"),
     ("harm", "harm to each other class, a low and a high estimate"),
 )
-SIZES = {"heatmap": (760, 760), "selectivity": (460, 190), "other": (900, 420)}  # pixels
+SIZES = {"heatmap": (760, 760), "selectivity": (460, 190), "connections": (700, 700), "other": (900, 420)}  # pixels
 MOST_TICKS = 40
 
 
@@ -126,23 +126,24 @@ def write_figures(directory: Path, kind: str) -> list[Path]:
             f"format: expected html, markdown or cyclonedx without kaleido, got {kind!r}; "
             "pip install 'skillfast[figures]'"
         ) from error
-    from skillfast.report.bench import page
+    from skillfast.report.bench import connections, page
 
     found = records.read(skills.Skills, directory / skills.FILE, bench.REMEDY)
     results = records.read(bench.BenchResults, directory / bench.FILE, bench.REMEDY)
     page.check(results, found)
-    figures = {name: figure for name, figure in page.make_figures(results, found).items() if _drawn(figure)}
+    made = {**page.make_figures(results, found), "connections": connections.figure(results)}
+    figures = {name: figure for name, figure in made.items() if figure is not None and _drawn(figure)}
     folder = directory / FIGURES
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{name}.{kind}" for name in figures]
-    made = [
+    asked = [
         {"fig": _as_shown(figure), "path": path, "opts": {"format": kind, **_size(name, figure)}}
         for (name, figure), path in zip(figures.items(), paths, strict=True)
     ]
     script = resources.files("skillfast.report").joinpath("plotly.min.js")
     with resources.as_file(script) as plotly:
         try:
-            kaleido.write_fig_from_object_sync(made, kopts={"plotlyjs": str(plotly)})
+            kaleido.write_fig_from_object_sync(asked, kopts={"plotlyjs": str(plotly)})
         except Exception as error:
             if "chrome" not in type(error).__name__.lower():
                 raise

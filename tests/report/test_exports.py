@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -160,8 +161,12 @@ def test_figures_are_written(run):
     folder, *found = run
     paths = write_figures(folder, "svg")
     names = {path.stem for path in paths}
-    assert names == set(page.make_figures(*found)) - {"removal-steps"}
+    assert names == {*page.make_figures(*found), "connections"} - {"removal-steps"}
     assert all(path.read_text().startswith("<svg") for path in paths)
+    graph = (folder / "figures" / "connections.svg").read_text()
+    assert "a removal harms" in graph
+    assert "<i>" not in graph
+    assert "<i>*c*</i>" in html.unescape(graph)
     assert "change in accuracy, percentage points" in (folder / "figures" / "removal-matrix.svg").read_text()
 
 

@@ -234,6 +234,8 @@ def test_page_says_the_result():
     assert "213\N{MULTIPLICATION SIGN}" in words
     assert "no removal" not in words  # the oracle is a reference, not a bound
     assert "skillfast bench --no-pretrained --finetune all --dataset digits" in words
+    assert "What this does not say It was not certified that the traced neurons hold all" in words
+    assert "version = {0.1.0}" in words
 
 
 def test_class_names_are_escaped():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skillfast.report.formatting import MINUS, finite, number_of, percent, points
+from skillfast.report.parts import Figure, base, colour, labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,6 +23,14 @@ KINDS = (
     ("linked", "are linked"),
     ("shares", "share neurons"),
 )
+
+DRAWN = {  # hue and dash, as in the style sheet
+    "harms": ("--skill", "solid"),
+    "competes": ("--gain-2", "dash"),
+    "linked": ("--attn", "dot"),
+    "shares": ("--faint", "solid"),
+}
+ARC_STEPS = 24
 
 
 class Edge(NamedTuple):
@@ -131,6 +141,40 @@ def connections(results: BenchResults) -> dict[str, Any] | None:
         "rows": [[KINDS[edge.kind][1], names[edge.a], names[edge.b], edge.value]
                  for edge in sorted(first, key=lambda edge: edge.kind)],
     }  # fmt: skip
+
+
+def figure(results: BenchResults) -> Figure | None:
+    """The graph as it begins, for papers; None where no two classes are connected."""
+    found = connections(results)
+    if found is None:
+        return None
+    edges = found["drawn"]["edges"][: found["drawn"]["drawn"]]
+    nodes = sorted({end for _, a, b, _ in edges for end in (a, b)})
+    row = {node: i for i, node in enumerate(nodes)}
+    data: list[dict[str, Any]] = []
+    for kind, (key, said) in enumerate(KINDS):
+        x: list[float | None] = []
+        y: list[float | None] = []
+        heads = []
+        for _, a, b, _ in (edge for edge in edges if edge[0] == kind):
+            start, end = row[a], row[b]
+            # arcs of different kinds between the same two classes lie side by side
+            reach = math.sqrt(abs(end - start)) * (1 - 0.06 * kind)
+            angles = [math.pi * step / ARC_STEPS for step in range(ARC_STEPS + 1)]
+            x += [*(round(reach * math.sin(angle), 4) for angle in angles), None]
+            y += [*(round(start + (end - start) * (1 - math.cos(angle)) / 2, 4) for angle in angles), None]
+            heads.append(end)
+        hue, dash = DRAWN[key]
+        line = {"color": colour(hue), "dash": dash, "width": 2, "shape": "spline"}
+        data.append({"type": "scatter", "mode": "lines", "name": said, "x": x, "y": y, "line": line})
+        if key == "harms":
+            marker = {"symbol": "triangle-left", "size": 9, "color": colour(hue)}
+            data.append({"type": "scatter", "mode": "markers", "x": [0.0] * len(heads), "y": heads, "marker": marker,
+                         "showlegend": False})  # fmt: skip
+    names = labels([results.dataset.classes[node] for node in nodes])
+    axis = {"tickvals": list(range(len(nodes))), "ticktext": names, "range": [len(nodes) - 0.5, -0.5]}
+    still = {"showgrid": False, "zeroline": False, "automargin": True}
+    return {"data": data, "layout": base(xaxis={"visible": False}, yaxis={**axis, **still})}
 
 
 def _say(counts: list[int], first: list[Edge], n_classes: int) -> list[str]:

@@ -97,6 +97,8 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "data_name": data_name(results),
         "percent": percent,
         "details": words.details(results),
+        "limits": words.limits(results),
+        "citation": words.citation(results),
         "command": words.command(results),
     }
 

@@ -291,6 +291,14 @@ def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
+def citation(results: BenchResults) -> str:
+    """How to cite the program, as BibTeX."""
+    return (
+        "@software{skillfast,\n  author = {{The skillfast developers}},\n  title = {skillfast},\n"
+        f"  version = {{{results.environment.skillfast}}}\n}}"
+    )
+
+
 def details(results: BenchResults) -> list[dict[str, Any]]:
     """The folded tables at the end: title and rows of name and value."""
     model = {key: value for key, value in to_json(results.model).items() if key != "sites"}
