@@ -109,7 +109,7 @@ def _differing(where: str, earlier: dict[str, Any], again: dict[str, Any]) -> li
 def _equal(one: Any, other: Any) -> bool:
     if _is_number(one) and _is_number(other):
         return abs(one - other) <= ABSOLUTE + RELATIVE * max(abs(one), abs(other))
-    return type(one) is type(other) and one == other
+    return bool(one == other)
 
 
 def _is_number(value: Any) -> bool:

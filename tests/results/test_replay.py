@@ -10,7 +10,7 @@ import report_sample as sample
 from skillfast.report import replay_text
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
-from skillfast.results.replay import Difference, replayed
+from skillfast.results.replay import Difference, Replay, replayed
 from skillfast.results.skills import Skills
 
 RESULTS = sample.sample_results(3)
@@ -47,6 +47,22 @@ def test_numbers_are_equal_within_the_tolerance(step, differs):
     assert found.exit_code == (3 if differs else 0)
     if differs:
         assert found.differences[0].size == pytest.approx(5.4e-5)
+
+
+def leaves(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(leaves, inner)) if inner else 1
+
+
+def test_every_value_and_every_skill_is_counted():
+    values = records.to_json(records.from_json(BenchResults, RESULTS, "", ""))
+    counted = sum(leaves(value) for name, value in values.items() if name not in ("environment", "config", "cost"))
+    assert compared().n == counted + 3
+
+    def change(again):
+        again["model"]["weights"]["revision"] = "abc"  # one more
+
+    assert compared(change).n == counted + 3 + 1
 
 
 def test_small_numbers_are_equal_within_a_millionth():
@@ -136,3 +152,16 @@ def test_the_largest_differences_are_shown_first():
     assert len(found.differences) == 27
     assert len(lines) == 1 + 20 + 1
     assert lines[-1] == "  and 7 more"
+
+
+def test_as_many_differences_as_are_shown_leave_none():
+    def change(again):
+        for i in range(3):
+            again["removal_matrix"][i] = [value / 2 + 0.1 for value in again["removal_matrix"][i]]
+        for part, rows in (("removal_matrix", again["oracle"]), ("overlap", again["interference"])):
+            rows[part] = [[abs(value / 2 - 0.1) for value in row] for row in rows[part]]
+
+    found = compared(change)
+    some = Replay(found.directory, found.n, found.differences[:20], ())
+    assert len(replay_text(some).splitlines()) == 1 + 20
+    assert len(replay_text(found).splitlines()) == 1 + 20 + 1
