@@ -23,7 +23,7 @@ class ComparedRun(Record, frozen=True):
     Attributes:
         directory: Where its files are.
         model: Name of the model.
-        weights: Their digest and origin.
+        weights: Digest and origin of the weights.
         fingerprint: Digest of its architecture.
         dataset: Name of the data.
         data: Digests of the test examples and their labels.

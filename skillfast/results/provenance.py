@@ -24,7 +24,7 @@ class Weights(Record, frozen=True):
     """The weights that were measured, after any training.
 
     Attributes:
-        sha256: Of all of them (`WEIGHTS_HASHED`).
+        sha256: Digest of all weights (`WEIGHTS_HASHED`).
         origin: The file, name or seed that they were loaded or trained from.
         revision: Commit of a name on the hub.
     """

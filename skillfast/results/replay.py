@@ -46,7 +46,7 @@ class Replay:
     Attributes:
         directory: Folder of the earlier run.
         n: How many values were compared: all of results.json but cost, settings and environment, and each skill.
-        differences: Those that differ; empty where all were given again.
+        differences: Values and skills that differ; empty where all were given again.
         environment: What the two ran on, where it differs.
     """
 

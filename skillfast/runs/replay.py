@@ -27,9 +27,9 @@ class Earlier:
     """A run to be repeated.
 
     Attributes:
-        directory: Its folder.
-        results: Its results.
-        skills: Its skills.
+        directory: Folder of the run.
+        results: Content of results.json.
+        skills: Content of skills.json.
     """
 
     directory: Path
