@@ -33,6 +33,7 @@ _PUBLIC = {
     "SweepResult": "ablation.sweep",
     "ablate": "ablation.interventions",
     "export": "ablation.export",
+    "knobs": "ablation.knobs",
     "donors": "ablation.donors",
     "sweep": "ablation.sweep",
     "BenchConfig": "runs.config",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from skillfast.ablation.export import export as export
     from skillfast.ablation.interventions import Condition as Condition
     from skillfast.ablation.interventions import ablate as ablate
+    from skillfast.ablation.knobs import knobs as knobs
     from skillfast.ablation.sweep import SweepResult as SweepResult
     from skillfast.ablation.sweep import sweep as sweep
     from skillfast.backends import use_backend as use_backend

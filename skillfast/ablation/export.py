@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from skillfast.models.weights import first_line, silent
 from skillfast.vocabulary import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def export(
     skill: Skill | Sequence[Skill],
     folder: str | Path,
     *,
-    scale: float = 0.0,
+    scale: float | Mapping[str, float] = 0.0,
     mode: Mode = "zero",
     reference: NeuronScores | None = None,
     components: Sequence[str] = KINDS,
@@ -69,7 +69,7 @@ def export(
         skill: The neurons; of several skills each changes its own, and a neuron that two have is scaled twice, as by
             contexts of `ablate` one inside the other.
         folder: A new or empty folder; it is whole when it appears under this name.
-        scale: Factor on the activations: 0 removes, 2 amplifies.
+        scale: Factor on the activations: 0 removes, 2 amplifies; or one for each skill by its name, as of `knobs`.
         mode: `"zero"` or `"mean"`, as of `ablate`.
         reference: Scores of this model, for `mode="mean"`.
         components: Kinds of sites in which the neurons are changed.
@@ -97,7 +97,13 @@ def export(
     saved, prefix = (model.language_model, "language_model.") if isinstance(model, TextClassifier) else (model, "")
     _refuse_wrapped(saved)
     tied = _tied_head(saved)
-    conditions = [Condition(each, tuple(components), scale, mode) for each in skills]
+    factors = scale if isinstance(scale, Mapping) else dict.fromkeys((each.name for each in skills), scale)
+    if set(factors) != {each.name for each in skills}:
+        raise ArgumentError(
+            f"scale: expected a factor for each of {', '.join(each.name for each in skills)}, got "
+            f"{', '.join(factors)}; give them by the skills' names"
+        )
+    conditions = [Condition(each, tuple(components), factors[each.name], mode) for each in skills]
     changed = folded(model, conditions, reference, untied=[prefix + tied] if tied else [])
     changed = {name.removeprefix(prefix): values for name, values in changed.items()}
     original = saved.state_dict()
@@ -222,8 +228,10 @@ def _card(
     if is_configured(saved) and _ON_HUB.fullmatch(known) and not Path(known).exists():
         front["base_model"] = name
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    scale = conditions[0].scale
-    what = "removed" if scale == 0 else f"scaled by {scale:g}"
+    scale, one = conditions[0].scale, len({condition.scale for condition in conditions}) == 1
+    what = ("removed" if scale == 0 else f"scaled by {scale:g}") if one else "scaled"
+    each = ", ".join(f"{code(condition.skill.name)} {condition.scale:g}" for condition in conditions)
+    factors = f"Factor on each neuron below: {scale:g}" if one else f"Factors on the neurons below: {each}"
     towards = "0" if conditions[0].mode == "zero" else "its mean, which the bias holds"
     lines += [f"# {escaped(name)} with {_plural(len(conditions), 'skill')} {what}", ""]
     lines += f"""A copy of {code(name)} ({type(saved).__name__}) whose weights were changed by skillfast {__version__}.
@@ -231,7 +239,7 @@ It runs without skillfast:
 
     {opened}
 
-- Factor on each neuron below: {scale:g}, towards {towards}.
+- {factors}, towards {towards}.
 - Weights that differ: {", ".join(map(code, changed))}. All others are those of the source.
 - SHA-256 of the source's weights: {code(digest)}, over its state dict in the order of the names: for each tensor a
   line with name, dtype and shape, then its bytes.

@@ -80,7 +80,7 @@ class Condition:
         if self.mode not in MODES:
             raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.scale, int | float) or not abs(self.scale) < float(np.finfo(np.float32).max):
-            raise ArgumentError(f"scale: expected a finite number, got {self.scale}")
+            raise ArgumentError(f"scale: expected a finite number, got {self.scale}; 0 removes, 2 doubles")
         if self.mode == "reroute" and self.scale != 0:
             raise ArgumentError(f"scale: expected 0 with mode 'reroute', got {self.scale}; an expert is there or not")
         if (self.mode == "constant") != (self.constants is not None):
