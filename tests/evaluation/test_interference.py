@@ -4,7 +4,7 @@ import numpy as np
 import planted
 import pytest
 import torch
-from scipy.stats import false_discovery_control, norm, t, ttest_1samp, ttest_rel
+from scipy.stats import false_discovery_control, nct, norm, t, ttest_1samp, ttest_rel
 
 import skillfast
 from skillfast.evaluation.directions import angles as turned
@@ -25,6 +25,7 @@ from skillfast.evaluation.interference import (
     visible_pairs,
 )
 from skillfast.evaluation.jackknife import jackknife_interval, variance_of_mean
+from skillfast.evaluation.power import POWER
 from skillfast.evaluation.selectivity import oracle_predictions, removal_matrix
 from skillfast.results.records import to_json
 from skillfast.skills.skill import overlap
@@ -163,6 +164,14 @@ def test_what_could_have_been_found_is_found(kind, sign, n, draws, spread):
     worth = np.mean([pair.change for pair in visible])  # of normal margins, 1.28 deviations above 0
     shift = np.mean([sign * pair.margin for pair in visible])
     assert worth == pytest.approx(sign * (norm.cdf(1.28 + shift) - norm.cdf(1.28)), abs=0.015)
+
+
+@pytest.mark.parametrize("freedom", [9.0, 30.0])
+@pytest.mark.parametrize("level", [0.05, 0.01])
+def test_what_a_t_test_reaches_is_that_of_the_noncentral_t(freedom, level):
+    shift = _Shift(*(np.array([value]) for value in (0.0, 0.25, freedom, 0.25)))
+    far = shift.reach(np.array([0.1]), level)[0] - 0.1
+    assert nct.sf(t.isf(level, freedom), freedom, far / 0.5) == pytest.approx(POWER**0.5, abs=0.013)
 
 
 def test_what_is_visible_goes_beyond_oracle_and_random_draws():
