@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from skillfast.models.inputs import Inputs
     from skillfast.skills.skill import Skill
     from skillfast.statistics.scores import NeuronScores
+    from skillfast.tracing.prepared import Prepared
 
 MOST_TABLE_BYTES = 1 << 28  # kept between batches; beyond, tables are made anew
 
@@ -309,10 +310,10 @@ class Interventions:
         return found.scaled(tables.scale, tables.shift, condition)
 
     def factors(self, condition: int) -> dict[Site, tuple[torch.Tensor, torch.Tensor]]:
-        """Site -> scale and shift, float64 [1, D] each, of what one condition does there.
+        """Site -> scale and shift, float64 [1, D] each, of what one condition does there, donors aside.
 
         Raises:
-            ArgumentError: Donors, which differ from example to example, or a router whose logits are masked.
+            ArgumentError: A router whose logits are masked.
         """
         found = {}
         for site in self.sites:
@@ -324,14 +325,30 @@ class Interventions:
                     "mode 'reroute': expected another mode for a prepared model, got a router's logits to mask, which "
                     "are inside its own code, where no gate stands; use mode 'zero', or the model that was not prepared"
                 )
-            if change.donors is not None:
-                raise ArgumentError(
-                    "mode 'resample': expected 'zero', 'mean' or 'constant' for a prepared model, got donors, which "
-                    "differ between examples; use the model that was not prepared"
-                )
             tables = _Tables.of([change], site.width, torch.float64, torch.device("cpu"))
             found[site] = (tables.scale, torch.zeros_like(tables.scale) if tables.shift is None else tables.shift)
         return found
+
+    def given(self, condition: int, rows: torch.Tensor) -> dict[Site, tuple[torch.Tensor, torch.Tensor]]:
+        """Site -> neurons int64 [S], and what they get of donors beside `factors` [batch, tokens or 1, S].
+
+        Args:
+            condition: Position of the condition.
+            rows: int64 [batch], each example's row of the bank of donors.
+        """
+        found = {}
+        for site in self.sites_of_donors(condition):
+            change = self._changes[site.name][condition]
+            other = change.donated(rows)
+            assert other is not None
+            tokens = other.flatten(1, -2) if other.dim() > 2 else other[:, None]
+            found[site] = (change.neurons, (1 - change.scale) * tokens)
+        return found
+
+    def sites_of_donors(self, condition: int) -> list[Site]:
+        """Sites at which a condition leaves something of donors."""
+        changes = ((site, self.change_at(site, condition)) for site in self.sites)
+        return [site for site, change in changes if change is not None and change.donors is not None]
 
     def _tables(self, site: Site, x: torch.Tensor, conditions: tuple[int, ...]) -> _Tables:
         """The tables of these conditions where the activations are, kept for the next batch."""
@@ -452,7 +469,10 @@ def ablate(
     warn_incomplete(model)
     interventions = Interventions(model, [Condition(skill, tuple(components), scale, mode)], reference, donors)
     if known is not None:
-        with known.changed(unwrap_compiled(model), interventions.factors(0)):
+        inner = unwrap_compiled(model)
+        with known.changed(inner, interventions.factors(0)), ExitStack() as stack:
+            if interventions.donors is not None:
+                stack.enter_context(_giving(model, known, interventions))
             yield
         return
     with ExitStack() as stack:
@@ -472,6 +492,37 @@ def standing_for(inputs: Inputs, n: int) -> Iterator[None]:
         yield
     finally:
         _STANDS_FOR.reset(token)
+
+
+@contextmanager
+def _giving(model: torch.nn.Module, known: Prepared, interventions: Interventions) -> Iterator[None]:
+    """Tell the gates of a prepared model before each of its forwards what they get of whose donor."""
+    inner, bank, sites = unwrap_compiled(model), interventions.donors, interventions.sites_of_donors(0)
+    assert bank is not None
+    if getattr(inner, "_compiled_call_impl", None):
+        raise ModelError(
+            "mode 'resample': expected a model that torch.compile(model) has wrapped, got one compiled in place, whose "
+            "hooks are part of its graph; wrap it, or sweep, which tells donors outside of it"
+        )
+    tokens: dict[str, int] = {}
+    calls = 0
+
+    def begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal calls
+        given = interventions.given(0, bank.rows_of(inner, _arguments(inner, args, kwargs)))
+        known.give(inner, given)
+        tokens.update({site.name: values.shape[1] for site, (_, values) in given.items()})
+        calls += 1
+
+    with known.resampling(sites):
+        before = known.forwards(inner)
+        handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            yield
+            known.check_given(inner, sites, tokens, calls, before)
+        finally:
+            handle.remove()
+            known.take_back(inner, sites)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from skillfast.tracing.gates import RoutedGate, SiteGate
 from skillfast.tracing.prepared import prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from skillfast.ablation.batch_result import BatchResult
     from skillfast.ablation.interventions import Interventions
@@ -31,7 +32,7 @@ class PreparedRunner:
         interventions: What every condition does.
 
     Raises:
-        ArgumentError: Donors, or a site that the model is not prepared at.
+        ArgumentError: A site that the model is not prepared at, or a router whose logits are masked.
     """
 
     def __init__(self, model: torch.nn.Module, interventions: Interventions) -> None:
@@ -60,16 +61,37 @@ class PreparedRunner:
         observed = Observed.of(batch, logits, self.inner)
         embedding = embedding_of(batch, self._embedding(batch), self.inner) if keep_embeddings else None
         routes = self._routes(batch)
+        bank = self.interventions.donors
+        rows = None if bank is None else bank.rows_of(self.inner, batch.inputs)
         part = BatchRecorder(
-            observed, logits, embedding, len(self.factors), keep_logits=keep_logits, routed=_choices(routes, batch)
-        )
+            observed, logits, embedding, len(self.factors), keep_logits=keep_logits, donors=rows,
+            routed=_choices(routes, batch),
+        )  # fmt: skip
         for i, factors in enumerate(self.factors):
-            with self.known.changed(self.inner, factors):
+            with self.known.changed(self.inner, factors), self._given(i, rows):
                 changed = self._logits(batch)
                 embedding = self._embedding(batch) if keep_embeddings else None
             others = [(now != before).any(-1) for now, before in zip(self._routes(batch), routes, strict=True)]
             part.set([i], changed[None], None if embedding is None else embedding[None], _total(others, batch))
         return part.result()
+
+    @contextmanager
+    def _given(self, condition: int, rows: torch.Tensor | None) -> Iterator[None]:
+        """What a condition's one forward inside the context gets of donors."""
+        sites = self.interventions.sites_of_donors(condition)
+        if rows is None or not sites:
+            yield
+            return
+        given = self.interventions.given(condition, rows)
+        with self.known.resampling(sites):
+            before = self.known.forwards(self.inner)
+            self.known.give(self.inner, given)
+            try:
+                yield
+                tokens = {site.name: values.shape[1] for site, (_, values) in given.items()}
+                self.known.check_given(self.inner, sites, tokens, 1, before)
+            finally:
+                self.known.take_back(self.inner, sites)
 
     def _routes(self, batch: Batch) -> list[torch.Tensor]:
         """The experts of each token in the last forward, ascending: int64 [batch, tokens, slots] of each router."""

@@ -42,11 +42,13 @@ class Gate(nn.Module):
         scale: [1, D], the neurons' factors.
         shift: [1, D], what is added.
         read: int64 [4]: forwards that were read so far, and the examples, tokens and routed rows of the last one.
+        other: [rows, tokens, D], what is added of each example's donor; of experts [rows, 1, D]; None without donors.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
     read: torch.Tensor
+    other: torch.Tensor | None
 
     def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -54,12 +56,17 @@ class Gate(nn.Module):
         self._keep("scale", torch.ones, (1, site.width), dtype, device)
         self._keep("shift", torch.zeros, (1, site.width), dtype, device)
         self._keep("read", torch.zeros, (4,), torch.int64, device)
+        self.register_buffer("other", None, persistent=False)
 
     def _keep(
         self, name: str, make: Callable[..., torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: Any
     ) -> None:
         with torch.inference_mode(False):
             self.register_buffer(name, make(shape, dtype=dtype, device=device), persistent=False)
+
+    def take_donors(self, rows: int, tokens: int) -> None:
+        """Make room for donors of as many examples, with as many tokens each."""
+        self._keep("other", torch.zeros, (rows, tokens, self.width), self.scale.dtype, self.scale.device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Gate:  # noqa: ARG002
         """Move with the model; its change of dtype changes neither factors nor rows."""
@@ -107,6 +114,8 @@ class SiteGate(Gate):
         """What flows on instead of what the projection is given."""
         x = ops.neuron_scale(turned(x, self.layout), self.scale, self.shift)
         n, tokens = x.shape[0], math.prod(x.shape[1:-1])
+        if self.other is not None and n <= self.other.shape[0] and tokens <= self.other.shape[1]:
+            x = x + self.other[:n, :tokens].reshape(x.shape).to(x.dtype)
         if n <= self.rows.shape[0] and (self.pool != "none" or tokens <= self.rows.shape[1]):
             if self.pool == "none":
                 self.rows[:n, :tokens].copy_(as_tokens(x.detach()))
@@ -173,6 +182,9 @@ class RoutedGate(Gate):
         own = expert.clamp(max=self.experts - 1)
         scale, shift = (each.view(self.experts, -1)[own] for each in (self.scale, self.shift))
         scaled = torch.where(scale == 0, 0, values.to(scale.dtype) * scale) + shift  # 0 removes what is not finite
+        if self.other is not None:
+            example = (token // self.read[2].clamp(min=1)).clamp(max=self.other.shape[0] - 1)
+            scaled = scaled + self.other.view(self.other.shape[0], self.experts, -1)[example, own]
         values = torch.where(real, scaled.to(values.dtype), values)
         n = values.shape[0]
         if n <= self.values.shape[0]:
@@ -251,7 +263,7 @@ def slots_of(model: nn.Module, path: str, experts: int) -> int:
     return experts
 
 
-def install(model: nn.Module, site: Site, pool: Pool, rows: int, tokens: int | None) -> None:
+def install(model: nn.Module, site: Site, pool: Pool, rows: int, tokens: int | None, donors: bool) -> None:
     """Put a gate at a site for good.
 
     Args:
@@ -260,17 +272,24 @@ def install(model: nn.Module, site: Site, pool: Pool, rows: int, tokens: int | N
         pool: How tokens become one row.
         rows: Examples that a forward has at most.
         tokens: Tokens that an example has at most.
+        donors: Whether to make room for donors.
     """
     module = model.get_submodule(site.path)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if site.experts is None:
-        setattr(module, GATE, SiteGate(site, pool, rows, tokens, dtype, module_device(module)))
+        plain = SiteGate(site, pool, rows, tokens, dtype, module_device(module))
+        if donors:
+            assert tokens is not None
+            plain.take_donors(rows, tokens)
+        setattr(module, GATE, plain)
         module.register_forward_pre_hook(_through_gate)
         if isinstance(attention := parent_of(model, site.path), nn.MultiheadAttention):
             call_projection(attention)
         return
     assert tokens is not None
     gate = RoutedGate(site, rows * tokens * slots_of(model, site.path, site.experts), dtype, module_device(module))
+    if donors:
+        gate.take_donors(rows, 1)
     if not hasattr(module, GATE) and not hasattr(module, ROUTER_GATE):  # one hook serves both gates
         _, hidden, index, weights = inspect.signature(type(module).forward).parameters
         module.register_forward_pre_hook(partial(_before_experts, (hidden, index, weights)), with_kwargs=True)

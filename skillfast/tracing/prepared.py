@@ -19,15 +19,17 @@ from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import AT_ONCE, implementation_of
 from skillfast.models.sites import choose_sites, refuse_training, unwrap_compiled
 from skillfast.tracing.gates import RoutedGate, SiteGate, at_once, gate_name, install, uninstall
+from skillfast.transfer import moved
 from skillfast.vocabulary import POOLS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from skillfast.models.sites import Site
     from skillfast.statistics.tokens import TokenMask
     from skillfast.vocabulary import Pool
 
+Forwards = dict[str, tuple[int, int, int, int]]
 PREPARED = "skillfast_prepared"
 ROWS = 64
 
@@ -41,14 +43,18 @@ class Prepared:
         pool: How tokens become one row; `"none"`: each is an observation.
         rows: Examples that a forward has at most.
         tokens: Tokens that an example has at most, where some may be padding or each is left; None else.
+        donors: Whether the gates have room for donors.
         changes: Site -> factors and shifts [1, D] each, in the order in which they are applied.
+        resampled: Sites that get something of donors.
     """
 
     sites: tuple[Site, ...]
     pool: Pool
     rows: int
     tokens: int | None
+    donors: bool = False
     changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    resampled: set[str] = field(default_factory=set)
 
     @property
     def most(self) -> str:
@@ -83,7 +89,7 @@ class Prepared:
         """The gate at a site."""
         return cast("SiteGate | RoutedGate", getattr(model.get_submodule(site.path), gate_name(site)))
 
-    def forwards(self, model: nn.Module) -> dict[str, tuple[int, int, int, int]]:
+    def forwards(self, model: nn.Module) -> Forwards:
         """Site -> forwards that were read so far, and the examples, tokens and routed rows of the last."""
         by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
         for site in self.sites:
@@ -119,6 +125,7 @@ class Prepared:
     def changed(self, model: nn.Module, changes: dict[Site, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
         """Change sites' neurons inside the context: x -> x * scale + shift, [1, D] each, after what changes them."""
         self.require(list(changes))
+        self._refuse_twice({site.name for site in changes}, self.resampled)
         try:
             for site, change in changes.items():
                 self.changes.setdefault(site.name, []).append(change)
@@ -129,6 +136,91 @@ class Prepared:
                 kept = self.changes.get(site.name, [])
                 self.changes[site.name] = [other for other in kept if other is not change]
                 self._write(model, site)
+
+    @staticmethod
+    def _refuse_twice(names: set[str], taken: set[str]) -> None:
+        if twice := sorted(names & taken):
+            raise ModelError(
+                f"mode 'resample': expected no other ablation of a prepared model at {twice[0]}, got one, whose order "
+                "the gate does not keep; leave its context first"
+            )
+
+    @contextmanager
+    def resampling(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Sites that get something of donors inside the context, and are changed once: by the factors beside it.
+
+        Raises:
+            ArgumentError: Gates without room for donors.
+            ModelError: A site that is changed already.
+        """
+        if not self.donors:
+            raise ArgumentError(
+                "mode 'resample': expected a model that is prepared for donors, got one that is not; "
+                "prepare(model, donors=True, tokens=...)"
+            )
+        names = {site.name for site in sites}
+        self._refuse_twice(names, self.resampled | {name for name, changes in self.changes.items() if len(changes) > 1})
+        self.resampled |= names
+        try:
+            yield
+        finally:
+            self.resampled -= names
+
+    def give(self, model: nn.Module, given: Mapping[Site, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Tell the gates what the next forward's examples get.
+
+        Args:
+            model: The model.
+            given: Site -> neurons int64 [S], and what is added to them [examples, tokens, S], or [examples, 1, S] for
+                all tokens.
+
+        Raises:
+            ArgumentError: More examples or tokens than the model is prepared for.
+        """
+        for site, (neurons, values) in given.items():
+            other = self.gate(model, site).other
+            assert other is not None
+            n, tokens = values.shape[:2]
+            if n > other.shape[0] or tokens > other.shape[1]:
+                raise ArgumentError(
+                    f"mode 'resample': expected batches of up to {self.most}, which the model is prepared for, got {n} "
+                    f"examples of {tokens} tokens at {site.name}; prepare(model, rows=..., tokens=...) for these"
+                )
+            at = moved(neurons, other.device)
+            own = values.to(other).expand(-1, other.shape[1] if tokens == 1 else tokens, -1)
+            other.zero_()
+            other[:n, : own.shape[1], at] = own
+
+    def take_back(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Nothing of donors from now on."""
+        for site in sites:
+            other = self.gate(model, site).other
+            assert other is not None
+            other.zero_()
+
+    def check_given(
+        self, model: nn.Module, sites: Sequence[Site], tokens: Mapping[str, int], forwards: int, before: Forwards
+    ) -> None:
+        """Raises ModelError where other forwards ran than those that were told of donors.
+
+        Args:
+            model: The model.
+            sites: Sites that get something of donors.
+            tokens: Site -> tokens that a donor has there.
+            forwards: How many forwards were told.
+            before: What `forwards` said before them.
+        """
+        told = self.forwards(model)
+        for site in sites:
+            times, n, seen, _ = told[site.name]
+            times -= before[site.name][0]
+            wanted = tokens.get(site.name, 1)
+            if times != forwards or (forwards and site.experts is None and wanted not in (1, seen)):
+                raise ModelError(
+                    f"{site.name}: expected {forwards} forwards that were told of donors, of {wanted} tokens as they, "
+                    f"got {times}, the last of {n} x {seen}; call the very model that was given, with inputs of the "
+                    "donors' size"
+                )
 
     def _write(self, model: nn.Module, site: Site) -> None:
         gate = self.gate(model, site)
@@ -156,6 +248,7 @@ def prepare(
     pool: Pool = "mean",
     rows: int = ROWS,
     tokens: int | None = None,
+    donors: bool = False,
 ) -> nn.Module:
     """Install reads and gates that stay, so that the model is traced and ablated compiled; in place.
 
@@ -174,7 +267,8 @@ def prepare(
             each neuron.
         rows: Examples of the largest batch that is traced; 4 bytes for each and every neuron.
         tokens: Tokens of the longest example, where batches have padding, so that masks can be told, with `pool="none"`
-            and for experts, of whom the rows of all tokens are left; None else.
+            and for experts, of whom the rows of all tokens are left, and for donors; None else.
+        donors: Make room for donors (`mode="resample"`), rows x tokens for each neuron (of experts rows).
 
     Returns:
         The model that was given.
@@ -194,20 +288,20 @@ def prepare(
     for site in chosen:
         _check(inner, site)
     routed = next((site for site in chosen if site.experts is not None), None)
-    if tokens is None and (routed or pool == "none"):
-        why = f"{routed.name}, of which the rows of all tokens are left" if routed else "pool 'none'"
+    if tokens is None and (routed or donors or pool == "none"):
+        why = f"{routed.name}, of which the rows of all tokens are left" if routed else "pool 'none' or donors"
         raise ArgumentError(
             f"tokens: expected how many the longest example has, for {why}, got none; give tokens="
             + (", or leave out experts and routers with sites=" if routed else "")
         )
     warn_incomplete(inner)
     if (before := prepared(inner)) is not None:
-        if any(before.changes.values()):
+        if any(before.changes.values()) or before.resampled:
             raise ModelError("prepare: expected no ablation around it, got one; leave its context first")
         uninstall(inner)
     for site in chosen:
-        install(inner, site, pool, rows, tokens)
-    setattr(inner, PREPARED, Prepared(chosen, pool, rows, tokens))
+        install(inner, site, pool, rows, tokens, donors)
+    setattr(inner, PREPARED, Prepared(chosen, pool, rows, tokens, donors))
     if inner is not model or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
         torch.compiler.reset()  # graphs that were made before have no gates
     return model

@@ -200,7 +200,42 @@ def test_means_take_the_place_of_neurons(images):
     told = one_line(
         ArgumentError, skillfast.sweep, model, batches_of(images), [Condition(FIRST, mode="resample")], donors=bank
     )
-    assert "use the model that was not prepared" in told
+    assert "prepare(model, donors=True, tokens=...)" in told
+
+
+def test_donors_take_the_place_of_neurons(images):
+    """One graph, whoever's donors and whichever skill; only the forwards of the very model are told of them."""
+    model, plain = compiled(skillfast.prepare(make_vit(depth=2), rows=8, tokens=17, donors=True)), make_vit(depth=2)
+    bank = skillfast.donors(plain, batches_of(images), [FIRST, OTHER], n_donors=6)
+    conditions = [Condition(FIRST, mode="resample"), Condition(OTHER, mode="resample", scale=0.5), Condition(OTHER)]
+    settings = {"donors": bank, "keep_margins": True}
+    found, want = (skillfast.sweep(m, batches_of(images), conditions, **settings) for m in (model, plain))
+    np.testing.assert_allclose(found.margins, want.margins, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.donors, want.donors)
+    change = {"mode": "resample", "donors": bank}
+    with torch.inference_mode():
+        for skill, scale in ((FIRST, 0.0), (OTHER, 0.25)):
+            for x in images.split(8)[:2]:
+                with skillfast.ablate(model, skill, scale=scale, **change):
+                    got = model(x)
+                with skillfast.ablate(plain, skill, scale=scale, **change):
+                    torch.testing.assert_close(got, plain(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(x), plain(x))
+        assert graphs() == 1
+        told = one_line(ModelError, call_inside, model, model._orig_mod, x, change)
+        assert "blocks.0.mlp: expected 0 forwards that were told of donors" in told
+        assert "got 1, the last of 8 x 17; call the very model that was given" in told
+        with skillfast.ablate(model, FIRST, **change):
+            told = one_line(ModelError, skillfast.ablate(model, FIRST).__enter__)
+        assert "expected no other ablation of a prepared model at blocks.0.mlp, got one" in told
+        told = one_line(ArgumentError, call_inside, model, model, torch.cat([x, x]), change)
+        assert "expected batches of up to 8 examples of 17 tokens, which the model is prepared for, got 16" in told
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def call_inside(model, called, x, change):
+    with skillfast.ablate(model, FIRST, **change):
+        called(x)
 
 
 @pytest.mark.slow
@@ -368,7 +403,7 @@ def moe(implementation):
 @pytest.mark.parametrize(("implementation", "pool"), [("grouped_mm", "mean"), ("batched_mm", "none")])
 def test_experts_are_prepared(implementation, pool):
     plain, model = moe(implementation), moe(implementation)
-    model = compiled(skillfast.prepare(model, pool=pool, rows=6, tokens=7))
+    model = compiled(skillfast.prepare(model, pool=pool, rows=6, tokens=7, donors=pool == "mean"))
     assert {site.kind for site in prepared(model).sites} == {"attn", "router", "expert", "head"}
     generator = torch.Generator().manual_seed(1)
     batches = []
@@ -397,7 +432,11 @@ def test_experts_are_prepared(implementation, pool):
                 torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(plain(**inputs).logits, intact, rtol=1e-2)
     conditions = [Condition(skill, scale=3.0), Condition(Skill("attn", {"blocks.0.attn": range(16)}), scale=-9.0)]
-    found, want = (skillfast.sweep(m, batches, conditions, classes=50, keep_margins=True) for m in (model, plain))
+    bank = skillfast.donors(plain, batches, [skill])
+    if pool == "mean":
+        conditions.append(Condition(skill, mode="resample", scale=-4.0))
+    settings = {"classes": 50, "keep_margins": True, "donors": bank}
+    found, want = (skillfast.sweep(m, batches, conditions, **settings) for m in (model, plain))
     np.testing.assert_allclose(found.margins, want.margins, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(found.rerouted, want.rerouted)
     assert want.rerouted.max() > 0
