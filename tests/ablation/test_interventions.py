@@ -139,7 +139,12 @@ def test_each_example_can_have_a_condition_of_its_own(many):
         if i in (1, 2, 3):
             scale, shift = found["blocks.0.mlp"]
             torch.testing.assert_close(x.double() * scale[0] + shift[0], changed(x, i), rtol=1e-12, atol=1e-12)
-    assert "mode 'resample': expected 'zero', 'mean' or 'constant'" in one_line(ArgumentError, made.factors, 4)
+    scale, shift = made.factors(4)[site]  # and what its donors give beside
+    ((neurons, given),) = made.given(4, rows := torch.tensor([1, 0, 2, 2, 1, 0, 1])).values()
+    got = x.double() * scale[0] + shift[0]
+    got[..., neurons] += given.double()
+    torch.testing.assert_close(got, changed(x, 4, rows), rtol=1e-6, atol=1e-6)
+    assert made.given(3, rows) == {}
 
 
 def test_tables_are_kept_for_the_next_batch_within_a_limit(many, monkeypatch):
