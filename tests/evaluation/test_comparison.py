@@ -12,6 +12,7 @@ from conftest import one_line
 from scipy.stats import binomtest, false_discovery_control, hypergeom, kstest, norm
 
 from skillfast.errors import ArgumentError
+from skillfast.evaluation import comparison
 from skillfast.evaluation.comparison import (
     CHANGES,
     ClassPair,
@@ -140,6 +141,9 @@ def test_overlap_beside_chance():
     assert (found.shared, found.jaccard) == (2, pytest.approx(2 / 6))
     expected = 9 / 20 + 1 / 8
     assert found.chance == pytest.approx(expected / (8 - expected))
+    same, nothing = overlap_of({"a": {1}}, {"a": {1}}, {"a": 20}), overlap_of({}, {"a": {1}}, {"a": 20})
+    assert (same.shared, same.jaccard, same.chance) == (1, 1, pytest.approx((1 / 20) / (2 - 1 / 20)))
+    assert (nothing.shared, nothing.jaccard, nothing.chance) == (0, 0, 0)
     rng, many = np.random.default_rng(5), 4000
     drawn = [len({0, 1, 2} & set(rng.choice(20, 3, replace=False))) + (rng.integers(8) == 5) for _ in range(many)]
     assert shared_by_chance(one, other, widths) == pytest.approx(np.mean(np.array(drawn) >= 2), abs=0.02)
@@ -449,6 +453,16 @@ def test_interferences_are_those_of_every_pair_by_hand():
         assert merged == {frozenset(("abcde"[i], "abcde"[j])) for i, j in takes if (j, i) in takes}
         several += len(want) > 1
     assert several > 3
+
+
+def test_q_of_the_level_itself_is_a_finding(monkeypatch):
+    labels, removed = np.arange(2).repeat(24), np.tile(np.arange(2).repeat(24), (2, 1))
+    base = Measured(labels, removed.copy(), None)
+    removed[0, 24:34] = 2
+    new = Measured(labels, removed, None)
+    for q, found in ((0.05, 1), (0.0501, 0)):
+        monkeypatch.setattr(comparison, "discoveries", lambda p, least, q=q: np.full(len(p), q))
+        assert len(interferences(base, new, labels, "ab")[0]) == found
 
 
 def test_half_of_what_a_class_had_is_enough_to_merge():
