@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 import warnings
 from xml.etree import ElementTree
 
@@ -14,10 +18,11 @@ import numpy as np
 import pytest
 import report_sample as sample
 import torch
+import yaml
 from browsing import barriers, draw_all
 from click.testing import CliRunner
 from compared import planted, wrong
-from conftest import one_line
+from conftest import ROOT, one_line
 
 import skillfast
 from skillfast import BenchConfig
@@ -520,6 +525,51 @@ def test_an_earlier_model_that_is_not_there_is_said(audited, tmp_path, case):
     words = {"gone": "expected the weights that the run trained, got none", "other": "what is loaded is another model"}
     assert f"the skills are not removed from the model of {base}: " in said[-1]
     assert words[case] in said[-1]
+
+
+def test_the_recipe_for_github_runs_as_a_script(audited, tmp_path):
+    """Each step of docs/gate.md in bash, as a runner calls it: a regression; then another NEW and other limits."""
+    folder, _ = audited
+    page = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    (recipe,) = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(jobs:.*?)```", page, re.DOTALL)]
+    steps = [step["run"] for step in recipe["jobs"]["audit"]["steps"] if "run" in step]
+    assert steps.pop(0) == "pip install skillfast"
+    shim = tmp_path / "bin" / "skillfast"
+    shim.parent.mkdir()
+    shim.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from skillfast.cli import main; main()' \"$@\"\n")
+    shim.chmod(0o755)
+    shutil.copytree(folder / "base", tmp_path / "runs" / "base")
+    shutil.copy(folder / "tuned.safetensors", tmp_path / "tuned.safetensors")
+    summary = tmp_path / "summary.md"
+    environment = os.environ | {
+        "PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "GITHUB_STEP_SUMMARY": str(summary),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    def code(run_steps, limits):
+        """Exit code of the first step that fails, else of the last."""
+        gates(tmp_path, f"[skill.red]\n{limits}\n")
+        for step in run_steps:
+            done = subprocess.run(
+                ["bash", "-e", "-c", step], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                break
+        return done.returncode
+
+    assert code(steps, "min_accuracy = 0.5") == 3
+    assert "| red | accuracy, at least |" in summary.read_text()
+    shutil.rmtree(tmp_path / "runs" / "new")
+    shutil.copytree(folder / "base", tmp_path / "runs" / "new")
+    for limits, exit_code, said in (
+        ("min_accuracy = 0.01", 0, "Gate: passed"),
+        ("max_weakening = 0.001", 4, "Gate: not comparable (too few examples"),
+    ):
+        summary.unlink()
+        assert code(steps[1:], limits) == exit_code
+        assert said in summary.read_text()
+    (upload,) = [step for step in recipe["jobs"]["audit"]["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert (tmp_path / upload["with"]["path"] / "compare.html").is_file()
 
 
 def test_what_a_like_run_takes_no_option_of(audited, tmp_path):
