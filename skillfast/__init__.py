@@ -40,6 +40,8 @@ _PUBLIC = {
     "bench": "runs.bench",
     "Comparison": "results.comparison",
     "compare": "runs.compare",
+    "Trajectory": "results.trajectory",
+    "trajectory": "runs.trajectory",
     "Grid": "runs.config",
     "Evaluation": "runs.evaluate",
     "evaluate": "runs.evaluate",
@@ -68,12 +70,14 @@ if TYPE_CHECKING:
     from skillfast.models.coverage import coverage as coverage
     from skillfast.models.discovery import discover as discover
     from skillfast.results.comparison import Comparison as Comparison
+    from skillfast.results.trajectory import Trajectory as Trajectory
     from skillfast.runs.bench import bench as bench
     from skillfast.runs.compare import compare as compare
     from skillfast.runs.config import BenchConfig as BenchConfig
     from skillfast.runs.config import Grid as Grid
     from skillfast.runs.evaluate import Evaluation as Evaluation
     from skillfast.runs.evaluate import evaluate as evaluate
+    from skillfast.runs.trajectory import trajectory as trajectory
     from skillfast.skills.attribution import attribute as attribute
     from skillfast.skills.learned_mask import learn_masks as learn_masks
     from skillfast.skills.ranking import NeuronRanking as NeuronRanking

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import functools
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ from skillfast.runs.config import (
 from skillfast.settings import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+
+    from skillfast.statistics.scores import NeuronScores
 
 FORMATS = ("text", "json", "junit", "markdown")  # of a comparison
 _quiet = click.option("--quiet", is_flag=True, help="No progress bars and no tables, only results and errors.")
@@ -45,6 +48,49 @@ _skills = options(
 _reference = click.option(
     "--reference", type=click.Path(), help="Folder with this model's scores.safetensors, for --mode mean."
 )
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """What `ablate` and `export` take away, from the options that they share."""
+
+    skills_from: str
+    names: tuple[str, ...]
+    components: tuple[str, ...]
+    mode: words.Mode
+    reference: str | None
+
+    @property
+    def scores(self) -> NeuronScores | None:
+        """The model's scores that the reference names."""
+        from skillfast.statistics.scores import NeuronScores
+
+        return None if self.reference is None else NeuronScores.load(self.reference)
+
+
+def _removal(modes: Sequence[str], told: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a removal, which the command gets as `removal`."""
+    mode = click.option("--mode", type=click.Choice(modes), default="zero", show_default=True, help=told)
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            removal = _Removal(**{field.name: given.pop(field.name) for field in fields(_Removal)})
+            command(removal=removal, **given)
+
+        return options(_skills, mode, _reference)(called)
+
+    return with_options
+
+
+def _with_model_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's options, with the arguments of the model's constructor parsed; without any where none was given."""
+    found = dict(given)
+    if pairs := found.pop("model_kwargs", None):
+        from skillfast.models.loading import parse_model_kwargs
+
+        found["model_kwargs"] = parse_model_kwargs(pairs)
+    return found
 
 
 def _config(given: dict[str, Any]) -> BenchConfig:
@@ -143,36 +189,29 @@ def trace(quiet: bool, top: int, fixed: tuple[str, ...], **given: Any) -> None:
 
 @main.command(cls=Command)
 @_subject
-@_skills
-@options_of(RunConfig, but=["output", "resume", "like", "replay"])
-@click.option(
-    "--mode",
-    type=click.Choice([mode for mode in words.MODES if mode != "constant"]),
-    default="zero",
-    show_default=True,
-    help="What is left: nothing, the neuron's mean, or a donor's activation, one of the examples to select on.",
+@_removal(
+    [mode for mode in words.MODES if mode != "constant"],
+    "What is left: nothing, the neuron's mean, or a donor's activation, one of the examples to select on.",
 )
-@_reference
+@options_of(RunConfig, but=["output", "resume", "like", "replay"])
 @_quiet
-def ablate(
-    quiet: bool,
-    skills_from: str,
-    names: tuple[str, ...],
-    components: tuple[str, ...],
-    mode: words.Mode,
-    reference: str | None,
-    **given: Any,
-) -> None:
+def ablate(quiet: bool, removal: _Removal, **given: Any) -> None:
     """Remove or amplify skills and show each class's accuracy before and after."""
     from skillfast.report import accuracy_table
     from skillfast.runs.ablate import ablated
     from skillfast.skills.skill import load_skills
-    from skillfast.statistics.scores import NeuronScores
 
     config = _config(given)
-    chosen = list(load_skills(skills_from, names).values())
-    scores = None if reference is None else NeuronScores.load(reference)
-    result = ablated(config, chosen, components, mode=mode, reference=scores, quiet=quiet, say=_say(quiet))
+    chosen = list(load_skills(removal.skills_from, removal.names).values())
+    result = ablated(
+        config,
+        chosen,
+        removal.components,
+        mode=removal.mode,
+        reference=removal.scores,
+        quiet=quiet,
+        say=_say(quiet),
+    )
     _show(
         accuracy_table(
             result.classes,
@@ -184,43 +223,26 @@ def ablate(
 
 @main.command(cls=Command)
 @options_of(ModelConfig, only=["model", "model_kwargs", "checkpoint", "pretrained", "pad_token"])
-@_skills
-@click.option("--mode", type=click.Choice(words.FOLDED), default="zero", show_default=True, help="What is left.")
-@_reference
+@_removal(words.FOLDED, "What is left.")
 @click.option("--output", required=True, type=click.Path(), help="A new folder, for the checkpoint.")
 @_quiet
-def export(
-    quiet: bool,
-    skills_from: str,
-    names: tuple[str, ...],
-    components: tuple[str, ...],
-    mode: words.Mode,
-    reference: str | None,
-    output: str,
-    scale: float,
-    **given: Any,
-) -> None:
+def export(quiet: bool, removal: _Removal, output: str, scale: float, **given: Any) -> None:
     """Write a checkpoint without a skill, or with an amplified one, that runs without skillfast.
 
     The model is that of the run whose folder --skills names, if no --model is given. Equal to `ablate`: the factor is
     folded into the columns of the output projections.
     """
     from skillfast.runs.export import exported
-    from skillfast.statistics.scores import NeuronScores
 
-    if given["model_kwargs"]:
-        from skillfast.models.loading import parse_model_kwargs
-
-        given["model_kwargs"] = parse_model_kwargs(given["model_kwargs"])
     path = exported(
-        _made(ModelConfig, {**given, "model_kwargs": dict(given["model_kwargs"])}),
-        skills_from,
+        _made(ModelConfig, _with_model_kwargs(given)),
+        removal.skills_from,
         output,
-        names=names,
+        names=removal.names,
         scale=scale,
-        mode=mode,
-        reference=None if reference is None else NeuronScores.load(reference),
-        components=components,
+        mode=removal.mode,
+        reference=removal.scores,
+        components=removal.components,
         quiet=quiet,
     )
     click.echo(f"checkpoint: {path}")
@@ -275,33 +297,31 @@ def evaluate(quiet: bool, **given: Any) -> None:
 def compare(
     sides: tuple[str, ...], gate: str | None, margin: float, form: str, output: str, quiet: bool, **given: Any
 ) -> None:
-    """Say what became of each skill between two runs or models on the same examples; show more runs side by side.
+    """Say what became of each skill between two runs or models on the same examples, or over the order of more runs.
 
     A run is a folder of `skillfast bench`; NEW's had best be made with `--like BASE`. A model is a checkpoint, hf: and
     a name or folder, or timm's name of a pretrained one: BASE is measured by `bench` with the options of model and data
     (others take `bench` first), NEW by `bench --like BASE`. Exits with 0, with 3 where a gate finds a regression, and
     with 4 where it cannot tell: other data, other classes, too few examples.
+
+    Of more, such as the checkpoints of a training: when each skill appears, and where it moves (trajectory.json,
+    trajectory.html).
     """
     source = click.get_current_context().get_parameter_source
-    settings = {name: value for name, value in given.items() if source(name) is ParameterSource.COMMANDLINE}
-    if "model_kwargs" in settings:
-        from skillfast.models.loading import parse_model_kwargs
-
-        settings["model_kwargs"] = parse_model_kwargs(settings["model_kwargs"])
+    typed = {name: value for name, value in given.items() if source(name) is ParameterSource.COMMANDLINE}
+    settings = _with_model_kwargs(typed)
+    say = _say(quiet or form != FORMATS[0])  # other programs read the other formats
     if len(sides) != 2:
-        if len(sides) == 1 or gate is not None or form != FORMATS[0]:
+        if len(sides) == 1 or gate is not None or form not in FORMATS[:2]:
             raise ArgumentError(
-                f"runs: expected two, BASE and NEW, got {len(sides)}; more are shown side by side, without "
-                "--gate and --format"
+                f"runs: expected two, BASE and NEW, got {len(sides)}; more are followed over their order, without "
+                "--gate, as text or json"
             )
-        from skillfast.report import comparison_table, read_results
-
-        _show(comparison_table({side: read_results(side) for side in sides}))
+        _follow(sides, form, output, quiet=quiet, say=say, **settings)
         return
     from skillfast.report import audit_tables, comparison_text
     from skillfast.runs.compare import compare as run
 
-    say = _say(quiet or form != FORMATS[0])  # other programs read the other formats
     found = run(*sides, gate=gate, margin=margin, output=output, quiet=quiet, say=say, **settings)
     if form != FORMATS[0]:
         click.echo(comparison_text(found, form))
@@ -315,6 +335,24 @@ def compare(
     click.get_current_context().exit(found.exit_code)
 
 
+def _follow(sides: Sequence[str], form: str, output: str, *, quiet: bool, **given: Any) -> None:
+    """Show skills over several runs."""
+    from skillfast.report import comparison_table, read_results, trajectory_table, trajectory_text
+    from skillfast.runs.trajectory import trajectory
+
+    found = trajectory(*sides, output=output, quiet=quiet, **given)
+    if form != FORMATS[0]:
+        click.echo((Path(output) / "trajectory.json").read_text(encoding="utf-8"))
+    elif not quiet:
+        directories = [run.directory for run in found.runs]
+        _show(comparison_table({directory: read_results(directory) for directory in directories}))
+        _show(trajectory_table(found))
+        click.echo(trajectory_text(found))
+    if form == FORMATS[0]:
+        click.echo(f"report: {Path(output) / 'trajectory.html'}")
+    click.get_current_context().exit(0 if found.skills else 4)
+
+
 @main.command(cls=Command)
 @click.argument("directory", type=click.Path())
 @click.option(
@@ -326,13 +364,21 @@ def compare(
     help="The page; a section for a model card; an ML-BOM; or each figure as a file, by kaleido and a browser.",
 )
 def report(directory: str, kind: str) -> None:
-    """Make the page of a folder again: report.html, evaluation.html or compare.html, from its JSON files.
+    """Make the pages of a folder again, from its JSON files: report, evaluation, compare and trajectory.
 
     Of a bench run also model-card.md (markdown), ml-bom.cdx.json (cyclonedx), or its figures as files in figures/ (png,
     svg, pdf).
     """
-    from skillfast.report import write_bom, write_card, write_comparison, write_evaluation, write_figures, write_report
-    from skillfast.results import bench, comparison, evaluation
+    from skillfast.report import (
+        write_bom,
+        write_card,
+        write_comparison,
+        write_evaluation,
+        write_figures,
+        write_report,
+        write_trajectory,
+    )
+    from skillfast.results import bench, comparison, evaluation, trajectory
 
     if kind == "markdown":
         click.echo(f"model card: {write_card(directory)}")
@@ -341,7 +387,12 @@ def report(directory: str, kind: str) -> None:
     elif kind != "html":
         click.echo("\n".join(f"figure: {path}" for path in write_figures(directory, kind)))
     else:
-        pages = ((comparison.FILE, write_comparison), (evaluation.FILE, write_evaluation), (bench.FILE, write_report))
+        pages = (
+            (comparison.FILE, write_comparison),
+            (trajectory.FILE, write_trajectory),
+            (evaluation.FILE, write_evaluation),
+            (bench.FILE, write_report),
+        )
         for write in [write for name, write in pages if (Path(directory) / name).is_file()] or [write_report]:
             click.echo(f"report: {write(directory)}")
 

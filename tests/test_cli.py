@@ -75,8 +75,8 @@ def test_report_makes_the_page_again(bench_output):
     assert page.read_text() == before
 
 
-def test_compare_shows_runs_side_by_side(bench_output):
-    result = run("compare", bench_output, bench_output, bench_output)
+def test_compare_shows_runs_side_by_side(bench_output, tmp_path):
+    result = run("compare", bench_output, bench_output, bench_output, "--output", tmp_path)
     assert result.exit_code == 0
     assert "baseline accuracy" in result.output
     for arguments in ([bench_output], [bench_output] * 3 + ["--gate", "gates.toml"]):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skillfast.results.evaluation import EvaluationResults
     from skillfast.results.replay import Replay
     from skillfast.results.skills import Skills
+    from skillfast.results.trajectory import Trajectory
     from skillfast.statistics.scores import NeuronScores
 
 __all__ = [
@@ -33,12 +34,15 @@ __all__ = [
     "sites_table",
     "summary_table",
     "top_neurons_table",
+    "trajectory_table",
+    "trajectory_text",
     "write_bom",
     "write_card",
     "write_comparison",
     "write_evaluation",
     "write_figures",
     "write_report",
+    "write_trajectory",
 ]
 
 
@@ -220,6 +224,45 @@ def write_comparison(directory: str | Path) -> Path:
     from skillfast.report import files
 
     return files.write_comparison(Path(directory))
+
+
+def write_trajectory(directory: str | Path) -> Path:
+    """Write `trajectory.html` from the `trajectory.json` of a folder.
+
+    Args:
+        directory: the folder; `trajectory.html`, one self-contained file, appears in it whole or not at all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: `trajectory.json` is missing, is not JSON, or has a key or a value that its type does not know.
+    """
+    from skillfast.report import files
+
+    return files.write_trajectory(Path(directory))
+
+
+def trajectory_table(found: Trajectory) -> Table:
+    """Make the table that `skillfast compare RUN RUN RUN` prints: a row per skill.
+
+    Args:
+        found: what `trajectory.json` holds.
+    """
+    from skillfast.report import tables
+
+    return tables.trajectory_table(found)
+
+
+def trajectory_text(found: Trajectory) -> str:
+    """When skills appear and which of them moved, a sentence in each line.
+
+    Args:
+        found: what `trajectory.json` holds.
+    """
+    from skillfast.report.trajectory import words
+
+    return "\n".join(words.sentences(found))
 
 
 def top_neurons_table(scores: NeuronScores, top: int) -> Table:

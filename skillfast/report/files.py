@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from skillfast.files import replacing
-from skillfast.results import bench, comparison, evaluation, records, skills
+from skillfast.results import bench, comparison, evaluation, records, skills, trajectory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +40,15 @@ def write_comparison(directory: Path) -> Path:
     remedy = "run `skillfast compare BASE NEW` into that folder"
     found = records.read(comparison.Comparison, directory / comparison.FILE, remedy)
     return write(directory / "compare.html", page.render(found))
+
+
+def write_trajectory(directory: Path) -> Path:
+    """Write `trajectory.html`; see `skillfast.report.write_trajectory`."""
+    from skillfast.report.trajectory import page
+
+    remedy = "run `skillfast compare RUN RUN RUN` into that folder"
+    found = records.read(trajectory.Trajectory, directory / trajectory.FILE, remedy)
+    return write(directory / "trajectory.html", page.render(found))
 
 
 def write(path: Path, text: str) -> Path:

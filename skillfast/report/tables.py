@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
     from skillfast.results.bench import BenchResults, LayerContribution, Selectivity
     from skillfast.results.evaluation import EvaluationResults
+    from skillfast.results.trajectory import Trajectory
     from skillfast.statistics.scores import NeuronScores
 
 EXPLAINED = "95 % intervals in brackets; regret: behind the oracle on other classes; harm: a low to a high estimate"
@@ -145,6 +146,19 @@ def _comparison_rows(named: Mapping[str, BenchResults]) -> list[tuple[str, Calla
         *((f"share of {name}", share(kind)) for kind, name in KINDS if has_share(kind)),
         ("seconds in all", lambda results: f"{results.cost.seconds.total:,.1f}"),
     ]
+
+
+def trajectory_table(found: Trajectory) -> Table:
+    """Make the table of several runs; see `skillfast.report.trajectory_table`."""
+    from skillfast.report.trajectory import words
+
+    caption = "points that a class loses by its own skill, 95 % intervals in brackets"
+    table = Table(title=Text(words.title(found)), title_justify="left", caption=caption, caption_justify="left")
+    for name in words.columns(found):
+        table.add_column(Text(name))
+    for row in words.rows(found):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def comparison_table(named: Mapping[str, BenchResults]) -> Table:

@@ -44,8 +44,8 @@ SAME = ("scale", "pool", "sites")  # settings without which a drop is not the sa
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Files of a run."""
+class Run:
+    """Files of a run that is compared."""
 
     directory: Path
     results: BenchResults
@@ -53,9 +53,9 @@ class _Run:
     decisions: Decisions
 
     @staticmethod
-    def read(directory: str | Path) -> _Run:
+    def read(directory: str | Path) -> Run:
         path = Path(directory)
-        return _Run(
+        return Run(
             path,
             records.read(bench.BenchResults, path / bench.FILE, bench.REMEDY),
             records.read(skill_files.Skills, path / skill_files.FILE, bench.REMEDY),
@@ -82,7 +82,7 @@ class _Run:
         removed = index[found.removed[own][:, rows]]
         return Measured(index[found.intact[rows]], removed, None if other is None else index[other])
 
-    def exchanged(self, base: _Run, rows: np.ndarray, shared: Sequence[str]) -> tuple[np.ndarray | None, ...]:
+    def exchanged(self, base: Run, rows: np.ndarray, shared: Sequence[str]) -> tuple[np.ndarray | None, ...]:
         """What this run, which is NEW, decided without BASE's skills, and its skills took from BASE: int64 [K, n] each.
 
         Args:
@@ -163,8 +163,8 @@ def compare(
     if gate is not None:
         gates = gates_of(gate) if isinstance(gate, Mapping) else read_gates(Path(gate))
     folders = run_folders([base, new], output, settings, loader=loader, quiet=quiet, say=say)
-    runs = [_Run.read(folder) for folder in folders]
-    found = _compared(runs[0], runs[1], gates, margin)
+    runs = [Run.read(folder) for folder in folders]
+    found = compared(runs[0], runs[1], gates, margin)
     if output is not None:
         from skillfast.report import write_comparison
 
@@ -191,17 +191,18 @@ def run_folders(
     return measured(sides, output, settings, loader=loader, quiet=quiet, say=say)
 
 
-def _compared(base: _Run, new: _Run, gates: Gates | None, margin: float) -> Comparison:
+def compared(base: Run, new: Run, gates: Gates | None, margin: float) -> Comparison:
+    """Two runs compared; see `compare`."""
     shared = [name for name in base.classes if name in new.classes]
-    rows = _paired(base.decisions, new.decisions)
+    rows = paired([base.decisions, new.decisions])
     labels = np.array([shared.index(base.classes[label]) for label in base.decisions.labels[rows[0]]], dtype=np.int64)
     by_base, by_new = new.exchanged(base, rows[1], shared)
     sides = base.measured(rows[0], shared, by_new), new.measured(rows[1], shared, by_base)
     n_base, n_new = len(base.decisions.labels), len(new.decisions.labels)
     found = Comparison(
         skillfast=__version__,
-        base=base.described(_accuracy(sides[0].intact, labels)),
-        new=new.described(_accuracy(sides[1].intact, labels)),
+        base=base.described(accuracy_of(sides[0].intact, labels)),
+        new=new.described(accuracy_of(sides[1].intact, labels)),
         reasons=_reasons(base, new, len(labels)),
         only_base=[name for name in base.classes if name not in shared],
         only_new=[name for name in new.classes if name not in shared],
@@ -222,19 +223,19 @@ def _compared(base: _Run, new: _Run, gates: Gates | None, margin: float) -> Comp
     return structs.replace(found, gate=_decided(gates, found, base, quantities))
 
 
-def _decided(gates: Gates, found: Comparison, base: _Run, quantities: Mapping[str | None, Quantities]) -> GateResult:
+def _decided(gates: Gates, found: Comparison, base: Run, quantities: Mapping[str | None, Quantities]) -> GateResult:
     thresholds = gates.thresholds(list(dict.fromkeys([*base.classes, *found.only_new])))
     return decide(thresholds, quantities, comparable=found.comparable)
 
 
 def _filled(
     found: Comparison,
-    base: _Run,
-    new: _Run,
+    base: Run,
+    new: Run,
     sides: tuple[Measured, Measured],
     labels: np.ndarray,
     shared: list[str],
-    rows: tuple[np.ndarray, np.ndarray],
+    rows: Sequence[np.ndarray],
 ) -> tuple[Comparison, dict[str | None, Quantities]]:
     """The comparison with what the examples say, and what a gate may ask."""
     margin = found.margin
@@ -262,8 +263,8 @@ def _filled(
 
 
 def _overall(
-    base: _Run,
-    new: _Run,
+    base: Run,
+    new: Run,
     sides: tuple[Measured, Measured],
     labels: np.ndarray,
     kl: np.ndarray | None,
@@ -290,8 +291,8 @@ def _overall(
 
 
 def _skill(
-    base: _Run,
-    new: _Run,
+    base: Run,
+    new: Run,
     name: str,
     pair: ClassPair,
     changes: Mapping[str, PairedChange | None],
@@ -339,7 +340,7 @@ def _sorted(neurons: Mapping[str, set[int]]) -> dict[str, list[int]]:
     return {site: sorted(index) for site, index in neurons.items() if index}
 
 
-def _kinds(base: _Run, new: _Run, name: str) -> dict[str, Shift] | None:
+def _kinds(base: Run, new: Run, name: str) -> dict[str, Shift] | None:
     """Share of each kind in the class's drop, in either model."""
     found = []
     for run in (base, new):
@@ -351,7 +352,7 @@ def _kinds(base: _Run, new: _Run, name: str) -> dict[str, Shift] | None:
     return _shifts(*found)
 
 
-def _blocks(base: _Run, new: _Run, name: str) -> dict[str, Shift] | None:
+def _blocks(base: Run, new: Run, name: str) -> dict[str, Shift] | None:
     """Share of each block in the class's drop, in either model."""
     found = []
     for run in (base, new):
@@ -368,8 +369,8 @@ def _shifts(base: Mapping[str, float], new: Mapping[str, float]) -> dict[str, Sh
     return {name: Shift(base.get(name, 0.0), new.get(name, 0.0)) for name in names} if base and new else None
 
 
-def _paired(base: Decisions, new: Decisions) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the examples that both have, of the same class: int64 [n] each, in BASE's order."""
+def paired(runs: Sequence[Decisions]) -> list[np.ndarray]:
+    """Rows of the examples that all have, of the same class: int64 [n] for each run, in the first one's order."""
 
     def keys(of: Decisions) -> list[tuple[int, str, int]]:
         seen: dict[tuple[int, str], int] = {}
@@ -380,13 +381,12 @@ def _paired(base: Decisions, new: Decisions) -> tuple[np.ndarray, np.ndarray]:
             made.append((*key, seen[key]))
         return made
 
-    there = {key: row for row, key in enumerate(keys(new))}
-    rows = [(i, there[key]) for i, key in enumerate(keys(base)) if key in there]
-    found = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+    places = [{key: row for row, key in enumerate(keys(run))} for run in runs]
+    rows = [[there[key] for there in places] for key in places[0] if all(key in there for there in places)]
+    return list(np.array(rows, dtype=np.int64).reshape(-1, len(runs)).T)
 
 
-def _reasons(base: _Run, new: _Run, n: int) -> list[str]:
+def _reasons(base: Run, new: Run, n: int) -> list[str]:
     """Why two runs are not of the same classes, examples and settings."""
     reasons = []
     for one, other, name in ((base, new, "NEW"), (new, base, "BASE")):
@@ -402,7 +402,7 @@ def _reasons(base: _Run, new: _Run, n: int) -> list[str]:
     return reasons
 
 
-def _accuracy(intact: np.ndarray, labels: np.ndarray) -> float | None:
+def accuracy_of(intact: np.ndarray, labels: np.ndarray) -> float | None:
     """Mean over the classes."""
     return PairedDifference((intact == labels).astype(np.int64), labels=labels).change if len(labels) else None
 
