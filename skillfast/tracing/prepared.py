@@ -289,7 +289,9 @@ def prepare(
         _check(inner, site)
     routed = next((site for site in chosen if site.experts is not None), None)
     if tokens is None and (routed or donors or pool == "none"):
-        why = f"{routed.name}, of which the rows of all tokens are left" if routed else "pool 'none' or donors"
+        why = f"{routed.name}, of which the rows of all tokens are left" if routed else "pool 'none'"
+        if routed is None and pool != "none":
+            why = "donors"
         raise ArgumentError(
             f"tokens: expected how many the longest example has, for {why}, got none; give tokens="
             + (", or leave out experts and routers with sites=" if routed else "")

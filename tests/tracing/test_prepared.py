@@ -310,6 +310,7 @@ def test_what_a_model_is_not_prepared_for_is_refused(images):
     ):
         assert "expected one that the model is prepared at (blocks.0.mlp to " in one_line(ArgumentError, refused)
     assert "expected one of mean, cls, max, last" in one_line(ArgumentError, skillfast.prepare, model, pool="median")
+    assert "for donors, got none; give tokens=" in one_line(ArgumentError, skillfast.prepare, model, donors=True)
     assert "for pool 'none', got none; give tokens=" in one_line(ArgumentError, skillfast.prepare, model, pool="none")
     assert "expected at least 1" in one_line(ArgumentError, skillfast.prepare, model, rows=0)
     with (
