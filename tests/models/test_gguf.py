@@ -46,7 +46,8 @@ def test_a_file_holds_weights_tokenizer_and_configuration(files, tmp_path, monke
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
     batch = loaded.tokenizer(TEXT, return_tensors="pt")
-    assert loaded.tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["<s>", "▁good", "▁film", "▁slow"]
+    begin = ["<s>"] if hasattr(transformers, "GgufConfig") else []  # transformers 5.12 lets texts begin without
+    assert loaded.tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == [*begin, "▁good", "▁film", "▁slow"]
     assert loaded.context == 64
     assert [site.name for site in find_sites(skeleton(load_config(f"hf:{folder}/llama.gguf")))][-1] == "head"
 
