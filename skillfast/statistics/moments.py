@@ -189,7 +189,7 @@ class CoMoments:
         mean = self.sum_y / n
         covariance = self.sum_between / n - mean[:, None] * mean
         deviation = self.mean_and_variance()[3].sqrt()
-        r = (covariance / (deviation[:, None] * deviation)).clamp(-1, 1)
+        r = covariance / (deviation[:, None] * deviation)
         r[constant_y] = torch.nan
         r[:, constant_y] = torch.nan
         return r

@@ -57,6 +57,9 @@ def test_only_the_components_are_turned(model):
     with skillfast.knobs(model, {"joy": JOY}, components=("attn",)) as turn:
         turn["joy"] = 0
         found = logits(model)
+        total = model(IDS).logits.sum()  # by factors that a forward without gradients has used
+        (gradient,) = torch.autograd.grad(total, [model.model.layers[0].mlp.up_proj.weight])
+        assert gradient.isfinite().all()
     with skillfast.ablate(model, JOY, components=("attn",)):
         torch.testing.assert_close(found, logits(model), atol=1e-6, rtol=1e-6)
 
