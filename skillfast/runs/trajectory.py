@@ -107,7 +107,7 @@ def _skill(right: Sequence[tuple[np.ndarray, np.ndarray]], changes: Sequence[Ski
     """A class over the runs.
 
     Args:
-        right: Of each run whether the model is right, intact and without the skill: int64 [n] each.
+        right: For each run whether the model is right, intact and without the skill: int64 [n] each.
         changes: What `compare` says of each run and the next.
     """
     drops = [PairedDifference(intact - without) for intact, without in right]
