@@ -12,7 +12,7 @@ PIP_INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $
 INSTALL := $(call PIP_INSTALL,$(VENV))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format docs mutants oldest plotly clean
+.PHONY: bench test lint format docs mutants fuzz oldest plotly clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -65,6 +65,11 @@ SEED ?= 0
 mutants: $(VENV)/.installed-mutants
 	$(BIN)/python tests/mutants/run.py --seed $(SEED) \
 		$(if $(CHANGED),-n 40 --changed $(CHANGED) --seconds 120 --budget 15,-n $(N)) $(ARGS)
+
+# Files of every kind that the package reads, each changed in 10,000 ways: refused in one line or read, never a traceback.
+FUZZ ?= 10000
+fuzz: $(VENV)/.installed-test
+	SKILLFAST_FUZZ=$(FUZZ) $(BIN)/pytest tests/test_fuzz.py -q -s $(ARGS)
 
 # The oldest versions that pyproject.toml declares; CI runs the core tests on them.
 oldest:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class SkillfastError(Exception):
     """A failed run: what was expected, what came, what to do. The command line prints it and exits with 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))  # names in files hold anything
 
 
 class ArgumentError(SkillfastError, ValueError):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from contextlib import contextmanager
+import zlib
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillfast.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
 
@@ -83,35 +86,70 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
     """Read a JSON file that carries this schema name; raises DataError in one line where it is not that."""
     try:
-        # Python writes NaN, which is not JSON: read as not defined, like null
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON, got {error}; {remedy}") from error
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise _unreadable(path, error, remedy) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected JSON, got bytes that are not UTF-8; {remedy}") from error
+    value = parsed(text, path, remedy)
     check_schema(str(path), value.get("schema") if isinstance(value, dict) else type(value).__name__, schema, remedy)
     return value
 
 
+def parsed(text: str, path: Path, remedy: str) -> Any:
+    """What JSON says; raises DataError where it is none, or says what no result file holds."""
+    try:
+        # Python writes NaN, which is not JSON: read as not defined, like null
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_number, parse_int=_integer)
+        if "\\ud" in text.lower():  # half a character, which nothing can be written with
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise DataError(f"{path}: expected JSON, got brackets that are nested too deeply; {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}; {remedy}") from error
+    return value
+
+
+def _number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {_short(text)}, which float64 cannot hold")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 63:
+        raise ValueError(f"the number {_short(text)}, which int64 cannot hold")
+    return value
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def check_schema(what: str, found: object, schema: str, remedy: str) -> None:
     """Raises DataError where a file is of another schema or another version of it."""
-    if found != schema:
-        raise DataError(f"{what}: expected schema {schema!r}, got {found!r}; {remedy} with this version of skillfast")
+    if found == schema:
+        return
+    (name, version), (other, theirs) = schema.rsplit("/", 1), str(found).rpartition("/")[::2]
+    newer = other == name and theirs.isascii() and theirs.isdigit() and len(theirs) < 10 and int(theirs) > int(version)
+    mended = "read it with the newer version of skillfast" if newer else f"{remedy} with this version of skillfast"
+    raise DataError(f"{what}: expected schema {schema!r}, got {_short(repr(found), 80)}; {mended}")
 
 
 def _unreadable(path: Path, error: OSError, remedy: str) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: expected a file, got none; {remedy}")
-    return DataError(f"{path}: expected a readable file, got {error.strerror}; check it and its folder")
+    return DataError(f"{path}: expected a readable file, got {error.strerror or error}; check it and its folder")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
-    """Write a safetensors file with a JSON header in its metadata."""
+    """Write a safetensors file; in its metadata are a JSON header and checksums of the arrays."""
     from safetensors.numpy import save_file
 
+    sums = {name: checksum(array) for name, array in arrays.items()}
     with replacing(path) as temporary:
         in_order = {name: value.copy("C") for name, value in arrays.items()}  # safetensors writes memory as it lies
-        save_file(in_order, temporary, metadata={"skillfast": json.dumps(header)})
+        save_file(in_order, temporary, metadata=_metadata(header, sums))
 
 
 def write_nested(path: Path, state: Mapping[str, Any]) -> None:
@@ -129,50 +167,106 @@ def write_nested(path: Path, state: Mapping[str, Any]) -> None:
         return value
 
     header = split(dict(state), "")
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"skillfast": json.dumps(header)})
+        save_file(tensors, temporary, metadata=_metadata(header, sums))
+
+
+def _metadata(header: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, str]:
+    return {"skillfast": json.dumps(header, allow_nan=False), "crc32": json.dumps(sums)}
+
+
+def checksum(array: Any) -> int:
+    """CRC-32 of an array's or a CPU tensor's type, shape and bytes."""
+    kind = f"{array.dtype} {list(array.shape)}".removeprefix("torch.")
+    flat = array.reshape(-1)
+    if hasattr(array, "data_ptr"):
+        import torch
+
+        flat = flat.view(torch.uint8)
+        return zlib.crc32(flat.numpy(), zlib.crc32(kind.encode()))
+    return zlib.crc32(flat.view("uint8"), zlib.crc32(kind.encode()))
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A safetensors file that is open; nothing of its tensors is read yet.
+
+    Attributes:
+        header: The JSON in its metadata.
+        kinds: Type and shape of each tensor, by name: `("F64", (3, 2))`.
+        get: Reads a tensor; raises DataError where its bytes are not those that were written.
+    """
+
+    header: Any
+    kinds: dict[str, tuple[str, tuple[int, ...]]]
+    get: Callable[[str], Any]
+
+
+@contextmanager
+def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy") -> Iterator[Tensors]:
+    """Open a file that `write_arrays` or `write_nested` wrote, and read its header alone.
+
+    Args:
+        path: The file.
+        schema: Name and version that its header carries.
+        remedy: What to do about a wrong file, for the error.
+        framework: Whose tensors to read: `numpy` or `pt`.
+
+    Raises:
+        DataError: A file that is missing, unreadable, broken or of another version.
+    """
+    with safetensors_file(path, remedy, framework) as file:
+        metadata = file.metadata() or {}
+        header = parsed(metadata.get("skillfast", "{}"), path, remedy)
+        found = header.get("schema") if isinstance(header, dict) else type(header).__name__
+        check_schema(str(path), found, schema, remedy)
+        sums = parsed(metadata.get("crc32", "{}"), path, remedy)
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        kinds = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
+
+        def get(name: str) -> Any:
+            tensor = file.get_tensor(name)
+            if not isinstance(sums, dict) or checksum(tensor) != sums.get(name):
+                raise DataError(f"{path}: expected {name} as it was written, got other bytes; {remedy}")
+            return tensor
+
+        yield Tensors(header, kinds, get)
+
+
+@contextmanager
+def safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
+    """A safetensors file that is open; raises DataError where it is missing, unreadable or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as stack:
+        try:
+            with path.open("rb"):  # says what is wrong, where safetensors does not
+                pass
+            # checks that the header fits the file's size, before anything is read
+            file = stack.enter_context(safe_open(path, framework=framework))
+        except OSError as error:
+            raise _unreadable(path, error, remedy) from error
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{path}: expected a safetensors file, got one that is broken ({_short(reason, 160)}); {remedy}"
+            ) from error
+        yield file
 
 
 def read_nested(path: Path, schema: str, remedy: str) -> dict[str, Any]:
     """The inverse of `write_nested`; raises DataError where the file is missing, broken or of another version."""
-    tensors, header = _read(path, schema, remedy, "pt")
+    with open_tensors(path, schema, remedy, "pt") as file:
 
-    def join(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        name = value.get("tensor")
-        return tensors[name] if len(value) == 1 and isinstance(name, str) else {k: join(v) for k, v in value.items()}
+        def join(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            name = value.get("tensor")
+            if len(value) == 1 and isinstance(name, str):
+                if name not in file.kinds:
+                    raise DataError(f"{path}: expected the tensor {_short(name, 80)}, got none of this name; {remedy}")
+                return file.get(name)
+            return {key: join(item) for key, item in value.items()}
 
-    with whole(path, remedy):
-        return {key: join(value) for key, value in header.items()}
-
-
-@contextmanager
-def whole(path: Path, remedy: str) -> Iterator[None]:
-    """Turns what a file with missing or other keys raises on the way back into a DataError of one line."""
-    try:
-        yield
-    except ArgumentError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: expected a whole file, got one with other keys ({error!r}); {remedy}") from error
-
-
-def read_arrays(path: Path, schema: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the header of a file that `write_arrays` wrote; raises DataError where it is not one."""
-    return _read(path, schema, remedy, "numpy")
-
-
-def _read(path: Path, schema: str, remedy: str, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework=framework) as file:
-            header = json.loads((file.metadata() or {}).get("skillfast", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except OSError as error:
-        raise _unreadable(path, error, remedy) from error
-    except (SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: expected a safetensors file, got one that is broken ({error}); {remedy}") from error
-    check_schema(str(path), header.get("schema") if isinstance(header, dict) else header, schema, remedy)
-    return arrays, header
+        return {key: join(value) for key, value in file.header.items()}

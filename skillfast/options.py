@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from skillfast.errors import ArgumentError, NotComparableError, SkillfastError
+from skillfast.errors import ArgumentError, DataError, NotComparableError, SkillfastError
 from skillfast.settings import name_of, range_of, type_of
 
 if TYPE_CHECKING:
@@ -74,6 +74,15 @@ class Command(click.Command):
                 return super().invoke(ctx)
             except SkillfastError as error:
                 raise Failure(error) from error
+            except OSError as error:
+                if error.filename is None:  # of no file
+                    raise
+                raise Failure(
+                    DataError(
+                        f"{error.filename}: expected a file that can be read or written, got {error.strerror}; "
+                        "check it and its folder"
+                    )
+                ) from error
 
 
 def _given_once(params: Iterable[click.Parameter], args: list[str]) -> Iterator[str]:

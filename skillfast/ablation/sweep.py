@@ -7,10 +7,11 @@ from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from skillfast import files
 from skillfast.ablation.batch_result import BatchRecorder, BatchResult, Observed, embedding_of
@@ -26,6 +27,9 @@ from skillfast.models.coverage import warn_incomplete
 from skillfast.models.inputs import Inputs, call, examples_in, out_of_memory, repeated, taken
 from skillfast.models.sites import module_device, refuse_training
 from skillfast.progress import Forecast, length_of, track
+from skillfast.results import arrays
+from skillfast.results.arrays import Array, indices
+from skillfast.results.records import Document
 from skillfast.tracing.prepared import prepared, to_run
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
     from skillfast.ablation.donors import DonorBank
     from skillfast.statistics.scores import NeuronScores
 
-SCHEMA = "skillfast.sweep/1"
 FILE = "sweep.safetensors"
 
 
@@ -220,17 +223,51 @@ class SweepResult:
     def save(self, directory: str | Path) -> Path:
         """Write `sweep.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        files.write_arrays(path, arrays, {"schema": SCHEMA, "classes": self.classes, "names": self.names})
+        found = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        arrays.write(path, SweepHeader(list(self.classes), list(self.names)), found)
         return path
 
     @staticmethod
     def load(directory: str | Path) -> SweepResult:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "write it with SweepResult.save"
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            return SweepResult(classes=tuple(header["classes"]), names=tuple(header["names"]), **arrays)
+        header, found = arrays.read(SweepHeader, Path(directory) / FILE, _layout, "write it with SweepResult.save")
+        return SweepResult(classes=tuple(header.classes), names=tuple(header.names), **found)
+
+
+class SweepHeader(Document, frozen=True, tag="skillfast.sweep/1", tag_field="schema"):
+    """The header of `sweep.safetensors`, attributes of `SweepResult` of the same names."""
+
+    classes: Annotated[list[str], Meta(min_length=1)]
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        for name, values in (("classes", self.classes), ("names", self.names)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"expected different {name}, got one twice")
+
+
+def _layout(header: SweepHeader) -> dict[str, Array]:
+    """What each array must be; NaN is a class without samples."""
+    k, rows = len(header.classes), len(header.names)
+    accuracy: dict[str, Any] = {"low": 0, "high": 1, "nan": True}
+    margin: dict[str, Any] = {"nan": True, "infinite": True}
+    float32: dict[str, Any] = {**margin, "kinds": ("float32",), "optional": True}
+    return {
+        "labels": indices("n", below=k),
+        "baseline": Array((k,), **accuracy),
+        "per_class_accuracy": Array((rows, k), **accuracy),
+        "baseline_margin": Array((k,), **margin),
+        "per_class_margin": Array((rows, k), **margin),
+        "top2": indices("n", 2, below=k),
+        "donors": indices("n", below=None, optional=True),
+        "donor_labels": indices("n", below=k, optional=True),
+        "predictions": indices(rows, "n", below=k, optional=True),
+        "baseline_logits": Array(("n", k), **float32),
+        "margins": Array((rows, "n"), **float32),
+        "baseline_embeddings": Array(("n", "width"), **float32),
+        "embeddings": Array((rows, "n", "width"), **float32),
+        "rerouted": Array((rows,), low=0, high=1, nan=True, optional=True),
+    }
 
 
 def sweep(

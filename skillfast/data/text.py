@@ -177,7 +177,7 @@ def _json_rows(path: Path, file: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: expected a JSON object, got {error}; mend the line") from error
         if not isinstance(row, dict):
             raise DataError(

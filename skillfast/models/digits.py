@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.init import trunc_normal_
 
 from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
+from skillfast.errors import DataError
 from skillfast.files import cache_dir
 from skillfast.models.loading import LoadedModel, load_trained, save_trained
 from skillfast.models.training import finetune
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from skillfast.data.splits import Splits
 
 # whatever is changed here or in its training makes `_RECIPE` a new number
-_RECIPE = 4
+_RECIPE = 5
 _DIGITS: dict[str, Any] = {
     "img_size": 8,
     "in_chans": 1,
@@ -101,7 +102,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
     if path.is_file():
         try:
             return loaded, load_trained(loaded.model, path)
-        except Exception as error:  # whatever is wrong with it, it can be made again
+        except DataError as error:  # whatever is wrong with it, it can be made again
             warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
     loaded = replace(digits_model(seed), source="checkpoint")
     trained = train_digits(loaded.model, splits, seed, quiet=quiet)

@@ -65,10 +65,21 @@ def load_config(name: str) -> Any:
     transformers = _library()
     name = name.removeprefix(HUGGINGFACE)
     if Path(name).is_file() and not is_gguf(name):
+        from huggingface_hub.errors import StrictDataclassError
+
         try:
             values = json.loads(Path(name).read_text(encoding="utf-8"))
-            return transformers.AutoConfig.for_model(**values)
-        except (ValueError, TypeError, KeyError) as error:
+            with _silent(transformers):
+                return transformers.AutoConfig.for_model(**values)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            StrictDataclassError,
+        ) as error:
             raise ModelError(
                 f"model '{name}': expected a config.json with a known model_type, got {first_line(error)}; "
                 "check the file"

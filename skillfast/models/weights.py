@@ -7,6 +7,7 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from skillfast.errors import ModelError
@@ -85,6 +86,10 @@ def fit_checkpoint(model: nn.Module, name: str, state: dict[str, Tensor], what: 
             f"{what}: expected the {len(own)} tensors of {name}, got {', '.join(problems)}; "
             "check --model and --model-kwarg"
         )
+    trainable = {key for key, _ in model.named_parameters()}  # a buffer may hold infinity, as masks do
+    wrong = [key for key in state if key in trainable and not bool(torch.isfinite(state[key].float()).all())]
+    if wrong:
+        raise ModelError(f"{what}: expected finite weights, got NaN or infinity in {wrong[0]}; pass another checkpoint")
     replaced = bool(missing or reshaped)
     fitting = {key: value for key, value in state.items() if not (replaced and key.startswith(prefixes))}
     model.load_state_dict(fitting, strict=not replaced)  # copies into float32, whatever the file has

@@ -20,17 +20,21 @@ from skillfast.results.records import (
     Positive,
     Record,
     Share,
+    along,
+    among,
     check_open,
 )
 from skillfast.vocabulary import Finetune, Kind
 
 Correlation = Annotated[float, Meta(ge=-1.000001, le=1.000001)] | None
 Angle = Annotated[float, Meta(ge=0, le=180, description="degrees")] | None
-Changes = Annotated[list[Annotated[list[Change], Meta(min_length=2)]], Meta(min_length=2)]
-TwoNames = Annotated[list[str], Meta(min_length=2, max_length=2)]
+PER_CLASS, OF_CLASSES, OF_SITES = along("classes"), among("classes"), among("sites")
+Class = Annotated[str, OF_CLASSES]
+Changes = Annotated[list[Annotated[list[Change], Meta(min_length=2), PER_CLASS]], Meta(min_length=2), PER_CLASS]
+TwoNames = Annotated[list[str], Meta(min_length=2, max_length=2), OF_CLASSES]
 TwoChanges = Annotated[list[Change], Meta(min_length=2, max_length=2)]
 TwoNumbers = Annotated[list[float], Meta(min_length=2, max_length=2)]
-Names = Annotated[list[str], Meta(min_length=1)]
+Names = Annotated[list[str], Meta(min_length=1), OF_CLASSES]
 FILE = "results.json"
 REMEDY = "run `skillfast bench` into that folder"  # where a file of a run is missing or broken
 Seconds = Annotated[float, Meta(ge=0)]
@@ -121,8 +125,8 @@ class Baseline(Record, frozen=True):
     """Accuracy of the intact model: the mean over classes, and each class's."""
 
     accuracy: Fraction
-    per_class: Annotated[list[Fraction], Meta(min_length=2)]
-    n_test_per_class: Annotated[list[Count], Meta(min_length=2)]
+    per_class: Annotated[list[Fraction], Meta(min_length=2), PER_CLASS]
+    n_test_per_class: Annotated[list[Count], Meta(min_length=2), PER_CLASS]
 
 
 class OverallRemoval(Record, frozen=True):
@@ -138,7 +142,7 @@ class OverallRemoval(Record, frozen=True):
         random_changes: With as many neurons of each site drawn at random: one per draw.
     """
 
-    skill: str
+    skill: Class
     neurons: Count
     share: Fraction
     accuracy: Fraction
@@ -159,7 +163,7 @@ class Overall(Record, frozen=True):
 
     accuracy: Fraction
     n_test: Positive
-    removals: Annotated[list[OverallRemoval], Meta(min_length=2)]
+    removals: Annotated[list[OverallRemoval], Meta(min_length=2), PER_CLASS]
     random_change: Change
 
 
@@ -173,7 +177,7 @@ class BothParts(Record, frozen=True):
 class BestNeuron(Record, frozen=True):
     """A neuron, the column that it follows best, and its r on either part."""
 
-    site: str
+    site: Annotated[str, OF_SITES]
     unit: Count
     column: str
     select: Correlation
@@ -192,7 +196,7 @@ class MetricCorrelations(Record, frozen=True):
 
     select: Fraction | None
     test: Fraction | None
-    sites: dict[str, BothParts]
+    sites: Annotated[dict[str, BothParts], OF_SITES]
     neurons: list[BestNeuron]
 
 
@@ -208,6 +212,11 @@ class Correlations(Record, frozen=True):
     statistic: Literal["pearson"]
     top: Positive
     metrics: Annotated[dict[str, MetricCorrelations], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        first, *others = self.metrics.values()
+        if any(set(metric.sites) != set(first.sites) for metric in others):
+            raise ValueError("expected the same sites of each metric at correlations.metrics, got others")
 
 
 class Harm(Record, frozen=True):
@@ -297,7 +306,7 @@ class Verdict(Record, frozen=True):
     others_lose_at_most: Change
     visible_alone: Fraction | None
     visible_of_all: Fraction | None
-    harmed: list[str]
+    harmed: Annotated[list[str], OF_CLASSES]
     verdict: Literal["harmful", "not above", "undecided"]
 
 
@@ -322,7 +331,7 @@ class OwnControl(Record, frozen=True, kw_only=True):
     draws: Positive
     n_examples: Positive
     target_drop: Change
-    per_class: Annotated[list[Change], Meta(min_length=2)]
+    per_class: Annotated[list[Change], Meta(min_length=2), PER_CLASS]
     spread: Annotated[float, Meta(ge=0)] | None = None
     ci95: Interval
 
@@ -361,7 +370,7 @@ class Replacements(Record, frozen=True):
     """Drops by what takes the place of a skill's neurons, the mean over classes and by class."""
 
     average: Replaced
-    per_class: dict[str, Replaced]
+    per_class: Annotated[dict[str, Replaced], PER_CLASS]
 
 
 class RandomControl(Selectivity, frozen=True, kw_only=True):
@@ -429,12 +438,18 @@ class SelectionResult(Record, frozen=True):
 
     rule: Name
     margin: Share
-    chosen: Annotated[list[Count], Meta(min_length=2)]
+    chosen: Annotated[list[Count], Meta(min_length=2), PER_CLASS]
     candidates: Annotated[list[CandidateEffect], Meta(min_length=1)]
     controls: list[SizeControl]
     validation: Selectivity
     gap: dict[str, float]
     oracle: SelectionOracle
+
+    def __post_init__(self) -> None:
+        if max(self.chosen) >= len(self.candidates):
+            raise ValueError(
+                f"expected places among {len(self.candidates)} candidates at selection.chosen, got {max(self.chosen)}"
+            )
 
 
 class Shares(Record, frozen=True, kw_only=True):
@@ -480,7 +495,7 @@ class BlockShare(Record, frozen=True):
     ci95: Interval
     bottom_up: float | None
     top_down: float | None
-    per_class: dict[str, float | None]
+    per_class: Annotated[dict[str, float | None], PER_CLASS]
 
 
 class LayerContribution(Shares, frozen=True):
@@ -495,7 +510,7 @@ class LayerContribution(Shares, frozen=True):
     """
 
     non_additivity: float | None
-    per_class: dict[str, Shares]
+    per_class: Annotated[dict[str, Shares], PER_CLASS]
     ci95: ShareIntervals
     per_block: list[BlockShare] | None = None
     n_by_block: Positive | None = None
@@ -548,7 +563,7 @@ class EmbeddingRemoval(EmbeddingControl, frozen=True):
     """
 
     target_drop: Change | None
-    knn_accuracy_change_per_class: list[Change | None]
+    knn_accuracy_change_per_class: Annotated[list[Change | None], PER_CLASS]
     coordinates_left_out: Count
 
 
@@ -557,7 +572,7 @@ class EmbeddingReasons(Record, frozen=True):
 
     one_image: Names | None = None
     no_images: Names | None = None
-    zero_or_not_finite: dict[str, Positive] | None = None
+    zero_or_not_finite: Annotated[dict[str, Positive], OF_CLASSES] | None = None
     constant_embeddings: Names | None = None
 
 
@@ -585,7 +600,7 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     ci95: EmbeddingIntervals
     random_control: EmbeddingControl | None = None
     difference: EmbeddingDifference | None = None
-    per_class: dict[str, EmbeddingRemoval]
+    per_class: Annotated[dict[str, EmbeddingRemoval], PER_CLASS]
     reasons: EmbeddingReasons | None = None
 
 
@@ -642,7 +657,7 @@ class Information(Record, frozen=True):
     relearned: float | None
     relearned_without: float | None
     ci95: InformationIntervals
-    per_class: dict[str, ClassInformation]
+    per_class: Annotated[dict[str, ClassInformation], PER_CLASS]
     n_fitted: Positive
     shots: Positive
     steps: Positive
@@ -675,16 +690,16 @@ class Pair(Record, frozen=True):
 class StrongestAngle(Record, frozen=True):
     """The class that turns most when another class's skill is removed."""
 
-    removed: str
-    turned: str = field(name="class")
+    removed: Class
+    turned: Class = field(name="class")
     angle_deg: Angle
 
 
 class StrongestOverlap(Record, frozen=True):
     """The two skills that share most."""
 
-    one: str
-    other: str
+    one: Class
+    other: Class
     jaccard: Fraction
 
 
@@ -726,7 +741,7 @@ class AngleMeans(Record, frozen=True):
 class AngleIntervals(Record, frozen=True):
     """95 % intervals of the angles and of their means, by a jackknife over groups of examples."""
 
-    angles_deg: list[list[Interval]]
+    angles_deg: Annotated[list[Annotated[list[Interval], PER_CLASS]], PER_CLASS]
     own_angle_deg: Interval
     other_angle_deg: Interval
 
@@ -783,7 +798,9 @@ class Interference(Record, frozen=True, kw_only=True):
 
     json_schema: ClassVar[dict[str, Any]] = {"dependentRequired": TOGETHER}
 
-    angles_deg: Annotated[list[Annotated[list[Angle], Meta(min_length=2)]], Meta(min_length=2)] | None = None
+    angles_deg: (
+        Annotated[list[Annotated[list[Angle], Meta(min_length=2), PER_CLASS]], Meta(min_length=2), PER_CLASS] | None
+    ) = None
     own_angle_deg: Angle | UnsetType = UNSET
     other_angle_deg: Angle | UnsetType = UNSET
     ci95: AngleIntervals | None = None
@@ -794,7 +811,9 @@ class Interference(Record, frozen=True, kw_only=True):
     oracle_explains: list[Pair] | None = None
     visible: VisiblePairs | None = None
     strongest: Strongest | None = None
-    overlap: Annotated[list[Annotated[list[Fraction | None], Meta(min_length=2)]], Meta(min_length=2)]
+    overlap: Annotated[
+        list[Annotated[list[Fraction | None], Meta(min_length=2), PER_CLASS]], Meta(min_length=2), PER_CLASS
+    ]
     reasons: InterferenceReasons | None = None
 
     def __post_init__(self) -> None:
@@ -856,7 +875,7 @@ class Identifiability(Record, frozen=True):
     second_drop: Change | None
     seed_overlap: Fraction | None
     chance_seed_overlap: Fraction | None
-    per_class: dict[str, ClassIdentifiability]
+    per_class: Annotated[dict[str, ClassIdentifiability], PER_CLASS]
     method: Literal["attribution"]
     share: Share
     groups: Positive
@@ -948,7 +967,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
     overall: Overall | None = None
     removal_matrix: Changes
     selectivity: Selectivity
-    verdicts: dict[str, Verdict] | None = None
+    verdicts: Annotated[dict[str, Verdict], PER_CLASS] | None = None
     oracle: Oracle
     random_control: RandomControl
     matched_control: OwnControl
@@ -964,3 +983,7 @@ class BenchResults(Document, frozen=True, kw_only=True, tag="skillfast.bench/1",
 
     def __post_init__(self) -> None:
         check_open(self.config, Config, "config")
+
+    def axes(self) -> dict[str, list[str]]:
+        """Names of the classes and of the sites."""
+        return {"classes": self.dataset.classes, "sites": [site.name for site in self.model.sites]}

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from skillfast.results.provenance import PartDigests, Weights
-from skillfast.results.records import Change, Count, Document, Fraction, Name, Positive, Record
+from skillfast.results.records import Change, Count, Document, Fraction, Name, Positive, Record, among
 
 FILE = "compare.json"
+OF_CLASSES = among("classes")
 Difference = Annotated[float, Meta(ge=-2, le=2)]
 Limits = Annotated[list[float], Meta(min_length=2, max_length=2, description="the ends of a 95 % interval")]
 Place = Literal["blocks", "kinds", "neurons"]
@@ -148,7 +149,7 @@ class SkillChange(Record, frozen=True, kw_only=True):
     kinds: dict[str, Shift] | None
     blocks: dict[str, Shift] | None
     moved: list[Place]
-    merged_with: list[str]
+    merged_with: Annotated[list[str], OF_CLASSES]
     kept: dict[Name, list[Count]] | None
     left: dict[Name, list[Count]] | None
     taken: dict[Name, list[Count]] | None
@@ -167,8 +168,8 @@ class NewInterference(Record, frozen=True):
         q: After Benjamini and Hochberg's correction over all pairs whose tests could be significant at all.
     """
 
-    removed: str
-    harmed: str
+    removed: Annotated[str, OF_CLASSES]
+    harmed: Annotated[str, OF_CLASSES]
     base: Change
     new: Change
     ci95: Limits
@@ -272,6 +273,10 @@ class Comparison(Document, frozen=True, kw_only=True, tag="skillfast.compare/1",
     skills: dict[str, SkillChange]
     interference: list[NewInterference]
     gate: GateResult | None = None
+
+    def axes(self) -> dict[str, list[str]]:
+        """Names of the classes that both have."""
+        return {"classes": [*self.skills]}
 
     @property
     def comparable(self) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from skillfast import files
+from skillfast.results import arrays
+from skillfast.results.arrays import Array, indices
 from skillfast.results.bench import REMEDY
+from skillfast.results.records import Document
 
-SCHEMA = "skillfast.decisions/1"
 FILE = "decisions.safetensors"
 _OPTIONAL = ("earlier", "in_earlier")  # arrays of a run like an earlier one
 
@@ -48,7 +52,7 @@ class Decisions:
         """Write `decisions.safetensors` into the folder, class indices in as few bytes as hold them; its path."""
         path = files.output_folder(directory) / FILE
         small = np.min_scalar_type(len(self.classes) - 1)
-        arrays = {
+        stored = {
             "labels": self.labels.astype(small),
             "digests": self.digests,
             "intact": self.intact.astype(small),
@@ -57,43 +61,49 @@ class Decisions:
         }
         for name in _OPTIONAL:
             if (decided := getattr(self, name)) is not None:
-                arrays[name] = decided.astype(small)
-        header = {
-            "schema": SCHEMA,
-            "classes": self.classes,
-            "earlier_classes": self.earlier_classes,
-            "earlier_skills": self.earlier_skills,
-        }
-        files.write_arrays(path, arrays, header)
+                stored[name] = decided.astype(small)
+        arrays.write(path, _Header(list(self.classes), list(self.earlier_classes), self.earlier_skills), stored)
         return path
 
     @staticmethod
     def load(directory: str | Path) -> Decisions:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, REMEDY
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            classes, earlier = tuple(header["classes"]), tuple(header["earlier_classes"])
-            found = {
-                name: np.asarray(arrays[name], dtype=np.int64)
-                for name in ("labels", "intact", "removed", *_OPTIONAL)
-                if name in arrays or name not in _OPTIONAL
-            }
-            n, k = len(found["labels"]), len(classes)
-            shapes = {
-                "labels": (n,), "intact": (n,), "removed": (k, n), "earlier": (len(earlier), n), "in_earlier": (k, n)
-            }  # fmt: skip
-            fits = all(found[name].shape == shapes[name] for name in found)
-            within = all(0 <= value.min(initial=0) <= value.max(initial=0) < k for value in found.values())
-            digests, log_probabilities = arrays["digests"], arrays["log_probabilities"]
-            fits &= digests.shape == (n,) and digests.dtype == np.uint64 and log_probabilities.shape == (n, k)
-            if not fits or not within or ("earlier" in found) != bool(earlier):
-                raise ValueError("arrays that do not fit each other")
-            return Decisions(
-                classes=classes,
-                digests=digests,
-                log_probabilities=log_probabilities,
-                earlier_classes=earlier,
-                earlier_skills=header["earlier_skills"],
-                **found,
-            )
+        header, found = arrays.read(_Header, Path(directory) / FILE, _layout, REMEDY)
+        wide = {name: found[name].astype(np.int64) for name in _DECIDED if name in found}
+        return Decisions(
+            classes=tuple(header.classes),
+            earlier_classes=tuple(header.earlier_classes),
+            earlier_skills=header.earlier_skills,
+            **{**found, **wide},
+        )
+
+
+_DECIDED = ("labels", "intact", "removed", *_OPTIONAL)
+
+
+class _Header(Document, frozen=True, tag="skillfast.decisions/1", tag_field="schema"):
+    """The header of `decisions.safetensors`, attributes of `Decisions` of the same names."""
+
+    classes: Annotated[list[str], Meta(min_length=2)]
+    earlier_classes: list[str]
+    earlier_skills: str | None
+
+    def __post_init__(self) -> None:
+        for name, values in (("classes", self.classes), ("earlier_classes", self.earlier_classes)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"expected different {name}, got one twice")
+
+
+def _layout(header: _Header) -> dict[str, Array]:
+    k = len(header.classes)
+    made = {
+        "labels": indices("n", below=k),
+        "digests": Array(("n",), ("uint64",)),
+        "intact": indices("n", below=k),
+        "removed": indices(k, "n", below=k),
+        "log_probabilities": Array(("n", k), ("float16",), high=0, infinite=True),
+    }
+    made["in_earlier"] = indices(k, "n", below=k, optional=True)
+    if header.earlier_classes:
+        made["earlier"] = indices(len(header.earlier_classes), "n", below=k)
+    return made

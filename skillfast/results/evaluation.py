@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
 from skillfast.results.provenance import DataDigests, Weights
-from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share
+from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share, along, among
 from skillfast.vocabulary import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 FILE = "evaluation.json"
 Measure = Literal["accuracy", "f1_macro", "class_accuracy", "class_f1", "perplexity", "bleu"]
 Values = dict[str, float | None]
 Intervals = dict[str, Interval]
-Matrix = list[list[float | None]]
+PER_TASK, PER_CLASS = along("tasks"), along("classes")
+Matrix = Annotated[list[Annotated[list[float | None], PER_TASK]], PER_TASK]
 
 
 class Measured(Record, frozen=True):
@@ -90,9 +94,9 @@ class Outcome(Record, frozen=True):
 class PerClass(Record, frozen=True):
     """Accuracy, F1 and number of examples of each class, in the classes' order."""
 
-    accuracy: list[float | None]
-    f1: list[float | None]
-    examples: list[Count]
+    accuracy: Annotated[list[float | None], PER_CLASS]
+    f1: Annotated[list[float | None], PER_CLASS]
+    examples: Annotated[list[Count], PER_CLASS]
 
 
 class Intact(Record, frozen=True):
@@ -142,13 +146,13 @@ class SharedNeuron(Record, frozen=True):
 
     site: str
     neuron: Count
-    tasks: Annotated[list[str], Meta(min_length=2)]
+    tasks: Annotated[list[str], Meta(min_length=2), among("tasks")]
 
 
 class TaskRemoval(Record, frozen=True):
     """What every task's measures become without one task's neurons."""
 
-    task: str
+    task: Annotated[str, among("tasks")]
     values: Annotated[Values, Meta(min_length=1)]
     change: Annotated[Values, Meta(min_length=1)]
     random: RandomDraws
@@ -167,12 +171,19 @@ class Overlaps(Record, frozen=True):
         in_several: The neurons of more than one task.
     """
 
-    neurons: list[Count]
+    neurons: Annotated[list[Count], PER_TASK]
     jaccard: Matrix
     shared: Matrix
     expected_shared: Matrix
     expected_jaccard: Matrix
     in_several: list[SharedNeuron]
+
+
+def _check_measures(of: str, measures: Collection[str], found: Outcome | TaskRemoval) -> None:
+    """Raises ValueError where an intervention has other measures than the rest of the file."""
+    for values in (found.values, found.change, found.random.values, found.random.change):
+        if set(values) != set(measures):
+            raise ValueError(f"expected the measures {', '.join(measures)} at {of}, got {', '.join(values) or 'none'}")
 
 
 class Tasks(Overlaps, frozen=True):
@@ -190,7 +201,13 @@ class Tasks(Overlaps, frozen=True):
     names: Annotated[list[str], Meta(min_length=2)]
     measured: dict[str, str]
     intact: Annotated[Values, Meta(min_length=1)]
-    removals: list[TaskRemoval]
+    removals: Annotated[list[TaskRemoval], PER_TASK]
+
+    def __post_init__(self) -> None:
+        if set(self.intact) != set(self.measured):
+            raise ValueError("expected the same measures at tasks.intact and tasks.measured, got others")
+        for removal in self.removals:
+            _check_measures("tasks.removals", self.measured, removal)
 
 
 class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag_field="schema"):
@@ -226,3 +243,9 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
             raise ValueError("expected the key grid at config, got none named grid")
         if len(set(self.measures)) < len(self.measures):
             raise ValueError(f"expected measures without repeats, got {', '.join(self.measures)}")
+        for outcome in self.outcomes:
+            _check_measures("outcomes", self.measures, outcome)
+
+    def axes(self) -> dict[str, list[str]]:
+        """Names of the classes and of the tasks."""
+        return {"classes": self.data.classes, "tasks": [] if self.tasks is None else self.tasks.names}

@@ -118,6 +118,6 @@ def read_gates(path: Path) -> Gates:
         raise ArgumentError(
             f"gate: expected a file that can be read, got {path} ({error.strerror}); check its path"
         ) from error
-    except ValueError as error:  # of its encoding, too
+    except (ValueError, RecursionError) as error:  # of its encoding, and of brackets that are nested too deeply, too
         raise ArgumentError(f"gate: expected TOML, got {path} ({error}); correct it") from error
     return gates_of(value, str(path))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, inspect
 
 from skillfast.errors import DataError
 from skillfast.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 R = TypeVar("R", bound="Record")
@@ -48,6 +49,20 @@ class Document(Record, frozen=True):
         """The name and version that the file carries, such as `skillfast.bench/1`."""
         return str(cls.__struct_config__.tag)
 
+    def axes(self) -> dict[str, list[str]]:
+        """Names along each axis of the file, for values that are declared `along` or `among` it."""
+        return {}
+
+
+def along(axis: str) -> Meta:
+    """Meta of a list with an item for each name of the axis, or of a dict with each name as a key."""
+    return Meta(extra={"along": axis})
+
+
+def among(axis: str) -> Meta:
+    """Meta of text that is one of the axis's names, of a list of them, or of a dict with some of them as keys."""
+    return Meta(extra={"among": axis})
+
 
 def to_json(record: Any) -> Any:
     """The record as dicts and lists, in the order of its fields."""
@@ -72,7 +87,10 @@ def from_json(kind: type[R], value: Any, what: str, remedy: str) -> R:
         DataError: A key that is missing or not known, or a value of another type or out of its range.
     """
     try:
-        return msgspec.convert(value, kind)
+        found = msgspec.convert(value, kind)
+        if isinstance(found, Document):
+            _check_axes(found)
+        return found
     except msgspec.ValidationError as error:
         raise DataError(f"{what}: {_expected(str(error), value)}; {remedy}") from error
 
@@ -103,6 +121,68 @@ def schema(kind: type[Document]) -> dict[str, Any]:
         "$ref": made["$ref"],
         "$defs": {name: {**found, **more[name]} for name, found in made["$defs"].items()},
     }
+
+
+def _check_axes(found: Document) -> None:
+    if walk := _walk(type(found)):
+        walk(found, found.axes(), "")
+
+
+_Walk = Callable[[Any, Mapping[str, list[str]], str], None]
+
+
+@cache
+def _walk(kind: type[Record]) -> _Walk | None:
+    """What raises ValidationError, as msgspec does of other faults, where a value does not go along its axis."""
+    return _walk_of(inspect.type_info(kind))
+
+
+def _walk_of(kind: inspect.Type) -> _Walk | None:
+    """The same of any type; None where no value below it is declared so."""
+    if isinstance(kind, inspect.Metadata):
+        return _on_axis(kind.extra or {}, _walk_of(kind.type))
+    if isinstance(kind, inspect.UnionType):  # with None, or with no value
+        inner = next((walk for walk in map(_walk_of, kind.types) if walk is not None), None)
+        return inner and (lambda value, axes, place: None if value in (None, UNSET) else inner(value, axes, place))
+    if isinstance(kind, inspect.ListType) and (item := _walk_of(kind.item_type)):
+        return partial(_each, item, lambda value: [(f"[{i}]", inner) for i, inner in enumerate(value)])
+    if isinstance(kind, inspect.DictType) and (item := _walk_of(kind.value_type)):
+        return partial(_each, item, lambda value: [(f".{key}", inner) for key, inner in value.items()])
+    if isinstance(kind, inspect.StructType):
+        fields = [(field, walk) for field in kind.fields if (walk := _walk_of(field.type))]
+
+        def walked(value: Any, axes: Mapping[str, list[str]], place: str) -> None:
+            for field, walk in fields:
+                walk(getattr(value, field.name), axes, f"{place}.{field.encode_name}")
+
+        return walked if fields else None
+    return None
+
+
+def _each(
+    walk: _Walk, parts: Callable[[Any], list[tuple[str, Any]]], value: Any, axes: Mapping[str, list[str]], place: str
+) -> None:
+    for key, part in parts(value):
+        walk(part, axes, place + key)
+
+
+def _on_axis(declared: Mapping[str, str], inner: _Walk | None) -> _Walk | None:
+    if not declared:
+        return inner
+
+    def walked(value: Any, axes: Mapping[str, list[str]], place: str) -> None:
+        for how, axis in declared.items():
+            names = axes[axis]
+            if how == "among" or isinstance(value, dict):
+                given = [value] if isinstance(value, str) else value
+                if other := next((name for name in given if name not in names), None):
+                    raise msgspec.ValidationError(f"Expected one of the {axis}, got {other!r} - at `${place}`")
+            if how == "along" and len(value) != len(names):
+                raise msgspec.ValidationError(f"Expected {len(names)} values, got {len(value)} - at `${place}`")
+        if inner is not None:
+            inner(value, axes, place)
+
+    return walked
 
 
 def _records(kind: type[Record]) -> Iterator[type[Record]]:
@@ -136,6 +216,8 @@ def _expected(message: str, value: Any) -> str:
         return f"expected {found[1]}{at}, got {found[2]}"
     if found := re.fullmatch(r"Expected (.*)", message):
         return f"expected {found[1]}{at}, got {_shown(value, place)}"
+    if re.fullmatch("(Number|Integer value) out of range", message):
+        return f"expected a number that float64 or int64 holds{at}, got {_shown(value, place)}"
     return message
 
 

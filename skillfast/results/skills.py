@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
+from skillfast.errors import DataError
 from skillfast.results.records import Count, Document, Name, Record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from skillfast.results.bench import BenchResults
 
 Indices = Annotated[list[Count], Meta(extra_json_schema={"uniqueItems": True})]
 
@@ -49,6 +55,41 @@ class Skills(Document, frozen=True, tag="skillfast.skills/1", tag_field="schema"
 
     fingerprint: Name | None
     skills: Annotated[list[SkillEntry], Meta(min_length=1)]
+
+
+def check_of_run(found: Skills, results: BenchResults, what: str | Path = FILE) -> None:
+    """Check that a file's skills are those of a run.
+
+    Args:
+        found: The skills.
+        results: The run's results.
+        what: The file, for the error.
+
+    Raises:
+        DataError: Skills of another model or of other classes, or neurons that its sites do not have.
+    """
+    ours, theirs = results.model.fingerprint, found.fingerprint
+    widths, names = {site.name: site.width for site in results.model.sites}, [skill.name for skill in found.skills]
+    beyond = [
+        f"{site} of {skill.name!r}, neuron {max(index)}"
+        for skill in found.skills
+        for site, index in skill.neurons.items()
+        if site in widths and index and max(index) >= widths[site]
+    ]
+    unknown = sorted({site for skill in found.skills for site in skill.neurons} - set(widths))
+    if ours != theirs:
+        expected, got = f"the skills of the model {ours!r} of results.json", repr(theirs)
+    elif unknown:
+        expected, got = "skills on the sites of results.json", ", ".join(unknown)
+    elif names != results.dataset.classes:
+        odd = next((name for name in results.dataset.classes if name not in names), None)
+        expected = "the skills of the classes of results.json, in their order"
+        got = f"none of {odd!r}" if odd is not None else "others"
+    elif beyond:
+        expected, got = "neurons that the sites of results.json have", beyond[0]
+    else:
+        return
+    raise DataError(f"{what}: expected {expected}, got {got}; take both files from one run")
 
 
 def skills_digest(found: Skills) -> str:

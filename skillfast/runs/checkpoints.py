@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
-from skillfast import files
+from msgspec import Meta
+
 from skillfast.errors import DataError
-from skillfast.runs.kept import MODEL, REMEDY, SCHEMA, WEIGHTS
+from skillfast.results import records
+from skillfast.results.records import Count, Document
+from skillfast.runs.kept import MODEL, REMEDY, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,6 +26,19 @@ TRAIN = "train"  # the stage whose weights a finished run leaves
 _RUN, _COST, _RESULT = "run.json", "cost.json", "result"
 
 T = TypeVar("T")
+
+
+class _Run(Document, frozen=True, tag="skillfast.unfinished/1", tag_field="schema"):
+    """Which run left the folder."""
+
+    identity: dict[str, Any]
+
+
+class _Cost(Document, frozen=True, tag="skillfast.unfinished/1", tag_field="schema"):
+    """What a stage took, as `Found` says."""
+
+    seconds: Annotated[float, Meta(ge=0)]
+    peaks: dict[str, Count]
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,17 @@ class Checkpoints:
         if not (resume and self._left_by(ours)):
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
-        files.write_json(self.folder / _RUN, {"schema": SCHEMA, "identity": ours})
+        records.write(_Run(ours), self.folder / _RUN)
 
     def _left_by(self, ours: dict[str, Any]) -> bool:
         """Whether the folder holds results of a run with this identity."""
+        path = self.folder / _RUN
+        if not path.exists():
+            return False
         try:
-            theirs = files.read_json(self.folder / _RUN, SCHEMA, REMEDY).get("identity", {})
-        except DataError:
+            theirs = records.read(_Run, path, REMEDY).identity
+        except DataError as error:
+            self.say(f"the unfinished run in {self.directory} is begun anew: {error}")
             return False
         names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
         if names:
@@ -85,12 +105,12 @@ class Checkpoints:
             return None
         try:
             value = kept.load(folder / _RESULT)
-            cost = files.read_json(folder / _COST, SCHEMA, REMEDY)
+            cost = records.read(_Cost, folder / _COST, REMEDY)
         except DataError as error:
             self.say(f"stage {name} is made anew: {error}")
             shutil.rmtree(folder)
             return None
-        return Found(value, cost["seconds"], cost["peaks"])
+        return Found(value, cost.seconds, cost.peaks)
 
     def save(self, name: str, value: T, kept: Kept[T], seconds: float, peaks: Mapping[str, int | None]) -> bool:
         """Keep a result under its name, whole or not at all; whether it is kept."""
@@ -98,8 +118,8 @@ class Checkpoints:
         try:
             (temporary / _RESULT).mkdir()
             kept.save(value, temporary / _RESULT)
-            cost = {"seconds": seconds, "peaks": {kind: peak for kind, peak in peaks.items() if peak is not None}}
-            files.write_json(temporary / _COST, {"schema": SCHEMA, **cost})
+            known = {kind: peak for kind, peak in peaks.items() if peak is not None}
+            records.write(_Cost(seconds, known), temporary / _COST)
             temporary.rename(self._folder(name))
         except OSError as error:  # a full disk costs the way back, not the run
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import structs
 
 from skillfast import __version__, files
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
 from skillfast.evaluation import comparison
 from skillfast.evaluation.comparison import ClassPair, Measured
 from skillfast.evaluation.gate import Quantities, decide
@@ -28,6 +28,7 @@ from skillfast.results.comparison import (
     Shift,
     SkillChange,
 )
+from skillfast.results.decisions import FILE as DECISIONS
 from skillfast.results.decisions import Decisions
 from skillfast.results.gates import gates_of, read_gates
 
@@ -55,12 +56,17 @@ class Run:
     @staticmethod
     def read(directory: str | Path) -> Run:
         path = Path(directory)
-        return Run(
-            path,
-            records.read(bench.BenchResults, path / bench.FILE, bench.REMEDY),
-            records.read(skill_files.Skills, path / skill_files.FILE, bench.REMEDY),
-            Decisions.load(path),
-        )
+        results = records.read(bench.BenchResults, path / bench.FILE, bench.REMEDY)
+        skills = records.read(skill_files.Skills, path / skill_files.FILE, bench.REMEDY)
+        decisions = Decisions.load(path)
+        skill_files.check_of_run(skills, results, path / skill_files.FILE)
+        ours, theirs = results.dataset.classes, decisions.classes
+        if [*theirs] != ours:
+            raise DataError(
+                f"{path / DECISIONS}: expected decisions on the classes of results.json, in their order, got others; "
+                "take both files from one run"
+            )
+        return Run(path, results, skills, decisions)
 
     @property
     def classes(self) -> list[str]:
@@ -250,6 +256,8 @@ def _filled(
     kl = None
     if shared == base.classes == new.classes:
         kl = kl_divergence(base.decisions.log_probabilities[rows[0]], new.decisions.log_probabilities[rows[1]])
+        if not np.isfinite(kl).all():  # what BASE gives a chance has none at all in NEW
+            kl = None
 
     def asked(which: np.ndarray, harm: bench.Harm | None) -> Quantities:
         return Quantities(*sides, labels, which, harm, None if kl is None else kl[which])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta, structs
 
 from skillfast import files
 from skillfast.ablation.sweep import SweepResult, sweep
@@ -16,6 +17,9 @@ from skillfast.evaluation.directions import angles
 from skillfast.evaluation.embeddings import Comparison, EmbeddingMetrics
 from skillfast.evaluation.probes import Head, Reader, Readings
 from skillfast.models.sites import find_sites
+from skillfast.results import arrays
+from skillfast.results.arrays import Array, indices
+from skillfast.results.records import Count, Document, Positive, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
 
 BYTES_AT_ONCE = 1 << 29
-SCHEMA = "skillfast.embeddings/1"
 FILE = "embeddings.safetensors"
 _PER_REMOVAL = (
     "cosine", "rank_preservation", "rank_influence", "knn_accuracy_change", "cka", "cka_left_out", "n_written",
@@ -78,7 +81,7 @@ class EmbeddingChanges:
         """Write `embeddings.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
         rows = {name: np.stack([getattr(found, name) for found in self.comparisons]) for name in _PER_REMOVAL}
-        arrays = {
+        stored = {
             **rows,
             "embeddings": self.metrics.embeddings,
             "labels": self.metrics.labels,
@@ -87,37 +90,77 @@ class EmbeddingChanges:
             **{name: getattr(self.readings, name) for name in _READINGS},
         }
         undefined = [found.undefined.tolist() for found in self.comparisons]
-        files.write_arrays(
-            path,
-            arrays,
-            {
-                "schema": SCHEMA,
-                "settings": self.metrics.settings,
-                "names": self.names,
-                "undefined": undefined,
-                "n_fitted": self.readings.n_fitted,
-            },
-        )
+        header = _Header(_Settings(**self.metrics.settings), list(self.names), undefined, self.readings.n_fitted)
+        arrays.write(path, header, stored)
         return path
 
     @staticmethod
     def load(directory: str | Path) -> EmbeddingChanges:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "write it with EmbeddingChanges.save"
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            rows = zip(*(arrays[name] for name in _PER_REMOVAL), header["undefined"], strict=True)
-            comparisons = tuple(
-                Comparison(
-                    cosine, rho, influence, knn, float(cka), left_out, np.array(undefined, np.int64), int(written)
-                )
-                for cosine, rho, influence, knn, cka, left_out, written, undefined in rows
-            )
-            metrics = EmbeddingMetrics(arrays["embeddings"], arrays["labels"], **header["settings"])
-            readings = Readings(**{name: arrays[name] for name in _READINGS}, n_fitted=header["n_fitted"])
-            return EmbeddingChanges(
-                tuple(header["names"]), metrics, comparisons, arrays["angles"], arrays["angles_left_out"], readings
-            )
+        header, found = arrays.read(_Header, Path(directory) / FILE, _layout, "write it with EmbeddingChanges.save")
+        rows = zip(*(found[name] for name in _PER_REMOVAL), header.undefined, strict=True)
+        comparisons = tuple(
+            Comparison(cosine, rho, influence, knn, float(cka), left_out, np.array(undefined, np.int64), int(written))
+            for cosine, rho, influence, knn, cka, left_out, written, undefined in rows
+        )
+        return EmbeddingChanges(
+            tuple(header.names),
+            EmbeddingMetrics(found["embeddings"], found["labels"], **structs.asdict(header.settings)),
+            comparisons,
+            found["angles"],
+            found["angles_left_out"],
+            Readings(**{name: found[name] for name in _READINGS}, n_fitted=header.n_fitted),
+        )
+
+
+class _Settings(Record, frozen=True):
+    """Those of `EmbeddingMetrics`."""
+
+    n_neighbours: Positive
+    max_anchors: Positive
+    seed: Count
+
+
+class _Header(Document, frozen=True, tag="skillfast.embeddings/1", tag_field="schema"):
+    """The header of `embeddings.safetensors`.
+
+    Attributes:
+        settings: Of the metrics.
+        names: The removals' names.
+        undefined: For each, the examples that are left out.
+        n_fitted: Of the readings.
+    """
+
+    settings: _Settings
+    names: Annotated[list[str], Meta(min_length=1)]
+    undefined: list[list[Count]]
+    n_fitted: Count
+
+    def __post_init__(self) -> None:
+        if len(self.undefined) != len(self.names):
+            raise ValueError(f"expected {len(self.names)} lists at undefined, got {len(self.undefined)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("expected different names, got one twice")
+
+
+def _layout(header: _Header) -> dict[str, Array]:
+    """What each array must be; NaN is what is not defined."""
+    rows = len(header.names)
+    per_example = {name: Array((rows, "n"), nan=True) for name in _PER_REMOVAL[:4]}
+    return {
+        "embeddings": Array(("n", "width"), ("float32", "float64"), nan=True, infinite=True),
+        "labels": indices("n", below="k"),
+        **per_example,
+        "cka": Array((rows,), nan=True),
+        "cka_left_out": Array((rows, "groups"), nan=True),
+        "n_written": indices(rows, below=None),
+        "angles": Array((rows, "k"), low=0, high=180.001, nan=True),
+        "angles_left_out": Array((rows, "groups", "k"), low=0, high=180.001, nan=True),
+        "intact": indices("n", below="k"),
+        "refitted": indices("read", "n", below="k"),
+        "relearned": indices("read", "draws", "n", below="k"),
+        "without": indices("read", "draws", "n", below="k"),
+    }
 
 
 def compare_embeddings(

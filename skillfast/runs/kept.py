@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from skillfast import files
 from skillfast.models.loading import load_trained, save_trained
+from skillfast.results import records
+from skillfast.results.records import Document
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,9 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, MODEL = "model.safetensors", "model"  # of timm's models, and the folder of a language model
-SCHEMA = "skillfast.unfinished/1"
 REMEDY = "run again with --no-resume"
 _VALUE = "value.json"
+_BLOCK = 1 << 20  # bytes of a file that are in memory at once
 
 T = TypeVar("T")
 
@@ -55,10 +59,38 @@ class Kept(Generic[T]):
         )
 
 
-JSON: Kept[Any] = Kept(
-    lambda value, folder: files.write_json(folder / _VALUE, {"schema": SCHEMA, "value": value}),
-    lambda folder: files.read_json(folder / _VALUE, SCHEMA, REMEDY)["value"],
-)
+class _Value(Document, frozen=True, tag="skillfast.unfinished/1", tag_field="schema"):
+    """A value, and the CRC-32 of its JSON: nothing else tells whether it is still what a stage gave."""
+
+    value: Any
+    crc32: int
+
+    def __post_init__(self) -> None:
+        if self.crc32 != _checksum(self.value):
+            raise ValueError("expected the value as it was written at value, got another")
+
+
+def _checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _save_value(value: Any, folder: Path) -> None:
+    read_again = json.loads(json.dumps(value))  # tuples are lists, keys are text
+    records.write(_Value(read_again, _checksum(read_again)), folder / _VALUE)
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 of a folder's files but for a value's: of each its name and a line feed, then its bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _VALUE):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+JSON: Kept[Any] = Kept(_save_value, lambda folder: records.read(_Value, folder / _VALUE, REMEDY).value)
 """For a value that JSON holds."""
 
 

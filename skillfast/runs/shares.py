@@ -11,6 +11,10 @@ import numpy as np
 from skillfast import files
 from skillfast.ablation.assigned import predict_assigned
 from skillfast.data.splits import few_per_class, part_of
+from skillfast.results import arrays
+from skillfast.results.arrays import indices
+from skillfast.results.records import Document
+from skillfast.runs.kept import REMEDY
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
     from skillfast.runs.removals import Removals
 
-SCHEMA, FILE = "skillfast.own_predictions/2", "own_predictions.safetensors"
+FILE = "own_predictions.safetensors"
 FORWARDS_BY_BLOCK = 200  # of each class, however many blocks there are
 LEAST_BY_BLOCK = 5  # examples of each class, where there are as many
 CONTROLLED = 10  # examples of each class under each random control
@@ -47,13 +51,27 @@ class OwnPredictions:
     def save(self, directory: str | Path) -> Path:
         """Write `own_predictions.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        files.write_arrays(path, dict(vars(self)), {"schema": SCHEMA})
+        arrays.write(path, _Header(), dict(vars(self)))
         return path
 
     @staticmethod
     def load(directory: str | Path) -> OwnPredictions:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        return OwnPredictions(**files.read_arrays(Path(directory) / FILE, SCHEMA, "run again with --no-resume")[0])
+        return OwnPredictions(**arrays.read(_Header, Path(directory) / FILE, lambda _: _LAYOUT, REMEDY)[1])
+
+
+class _Header(Document, frozen=True, tag="skillfast.own_predictions/2", tag_field="schema"):
+    """The header of `own_predictions.safetensors`."""
+
+
+_LAYOUT = {
+    "components": indices("subsets", "n", below=None),
+    "blocks": indices("sets", "m", below=None),
+    "block_rows": indices("m", below="n"),
+    "controls": indices("draws", "c", below=None),
+    "matched": indices("matched", "c", below=None),
+    "control_rows": indices("c", below="n"),
+}
 
 
 def predict_parts(

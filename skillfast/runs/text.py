@@ -19,8 +19,7 @@ from skillfast.models.huggingface import load_config, load_language_model, quant
 from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, batches, split_text
-from skillfast.models.weights import first_line
-from skillfast.runs.kept import JSON, MODEL, Kept
+from skillfast.runs.kept import JSON, MODEL, Kept, files_digest
 from skillfast.runs.subject import Subject, Training
 from skillfast.tracing.trace import trace
 from skillfast.vocabulary import EMBEDDED, NO_TRAINING
@@ -240,18 +239,18 @@ def _folder_of(loaded: LanguageModel) -> Kept[dict[str, Any]]:
 
     def save(trained: dict[str, Any], folder: Path) -> None:
         save_language_model(loaded.model, folder / MODEL, tokenizer=loaded.tokenizer)
-        JSON.save(trained, folder / MODEL)
+        JSON.save({"trained": trained, "files": files_digest(folder / MODEL)}, folder / MODEL)
 
     def load(folder: Path) -> dict[str, Any]:
-        of: Any = type(loaded.model)
-        try:
-            again = of.from_pretrained(folder / MODEL, local_files_only=True)
-            loaded.model.load_state_dict(again.state_dict())
-        except Exception as error:  # readers of damaged files raise nearly anything
+        kept = JSON.load(folder / MODEL)
+        if files_digest(folder / MODEL) != kept["files"]:  # before a library reads them
             raise DataError(
-                f"trained weights '{folder / MODEL}': expected a whole folder, got {first_line(error)}; train again"
-            ) from error
-        return JSON.load(folder / MODEL)
+                f"trained weights '{folder / MODEL}': expected a whole folder, got other files; train again"
+            )
+        again = type(loaded.model).from_pretrained(folder / MODEL, local_files_only=True)  # type: ignore[attr-defined]
+        loaded.model.load_state_dict(again.state_dict())
+        trained: dict[str, Any] = kept["trained"]
+        return trained
 
     return Kept(save, load)
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import Site, site_slices
+from skillfast.results import arrays
+from skillfast.results.arrays import Array, indices
+from skillfast.results.records import Document, Name
+from skillfast.statistics.saved_sites import SavedSite, saved_sites, sites_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from skillfast.statistics.scores import NeuronScores
 
-SCHEMA = "skillfast.ranking/1"
 FILE = "ranking.safetensors"
 
 
@@ -55,31 +59,52 @@ class NeuronRanking:
     def save(self, directory: str | Path) -> Path:
         """Write `ranking.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        header = {
-            "schema": SCHEMA,
-            "method": self.method,
-            "columns": self.columns,
-            "sites": [asdict(site) for site in self.sites],
-            "fingerprint": self.fingerprint,
-            "settings": dict(self.settings),
-        }
-        files.write_arrays(path, {"values": self.values, "n_observations": self.n_observations}, header)
+        header = RankingHeader(
+            method=self.method,
+            columns=list(self.columns),
+            sites=saved_sites(self.sites),
+            fingerprint=self.fingerprint,
+            settings=dict(self.settings),
+        )
+        arrays.write(path, header, {"values": self.values, "n_observations": self.n_observations})
         return path
 
     @staticmethod
     def load(directory: str | Path) -> NeuronRanking:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "write it with NeuronRanking.save"
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            return NeuronRanking(
-                method=header["method"],
-                columns=tuple(header["columns"]),
-                sites=tuple(Site(**site) for site in header["sites"]),
-                fingerprint=header["fingerprint"],
-                settings=header["settings"],
-                **arrays,
-            )
+        header, found = arrays.read(RankingHeader, Path(directory) / FILE, _layout, "write it with NeuronRanking.save")
+        return NeuronRanking(
+            method=header.method,
+            columns=tuple(header.columns),
+            sites=sites_of(header.sites),
+            fingerprint=header.fingerprint,
+            settings=header.settings,
+            **found,
+        )
+
+
+class RankingHeader(Document, frozen=True, tag="skillfast.ranking/1", tag_field="schema"):
+    """The header of `ranking.safetensors`, attributes of `NeuronRanking` of the same names."""
+
+    method: Name
+    columns: Annotated[list[str], Meta(min_length=1)]
+    sites: list[SavedSite]
+    fingerprint: str | None
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("expected columns with different names at columns, got one twice")
+        sites_of(self.sites)
+
+
+def _layout(header: RankingHeader) -> dict[str, Array]:
+    n = sum(site.width for site in header.sites) if header.sites else "n"
+    columns = len(header.columns)
+    return {
+        "values": Array((n, columns), nan=True, infinite=True),
+        "n_observations": indices(columns, below=None),
+    }
 
 
 def ranking_of(scores: NeuronScores | NeuronRanking, method: str | None = None) -> NeuronRanking:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast import files
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.table import BinTable
@@ -367,13 +367,14 @@ class NeuronStatistics:
         """Go on from what `save` wrote.
 
         Raises:
-            DataError: The file is missing, broken or of another version.
-            ArgumentError: Tensors that do not fit the settings in the file.
+            DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
         """
-        path, remedy = Path(directory) / FILE, "write it with NeuronStatistics.save"
-        state = files.read_nested(path, persistence.SCHEMA, remedy)
-        with files.whole(path, remedy):
+        path = Path(directory) / FILE
+        state = files.read_nested(path, persistence.SCHEMA, "write it with NeuronStatistics.save")
+        try:
             return NeuronStatistics.from_state_dict(state, device)
+        except ArgumentError as error:
+            raise DataError(f"{path}, {error}") from error
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted so far; counting may go on. Warns once of whatever has no score.

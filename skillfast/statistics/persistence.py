@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from skillfast.errors import ArgumentError
-from skillfast.metrics import from_json, to_json
+import torch
+from msgspec import Meta
+
+from skillfast.errors import ArgumentError, DataError
+from skillfast.metrics import from_json as metrics_from_json
+from skillfast.metrics import to_json
+from skillfast.results.records import Document, Positive, Record, from_json
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.layout import BinLayout
 from skillfast.statistics.bins.table import BinTable
 from skillfast.statistics.bootstrap import Numbering
-from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State
+from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State, needs_bins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
-
 SCHEMA = "skillfast.statistics/1"
+_REMEDY = "it is damaged, start again"
 
 
 def to_dict(state: State) -> dict[str, Any]:
@@ -44,6 +48,45 @@ def to_dict(state: State) -> dict[str, Any]:
     }
 
 
+class SavedMetric(Record, frozen=True):
+    """A metric's kind; the classes of a categorical one."""
+
+    type: Literal["categorical", "binary", "continuous"]
+    classes: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type == "categorical") != (self.classes is not None):
+            raise ValueError(f"expected classes of a categorical metric alone, got {self.classes} of a {self.type} one")
+
+
+class SavedState(Document, frozen=True, tag="skillfast.statistics/1", tag_field="schema"):
+    """What `to_dict` gives."""
+
+    n_neurons: Positive
+    metrics: dict[str, SavedMetric]
+    statistics: list[str]
+    bins: Positive
+    n_bootstrap: Positive | None
+    seed: int
+    buffer_rows: Positive
+    stream: Annotated[list[int], Meta(min_length=3)]
+    shifted: bool
+    wide: bool
+    comoments: dict[str, torch.Tensor]
+    kept: dict[Literal["rows", "values"], torch.Tensor]
+    table: dict[str, Any] | None
+    replicates: dict[str, torch.Tensor] | None
+
+    def __post_init__(self) -> None:
+        if len(self.kept) < 2:
+            raise ValueError("expected rows and values at kept, got fewer")
+        if self.table is not None and self.table.get("dtype") not in DTYPES:
+            raise ValueError(f"expected one of {', '.join(DTYPES)} at table.dtype, got {self.table.get('dtype')!r}")
+
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # of activations
+
+
 def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | None = None) -> State:
     """A state on a device, from what `to_dict` gave.
 
@@ -55,23 +98,42 @@ def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | No
     Raises:
         ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
     """
-    state = State.empty(_settings(stored), device)
+    if stored.get("schema") != SCHEMA:
+        raise ArgumentError(
+            f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
+        )
+    metrics = stored.get("metrics")
+    named = metrics if isinstance(metrics, dict) else {}
+    nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
+    if tensors := [name for name, value in nested.items() if isinstance(value, torch.Tensor)]:
+        raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; {_REMEDY}")
+    try:
+        saved = from_json(SavedState, stored, "state_dict", _REMEDY)
+    except DataError as error:
+        raise ArgumentError(str(error)) from error
+    settings = _settings(saved)
+    layout = BinLayout.of(settings.metrics, settings.bins)
+    _check_tensors(_empty(settings, torch.device("meta"), experts), saved, layout)  # takes no memory
+    _check_contents(saved, layout)
+    state = _empty(settings, device, experts)
+    for name, tensor in state.moments.tensors().items():
+        tensor.copy_(saved.comoments[name])
+    stream, shards, used, *merged = saved.stream
+    state.numbering = Numbering(stream, shards, used, set(merged))
+    state.shifted, state.wide = saved.shifted, saved.wide
+    if state.replicates is not None and saved.replicates is not None:
+        for name, tensor in state.replicates.tensors().items():
+            tensor.copy_(saved.replicates[name])
+    if saved.table is not None:
+        state.table = BinTable.from_state_dict(layout, saved.table, device)
+    state.buffer = _buffer(settings, saved.kept["rows"], saved.kept["values"], device)
+    return state
+
+
+def _empty(settings: AccumulatorSettings, device: torch.device, experts: int | None) -> State:
+    state = State.empty(settings, device)
     if experts is not None:
         state.stack(experts)
-    layout = BinLayout.of(state.settings.metrics, state.settings.bins)
-    _check_shapes(state, stored, layout)
-    _check_contents(stored, layout)
-    for name, tensor in state.moments.tensors().items():
-        tensor.copy_(stored["comoments"][name])
-    stream, shards, used, *merged = stored["stream"]
-    state.numbering = Numbering(stream, shards, used, set(merged))
-    state.shifted, state.wide = stored["shifted"], stored["wide"]
-    if state.replicates is not None:
-        for name, tensor in state.replicates.tensors().items():
-            tensor.copy_(stored["replicates"][name])
-    if stored["table"] is not None:
-        state.table = BinTable.from_state_dict(layout, stored["table"], device)
-    state.buffer = _buffer(state.settings, stored["kept"]["rows"], stored["kept"]["values"], device)
     return state
 
 
@@ -85,51 +147,93 @@ def _buffer(settings: AccumulatorSettings, rows: torch.Tensor, values: torch.Ten
     return buffer
 
 
-def _settings(stored: Mapping[str, Any]) -> AccumulatorSettings:
-    if stored.get("schema") != SCHEMA:
-        raise ArgumentError(
-            f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
-        )
-    names = ("n_neurons", "bins", "n_bootstrap", "seed", "buffer_rows")
+def _settings(saved: SavedState) -> AccumulatorSettings:
+    metrics = {
+        name: {"type": told.type} | ({"classes": told.classes} if told.classes else {})
+        for name, told in saved.metrics.items()
+    }
     return AccumulatorSettings(
-        metrics=from_json(stored["metrics"]),
-        statistics=tuple(stored["statistics"]),
-        **{name: stored[name] for name in names},
+        n_neurons=saved.n_neurons,
+        metrics=metrics_from_json(metrics),
+        statistics=tuple(saved.statistics),
+        bins=saved.bins,
+        n_bootstrap=saved.n_bootstrap,
+        seed=saved.seed,
+        buffer_rows=saved.buffer_rows,
     )
 
 
-def _check_shapes(state: State, stored: Mapping[str, Any], layout: BinLayout) -> None:
-    settings, kept = state.settings, stored["kept"]
-    given = {**stored["comoments"], "kept rows": kept["rows"], "kept values": kept["values"]}
-    expected = {name: list(tensor.shape) for name, tensor in state.moments.tensors().items()}
-    expected["kept rows"] = [len(kept["values"]), settings.n_neurons]
-    expected["kept values"] = [len(kept["rows"]), len(settings.metrics) + 1]
-    if stored["table"] is not None:
-        given |= {name: stored["table"].get(name) for name in ("edges", "table")}
-        expected |= {"edges": [settings.n_neurons, settings.bins - 1], "table": [settings.n_neurons, layout.entries]}
-    if state.replicates is not None:
-        given |= {f"replicates {name}": tensor for name, tensor in (stored["replicates"] or {}).items()}
-        expected |= {f"replicates {name}": list(t.shape) for name, t in state.replicates.tensors().items()}
-    for name, shape in expected.items():
-        found = None if given.get(name) is None else list(given[name].shape)
-        if found != shape:
-            raise ArgumentError(f"state_dict {name}: expected shape {shape}, got {found}; it is damaged, start again")
+def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
+    """Raises ArgumentError where a tensor has another type or shape than a state of these settings has."""
+    settings, kept, counted = empty.settings, saved.kept, saved.comoments.get("count")
+    given: dict[str, Any] = {**saved.comoments, **{f"kept {name}": tensor for name, tensor in kept.items()}}
+    expected = {name: _kind(tensor) for name, tensor in empty.moments.tensors().items()}
+    rows = kept["rows"]
+    real = rows.dtype if str(rows.dtype).removeprefix("torch.") in DTYPES else torch.float32
+    expected["kept rows"] = real, [len(rows) if rows.dim() else 0, settings.n_neurons]
+    expected["kept values"] = torch.float64, [expected["kept rows"][1][0], len(settings.metrics) + 1]
+    if saved.table is not None:
+        if not needs_bins(settings.statistics):
+            raise ArgumentError(f"state_dict table: expected none with {settings.statistics}, got one; {_REMEDY}")
+        given |= {name: value for name, value in saved.table.items() if name != "dtype"}
+        expected |= {
+            "edges": (torch.float32, [settings.n_neurons, settings.bins - 1]),
+            "table": (torch.int32, [settings.n_neurons, layout.entries]),
+        }
+        places = saved.table.get("overflow_where")
+        many = [len(places) if isinstance(places, torch.Tensor) and places.dim() else 0]
+        expected |= dict.fromkeys(("overflow_where", "overflow_units"), (torch.int64, many))
+        for name in layout.hats:
+            expected[f"values.{name}"] = torch.float64, [0 if counted is None or counted.dim() else int(counted)]
+            reference = saved.table.get(f"reference.{name}")
+            long = len(reference) if isinstance(reference, torch.Tensor) and reference.dim() else 0
+            expected[f"reference.{name}"] = torch.float64, [max(long, 1)]
+    if empty.replicates is not None:
+        expected |= {f"replicates {name}": _kind(tensor) for name, tensor in empty.replicates.tensors().items()}
+    given |= {f"replicates {name}": tensor for name, tensor in (saved.replicates or {}).items()}
+    for name in sorted({*expected, *given}):
+        found = given.get(name)
+        told = None if not isinstance(found, torch.Tensor) else _kind(found)
+        if told != expected.get(name):
+            raise ArgumentError(
+                f"state_dict {name}: expected {_said(expected.get(name))}, got {_said(told)}; {_REMEDY}"
+            )
 
 
-def _check_contents(stored: Mapping[str, Any], layout: BinLayout) -> None:
-    """What shapes do not tell; raises ArgumentError."""
-    counts, table = stored["comoments"]["count"], stored["table"]
-    count = int(counts.sum())
-    wrong = []
-    if bool((counts < 0).any()):
-        wrong.append(f"count {int(counts.min())}")
+def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, list[int]]:
+    return tensor.dtype, list(tensor.shape)
+
+
+def _said(kind: tuple[torch.dtype, list[int]] | None) -> str:
+    return "none" if kind is None else f"{str(kind[0]).removeprefix('torch.')} {kind[1]}"
+
+
+def _check_contents(saved: SavedState, layout: BinLayout) -> None:
+    """What types and shapes do not tell; raises ArgumentError."""
+    counts, table, rows = saved.comoments["count"], saved.table, len(saved.kept["rows"])
+    count, wrong = int(counts.sum()), []
+    if bool((counts < 0).any()) or count < rows:
+        wrong.append(f"count {int(counts.min())} with {rows} rows kept")
+    if not all(bool(torch.isfinite(tensor).all()) for name, tensor in saved.comoments.items() if "y" in name):
+        wrong.append("metrics that are not finite")
+    values = saved.kept["values"].T
+    for (name, metric), value in zip(layout.metrics.items(), values, strict=False):
+        if not bool(metric.fits(value).all()):
+            wrong.append(f"kept values of {name!r} that are not {metric.expected}")
+    if rows and not bool(torch.isfinite(values[-1]).all()):
+        wrong.append("groups that are not finite")
     if table is not None:
-        if bool((table["edges"][:, 1:] < table["edges"][:, :-1]).any()):
+        tensors = {name: tensor for name, tensor in table.items() if isinstance(tensor, torch.Tensor)}
+        edges, places = tensors["edges"], tensors["overflow_where"]
+        if not bool((edges[:, 1:] >= edges[:, :-1]).all()):
             wrong.append("edges that do not ascend")
-        wrong += [
-            f"{len(table[f'values.{name}'])} values of {name!r}"
-            for name in layout.hats
-            if len(table[f"values.{name}"]) != count or not len(table[f"reference.{name}"])
-        ]
+        if int(tensors["table"].min()) < 0:
+            wrong.append("counts below 0")
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < tensors["table"].numel():
+            wrong.append("overflow beyond the table")
+        for name in layout.hats:
+            reference = tensors[f"reference.{name}"]
+            if not bool(torch.isfinite(tensors[f"values.{name}"]).all()) or not bool(torch.isfinite(reference).all()):
+                wrong.append(f"values of {name!r} that are not finite")
     if wrong:
-        raise ArgumentError(f"state_dict: expected a state of {count} rows, got {', '.join(wrong)}; it is damaged")
+        raise ArgumentError(f"state_dict: expected a state of {count} rows, got {', '.join(wrong)}; {_REMEDY}")

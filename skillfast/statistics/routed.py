@@ -12,7 +12,8 @@ import torch
 
 from skillfast import files, ops
 from skillfast.backends.capture import accumulation_dtype
-from skillfast.errors import ArgumentError
+from skillfast.errors import ArgumentError, DataError
+from skillfast.results.records import Document, Positive, from_json
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.moments import CoMoments
@@ -345,13 +346,19 @@ class RoutedStatistics:
             raise ArgumentError(
                 f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
             )
-        device, n = torch.device(device), stored["n_experts"]
-        kept = [stored["experts"][name] for name in sorted(stored["experts"], key=int)]
-        sums = persistence.from_dict(stored["sums"], device, None if kept else n)
+        if tensors := [name for name, value in stored.items() if isinstance(value, torch.Tensor)]:
+            raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; it is damaged")
+        try:
+            saved = from_json(_Saved, stored, "state_dict", "it is damaged, start again")
+        except DataError as error:
+            raise ArgumentError(str(error)) from error
+        device, n = torch.device(device), saved.n_experts
+        kept = [saved.experts[name] for name in sorted(saved.experts, key=int)]
+        sums = persistence.from_dict(saved.sums, device, None if kept else n)
         settings = sums.settings
         made = RoutedStatistics(
-            n, settings.n_neurons, settings.metrics, stored["statistics"], bins=settings.bins,
-            n_bootstrap=stored["n_bootstrap"], seed=settings.seed, buffer_rows=settings.buffer_rows, device=device,
+            n, settings.n_neurons, settings.metrics, saved.statistics, bins=settings.bins,
+            n_bootstrap=saved.n_bootstrap, seed=settings.seed, buffer_rows=settings.buffer_rows, device=device,
         )  # fmt: skip
         if len(made.experts) != len(kept):
             raise ArgumentError(
@@ -372,13 +379,14 @@ class RoutedStatistics:
         """Go on from what `save` wrote.
 
         Raises:
-            DataError: The file is missing, broken or of another version.
-            ArgumentError: Tensors that do not fit the settings in the file.
+            DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
         """
-        path, remedy = Path(directory) / FILE, "write it with RoutedStatistics.save"
-        stored = files.read_nested(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
+        path = Path(directory) / FILE
+        stored = files.read_nested(path, SCHEMA, "write it with RoutedStatistics.save")
+        try:
             return RoutedStatistics.from_state_dict(stored, device)
+        except ArgumentError as error:
+            raise DataError(f"{path}, {error}") from error
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""
@@ -435,3 +443,17 @@ class RoutedStatistics:
             between=None,  # each expert has tokens of its own
             reasons={name: tuple(where) for name, where in reasons.items()},
         )
+
+
+class _Saved(Document, frozen=True, tag=SCHEMA, tag_field="schema"):
+    """What `state_dict` gives; the states inside are checked as those of accumulators are."""
+
+    n_experts: Positive
+    statistics: list[str]
+    n_bootstrap: Positive | None
+    sums: dict[str, Any]
+    experts: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        if self.experts and set(self.experts) != {str(expert) for expert in range(min(self.n_experts, 1 << 20))}:
+            raise ValueError(f"expected the states of experts 0 to {self.n_experts - 1} at experts, got others")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from msgspec import Meta, structs
 
 from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.models.sites import Site, site_slices
+from skillfast.results import arrays
+from skillfast.results.arrays import Array, indices
+from skillfast.results.records import Count, Document, Positive
 from skillfast.statistics.partial import partial_correlations
+from skillfast.statistics.saved_sites import SavedSite, saved_sites, sites_of
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-SCHEMA = "skillfast.scores/1"
 FILE = "scores.safetensors"
 _PER_COLUMN = (
     "pearson", "pearson_low", "pearson_high", "pearson_p", "pearson_q", "spearman", "spearman_bound", "auroc",
@@ -235,54 +239,116 @@ class NeuronScores:
     def save(self, directory: str | Path) -> Path:
         """Write `scores.safetensors` into the folder; returns its path."""
         path = files.output_folder(directory) / FILE
-        arrays, header = self._stored(), self._header()
+        stored, header = self._stored(), ScoresHeader(**self._told())
         if self.routed is not None:
-            arrays |= {f"{_ROUTED}{name}": array for name, array in self.routed._stored().items()}
-            header["routed"] = self.routed._header()
-        files.write_arrays(path, arrays, {"schema": SCHEMA, **header})
+            stored |= {f"{_ROUTED}{name}": array for name, array in self.routed._stored().items()}
+            header = structs.replace(header, routed=ToldScores(**self.routed._told()))
+        arrays.write(path, header, stored)
         return path
 
     def _stored(self) -> dict[str, np.ndarray]:
         return self.arrays() if self.between is None else {**self.arrays(), "between": self.between}
 
-    def _header(self) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
+        """What a file's header tells of the arrays."""
         return {
-            "columns": self.columns,
+            "columns": list(self.columns),
             "n_observations": self.n_observations,
             "n_ranked": self.n_ranked,
-            "sites": [asdict(site) for site in self.sites],
+            "sites": saved_sites(self.sites),
             "pool": self.pool,
             "fingerprint": self.fingerprint,
-            "conditioned_on": self.conditioned_on,
-            "reasons": self.reasons,
+            "conditioned_on": list(self.conditioned_on),
+            "reasons": {name: list(where) for name, where in self.reasons.items()},
         }
 
     @staticmethod
     def load(directory: str | Path) -> NeuronScores:
         """Read what `save` wrote; raises DataError where the file is missing, broken or of another version."""
-        path, remedy = Path(directory) / FILE, "write it with NeuronScores.save or `skillfast trace`"
-        arrays, header = files.read_arrays(path, SCHEMA, remedy)
-        with files.whole(path, remedy):
-            routed = None
-            if (told := header.get("routed")) is not None:
-                named = {name: array for name, array in arrays.items() if name.startswith(_ROUTED)}
-                routed = _of_header({name.removeprefix(_ROUTED): array for name, array in named.items()}, told)
-            return replace(
-                _of_header({n: a for n, a in arrays.items() if not n.startswith(_ROUTED)}, header), routed=routed
-            )
+        header, found = arrays.read(
+            ScoresHeader, Path(directory) / FILE, _layout, "write it with NeuronScores.save or `skillfast trace`"
+        )
+        routed = None
+        if header.routed is not None:
+            named = {name.removeprefix(_ROUTED): array for name, array in found.items() if name.startswith(_ROUTED)}
+            routed = _of_header(named, header.routed)
+        own = {name: array for name, array in found.items() if not name.startswith(_ROUTED)}
+        return replace(_of_header(own, header), routed=routed)
 
 
-def _of_header(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> NeuronScores:
+class ToldScores(Document, frozen=True):
+    """What a file tells of the scores beside their arrays, as attributes of `NeuronScores` of the same names."""
+
+    columns: Annotated[list[str], Meta(min_length=1)]
+    n_observations: Positive
+    n_ranked: Count | None
+    sites: list[SavedSite]
+    pool: str | None
+    fingerprint: str | None
+    conditioned_on: list[str]
+    reasons: dict[str, list[Count | str]]
+
+    def __post_init__(self) -> None:
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("expected columns with different names at columns, got one twice")
+        sites_of(self.sites)
+        for name, where in self.reasons.items():
+            if not all(isinstance(place, int if name in OF_NEURONS else str) for place in where):
+                raise ValueError(
+                    f"expected {'indices' if name in OF_NEURONS else 'names'} at reasons.{name}, got others"
+                )
+
+
+class ScoresHeader(ToldScores, frozen=True, tag="skillfast.scores/1", tag_field="schema"):
+    """The header of `scores.safetensors`.
+
+    Attributes:
+        routed: The same of `NeuronScores.routed`; absent without it.
+    """
+
+    routed: ToldScores | None = None
+
+
+_LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "pearson": (-1.0001, 1.0001), "pearson_p": (0, 1), "pearson_q": (0, 1), "spearman": (-1.0001, 1.0001),
+    "spearman_bound": (0, None), "auroc": (0, 1), "auroc_bound": (0, None), "mutual_info": (0, None),
+}  # fmt: skip
+
+
+def _layout(header: ScoresHeader) -> dict[str, Array]:
+    found = _arrays_of(header, "n")
+    if header.routed is not None:
+        found |= {f"{_ROUTED}{name}": array for name, array in _arrays_of(header.routed, "routed").items()}
+    return found
+
+
+def _arrays_of(told: ToldScores, length: str) -> dict[str, Array]:
+    """What each array must be; NaN is a statistic that is not defined."""
+    n = sum(site.width for site in told.sites) if told.sites else length
+    ends = {name: _LIMITS.get(name, (None, None)) for name in _PER_COLUMN}
+    return {
+        "mean": Array((n,), nan=True, infinite=True),
+        "std": Array((n,), low=0, nan=True, infinite=True),
+        "n_routed": indices(n, below=None, optional=True),
+        "between": Array((len(told.columns), len(told.columns)), low=-1.0001, high=1.0001, nan=True, optional=True),
+        **{
+            name: Array((n, len(told.columns)), low=low, high=high, nan=True, optional=True)
+            for name, (low, high) in ends.items()
+        },
+    }
+
+
+def _of_header(found: Mapping[str, np.ndarray], told: ToldScores) -> NeuronScores:
     return NeuronScores(
-        columns=tuple(header["columns"]),
-        n_observations=header["n_observations"],
-        n_ranked=header["n_ranked"],
-        sites=tuple(Site(**site) for site in header["sites"]),
-        pool=header["pool"],
-        fingerprint=header["fingerprint"],
-        conditioned_on=tuple(header["conditioned_on"]),
-        reasons={name: tuple(where) for name, where in header["reasons"].items()},
-        **arrays,
+        columns=tuple(told.columns),
+        n_observations=told.n_observations,
+        n_ranked=told.n_ranked,
+        sites=sites_of(told.sites),
+        pool=told.pool,
+        fingerprint=told.fingerprint,
+        conditioned_on=tuple(told.conditioned_on),
+        reasons={name: tuple(where) for name, where in told.reasons.items()},
+        **dict[str, Any](found),
     )
 
 

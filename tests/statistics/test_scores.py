@@ -16,7 +16,7 @@ from skillfast.statistics.scores import OF_NEURONS
 
 SITES = (
     Site("blocks.0.attn", "attn", 0, "a", 4, heads=2),
-    Site("blocks.1.experts", "expert", 1, "e", 6, experts=3, layout="channels"),
+    Site("blocks.1.experts", "expert", 1, "e", 6, experts=3, layout="channels_first"),
     Site("head", "head", None, "h", 2, inside="x"),
 )
 COLUMNS = ("label:0", "label:1", "loss")

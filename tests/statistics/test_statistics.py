@@ -184,8 +184,8 @@ def test_state_of_another_kind_is_refused():
     state = NeuronStatistics(6, METRICS).state_dict()
     with pytest.raises(ArgumentError, match=r"expected schema 'skillfast.statistics/1', got 'x'"):
         NeuronStatistics.from_state_dict({**state, "schema": "x"})
-    state["comoments"]["sum_x"] = torch.zeros(5)
-    with pytest.raises(ArgumentError, match=r"sum_x: expected shape \[6\], got \[5\]"):
+    state["comoments"]["sum_x"] = torch.zeros(5, dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=r"sum_x: expected float64 \[6\], got float64 \[5\]"):
         NeuronStatistics.from_state_dict(state)
 
 

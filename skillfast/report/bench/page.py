@@ -18,6 +18,7 @@ from skillfast.report.bench import (
 )
 from skillfast.report.formatting import cell, data_name, model_name, number_of, percent
 from skillfast.report.parts import MAX_WRITTEN
+from skillfast.results.skills import check_of_run
 
 if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults
@@ -125,12 +126,7 @@ def render(results: BenchResults, skills: Skills) -> str:
 
 def check(results: BenchResults, skills: Skills) -> None:
     """Raise DataError where two files are not of one model, or one is not of one data set."""
-    ours, theirs = results.model.fingerprint, skills.fingerprint
-    if ours != theirs:
-        raise DataError(
-            f"skills.json: expected the skills of the model {ours!r} of results.json, got {theirs!r}; "
-            "take both files from one run"
-        )
+    check_of_run(skills, results)
     classes = set(results.dataset.classes)
     named = {*(results.verdicts or {}), *(name for each in (results.verdicts or {}).values() for name in each.harmed)}
     if found := results.interference:
@@ -139,11 +135,4 @@ def check(results: BenchResults, skills: Skills) -> None:
         raise DataError(
             f"results.json: expected verdicts and pairs of the classes of its data, got {', '.join(strange)}; "
             "take a file that a run wrote"
-        )
-    sites = {site.name for site in results.model.sites}
-    unknown = sorted({site for skill in skills.skills for site in skill.neurons} - sites)
-    if unknown:
-        raise DataError(
-            f"skills.json: expected skills on the sites of results.json, got {', '.join(unknown)}; "
-            "take both files from one run"
         )

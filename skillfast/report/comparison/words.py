@@ -204,7 +204,13 @@ def check_row(check: Check) -> list[str]:
     value = UNDEFINED
     if check.value is not None:
         value = f"{write(check.value)} {interval([check.low, check.high], write)}".rstrip()
-    return [check.skill or "all classes", CHECKS[check.check], write(check.limit), value, check.outcome]
+    return [
+        check.skill or "all classes",
+        CHECKS.get(check.check, check.check),
+        write(check.limit),
+        value,
+        check.outcome,
+    ]
 
 
 def gate_says(found: Comparison) -> str:
