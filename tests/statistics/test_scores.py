@@ -26,11 +26,11 @@ def scores(**changes):
     """Every array is there, and every reason."""
     rng = np.random.default_rng(0)
     names = [field.name for field in dataclasses.fields(NeuronScores) if field.type.startswith("np.ndarray | None")]
-    arrays = {name: rng.normal(size=(12, 3)) for name in names if name not in ("n_routed", "between")}
+    arrays = {name: rng.random((12, 3)) for name in names if name not in ("n_routed", "between")}
     arrays["auroc"][:, 2] = np.nan
     router = Site("blocks.1.router", "router", 1, "r", 3, experts=3)
     routed = NeuronScores(
-        COLUMNS, rng.random(3), rng.random(3), 50, pearson=rng.normal(size=(3, 3)), sites=(router,), pool="mean",
+        COLUMNS, rng.random(3), rng.random(3), 50, pearson=rng.uniform(-1, 1, (3, 3)), sites=(router,), pool="mean",
         reasons={"constant_neuron": (2,)},
     )  # fmt: skip
     reasons = {name: tuple(range(i, 12, 3)) for i, name in enumerate(OF_NEURONS)}
@@ -39,7 +39,7 @@ def scores(**changes):
     given = {
         "mean": rng.random(12), "std": rng.random(12), "n_observations": 100, "n_ranked": 60,
         "n_routed": np.arange(12), "routed": routed, "sites": SITES, "pool": "mean", "fingerprint": "abc",
-        "reasons": reasons, "between": rng.normal(size=(3, 3)), "conditioned_on": ("loss",), **arrays, **changes,
+        "reasons": reasons, "between": rng.uniform(-1, 1, (3, 3)), "conditioned_on": ("loss",), **arrays, **changes,
     }  # fmt: skip
     return NeuronScores(COLUMNS, **given)
 
