@@ -130,7 +130,7 @@ def write_figures(directory: Path, kind: str) -> list[Path]:
 
     found = records.read(skills.Skills, directory / skills.FILE, bench.REMEDY)
     results = records.read(bench.BenchResults, directory / bench.FILE, bench.REMEDY)
-    page.check(results, found)
+    skills.check_of_run(found, results)
     made = {**page.make_figures(results, found), "connections": connections.figure(results)}
     figures = {name: figure for name, figure in made.items() if figure is not None and _drawn(figure)}
     folder = directory / FIGURES

@@ -587,10 +587,18 @@ def test_graph_has_the_strongest_connections():
     assert connections(typed(results, sample.sample_skills(results))[0]) is None
 
 
-def test_names_must_be_those_of_the_data():
+@pytest.mark.parametrize("where", ["removals[0].skill", "competition[0].classes", "harmed", "verdicts"])
+def test_names_must_be_those_of_the_data(where):
     results, skills = both()
-    results["dataset"]["classes"][0] = "zeppelin"
-    with pytest.raises(DataError, match="verdicts and pairs of the classes of its data, got airplane;"):
+    if where == "removals[0].skill":
+        results["dataset"]["classes"][0] = "zeppelin"
+    elif where == "verdicts":
+        results["verdicts"]["zeppelin"] = results["verdicts"].pop("airplane")
+    elif where == "harmed":
+        results["verdicts"]["airplane"]["harmed"] = ["zeppelin"]
+    else:
+        results["interference"]["competition"][0]["classes"][0] = "zeppelin"
+    with pytest.raises(DataError, match=rf"expected [^;]*classes[^;]*{re.escape(where)}"):
         rendered(results, skills)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.errors import DataError
 from skillfast.report import pages
 from skillfast.report.bench import (
     connections,
@@ -106,7 +105,7 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
 
 def render(results: BenchResults, skills: Skills) -> str:
     """Make the page; see `skillfast.report.render`."""
-    check(results, skills)
+    check_of_run(skills, results)
     connected = connections.connections(results)
     drawn = {
         "figures": make_figures(results, skills),
@@ -122,17 +121,3 @@ def render(results: BenchResults, skills: Skills) -> str:
         connections=connected,
         **_context(results, skills),
     )
-
-
-def check(results: BenchResults, skills: Skills) -> None:
-    """Raise DataError where two files are not of one model, or one is not of one data set."""
-    check_of_run(skills, results)
-    classes = set(results.dataset.classes)
-    named = {*(results.verdicts or {}), *(name for each in (results.verdicts or {}).values() for name in each.harmed)}
-    if found := results.interference:
-        named |= {name for pair in (*(found.competition or ()), *(found.linkage or ())) for name in pair.classes}
-    if strange := sorted(named - classes):
-        raise DataError(
-            f"results.json: expected verdicts and pairs of the classes of its data, got {', '.join(strange)}; "
-            "take a file that a run wrote"
-        )
