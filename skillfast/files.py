@@ -211,7 +211,7 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
         path: The file.
         schema: Name and version that its header carries.
         remedy: What to do about a wrong file, for the error.
-        framework: Whose tensors to read: `numpy` or `pt`.
+        framework: The library whose tensors are read: `numpy` or `pt`.
 
     Raises:
         DataError: A file that is missing, unreadable, broken or of another version.

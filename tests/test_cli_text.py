@@ -73,6 +73,8 @@ def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
     result = run("bench", *options, "--pool", "last", "--control-draws", 1, "--method", "pearson")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    digests = found["dataset"].pop("digests")
+    assert len({each["examples"] for each in digests.values()}) == len(digests) == 3
     assert found["dataset"] == {
         "name": "text", "classes": ["neg", "pos"], "n_select": 48, "n_validate": 12, "n_test": 30,
     }  # fmt: skip

@@ -25,7 +25,7 @@ def state_bytes(
     bins: int = BINS,
     n_bootstrap: int | None = None,
 ) -> int:
-    """Bytes of an accumulator's state, without its buffer of rows and a continuous metric's scalars.
+    """Bytes of an accumulator's state, without its buffer of rows and what it keeps of the metrics alone.
 
     Args:
         n_neurons: Number of neurons.

@@ -138,7 +138,7 @@ def _walk(kind: type[Record]) -> _Walk | None:
 
 
 def _walk_of(kind: inspect.Type) -> _Walk | None:
-    """The same of any type; None where no value below it is declared so."""
+    """What checks the values of any type along their axes; None where no value below it is declared along one."""
     if isinstance(kind, inspect.Metadata):
         return _on_axis(kind.extra or {}, _walk_of(kind.type))
     if isinstance(kind, inspect.UnionType):  # with None, or with no value

@@ -33,7 +33,7 @@ from skillfast.results.decisions import Decisions
 from skillfast.results.gates import gates_of, read_gates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -131,7 +131,7 @@ def compare(
     gate: str | Path | Mapping[str, Any] | None = None,
     margin: float = comparison.MARGIN,
     output: str | Path | None = None,
-    loader: Any = None,
+    loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     quiet: bool = True,
     say: Callable[[str], None] = lambda _: None,
     **settings: Any,
@@ -184,7 +184,7 @@ def run_folders(
     output: str | Path | None,
     settings: Mapping[str, Any],
     *,
-    loader: Any = None,
+    loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     quiet: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:

@@ -114,7 +114,7 @@ class EmbeddingChanges:
 
 
 class _Settings(Record, frozen=True):
-    """Those of `EmbeddingMetrics`."""
+    """The settings of an `EmbeddingMetrics`."""
 
     n_neighbours: Positive
     max_anchors: Positive
@@ -125,10 +125,10 @@ class _Header(Document, frozen=True, tag="skillfast.embeddings/1", tag_field="sc
     """The header of `embeddings.safetensors`.
 
     Attributes:
-        settings: Of the metrics.
+        settings: The settings of the metrics.
         names: The removals' names.
-        undefined: For each, the examples that are left out.
-        n_fitted: Of the readings.
+        undefined: For each removal, the examples that are left out.
+        n_fitted: Examples that a probe is fitted on, at least.
     """
 
     settings: _Settings

@@ -17,7 +17,7 @@ from skillfast.results.trajectory import FILE, Estimate, SkillAt, SkillTrajector
 from skillfast.runs.compare import Run, accuracy_of, compared, paired, run_folders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -30,7 +30,7 @@ HEAD = "head"
 def trajectory(
     *runs: str | Path | torch.nn.Module,
     output: str | Path | None = None,
-    loader: Any = None,
+    loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     quiet: bool = True,
     say: Callable[[str], None] = lambda _: None,
     **settings: Any,

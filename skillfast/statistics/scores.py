@@ -303,7 +303,7 @@ class ScoresHeader(ToldScores, frozen=True, tag="skillfast.scores/1", tag_field=
     """The header of `scores.safetensors`.
 
     Attributes:
-        routed: The same of `NeuronScores.routed`; absent without it.
+        routed: What `NeuronScores.routed` says, without its arrays; absent where no site is of experts.
     """
 
     routed: ToldScores | None = None

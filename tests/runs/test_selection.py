@@ -62,7 +62,7 @@ def subject(splits, **more):
 def chosen_on(splits, **more):
     made = subject(splits, **more)
     scores = skillfast.trace(made.model, made.loader("select"), sites=("mlp", "attn"), statistics=("pearson",))
-    return made, protocol._choose(Session(made, None, Clock(), True, lambda _: None), scores)[0]
+    return made, protocol.choose_skills(Session(made, None, Clock(), True, lambda _: None), scores)[0]
 
 
 @pytest.fixture(scope="module")

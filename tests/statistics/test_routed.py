@@ -261,13 +261,15 @@ def test_what_does_not_fit_is_refused_on_the_way_back(tmp_path):
     assert "5 experts of 6 units, 16 bins, None replicates" in told
     state = kept.state_dict()
     del state["experts"]["4"]
-    assert "expected the states of 5 experts, got 4" in one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
+    assert "expected the states of experts 0 to 4 at experts, got others" in one_line(
+        ArgumentError, RoutedStatistics.from_state_dict, state
+    )
     told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**state, "schema": "other"})
     assert "expected schema 'skillfast.routed/1', got 'other'" in told
     state = plain.state_dict()
     state["sums"]["comoments"]["count"][3] = -1
     assert "count -1" in one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
     told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**plain.state_dict(), "n_experts": 4})
-    assert "expected shape [4], got [5]" in told
+    assert "expected int64 [4], got int64 [5]" in told
     told = one_line(DataError, RoutedStatistics.load, tmp_path)
     assert "write it with RoutedStatistics.save" in told

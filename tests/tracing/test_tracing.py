@@ -289,7 +289,7 @@ def test_the_size_of_the_state_is_known_and_told_before(vit, batches, monkeypatc
         acc = skillfast.NeuronStatistics(50, metrics, statistics, bins=16, n_bootstrap=n_bootstrap, buffer_rows=8)
         acc.calibrate(torch.randn(64, 50), {"label": torch.arange(64) % 5, "loss": torch.randn(64)})
         known = state.state_bytes(50, metrics, statistics, 16, n_bootstrap)
-        columns = 1 + 6 + 2 * 6 + (n_bootstrap or 0) * (1 + 2 * 6)  # float64 per column and replicate, not per neuron
+        columns = 1 + 6 + 2 * 6 + 6 * 6 + (n_bootstrap or 0) * (1 + 2 * 6)  # float64 of columns and replicates alone
         assert abs(acc.state_bytes - known) <= 8 * columns
     monkeypatch.setattr(state, "free_bytes", lambda _: 10_000)
     with pytest.warns(RuntimeWarning, match=r"the state of 384 neurons takes .* trace Pearson's r alone, with fewer"):
