@@ -20,6 +20,11 @@ import skillfast
 from skillfast.errors import ModelError
 from skillfast.models.weights import first_line
 
+TOWERS = {  # of models that are in no table of transformers that is read here
+    "gemma4_vision": "Gemma4VisionModel", "qwen2_5_vl_vision": "Qwen2_5_VisionTransformerPretrainedModel",
+    "qwen3_5_vision": "Qwen3_5VisionModel", "qwen3_vl_vision": "Qwen3VLVisionModel",
+    "sam_hq_vision_model": "SamHQVisionModel", "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
+}  # fmt: skip
 NO_SITES = "expected blocks named as in a known family"
 
 
@@ -32,7 +37,7 @@ def of_transformers(table: str) -> dict[str, str]:
         "encoders": [auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES],
         "vision": [auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_BACKBONE_MAPPING_NAMES],
     }
-    found: dict[str, str] = {}
+    found = dict(TOWERS) if table == "vision" else {}
     for mapping in mappings[table]:
         for family, name in mapping.items():
             found.setdefault(family, name if isinstance(name, str) else name[0])
@@ -43,7 +48,9 @@ def build_of_transformers(family: str, name: str) -> tuple[Any, None]:
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, name)(transformers.CONFIG_MAPPING[family]()).eval(), None
+        made = getattr(transformers, name)
+        config = made.config_class if family in TOWERS else transformers.CONFIG_MAPPING[family]
+        return made(config()).eval(), None
 
 
 def build_of_timm(family: str, _: str) -> tuple[Any, torch.Tensor]:

@@ -81,6 +81,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("PVTv2 of transformers", r"attention\.proj", r"mlp\.dense2", block=r"\blayers\.\d+\.blocks\.\d+"),
     Family("PVT of transformers", mlp=r"mlp\.dense2", block=r"\bblock\.\d+\.\d+"),
     Family("SwiftFormer of transformers", mlp=r"(?:local_representation\.)?point_wise_conv2", block=r"\bblocks\.\d+"),
+    Family("SAM, Qwen3-VL: towers", r"attn\.proj", r"mlp\.(?:lin2|linear_fc2)"),
     Family("FocalNet", r"modulation\.projection_out"),
     Family("Mamba, Mamba-2, Falcon-Mamba", ssm=r"mixer\.out_proj"),
     Family("Jamba, Bamba, Granite 4, Falcon-H1, Zamba: the mixers", ssm=r"(?:mamba|mamba_decoder\.mamba)\.out_proj"),

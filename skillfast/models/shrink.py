@@ -33,7 +33,7 @@ _SIZES: dict[str, int] = {
             "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
             "ffn_hidden_size", "shared_intermediate_size", "expert_ffn_hidden_size", "intermediate_size_mlp",
             "dense_intermediate_size", "expert_intermediate_size", "shared_expert_size", "lru_width", "dim_ff", "dff",
-            "block_ff_dim",
+            "block_ff_dim", "mlp_dim",
         ),
         INNER,
     ),
@@ -179,6 +179,8 @@ def _fewer_layers(config: Any) -> None:
         for key, value in vars(config).items():
             if key.endswith(("_layer_ids", "_layer_indices")) and isinstance(value, list):
                 _set(config, key, [layer for layer in value if layer < kept])
+            elif key.endswith("_indexes") and isinstance(value, list | tuple) and value and min(value) >= kept:
+                _set(config, key, list(range(kept))[1::2])  # some layers are of their kind, as in the model
         if getattr(config, name) != kept:
             _set(config, name, kept)
 
@@ -246,26 +248,32 @@ def _is_count(config: Any, name: str) -> bool:
 
 
 def random_inputs(model: Any) -> dict[str, Any]:
-    """Random inputs of the kind that the model takes first: tokens, or images.
+    """Random inputs of the kind that the model takes first: tokens, images, or their patches with places.
 
     Raises:
-        ModelError: A model whose main input is neither.
+        ModelError: A model whose main input is none of these.
     """
     generator = torch.Generator().manual_seed(2)
     config, main = model.config, model.main_input_name
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" not in takes and ("grid_thw" in takes or "pixel_position_ids" in takes):
+        return _patches(config, "grid_thw" in takes, generator)
     if main == "pixel_values":
         vision = next((p for p in _parts(config) if hasattr(p, "image_size")), config)
         size = _get(vision, "image_size") or IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(vision, "num_channels", 3)
-        return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
+        images = {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
+        if "noise" in takes:  # of a masked autoencoder, which else draws its patches anew in every forward
+            patches = (height // config.patch_size) * (width // config.patch_size)
+            images["noise"] = torch.rand(2, patches, generator=generator)
+        return images
     if main not in ("input_ids", "decoder_input_ids"):
         raise ModelError(f"{type(model).__name__}: expected one that takes tokens or images, got one for {main}")
     text = next((p for p in _parts(config) if hasattr(p, "vocab_size")), config)
     most = min([v for name in _POSITIONS if isinstance(v := _get(text, name), int) and v > 4], default=TOKENS)
     ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, min(TOKENS, most - 2)), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    takes = inspect.signature(model.forward).parameters
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = ids.flip(1)
     elif "encoder_hidden_states" in takes and any(_attends_across(path) for path, _ in model.named_modules()):
@@ -276,6 +284,19 @@ def random_inputs(model: Any) -> dict[str, Any]:
     }:
         inputs["encoder_outputs"] = (torch.randn(EXAMPLES, ENCODED, config.d_model, generator=generator),)
     return inputs
+
+
+def _patches(config: Any, joined: bool, generator: torch.Generator) -> dict[str, Any]:
+    """Two images as patches, as a tower of a language model takes them: of all images in one sequence if joined."""
+    if joined:
+        side = 2 * config.spatial_merge_size
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        rows = torch.randn(2 * side**2, width, generator=generator)
+        return {"hidden_states": rows, "grid_thw": torch.tensor([[1, side, side]] * 2)}
+    side = config.pooling_kernel_size
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, -1, -1)
+    pixels = torch.rand(2, side**2, 3 * config.patch_size**2, generator=generator)
+    return {"pixel_values": pixels, "pixel_position_ids": places}
 
 
 def _attends_across(path: str) -> bool:

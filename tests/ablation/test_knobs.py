@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import one_line
+from conftest import make_vit, one_line
 from tiny_models import save_model
 
 import skillfast
@@ -96,6 +96,9 @@ def test_what_is_no_knob_is_refused(model):
     assert "expected sites that the model has" in one_line(
         ArgumentError, skillfast.knobs(model, {"other": other}).__enter__
     )
+    gated = skillfast.prepare(make_vit(depth=1))
+    skills = {"other": Skill("other", {"blocks.0.mlp": torch.arange(2)})}
+    assert "expected a model that was not prepared" in one_line(ArgumentError, skillfast.knobs(gated, skills).__enter__)
     model.train()
     try:
         assert "training mode" in one_line(ModelError, skillfast.knobs(model, SKILLS).__enter__)

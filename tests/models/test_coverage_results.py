@@ -48,6 +48,20 @@ def test_the_sentence_on_encoders_is_that_of_the_certificates():
     assert f"{towers} have a tower" in text
 
 
+def test_the_sentence_on_vision_is_that_of_the_certificates():
+    counts, text = counted("vision"), " ".join(DOCS.split())
+    assert f"Of {sum(counts.values())} vision models, towers and backbones" in text
+    for told in (
+        f"{counts['whole']} are whole", f"{counts['whole, found by structure']} by structure (ResNet",
+        f"{counts['in part']} in part (MobileViT", f"{counts['no sites']} have no sites",
+        f"{counts['not exercised']} were not exercised", f"of {counts['not certified']} no small copy",
+        f"and {counts['cannot be built from its default configuration']} cannot be built. All",
+    ):  # fmt: skip
+        assert told in text
+    for whole in ("sam_vision_model", "vit_mae", "gemma4_vision", "qwen2_5_vl_vision", "qwen3_5_vision"):
+        assert recorded("vision")[whole]["answer"] == "whole"
+
+
 @pytest.mark.parametrize(
     ("told", "table", "family", "answer", "module"),
     [
@@ -56,6 +70,7 @@ def test_the_sentence_on_encoders_is_that_of_the_certificates():
         ("Gemma 3n", "causal", "gemma3n_text", "in part", "altup"),
         ("Inkling's shared experts", "causal", "inkling_text", "in part", "shared_experts"),
         ("MobileBERT's bottlenecks", "encoders", "mobilebert", "in part", "bottleneck"),
+        ("Qwen3-VL's tower", "vision", "qwen3_vl_vision", "in part", "deepstack_merger_list"),
         ("DeepSeek-V3.2", "causal", "deepseek_v32", "not exercised", "indexer"),
         ("GLM-MoE-DSA", "causal", "glm_moe_dsa", "not exercised", "indexer"),
         ("NLLB-MoE but the first two", "encoders", "nllb-moe", "not exercised", "experts.expert_2"),

@@ -81,6 +81,7 @@ VISION = {
     "segformer": "SegformerForImageClassification", "pvt_v2": "PvtV2ForImageClassification",
     "blip_2_vision_model": "Blip2VisionModel", "pvt": "PvtForImageClassification",
     "swiftformer": "SwiftFormerForImageClassification", "focalnet": "FocalNetForImageClassification",
+    "gemma4_vision": "Gemma4VisionModel", "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
 }  # fmt: skip
 CASES = [(family, name) for table in (CAUSAL, ENCODERS, VISION) for family, name in table.items()]
 

@@ -10,6 +10,7 @@ from conftest import one_line
 import skillfast
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical, Continuous
+from skillfast.statistics.partial import partial_correlations
 
 N, D, CLASSES = 3000, 9, 4
 METRICS = {"label": Categorical(CLASSES), "loss": Continuous(), "length": Continuous()}
@@ -95,6 +96,16 @@ def test_what_follows_from_what_is_given_is_named():
     assert given.reasons["explained_metric"] == ("twice",)
     assert np.isnan(given.pearson[:, given.columns.index("twice")]).all()
     assert np.isfinite(given.pearson[USUAL, given.columns.index("loss")]).all()
+
+
+@pytest.mark.filterwarnings("ignore:some scores")
+def test_rounding_is_no_direction_of_the_classes_that_add_up():
+    scores = accumulated()
+    given = np.arange(len(scores.columns)) < CLASSES
+    rounding = np.random.default_rng(0).normal(scale=3e-14, size=scores.between.shape)
+    found = partial_correlations(scores.pearson, scores.between + rounding + rounding.T, given)
+    np.testing.assert_allclose(found.neurons[USUAL, 0], reference(X, LOSS, ONE_HOT)[USUAL], atol=2e-5)
+    assert not found.explained_neurons[USUAL].any()
 
 
 class Block(torch.nn.Module):

@@ -14,7 +14,7 @@ import skillfast
 from skillfast import Categorical, Condition, Continuous, Skill
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import randomise
-from skillfast.tracing.gates import GATE
+from skillfast.tracing.gates import GATE, slots_of
 from skillfast.tracing.prepared import prepared
 
 FIRST = Skill("first", {"blocks.0.mlp": torch.arange(0, 96, 5), "blocks.1.attn": [0, 3], "head": [1]})
@@ -281,11 +281,20 @@ def test_gates_are_no_weights_and_move_with_the_model():
     assert gate.scale.dtype == gate.rows.dtype == torch.float32
     model.to("meta")
     assert {buffer.device.type for buffer in gate.buffers()} == {"meta"}
+    half = skillfast.prepare(make_vit(depth=1).to(torch.bfloat16), pool="none", tokens=65)
+    assert getattr(half.blocks[0].mlp.fc2, GATE).rows.dtype == torch.bfloat16  # half the memory of each token
     again = skillfast.prepare(make_vit(depth=1), sites=("attn",))
     skillfast.prepare(again, sites=("mlp",), pool="max")
     assert [site.name for site in prepared(again).sites] == ["blocks.0.mlp"]
     assert sum(len(module._forward_pre_hooks) for module in again.modules()) == 1
     assert not hasattr(again.blocks[0].attn.proj, GATE)
+
+
+@pytest.mark.parametrize(("told", "slots"), [(1, 1), (2, 2), (4, 4), (0, 4), (5, 4), (None, 4)])
+def test_a_token_has_as_many_experts_as_the_module_around_them_says(told, slots):
+    model = torch.nn.ModuleDict({"moe": torch.nn.ModuleDict({"experts": torch.nn.Identity()})})
+    model.moe.top_k = told
+    assert slots_of(model, "moe.experts", 4) == slots
 
 
 def test_other_ways_to_read_a_prepared_model_still_work(images):
@@ -444,6 +453,20 @@ def test_experts_are_prepared(implementation, pool):
     assert graphs() == 1
     told = one_line(ArgumentError, skillfast.sweep, model, batches, [Condition(skill, mode="reroute")], classes=50)
     assert "are inside its own code, where no gate stands; use mode 'zero'" in told
+
+
+def test_donors_of_examples_of_one_token_go_to_their_own():
+    plain, model = moe("grouped_mm"), skillfast.prepare(moe("grouped_mm"), rows=6, tokens=1, donors=True)
+    ids = 3 + 7 * torch.arange(6)[:, None]
+    skill = Skill("s", {"blocks.0.experts": range(12, 48)})  # no token passes the first expert
+    bank = skillfast.donors(plain, [{"input_ids": ids, "labels": torch.arange(6)}], [skill])
+    with torch.inference_mode():
+        intact, outputs = plain(ids).logits, []
+        for m in (model, plain):
+            with skillfast.ablate(m, skill, mode="resample", donors=bank):
+                outputs.append(m(ids).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], intact, rtol=1e-2)
 
 
 def test_experts_that_cannot_be_prepared_are_refused():
