@@ -112,17 +112,19 @@ def parsed(text: str, path: Path, remedy: str) -> Any:
 
 def _number(text: str) -> float:
     if math.isinf(value := float(text)):
-        raise ValueError(f"the number {_short(text)}, which float64 cannot hold")
+        raise ValueError(f"the number {short(text)}, which float64 cannot hold")
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 63:
-        raise ValueError(f"the number {_short(text)}, which int64 cannot hold")
+        raise ValueError(f"the number {short(text)}, which int64 cannot hold")
     return value
 
 
-def _short(text: str, most: int = 40) -> str:
+def short(text: str, most: int = 40) -> str:
+    """A text in one line, cut off where it is longer, for messages."""
+    text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -133,7 +135,7 @@ def check_schema(what: str, found: object, schema: str, remedy: str) -> None:
     (name, version), (other, theirs) = schema.rsplit("/", 1), str(found).rpartition("/")[::2]
     newer = other == name and theirs.isascii() and theirs.isdigit() and len(theirs) < 10 and int(theirs) > int(version)
     mended = "read it with the newer version of skillfast" if newer else f"{remedy} with this version of skillfast"
-    raise DataError(f"{what}: expected schema {schema!r}, got {_short(repr(found), 80)}; {mended}")
+    raise DataError(f"{what}: expected schema {schema!r}, got {short(repr(found), 80)}; {mended}")
 
 
 def _unreadable(path: Path, error: OSError, remedy: str) -> DataError:
@@ -248,9 +250,8 @@ def safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
         except OSError as error:
             raise _unreadable(path, error, remedy) from error
         except SafetensorError as error:
-            reason = " ".join(str(error).split())
             raise DataError(
-                f"{path}: expected a safetensors file, got one that is broken ({_short(reason, 160)}); {remedy}"
+                f"{path}: expected a safetensors file, got one that is broken ({short(str(error), 160)}); {remedy}"
             ) from error
         yield file
 
@@ -265,7 +266,7 @@ def read_nested(path: Path, schema: str, remedy: str) -> dict[str, Any]:
             name = value.get("tensor")
             if len(value) == 1 and isinstance(name, str):
                 if name not in file.kinds:
-                    raise DataError(f"{path}: expected the tensor {_short(name, 80)}, got none of this name; {remedy}")
+                    raise DataError(f"{path}: expected the tensor {short(name, 80)}, got none of this name; {remedy}")
                 return file.get(name)
             return {key: join(item) for key, item in value.items()}
 

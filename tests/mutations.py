@@ -68,7 +68,7 @@ def _changed(draw: Draw, value: Any) -> Any:
             found = found[key]
         parent[place[-1]] = copy.deepcopy(found)
     elif how == 3 and isinstance(old, int | float) and not isinstance(old, bool):
-        parent[place[-1]] = draw.choice((-old, old + 1, old - 1, old * 2, old / 3, old * 10**6, "@nan"))
+        parent[place[-1]] = draw.choice((-old, old + 1, old - 1, old * 2, old // 3, old * 10**6, "@nan"))
     elif how == 4 and isinstance(old, str):
         parent[place[-1]] = draw.choice((old + "x", old[:-1], old.upper(), old.replace("1", "2"), old * 50, ""))
     elif how < 6 and isinstance(old, dict | list):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mutations
@@ -24,22 +26,26 @@ from skillfast.data.text import read_text
 from skillfast.data.transforms import make_transforms
 from skillfast.errors import DataError, SkillfastError
 from skillfast.models.digits import digits_model
+from skillfast.models.huggingface import load_config, load_language_model
 from skillfast.models.loading import create_model, load_trained, save_trained
-from skillfast.report import read_results, summary_table, write_comparison, write_evaluation, write_report
+from skillfast.report import read_results, replay_text, summary_table, write_comparison, write_evaluation, write_report
 from skillfast.report.exports import card
 from skillfast.results.decisions import Decisions
 from skillfast.results.gates import read_gates
 from skillfast.runs.checkpoints import FOLDER, Checkpoints
 from skillfast.runs.compare import compare
 from skillfast.runs.config import BenchConfig, Grid
+from skillfast.runs.earlier import model_settings
 from skillfast.runs.embedding_sweep import EmbeddingChanges, compare_embeddings
 from skillfast.runs.evaluate import evaluate
 from skillfast.runs.kept import JSON
+from skillfast.runs.replay import Earlier
+from skillfast.runs.selection import candidates_of
 from skillfast.runs.shares import OwnPredictions
+from skillfast.statistics.routed import RoutedRows, RoutedStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Draw = mutations.Draw
 
@@ -144,9 +150,11 @@ def _own_predictions() -> OwnPredictions:
     )
 
 
+METRICS = {"label": skillfast.Categorical(CLASSES), "loss": skillfast.Continuous(), "correct": skillfast.Binary()}
+
+
 def _statistics() -> skillfast.NeuronStatistics:
-    metrics = {"label": skillfast.Categorical(CLASSES), "loss": skillfast.Continuous(), "correct": skillfast.Binary()}
-    acc = skillfast.NeuronStatistics(5, metrics, bins=4, n_bootstrap=8)
+    acc = skillfast.NeuronStatistics(5, METRICS, bins=4, n_bootstrap=8)
     acc.update(*_counted(100))
     return acc
 
@@ -169,6 +177,31 @@ def _read_statistics(folder: Path) -> object:
             return found  # of other metrics than ours
         acc.merge(shard)
         acc.compute()
+    return found
+
+
+def _routed(*statistics: str) -> RoutedStatistics:
+    """Tokens at two experts; ranks keep an accumulator of each."""
+    settings: dict[str, Any] = {"bins": 4, "n_bootstrap": 8 if len(statistics) > 1 else None, "seed": 0}
+    acc = RoutedStatistics(2, 5, METRICS, statistics, buffer_rows=16, device=torch.device("cpu"), **settings)
+    x, values = _counted(90)
+    at = torch.arange(len(x))
+    rows = RoutedRows(x, torch.ones(len(x)), at % 2, at, (len(x), 1))
+    checked = acc.check(values, len(x))
+    if acc.keeps_rows:
+        acc.add(rows, checked, at)
+    else:
+        acc.center(rows)
+        acc.add_sums(*acc.summed(rows), checked)
+    return acc
+
+
+def _read_routed(folder: Path, *statistics: str) -> object:
+    acc = RoutedStatistics.load(folder)
+    found = acc.scores()
+    acc.save(folder / "again")
+    acc.merge(_routed(*statistics))
+    acc.scores()
     return found
 
 
@@ -205,6 +238,35 @@ def _read_run(folder: Path) -> object:
     checks = ("min_accuracy", "max_weakening", "max_relative_weakening", "min_drop", "max_drop_loss", "max_harm")
     gate = {"skill": {"*": dict.fromkeys(checks, 0.05)}, "overall": {"max_harm": 0.1, "max_kl": 0.1}}
     return compare(base, folder, gate=gate, output=folder / "compared")
+
+
+def _again(folder: Path) -> None:
+    """A run with the settings of a real one."""
+    results = json.loads((run_folder(folder) / "results.json").read_text())
+    machine = {"device": "cpu", "dtype": "float32", "batch_size": 64}
+    results["model"]["trained"]["finetune"] = "none"
+    results["config"] = BenchConfig.of(model="vit_tiny_patch16_224", dataset="cifar10", **machine).to_json()
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def _read_again(option: str, folder: Path) -> object:
+    """As the run of `bench --like` or `--replay`, but for the passes of the model."""
+    given = {"checkpoint": str(folder / "results.json")} if option == "like" else {}
+    config = BenchConfig.of(**{option: str(folder)}, **given)
+    earlier = Earlier.read(folder)
+    if option == "like":
+        return candidates_of(earlier.results), model_settings(folder, earlier.results)
+    whole = _sample()
+    earlier.check(config, whole.results.dataset.digests)
+    earlier.check_weights(whole.results.model.weights)
+    return replay_text(earlier.compared(whole.results, whole.skills))
+
+
+@cache
+def _sample() -> Earlier:
+    with tempfile.TemporaryDirectory() as folder:
+        _again(Path(folder))
+        return Earlier.read(folder)
 
 
 def _comparison(folder: Path) -> object:
@@ -285,9 +347,24 @@ def _configuration(folder: Path) -> None:
     LlamaConfig(vocab_size=32, **sizes).save_pretrained(folder)
 
 
-def _read_configuration(folder: Path) -> object:
-    from skillfast.models.huggingface import load_config
+def _exported(folder: Path) -> None:
+    """A language model's folder, as `export` writes it."""
+    from tiny_models import SIZES, make_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    skill = skillfast.Skill("ant", {"blocks.0.mlp": torch.tensor([1])})
+    skillfast.export(model, skill, folder, processor=make_tokenizer())
+
+
+def _read_exported(folder: Path) -> object:
+    loaded = load_language_model(f"hf:{folder}", "causal")
+    batch = loaded.tokenizer(["a good film"], return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        return loaded.model(**batch).logits
+
+
+def _read_configuration(folder: Path) -> object:
     return load_config(f"hf:{folder / 'config.json'}")
 
 
@@ -327,6 +404,12 @@ def _read_pt(folder: Path) -> object:
 KINDS = {
     "results.json": Kind("results.json", run_folder, _read_results, _json_or_bytes, heavy=True),
     "results.json of NEW": Kind("results.json", run_folder, _read_run, _json_or_bytes, heavy=True),
+    "results.json of --like": Kind(
+        "results.json", _again, partial(_read_again, "like"), _json_or_bytes, heavy=True
+    ),
+    "results.json of --replay": Kind(
+        "results.json", _again, partial(_read_again, "replay"), _json_or_bytes, heavy=True
+    ),
     "skills.json": Kind("skills.json", run_folder, lambda folder: skillfast.load_skills(folder), _json_or_bytes),
     "skills.json of NEW": Kind("skills.json", run_folder, _read_run, _json_or_bytes, heavy=True),
     "decisions": Kind("decisions.safetensors", run_folder, _read_run, mutations.changed_tensors, heavy=True),
@@ -356,6 +439,19 @@ KINDS = {
     "statistics": Kind(
         "statistics.safetensors", lambda folder: _statistics().save(folder), _read_statistics, mutations.changed_tensors
     ),
+    "routed sums": Kind(
+        "routed.safetensors",
+        lambda folder: _routed("pearson").save(folder),
+        lambda folder: _read_routed(folder, "pearson"),
+        mutations.changed_tensors,
+    ),
+    "routed ranks": Kind(
+        "routed.safetensors",
+        lambda folder: _routed("pearson", "spearman").save(folder),
+        lambda folder: _read_routed(folder, "pearson", "spearman"),
+        mutations.changed_tensors,
+        heavy=True,
+    ),
     "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes),
     "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes),
     "unfinished value": Kind(f"{FOLDER}/choose/result/value.json", _unfinished, _read_unfinished, _json_or_bytes),
@@ -377,6 +473,21 @@ KINDS = {
         lambda draw, _: mutations.changed_toml(draw, GATES),
     ),
     "config.json": Kind("config.json", _configuration, _read_configuration, _json_or_bytes, slow=True),
+    "exported weights": Kind(
+        "model.safetensors", _exported, _read_exported, mutations.changed_tensors, heavy=True, slow=True
+    ),
+    "exported tokenizer.json": Kind(
+        "tokenizer.json", _exported, _read_exported, _json_or_bytes, heavy=True, slow=True
+    ),
+    "exported tokenizer_config.json": Kind(
+        "tokenizer_config.json", _exported, _read_exported, _json_or_bytes, heavy=True, slow=True
+    ),
+    "exported generation_config.json": Kind(
+        "generation_config.json", _exported, _read_exported, _json_or_bytes, heavy=True, slow=True
+    ),
+    "exported config.json": Kind(
+        "config.json", _exported, lambda folder: load_config(f"hf:{folder}"), _json_or_bytes, heavy=True, slow=True
+    ),
     "texts.jsonl": Kind(
         "texts.jsonl",
         lambda folder: (folder / "texts.jsonl").write_text(JSONL),

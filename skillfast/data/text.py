@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skillfast.errors import ArgumentError, DataError
+from skillfast.files import short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ def read_text(
     for place, row in rows:
         for column in wanted:
             if column not in row:
-                had = ", ".join(str(key) for key in row if key is not _REST)
+                had = short(", ".join(str(key) for key in row if key is not _REST), 160)
                 raise DataError(
                     f"{name}, {place}: expected a column '{column}', got {had or 'none'}; check --text-column, "
                     "--label-column and --pair-column"
@@ -256,7 +257,7 @@ def _labels(
         raise where.error(
             unknown,
             f"expected one of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in column '{column}', got "
-            f"{words[unknown]!r}; correct it or leave the line out",
+            f"{short(repr(words[unknown]), 160)}; correct it or leave the line out",
         )
     return np.array([index_of[word] for word in words], dtype=np.int64), names
 
@@ -282,7 +283,8 @@ def _column(values: list[Any], column: str, where: _Where) -> np.ndarray:
     if any(known):
         raise where.error(
             known.index(False),
-            f"expected numbers in column '{column}' as elsewhere, got {values[known.index(False)]!r}; use one type",
+            f"expected numbers in column '{column}' as elsewhere, got "
+            f"{short(repr(values[known.index(False)]), 160)}; use one type",
         )
     return np.array([str(value).strip() for value in values], dtype=np.str_)
 
@@ -290,5 +292,5 @@ def _column(values: list[Any], column: str, where: _Where) -> np.ndarray:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

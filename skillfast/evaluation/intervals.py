@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 from scipy.optimize import brentq
@@ -21,6 +22,8 @@ class Strata:
 
     Attributes:
         effective: How many examples of a single class would tell as much (Kish).
+
+    Where no class has two examples nothing is known of how those of one class vary, which a warning says.
     """
 
     def __init__(self, labels: np.ndarray, weights: np.ndarray | None = None) -> None:
@@ -39,6 +42,13 @@ class Strata:
             self._scale *= squares.sum() / squares[several].sum()
         else:
             self._scale[:] = np.nan
+            if len(labels) > 1:
+                warnings.warn(
+                    "intervals: expected a class with two examples, to see how those of one class vary, got one of "
+                    "each; they hold for as many examples of a single class, and those of harm are left open",
+                    RuntimeWarning,
+                    stacklevel=1,  # said once, whichever of the results it is about
+                )
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Mean of values [..., n] -> float64 [...]."""
@@ -81,7 +91,8 @@ def share_limits(share: float, variance: float, effective: float, z: float = Z) 
     Args:
         share: The estimate, in [0, 1].
         variance: Variance of the estimate; examples may be clustered.
-        effective: Number of examples to count where the variance is 0: for lack of events, or of clusters.
+        effective: Number of examples to count where the variance is 0, for lack of events or of clusters, or is not
+            known (NaN).
         z: Reach in standard errors.
     """
     share = min(max(share, 0.0), 1.0)  # a mean of ones may be 1 and a rounding
@@ -101,10 +112,14 @@ def difference_limits(
     Args:
         one: A share, such as that of examples that are lost.
         other: The share that is taken from it, such as that of examples that are gained.
-        covariance: [2, 2], of the two estimates.
+        covariance: [2, 2], of the two estimates; NaN, where it is not known, is taken as that of independent examples
+            which have either or neither.
         effective: As for `share_limits`.
         z: Reach in standard errors.
     """
+    if np.isnan(covariance).any():
+        either = -one * other
+        covariance = np.array([[one * (1 - one), either], [either, other * (1 - other)]]) / effective
     (low, high), (other_low, other_high) = (
         share_limits(share, float(covariance[i, i]), effective, z) for i, share in enumerate((one, other))
     )

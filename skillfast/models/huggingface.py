@@ -155,7 +155,7 @@ def load_language_model(
     _check_tokens(name, model, tokenizer)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # classification heads of decoders look for the last token
-    return LanguageModel(model.eval(), tokenizer, name, task, _context(model.config, tokenizer), bool(missing))
+    return LanguageModel(model.eval(), tokenizer, name, task, _context(name, model.config, tokenizer), bool(missing))
 
 
 def save_language_model(
@@ -298,10 +298,17 @@ def _made_for(config: Any) -> str:
     return ", ".join(config.architectures or ()) or "something that its configuration does not name"
 
 
-def _context(config: Any, tokenizer: Any) -> int:
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    limits.append(tokenizer.model_max_length)
-    return min([int(limit) for limit in limits if limit is not None and limit < _NO_LIMIT], default=_NO_LIMIT)
+def _context(name: str, config: Any, tokenizer: Any) -> int:
+    limits = {what: getattr(config, what, None) for what in ("max_position_embeddings", "n_positions")}
+    limits["model_max_length"] = tokenizer.model_max_length
+    known = {what: limit for what, limit in limits.items() if limit is not None}
+    for what, limit in known.items():
+        if not isinstance(limit, int | float) or not limit >= 1:
+            raise ModelError(
+                f"model '{_prefixed(name)}': expected a number of tokens as {what}, got {str(limit)[:80]!r}; check the "
+                "folder"
+            )
+    return min([int(limit) for limit in known.values() if limit < _NO_LIMIT], default=_NO_LIMIT)
 
 
 def _check_tokens(name: str, model: Any, tokenizer: Any) -> None:

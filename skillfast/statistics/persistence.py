@@ -112,6 +112,10 @@ def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | No
     except DataError as error:
         raise ArgumentError(str(error)) from error
     settings = _settings(saved)
+    if experts is not None and _told(counted := saved.comoments.get("count")) != (torch.int64, [experts]):
+        raise ArgumentError(  # before tensors of that length are made
+            f"state_dict count: expected {_said((torch.int64, [experts]))}, got {_said(_told(counted))}; {_REMEDY}"
+        )
     layout = BinLayout.of(settings.metrics, settings.bins)
     _check_tensors(_empty(settings, torch.device("meta"), experts), saved, layout)  # takes no memory
     _check_contents(saved, layout)
@@ -193,7 +197,7 @@ def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
     given |= {f"replicates {name}": tensor for name, tensor in (saved.replicates or {}).items()}
     for name in sorted({*expected, *given}):
         found = given.get(name)
-        told = None if not isinstance(found, torch.Tensor) else _kind(found)
+        told = _told(found)
         if told != expected.get(name):
             raise ArgumentError(
                 f"state_dict {name}: expected {_said(expected.get(name))}, got {_said(told)}; {_REMEDY}"
@@ -202,6 +206,10 @@ def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, list[int]]:
     return tensor.dtype, list(tensor.shape)
+
+
+def _told(found: object) -> tuple[torch.dtype, list[int]] | None:
+    return _kind(found) if isinstance(found, torch.Tensor) else None
 
 
 def _said(kind: tuple[torch.dtype, list[int]] | None) -> str:

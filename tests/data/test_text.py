@@ -76,6 +76,8 @@ def test_pairs_and_words_as_columns(tmp_path):
 BAD_FILES = [
     ("x.tsv", "text\tlabel\ngood\t1\n \t0\n", "line 3: expected text in column 'text', got an empty one"),
     ("x.tsv", "sentence\tlabel\ngood\t1\n", "line 2: expected a column 'text', got sentence, label"),
+    ("x.tsv", f"{'9' * 5000}\tlabel\ngood\t1\n", f"expected a column 'text', got {'9' * 157}...; check --text-column"),
+    ("x.csv", '"a\nb",label\ngood,1\n', "line 3: expected a column 'text', got a b, label; check"),
     ("x.tsv", "text\tlabel\ngood\n", "line 2: expected a value in column 'label', got none"),
     ("x.tsv", "text\tlabel\ngood\t1\tmore\n", "line 2: expected 2 fields, got 3"),
     ("x.tsv", "text\tlabel\ngood\t1\nbad\tno\n", "line 3: expected labels of one type in column 'label', got 'no'"),
@@ -107,6 +109,10 @@ def test_more_that_is_wrong_with_files(tmp_path):
     assert "line 2: expected one of negative, neutral in column 'label', got 'positive'" in text
     path = write(tmp_path / "z.tsv", [("a", 1, 3.0), ("b", 0, "many")])
     assert "line 3: expected numbers in column 'length'" in one_line(DataError, read_text, path, columns=["length"])
+    path = tmp_path / "v.jsonl"  # a whole number that no float64 holds
+    path.write_text(f'{{"text": "a", "label": 1, "n": 2}}\n{{"text": "b", "label": 0, "n": {10**400}}}\n')
+    told = one_line(DataError, read_text, path, columns=["n"])
+    assert told.endswith(f"line 2: expected numbers in column 'n' as elsewhere, got 1{'0' * 156}...; use one type")
     path = write(tmp_path / "w.tsv", [("a", 1), ("b", 7)])
     assert "got '7'" in one_line(DataError, read_text, path, classes=["no", "yes"])
 

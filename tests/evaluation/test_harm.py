@@ -204,6 +204,7 @@ def test_each_removal_has_its_own_terms():
     assert share_limits(0, 0, 600)[1] < highest[0, 0]  # wider than without a flip
 
 
+@pytest.mark.filterwarnings("ignore:intervals")
 def test_one_example_of_each_class_leaves_all_open():
     labels = np.arange(3)
     same = np.tile(labels, (3, 1))

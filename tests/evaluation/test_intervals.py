@@ -63,7 +63,22 @@ def test_a_class_of_one_example_varies_as_the_others_do():
     values = rng.normal(size=(1, 1201))
     found = Strata(np.append(several, 3)).covariance(values)[0, 0]
     assert found == pytest.approx((3 / 400 + 1) / 16, rel=0.1)
-    assert np.isnan(Strata(np.arange(3)).covariance(values[:, :3])).all()
+
+
+def test_one_example_of_each_class_is_said_and_counts_as_of_a_single_class():
+    """Losses and gains exclude each other, which makes their difference wider than that of independent shares."""
+    with pytest.warns(RuntimeWarning, match="^intervals: expected a class with two examples, .*, got one of each; "):
+        strata = Strata(np.arange(6))
+    events = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]])
+    unknown = strata.covariance(events)
+    assert np.isnan(unknown).all()
+    found = difference_limits(1 / 2, 1 / 3, unknown, strata.effective)
+    assert found == pytest.approx(difference_limits(1 / 2, 1 / 3, np.cov(events, ddof=0) / 6, 6))
+    independent = difference_limits(1 / 2, 1 / 3, np.diag([1 / 4, 2 / 9]) / 6, 6)
+    assert found[0] < independent[0] - 0.1
+    assert found[1] > independent[1] + 0.05
+    alone = Strata(np.zeros(1, int))  # one example is no class among others: it says nothing
+    assert np.isnan(alone.covariance(events[:, :1])).all()
 
 
 def test_the_variance_over_images_and_draws():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
@@ -53,6 +54,12 @@ def test_the_context_is_the_smaller_of_the_models_and_the_tokenizers(tmp_path):
     folder = save_model(tmp_path, "GPT2LMHeadModel", make_tokenizer(model_max_length=9))
     assert load_language_model(str(folder), "causal").context == 9
     assert load_language_model(str(save_model(tmp_path / "t5", "T5ForConditionalGeneration"))).context == 10**6
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for wrong, said in (([9], "'[9]'"), (0, "'0'"), (math.nan, "'nan'")):
+        path.write_text(json.dumps({**settings, "model_max_length": wrong}))
+        told = one_line(ModelError, load_language_model, str(folder), "causal")
+        assert told.endswith(f"expected a number of tokens as model_max_length, got {said}; check the folder")
 
 
 def damage(folder, what):

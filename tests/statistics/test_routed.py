@@ -261,15 +261,17 @@ def test_what_does_not_fit_is_refused_on_the_way_back(tmp_path):
     assert "5 experts of 6 units, 16 bins, None replicates" in told
     state = kept.state_dict()
     del state["experts"]["4"]
-    assert "expected the states of experts 0 to 4 at experts, got others" in one_line(
-        ArgumentError, RoutedStatistics.from_state_dict, state
-    )
+    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
+    assert "expected the states of experts 0 to 4 at experts, got others" in told
+    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**kept.state_dict(), "statistics": ["pearson"]})
+    assert "expected the states of 0 experts, got 5" in told
     told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**state, "schema": "other"})
     assert "expected schema 'skillfast.routed/1', got 'other'" in told
     state = plain.state_dict()
     state["sums"]["comoments"]["count"][3] = -1
     assert "count -1" in one_line(ArgumentError, RoutedStatistics.from_state_dict, state)
-    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**plain.state_dict(), "n_experts": 4})
-    assert "expected int64 [4], got int64 [5]" in told
+    for experts in (4, 2**62):  # the second has no memory, not even on the meta device
+        told = one_line(ArgumentError, RoutedStatistics.from_state_dict, {**plain.state_dict(), "n_experts": experts})
+        assert f"count: expected int64 [{experts}], got int64 [5]; it is damaged" in told
     told = one_line(DataError, RoutedStatistics.load, tmp_path)
     assert "write it with RoutedStatistics.save" in told
