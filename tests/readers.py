@@ -61,7 +61,7 @@ class Kind:
         make: Writes an example of it, and what else its readers need, into a folder.
         read: Reads it and does with the result what the package does; raises SkillfastError where it is refused.
         change: Draws another content of the file.
-        heavy: Whether an example takes more than about 5 ms.
+        heavy: Whether an example takes more than about 2 ms.
         slow: Whether it needs a library that takes seconds to import.
     """
 
@@ -452,9 +452,9 @@ KINDS = {
         mutations.changed_tensors,
         heavy=True,
     ),
-    "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes),
-    "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes),
-    "unfinished value": Kind(f"{FOLDER}/choose/result/value.json", _unfinished, _read_unfinished, _json_or_bytes),
+    "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
+    "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
+    "unfinished value": Kind(f"{FOLDER}/choose/result/value.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
     "trained weights": Kind("m.safetensors", _trained, _read_trained, mutations.changed_tensors, heavy=True),
     "checkpoint": Kind(
         "w.safetensors",

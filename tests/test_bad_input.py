@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import readers
 from click.testing import CliRunner
+from conftest import one_line
 
 from skillfast.cli import main
+from skillfast.errors import DataError
 from skillfast.results.bench import FILE
 
 FILES = ("results.json", "skills.json", "decisions.safetensors", "scores.safetensors")
@@ -123,3 +125,17 @@ def test_not_a_number_is_undefined_where_a_value_may_be_and_else_refused(tmp_pat
     done = CliRunner().invoke(main, ["report", str(folder)])
     assert done.exit_code == 1
     assert "results.json: expected `float` at baseline.accuracy, got `null`; " in done.output
+
+
+def test_measures_that_a_file_does_not_name_are_refused(tmp_path):
+    kind = readers.KINDS["evaluation.json"]
+    kind.make(tmp_path)
+    path = tmp_path / kind.file
+    results = json.loads(path.read_text())
+    for part in ("values", "ci95"):
+        other = json.loads(json.dumps(results))
+        other["intact"][part]["speed"] = other["intact"][part]["accuracy"]
+        path.write_text(json.dumps(other))
+        told = one_line(DataError, kind.read, tmp_path)
+        assert "expected of the measures accuracy, f1_macro, " in told
+        assert " at intact, got 'speed'; " in told

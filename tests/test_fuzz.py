@@ -24,7 +24,7 @@ def cases():
     for name, kind in KINDS.items():
         marks = [pytest.mark.slow] if kind.slow and not EXAMPLES else []
         timeout = [pytest.mark.timeout(0)] if EXAMPLES else []
-        yield pytest.param(kind, EXAMPLES or (15 if kind.heavy else 100), id=name, marks=[*marks, *timeout])
+        yield pytest.param(kind, EXAMPLES or (15 if kind.heavy else 60), id=name, marks=[*marks, *timeout])
 
 
 @pytest.mark.parametrize(("kind", "examples"), cases())

@@ -243,6 +243,8 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
             raise ValueError("expected the key grid at config, got none named grid")
         if len(set(self.measures)) < len(self.measures):
             raise ValueError(f"expected measures without repeats, got {', '.join(self.measures)}")
+        if others := sorted({*self.intact.values, *self.intact.ci95} - {*self.measures}):
+            raise ValueError(f"expected of the measures {', '.join(self.measures)} at intact, got {others[0]!r}")
         for outcome in self.outcomes:
             _check_measures("outcomes", self.measures, outcome)
 
