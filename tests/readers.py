@@ -454,7 +454,9 @@ KINDS = {
     ),
     "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
     "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
-    "unfinished value": Kind(f"{FOLDER}/choose/result/value.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
+    "unfinished value": Kind(
+        f"{FOLDER}/choose/result/value.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True
+    ),
     "trained weights": Kind("m.safetensors", _trained, _read_trained, mutations.changed_tensors, heavy=True),
     "checkpoint": Kind(
         "w.safetensors",
