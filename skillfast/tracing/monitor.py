@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 LINES, SCRAPED = "monitor.jsonl", "monitor.prom"
 QUANTILES = (0.05, 0.5, 0.95)
 TESTED = 64  # examples of an interval that are tested, drawn at random: memory grows by 8 bytes for each and skill
+_PAIRED = 16  # skills up to which an interval has the correlation of each two: their number grows as the square
+_CORRELATED = 3  # examples that a correlation needs: of two it is 1 or -1
 _INPUTS = ("attention_mask", "input_ids", "inputs_embeds", "pixel_values")
 
 
@@ -51,7 +54,9 @@ class Monitor:
     Each interval is a line of `output`/monitor.jsonl with flat keys: `step` (forwards so far), `time` (seconds since
     1970), `examples`, and of each skill `skill/deer/activation`, `/q05`, `/q50`, `/q95`, `/drift` (evidence of a change
     as a logarithm to base 10: 2 is a hundredfold), `/alarm` (0 or 1), `/not_finite` (examples without a number) and
-    `/routed_share` (of tokens at the experts that it has neurons in). Prometheus finds them in `output`/monitor.prom.
+    `/routed_share` (of tokens at the experts that it has neurons in), and of each two of at most 16 skills
+    `skill/deer/correlation/cat`, Pearson's r of their activations over the interval's examples. Prometheus finds them
+    in `output`/monitor.prom.
     Threads may call the model at the same time. An ablation is seen if its context was entered before the monitor's.
 
     Args:
@@ -215,12 +220,28 @@ class Monitor:
                     self._alarms[name] = self._forwards
                     rang.append(name)
             line[key + "alarm"] = int(name in self._alarms)
+        line |= self._correlations(values)
         if shares:
             for name, share in zip(self.names, torch.cat(shares).double().mean(0).tolist(), strict=True):
                 if share == share:  # those without experts have none
                     line[f"skill/{name}/routed_share"] = share
         self._last = line
         return line, rang
+
+    def _correlations(self, values: np.ndarray) -> dict[str, float]:
+        """Pearson's r of each two skills over an interval's examples [n, skills]; those without one are left out."""
+        known = values[np.isfinite(values).all(1)]
+        if not 1 < len(self.names) <= _PAIRED or len(known) < _CORRELATED:
+            return {}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r = np.corrcoef(known, rowvar=False)
+        constant = np.ptp(known, 0) == 0  # whose variance need not be 0 in floating point
+        r[constant] = r[:, constant] = np.nan
+        return {
+            f"skill/{name}/correlation/{other}": float(r[i, j])
+            for (i, name), (j, other) in combinations(enumerate(self.names), 2)
+            if np.isfinite(r[i, j])
+        }
 
     def _after_reference(self, values: np.ndarray) -> np.ndarray:
         """Examples [n, skills] that are not in the reference."""
@@ -267,6 +288,15 @@ class Monitor:
                 if (key := f"skill/{skill}/{suffix}") in last
             ]
             lines += [f"# HELP skillfast_skill_{name} {told}", f"# TYPE skillfast_skill_{name} gauge", *rows]
+        lines += [
+            "# HELP skillfast_skill_correlation Correlation of two skills' activations over the interval's examples.",
+            "# TYPE skillfast_skill_correlation gauge",
+            *(
+                f'skillfast_skill_correlation{{skill="{_escaped(one)}",other="{_escaped(other)}"}} {last[key]!r}'
+                for one, other in combinations(self.names, 2)
+                if (key := f"skill/{one}/correlation/{other}") in last
+            ),
+        ]
         return "\n".join(lines) + "\n"
 
 

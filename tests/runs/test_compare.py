@@ -14,6 +14,7 @@ import warnings
 from xml.etree import ElementTree
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 import report_sample as sample
@@ -31,6 +32,7 @@ from skillfast.errors import ArgumentError, DataError, ModelError, NotComparable
 from skillfast.evaluation.comparison import Measured
 from skillfast.models.loading import state_checksum
 from skillfast.report import comparison_text, replay_text, write_comparison
+from skillfast.report.comparison.page import _tiles
 from skillfast.results import records
 from skillfast.results.comparison import Comparison
 from skillfast.results.decisions import Decisions
@@ -122,6 +124,11 @@ def test_a_lost_class_is_named_and_nothing_else(runs, tmp_path):
         assert (one.data.examples, one.data.labels) == ("2e" * 32, "2f" * 32)  # of the test part
     page = (tmp_path / "compare.html").read_text()
     assert [page.count(each) for each in (sample.WEIGHTS["sha256"], "2e" * 32, "2f" * 32)] == [2, 2, 2]
+    quiet = msgspec.structs.replace(found.skills["cat"], verdicts=["weakened"])  # its accuracy holds
+    for skills, below in ((found.skills, "of 10 classes"), (found.skills | {"cat": quiet}, "of 10 classes; 1 more in")):
+        tile = _tiles(msgspec.structs.replace(found, skills=skills))[1]
+        assert tile[:2] == ("lost, weakened or merged", "1")
+        assert tile[2].startswith(below)
 
 
 def test_a_run_against_itself_is_unchanged(runs):

@@ -55,14 +55,14 @@ def test_activations_are_means_of_the_skills_neurons(tmp_path: Path) -> None:
     model = make_vit()
     skills = [
         Skill("deer", {"blocks.0.mlp": [5, 90], "blocks.1.attn": [3]}),
-        Skill("cat", {"blocks.0.mlp": [5], "head": [1]}),
+        Skill("cat", {"blocks.0.mlp": [5], "head": [1, 2, 20, 21, 22]}),
     ]
     x = torch.randn(12, 3, 16, 16)
     seen = inputs_of(model, x, ["blocks.0.mlp.fc2", "blocks.1.attn.proj", "head"])
     mlp, attn = (seen[name].abs().mean(1) for name in ("blocks.0.mlp.fc2", "blocks.1.attn.proj"))
     expected = {
         "deer": (mlp[:, 5] + mlp[:, 90] + attn[:, 3]) / 3,
-        "cat": (mlp[:, 5] + seen["head"][:, 1].abs()) / 2,
+        "cat": (mlp[:, 5] + seen["head"][:, [1, 2, 20, 21, 22]].abs().sum(1)) / 6,
     }
     before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     reference = {name: np.linspace(0, 1, 50) for name in expected}
@@ -84,9 +84,15 @@ def test_activations_are_means_of_the_skills_neurons(tmp_path: Path) -> None:
         for part, line in ((values, first), (values[:2], last)):
             test.update(part)
             assert line[key + "drift"] == pytest.approx(test.evidence / np.log(10), rel=1e-6)
+    r = np.corrcoef([values.double().numpy() for values in expected.values()])[0, 1]
+    assert first["skill/deer/correlation/cat"] == pytest.approx(r, rel=1e-4)
     names = {"step", "time", "examples"}
     of_skill = ("activation", "q05", "q50", "q95", "not_finite", "drift", "alarm")
-    assert first.keys() == last.keys() == names | {f"skill/{name}/{key}" for name in expected for key in of_skill}
+    assert (
+        first.keys() - {"skill/deer/correlation/cat"}
+        == last.keys()
+        == names | {f"skill/{name}/{key}" for name in expected for key in of_skill}
+    )
     found = monitor.prometheus()
     assert found == (tmp_path / "monitor.prom").read_text()
     comments = [line for line in found.splitlines() if line.startswith("#")]
@@ -104,7 +110,7 @@ def test_activations_are_means_of_the_skills_neurons(tmp_path: Path) -> None:
     kinds = [re.fullmatch(r"# TYPE skillfast_(\w+) (gauge|counter)", line) for line in comments[1::2]]
     assert [kind[1] for kind in kinds if kind] == [
         "forwards_total", "skill_activation", "skill_activation_quantile", "skill_drift", "skill_alarm",
-        "skill_routed_share",
+        "skill_routed_share", "skill_correlation",
     ]  # fmt: skip
     for kind, told in zip(kinds, comments[::2], strict=True):
         assert kind
@@ -155,8 +161,8 @@ def test_padding_and_experts(tmp_path: Path, model_class: str) -> None:
     assert line["skill/deer/activation"] == pytest.approx(float(of_example.mean()), rel=1e-4)
     assert line["skill/deer/routed_share"] == pytest.approx(float(shares.mean()), rel=1e-5)
     assert "skill/cat/routed_share" not in line
-    share = (tmp_path / "monitor.prom").read_text().splitlines()[-1]
-    assert share == f'skillfast_skill_routed_share{{skill="deer"}} {line["skill/deer/routed_share"]!r}'
+    shown = (tmp_path / "monitor.prom").read_text().splitlines()
+    assert f'skillfast_skill_routed_share{{skill="deer"}} {line["skill/deer/routed_share"]!r}' in shown
     seen.clear()
     handle = model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: seen.append(args))
     with torch.no_grad(), Monitor(model, skills, **settings):
@@ -360,6 +366,30 @@ def test_numbers_that_are_none_are_counted(tmp_path: Path) -> None:
     assert line["skill/deer/not_finite"] == 3
     assert np.isfinite(line["skill/deer/activation"])
     assert np.isfinite(line["skill/deer/drift"])
+
+
+def test_correlations_of_each_two_skills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a constant skill, of two examples, of examples without a number, nor of too many skills."""
+    model = Small().eval()
+    with torch.no_grad():
+        model.first.weight[2:], model.first.bias[2:] = 0, 0.1
+    skills = [Skill(name, {"blocks.0.mlp": [k]}) for k, name in enumerate(("deer", "cat", "constant"))]
+    settings: dict[str, Any] = {"every": 1, "output": tmp_path, "share": 1.0, "reference": 99}
+    x = torch.randn(9, 4)
+    seen = model.first(x).relu()[:, :2].double().detach().numpy()
+    with torch.no_grad(), Monitor(model, skills, **settings) as monitor:
+        model(torch.cat([x, torch.full((2, 4), torch.nan)]))
+        shown, r = monitor.prometheus().splitlines()[-1].rsplit(" ", 1)
+        assert shown == 'skillfast_skill_correlation{skill="deer",other="cat"}'
+        assert float(r) == pytest.approx(np.corrcoef(seen.T)[0, 1], abs=1e-5)
+        model(x[:2])
+        model(x[:3])
+        monkeypatch.setattr(monitor_module, "_PAIRED", 3)
+        model(x)
+        monkeypatch.setattr(monitor_module, "_PAIRED", 2)
+        model(x)
+    found = [{key for key in line if "correlation" in key} for line in lines(tmp_path)]
+    assert found == [{"skill/deer/correlation/cat"} if k in (0, 2, 3) else set() for k in range(5)]
 
 
 def test_sinks_get_flat_keys_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

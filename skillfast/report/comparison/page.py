@@ -65,9 +65,13 @@ def _tiles(found: Comparison) -> list[tuple[str, str, str]]:
     if overall is None:
         return []
     worse = [name for name, skill in found.skills.items() if set(skill.verdicts) & {"lost", "weakened", "merged"}]
+    quiet = [name for name in worse if "weakened in its neurons" in words.verdict(found.skills[name])]
+    below = f"of {number_of(len(found.skills))} classes"
+    if quiet:
+        below += f"; {number_of(len(quiet))} more in their neurons alone"
     made = [
         ("accuracy", words.from_to(overall.accuracy), f"change {words.change(overall.accuracy)} points"),
-        ("lost, weakened or merged", number_of(len(worse)), f"of {number_of(len(found.skills))} classes"),
+        ("lost, weakened or merged", number_of(len(worse) - len(quiet)), below),
         ("drop by a class's own skill", f"{words.from_to(overall.drop, points)}", "points, mean of the classes"),
     ]
     if overall.kl is not None:
