@@ -171,8 +171,10 @@ def other_tensors(draw: Draw, header: dict[str, Any], data: bytes) -> bytes:
         arrays[draw.choice(("x", f"routed.{name}", f"{name}/x", "donors", "n_routed"))] = array
     if how != 6:
         arrays[name] = array
-    if "crc32" in metadata:
-        metadata["crc32"] = json.dumps({name: files.checksum(array) for name, array in arrays.items()})
+    header = json.loads(metadata.get("skillfast", "null"))
+    if isinstance(header, dict) and "crc32" in header:
+        header["crc32"] = {name: files.checksum(array) for name, array in arrays.items()}
+        metadata["skillfast"] = json.dumps(header)
     offset, told = 0, {}
     for name, array in arrays.items():
         told[name] = {

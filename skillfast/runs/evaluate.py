@@ -124,6 +124,8 @@ def evaluate(
         )
     if skills is None or tasks:
         _check_method(_method(config), config, grid, [*metrics, *tasks])
+    if skills is not None:
+        load_skills(skills)  # a file that is wrong is told before the expensive steps
     generation = generation or Generation()
     if predicts_tokens(config) and generation.max_new_tokens:
         require_sacrebleu()  # a library that is missing is told before the expensive step

@@ -114,6 +114,7 @@ OTHERS = (
     "mamba", "zamba", "granitemoehybrid", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "lfm3", "ctrl", "cpmant",
     "moshi", "gemma4_text", "whisper", "prophetnet", "blip_2_vision_model", "pvt_v2", "pvt", "swiftformer", "focalnet",
     "seamless_m4t_v2", "nllb-moe", "switch_transformers", "longcat_flash", "neomme", "deepseek_v4", "gemma3n_text",
+    "sam_vision_model",
 )  # fmt: skip
 TABLE = {
     **auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -121,6 +122,7 @@ TABLE = {
     "nllb-moe": "NllbMoeForConditionalGeneration",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
     "neomme": "NeoMMEForMaskedLM",
+    "sam_vision_model": "SamVisionModel",
 }  # fmt: skip
 """Other families of `transformers` that rows are for: type of the configuration -> class of the model."""
 

@@ -397,7 +397,7 @@ def until(page, told):
     raise AssertionError(f"never: {told}")
 
 
-BARS = "document.getElementById('removal-steps').data.map((trace) => trace.y[%d])"
+BARS = "(document.getElementById('removal-steps').data ?? [{ y: [] }]).map((trace) => trace.y[%d] ?? null)"
 
 
 def steps_of(page):
