@@ -69,7 +69,7 @@ mutants: $(VENV)/.installed-mutants
 # Files of every kind that the package reads, each changed in 10,000 ways: refused in one line or read, never a traceback.
 FUZZ ?= 10000
 fuzz: $(VENV)/.installed-test
-	SKILLFAST_FUZZ=$(FUZZ) $(BIN)/pytest tests/test_fuzz.py -q -s $(ARGS)
+	$(BIN)/python tests/fuzz.py -n $(FUZZ) $(ARGS)
 
 # The oldest versions that pyproject.toml declares; CI runs the core tests on them.
 oldest:

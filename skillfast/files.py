@@ -91,12 +91,12 @@ def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
         raise _unreadable(path, error, remedy) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON, got bytes that are not UTF-8; {remedy}") from error
-    value = parsed(text, path, remedy)
+    value = _parsed(text, path, remedy)
     check_schema(str(path), value.get("schema") if isinstance(value, dict) else type(value).__name__, schema, remedy)
     return value
 
 
-def parsed(text: str, path: Path, remedy: str) -> Any:
+def _parsed(text: str, path: Path, remedy: str) -> Any:
     """What JSON says; raises DataError where it is none, or says what no result file holds."""
     try:
         # Python writes NaN, which is not JSON: read as not defined, like null
@@ -151,7 +151,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[s
     sums = {name: checksum(array) for name, array in arrays.items()}
     with replacing(path) as temporary:
         in_order = {name: value.copy("C") for name, value in arrays.items()}  # safetensors writes memory as it lies
-        save_file(in_order, temporary, metadata=_metadata(header, sums))
+        save_file(in_order, temporary, metadata=metadata(header, sums))
 
 
 def write_nested(path: Path, state: Mapping[str, Any]) -> None:
@@ -171,10 +171,16 @@ def write_nested(path: Path, state: Mapping[str, Any]) -> None:
     header = split(dict(state), "")
     sums = {name: checksum(tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=_metadata(header, sums))
+        save_file(tensors, temporary, metadata=metadata(header, sums))
 
 
-def _metadata(header: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, str]:
+def metadata(header: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, str]:
+    """What goes into a safetensors file beside its tensors, for `open_tensors`.
+
+    Args:
+        header: Values of JSON, with the schema.
+        sums: `checksum` of each tensor, by name.
+    """
     # one key: safetensors writes several in an order that differs between runs
     return {"skillfast": json.dumps({**header, "crc32": sums}, allow_nan=False)}
 
@@ -197,11 +203,13 @@ class Tensors:
 
     Attributes:
         header: The JSON in its metadata.
+        metadata: What else is in its metadata.
         kinds: Type and shape of each tensor, by name: `("F64", (3, 2))`.
         get: Reads a tensor; raises DataError where its bytes are not those that were written.
     """
 
     header: Any
+    metadata: dict[str, str]
     kinds: dict[str, tuple[str, tuple[int, ...]]]
     get: Callable[[str], Any]
 
@@ -219,9 +227,9 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
     Raises:
         DataError: A file that is missing, unreadable, broken or of another version.
     """
-    with safetensors_file(path, remedy, framework) as file:
-        metadata = file.metadata() or {}
-        header = parsed(metadata.get("skillfast", "{}"), path, remedy)
+    with _safetensors_file(path, remedy, framework) as file:
+        beside = file.metadata() or {}
+        header = _parsed(beside.pop("skillfast", "{}"), path, remedy)
         found = header.get("schema") if isinstance(header, dict) else type(header).__name__
         check_schema(str(path), found, schema, remedy)
         sums = header.pop("crc32", None)
@@ -234,11 +242,11 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
                 raise DataError(f"{path}: expected {name} as it was written, got other bytes; {remedy}")
             return tensor
 
-        yield Tensors(header, kinds, get)
+        yield Tensors(header, beside, kinds, get)
 
 
 @contextmanager
-def safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
+def _safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
     """A safetensors file that is open; raises DataError where it is missing, unreadable or broken."""
     from safetensors import SafetensorError, safe_open
 

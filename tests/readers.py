@@ -72,6 +72,26 @@ class Kind:
     heavy: bool = False
     slow: bool = False
 
+    def example(self, folder: Path) -> bytes:
+        """Write an example into a folder and read it; returns its bytes."""
+        self.make(folder)
+        raw = (folder / self.file).read_bytes()
+        self.read(folder)
+        return raw
+
+    def refuses(self, folder: Path, content: bytes) -> bool:
+        """Whether a file of this content is refused and not read; raises AssertionError where that is said badly."""
+        (folder / self.file).write_bytes(content)
+        try:
+            self.read(folder)
+        except SkillfastError as error:
+            text = str(error)
+            assert len(text.splitlines()) == 1, text
+            assert "expected " in text or "had another " in text, text  # another run's remains are no error
+            assert len(text) < 1500, text
+            return True
+        return False
+
 
 def _json_or_bytes(draw: Draw, raw: bytes) -> bytes:
     if draw.random() < 0.25:
@@ -255,7 +275,8 @@ def _read_again(option: str, folder: Path) -> object:
     config = BenchConfig.of(**{option: str(folder)}, **given)
     earlier = Earlier.read(folder)
     if option == "like":
-        return candidates_of(earlier.results), model_settings(folder, earlier.results)
+        tried = None if earlier.results.selection is None else candidates_of(earlier.results)
+        return tried, model_settings(folder, earlier.results)
     whole = _sample()
     earlier.check(config, whole.results.dataset.digests)
     earlier.check_weights(whole.results.model.weights)
@@ -487,9 +508,7 @@ KINDS = {
     "exported generation_config.json": Kind(
         "generation_config.json", _exported, _read_exported, _json_or_bytes, heavy=True, slow=True
     ),
-    "exported config.json": Kind(
-        "config.json", _exported, lambda folder: load_config(f"hf:{folder}"), _json_or_bytes, heavy=True, slow=True
-    ),
+    "exported config.json": Kind("config.json", _exported, _read_exported, _json_or_bytes, heavy=True, slow=True),
     "texts.jsonl": Kind(
         "texts.jsonl",
         lambda folder: (folder / "texts.jsonl").write_text(JSONL),

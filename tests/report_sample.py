@@ -229,7 +229,8 @@ def _selection(k: int, rng: random.Random) -> dict[str, Any]:
         way["drop"] = way["validation"]["target_drop"]
     tried[0] |= {"limit": None, "validation": None, "test": None}  # too weak for its cost to others to be measured
     chosen = tried[-1]
-    gap = {key: chosen["test"][key] - chosen["validation"][key] for key in ("target_drop", "regret")}
+    terms = ("target_drop", "regret", "agreement", "gross_loss", "other_change")
+    gap = {key: chosen["test"][key] - chosen["validation"][key] for key in terms} | {"harm": 0.0}
     return {"rule": "the best on the validation part", "margin": 0.02, "chosen": [len(tried) - 1] * k,
             "candidates": tried, "controls": [{"share": 0.03, "validation": effect(0.01, 0.002)}],
             "validation": chosen["validation"], "gap": gap,

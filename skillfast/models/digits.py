@@ -17,7 +17,7 @@ from torch.nn.init import trunc_normal_
 from skillfast.data.digits import DIGITS_MEAN, DIGITS_STD
 from skillfast.errors import DataError
 from skillfast.files import cache_dir
-from skillfast.models.loading import LoadedModel, load_trained, save_trained
+from skillfast.models.loading import SCHEMA, LoadedModel, load_trained, save_trained
 from skillfast.models.training import finetune
 from skillfast.models.weights import first_line
 
@@ -92,6 +92,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
     """
     loaded = replace(digits_model(seed), source="checkpoint")
     determined_by = [
+        SCHEMA,
         _DIGITS,
         _RECIPE,
         seed,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ArgumentError, ModelError
+from skillfast.models.sizes import check_counts, no_more_than
 from skillfast.models.sources import Source, is_gguf, source_of
 from skillfast.models.weights import first_line, probe
 from skillfast.vocabulary import EMBEDDED, HUGGINGFACE
@@ -69,6 +70,7 @@ def load_config(name: str) -> Any:
 
         try:
             values = json.loads(Path(name).read_text(encoding="utf-8"))
+            check_counts(name, values)
             with _silent(transformers):
                 return transformers.AutoConfig.for_model(**values)
         except (
@@ -86,6 +88,8 @@ def load_config(name: str) -> Any:
             ) from error
     source = _source(name)
     with _from_hub(name, source, "its configuration") as where:
+        if source.is_local and source.gguf is None:
+            check_counts(_prefixed(name), json.loads((Path(source.place) / "config.json").read_text(encoding="utf-8")))
         config = transformers.AutoConfig.from_pretrained(source.place, trust_remote_code=False, **where)
     if source.gguf and not config.architectures:  # older readers of such files name none
         decoders = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -129,6 +133,10 @@ def load_language_model(
     tokenizer = load_tokenizer(name, pad_token=pad_token)
     if task == "classification":
         config.num_labels = len(_checked(classes))
+    if source.is_local:
+        packed = source.gguf is not None or getattr(config, "quantization_config", None) is not None
+        with no_more_than(_prefixed(name), Path(source.gguf or source.place), packed=packed):
+            skeleton(config, task)
     quantised = _unpacked(transformers, name, quantization_config) if source.gguf else quantization_config
     options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "device_map": device_map}
     if quantised is not None:
@@ -230,6 +238,8 @@ def skeleton(config: Any, task: Task = "own") -> torch.nn.Module:
         with torch.device("meta"), _silent(transformers):
             chosen = _model_class(transformers, config, task)
             made = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    except ModelError:
+        raise
     except Exception as error:  # of whatever the model's constructor checks
         raise ModelError(
             f"model of type {config.model_type}: expected a configuration of a {task} model, got {first_line(error)}; "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,14 +14,16 @@ from safetensors.torch import save_model
 from timm.data import resolve_data_config
 
 from skillfast.errors import ArgumentError, DataError, ModelError
-from skillfast.files import checksum, parsed, replacing, safetensors_file
+from skillfast.files import checksum, metadata, open_tensors, replacing
 from skillfast.models.weights import first_line, fit_checkpoint, hub, read_checkpoint, silent
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
+
+SCHEMA = "skillfast.weights/1"
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ def _data_config(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 def save_trained(model: nn.Module, trained: dict[str, Any], path: Path) -> None:
     """Write a model's weights, for `create_model(checkpoint=)` too, and in their metadata how it was trained."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"trained": json.dumps(trained), "crc32": json.dumps(state_checksum(model.state_dict()))}
+    sums = {name: checksum(tensor.cpu()) for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_model(model, str(temporary), metadata=told)
+        save_model(model, str(temporary), metadata=metadata({"schema": SCHEMA, "trained": trained}, sums))
 
 
 def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
@@ -187,27 +187,20 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     """
     remedy = "train again"
     own = model.state_dict()
-    with safetensors_file(path, remedy, "pt") as file:
-        told = file.metadata() or {}
-        trained, expected = (parsed(told.get(name, "null"), path, remedy) for name in ("trained", "crc32"))
-        if not isinstance(trained, dict) or not isinstance(expected, int):
+    with open_tensors(path, SCHEMA, remedy, "pt") as file:
+        trained = file.header.get("trained")
+        if not isinstance(trained, dict):
             raise DataError(f"{path}: expected how its weights were trained, got nothing of it; {remedy}")
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-        tied = {name: told[name] for name in own if name not in shapes and told.get(name) in shapes}
-        shapes |= {name: shapes[other] for name, other in tied.items()}  # a tensor of two names is in the file once
-        odd = sorted(name for name in {*own, *shapes} if name not in own or shapes.get(name) != list(own[name].shape))
+        shapes = {name: shape for name, (_, shape) in file.kinds.items()}
+        # a tensor of two names is in the file once, and the other name in the metadata
+        tied = {name: file.metadata[name] for name in own if name not in shapes and file.metadata.get(name) in shapes}
+        shapes |= {name: shapes[other] for name, other in tied.items()}
+        odd = sorted(name for name in {*own, *shapes} if name not in own or shapes.get(name) != tuple(own[name].shape))
         if odd:
             raise DataError(f"{path}: expected the {len(own)} tensors of the model, got another {odd[0]}; {remedy}")
-        state = {name: file.get_tensor(tied.get(name, name)) for name in own}
-        if state_checksum(state) != expected:
-            raise DataError(f"{path}: expected weights as they were written, got other bytes; {remedy}")
+        state = {name: file.get(tied.get(name, name)) for name in own}
     model.load_state_dict(state)
     return trained
-
-
-def state_checksum(state: Mapping[str, Tensor]) -> int:
-    """CRC-32 of all tensors and their names."""
-    return zlib.crc32(json.dumps({name: checksum(state[name].cpu()) for name in sorted(state)}).encode())
 
 
 def _arguments(kwargs: dict[str, Any]) -> str:

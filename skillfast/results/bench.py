@@ -422,6 +422,17 @@ class SelectionOracle(Record, frozen=True):
     validation: Selectivity
 
 
+class SelectionGap(Record, frozen=True):
+    """Effect on the test part minus that on the validation part; of harm the estimate that no size of them biases."""
+
+    target_drop: float
+    regret: float
+    agreement: float
+    gross_loss: float
+    other_change: float
+    harm: float
+
+
 class SelectionResult(Record, frozen=True):
     """Which candidates were chosen, and what each does.
 
@@ -432,7 +443,7 @@ class SelectionResult(Record, frozen=True):
         candidates: All that were tried.
         controls: Random neurons that the limits come from, by size.
         validation: Effect of the chosen ones on the validation part.
-        gap: Effect of the chosen ones on the test part minus that on the validation part.
+        gap: How far the effect of the chosen ones on the test part is from that.
         oracle: The reference.
     """
 
@@ -442,7 +453,7 @@ class SelectionResult(Record, frozen=True):
     candidates: Annotated[list[CandidateEffect], Meta(min_length=1)]
     controls: list[SizeControl]
     validation: Selectivity
-    gap: dict[str, float]
+    gap: SelectionGap
     oracle: SelectionOracle
 
     def __post_init__(self) -> None:

@@ -115,8 +115,7 @@ def bench(
     config = (config or BenchConfig()) if given is None else given.config(config)
     selection.check_traced(config.select.method, config.trace.statistics)
     like = config.run.like
-    if like is not None:
-        load_skills(like)  # what is not there is told before the expensive steps
+    theirs = None if like is None else load_skills(like)  # what is not there is told before the expensive steps
     with open_session(config, given=given, quiet=quiet, say=say, resumable=True) as session:
         if session.resumed:
             say(f"an unfinished run goes on after {', '.join(session.resumed)}")
@@ -128,8 +127,8 @@ def bench(
         removals = Removals.of(subject, list(skills.values()), scores)
         swept = stage("sweep", lambda: _sweep(session, removals), Kept.by(SweepResult.load))
         earlier, in_earlier, kept = None, None, Kept.optional(SweepResult.load)
-        if like is not None:
-            earlier = stage("like", lambda: remove_earlier(session, like), kept)
+        if theirs is not None:
+            earlier = stage("like", lambda: remove_earlier(session, theirs, str(like)), kept)
         if like is not None and earlier is not None:
             in_earlier = stage(
                 "like",

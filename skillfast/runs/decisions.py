@@ -18,28 +18,28 @@ from skillfast.results import records, skills
 from skillfast.results.bench import REMEDY
 from skillfast.results.decisions import Decisions
 from skillfast.runs.earlier import earlier_model
-from skillfast.skills.skill import load_skills
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from skillfast.runs.removals import Removals
     from skillfast.runs.session import Session
+    from skillfast.skills.skill import Skill
 
 OTHERWISE = 0.01  # share of the examples on which a model may decide otherwise on another device or in another dtype
 
 
-def remove_earlier(session: Session, directory: str | Path) -> SweepResult | None:
+def remove_earlier(session: Session, found: Mapping[str, Skill], directory: str) -> SweepResult | None:
     """Remove the skills of an earlier run on the test part; None, and a line, where they are of another architecture.
 
     Args:
         session: The run.
-        directory: Folder of the earlier run.
-
-    Raises:
-        DataError: A folder without readable skills.
+        found: The earlier run's skills, by name.
+        directory: Folder of the earlier run, which the line names.
     """
-    subject, found = session.subject, load_skills(directory)
+    subject = session.subject
     theirs, ours = next(iter(found.values())).fingerprint, fingerprint(subject.model)
     if theirs not in (None, ours):
         session.say(f"the skills of {directory} are of another architecture: they are not removed from this model")

@@ -124,19 +124,23 @@ def evaluate(
         )
     if skills is None or tasks:
         _check_method(_method(config), config, grid, [*metrics, *tasks])
-    if skills is not None:
-        load_skills(skills)  # a file that is wrong is told before the expensive steps
+    loaded = None if skills is None else load_skills(skills)  # a file that is wrong is told before the expensive steps
     generation = generation or Generation()
     if predicts_tokens(config) and generation.max_new_tokens:
         require_sacrebleu()  # a library that is missing is told before the expensive step
     with open_session(config, given=given, quiet=quiet, say=say) as session:
         if isinstance(session.subject, CausalSubject):
-            return _evaluate_causal(session, session.subject, grid, metrics, skills, generation)
-        return _evaluate_classifier(session, grid, metrics, tasks, skills)
+            return _evaluate_causal(session, session.subject, grid, metrics, loaded, generation, skills)
+        return _evaluate_classifier(session, grid, metrics, tasks, loaded, skills)
 
 
 def _evaluate_classifier(
-    session: Session, grid: Grid, metrics: Sequence[str], tasks: Sequence[str], skills: str | Path | None
+    session: Session,
+    grid: Grid,
+    metrics: Sequence[str],
+    tasks: Sequence[str],
+    skills: Mapping[str, Skill] | None,
+    skills_from: str | Path | None,
 ) -> Evaluation:
     subject = session.subject
     scores = _scores(session) if skills is None or tasks else None
@@ -176,7 +180,7 @@ def _evaluate_classifier(
         "outcomes": outcomes,
         "model": evaluated_model(session),
         "data": {**subject.dataset_json(), "digests": session.data_digests},
-        "config": _settings(subject.config, grid, skills),
+        "config": _settings(subject.config, grid, skills_from),
         "environment": environment(subject.model, subject.device),
         "tasks": compared,
     }
@@ -188,8 +192,9 @@ def _evaluate_causal(
     subject: CausalSubject,
     grid: Grid,
     metrics: Sequence[str],
-    skills: str | Path | None,
+    skills: Mapping[str, Skill] | None,
     settings: Generation,
+    skills_from: str | Path | None,
 ) -> Evaluation:
     if settings.max_new_tokens:
         prefixes(subject.texts("test"), settings, grid.seed)  # texts that are too short are told before the trace
@@ -209,7 +214,7 @@ def _evaluate_causal(
         "outcomes": outcomes,
         "model": evaluated_model(session),
         "data": {**subject.dataset_json(), **counts, "digests": session.data_digests},
-        "config": _settings(subject.config, grid, skills) | {"generation": asdict(settings)},
+        "config": _settings(subject.config, grid, skills_from) | {"generation": asdict(settings)},
         "environment": environment(subject.model, subject.device),
     }
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
@@ -221,13 +226,17 @@ def _scores(session: Session) -> NeuronScores:
 
 
 def _cases(
-    session: Session, scores: NeuronScores | None, grid: Grid, metrics: Sequence[str], skills: str | Path | None
+    session: Session,
+    scores: NeuronScores | None,
+    grid: Grid,
+    metrics: Sequence[str],
+    skills: Mapping[str, Skill] | None,
 ) -> list[Case]:
-    """Skills from a file, or chosen on the select part, which the scores are of."""
+    """Skills that were loaded, or chosen on the select part, which the scores are of."""
     subject = session.subject
     if skills is not None:
         sites = choose_sites(subject.model, subject.config.trace.sites)
-        return cases_of_skills(load_skills(skills).values(), sites, grid)
+        return cases_of_skills(skills.values(), sites, grid)
     assert scores is not None
     method = _method(subject.config)
     (tried,) = selection.candidates(method, max(grid.shares), contrastive=grid.contrastive)  # one, as method is named
@@ -257,8 +266,8 @@ def _check_method(method: str, config: BenchConfig, grid: Grid, metrics: Sequenc
     selection.check_traced(method, config.trace.statistics)
 
 
-def _settings(config: BenchConfig, grid: Grid, skills: str | Path | None) -> dict[str, Any]:
-    return {**config.to_json(), "skills": None if skills is None else str(skills), "grid": grid.to_json()}
+def _settings(config: BenchConfig, grid: Grid, skills_from: str | Path | None) -> dict[str, Any]:
+    return {**config.to_json(), "skills": None if skills_from is None else str(skills_from), "grid": grid.to_json()}
 
 
 def _traced_config(config: BenchConfig, metrics: Sequence[str]) -> BenchConfig:

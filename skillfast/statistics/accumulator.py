@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skillfast import files
-from skillfast.errors import ArgumentError, DataError
+from skillfast.errors import ArgumentError
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.table import BinTable
@@ -358,9 +358,7 @@ class NeuronStatistics:
 
     def save(self, directory: str | Path) -> Path:
         """Write the state as `statistics.safetensors` into the folder; returns its path."""
-        path = files.output_folder(directory) / FILE
-        files.write_nested(path, self.state_dict())
-        return path
+        return persistence.write(Path(directory) / FILE, self.state_dict())
 
     @staticmethod
     def load(directory: str | Path, device: torch.device | str = "cpu") -> NeuronStatistics:
@@ -369,12 +367,8 @@ class NeuronStatistics:
         Raises:
             DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
         """
-        path = Path(directory) / FILE
-        state = files.read_nested(path, persistence.SCHEMA, "write it with NeuronStatistics.save")
-        try:
-            return NeuronStatistics.from_state_dict(state, device)
-        except ArgumentError as error:
-            raise DataError(f"{path}, {error}") from error
+        made = partial(NeuronStatistics.from_state_dict, device=device)
+        return persistence.read(Path(directory) / FILE, persistence.SCHEMA, made, "NeuronStatistics.save")
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted so far; counting may go on. Warns once of whatever has no score.

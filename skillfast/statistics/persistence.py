@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from msgspec import Meta
 
+from skillfast import files
 from skillfast.errors import ArgumentError, DataError
 from skillfast.metrics import from_json as metrics_from_json
 from skillfast.metrics import to_json
@@ -18,8 +19,11 @@ from skillfast.statistics.bootstrap import Numbering
 from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State, needs_bins
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
+A = TypeVar("A")
+D = TypeVar("D", bound=Document)
 SCHEMA = "skillfast.statistics/1"
 _REMEDY = "it is damaged, start again"
 
@@ -87,6 +91,50 @@ class SavedState(Document, frozen=True, tag="skillfast.statistics/1", tag_field=
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of activations
 
 
+def checked(kind: type[D], stored: Mapping[str, Any]) -> D:
+    """A state as a record; raises ArgumentError where it is of another version, or not as the record says."""
+    if stored.get("schema") != kind.schema_name():
+        raise ArgumentError(
+            f"state_dict: expected schema {kind.schema_name()!r}, got {stored.get('schema')!r}; use the version that "
+            "wrote it"
+        )
+    metrics = stored.get("metrics")
+    named = metrics if isinstance(metrics, dict) else {}
+    nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
+    if tensors := [name for name, value in nested.items() if isinstance(value, torch.Tensor)]:
+        raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; {_REMEDY}")
+    try:
+        return from_json(kind, stored, "state_dict", _REMEDY)
+    except DataError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def write(path: Path, state: Mapping[str, Any]) -> Path:
+    """Write a `state_dict` as a file; returns its path, for `read`."""
+    files.output_folder(path.parent)
+    files.write_nested(path, state)
+    return path
+
+
+def read(path: Path, schema: str, made: Callable[[dict[str, Any]], A], by: str) -> A:
+    """An accumulator of the state that `write` wrote.
+
+    Args:
+        path: The file.
+        schema: Name and version that the state carries.
+        made: Makes an accumulator of a `state_dict`.
+        by: What writes such files, for the error.
+
+    Raises:
+        DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
+    """
+    state = files.read_nested(path, schema, f"write it with {by}")
+    try:
+        return made(state)
+    except ArgumentError as error:
+        raise DataError(f"{path}, {error}") from error
+
+
 def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | None = None) -> State:
     """A state on a device, from what `to_dict` gave.
 
@@ -98,19 +146,7 @@ def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | No
     Raises:
         ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
     """
-    if stored.get("schema") != SCHEMA:
-        raise ArgumentError(
-            f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
-        )
-    metrics = stored.get("metrics")
-    named = metrics if isinstance(metrics, dict) else {}
-    nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
-    if tensors := [name for name, value in nested.items() if isinstance(value, torch.Tensor)]:
-        raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; {_REMEDY}")
-    try:
-        saved = from_json(SavedState, stored, "state_dict", _REMEDY)
-    except DataError as error:
-        raise ArgumentError(str(error)) from error
+    saved = checked(SavedState, stored)
     settings = _settings(saved)
     if experts is not None and _told(counted := saved.comoments.get("count")) != (torch.int64, [experts]):
         raise ArgumentError(  # before tensors of that length are made

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from skillfast import files, ops
+from skillfast import ops
 from skillfast.backends.capture import accumulation_dtype
-from skillfast.errors import ArgumentError, DataError
-from skillfast.results.records import Document, Positive, from_json
+from skillfast.errors import ArgumentError
+from skillfast.results.records import Document, Positive
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.moments import CoMoments
@@ -342,16 +342,7 @@ class RoutedStatistics:
         Raises:
             ArgumentError: Another schema version, or tensors that do not fit the settings.
         """
-        if stored.get("schema") != SCHEMA:
-            raise ArgumentError(
-                f"state_dict: expected schema {SCHEMA!r}, got {stored.get('schema')!r}; use the version that wrote it"
-            )
-        if tensors := [name for name, value in stored.items() if isinstance(value, torch.Tensor)]:
-            raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; it is damaged")
-        try:
-            saved = from_json(_Saved, stored, "state_dict", "it is damaged, start again")
-        except DataError as error:
-            raise ArgumentError(str(error)) from error
+        saved = persistence.checked(_Saved, stored)
         device, n = torch.device(device), saved.n_experts
         kept = [saved.experts[name] for name in sorted(saved.experts, key=int)]
         sums = persistence.from_dict(saved.sums, device, None if kept else n)
@@ -370,9 +361,7 @@ class RoutedStatistics:
 
     def save(self, directory: str | Path) -> Path:
         """Write the state as `routed.safetensors` into the folder; returns its path."""
-        path = files.output_folder(directory) / FILE
-        files.write_nested(path, self.state_dict())
-        return path
+        return persistence.write(Path(directory) / FILE, self.state_dict())
 
     @staticmethod
     def load(directory: str | Path, device: torch.device | str = "cpu") -> RoutedStatistics:
@@ -381,12 +370,8 @@ class RoutedStatistics:
         Raises:
             DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
         """
-        path = Path(directory) / FILE
-        stored = files.read_nested(path, SCHEMA, "write it with RoutedStatistics.save")
-        try:
-            return RoutedStatistics.from_state_dict(stored, device)
-        except ArgumentError as error:
-            raise DataError(f"{path}, {error}") from error
+        made = partial(RoutedStatistics.from_state_dict, device=device)
+        return persistence.read(Path(directory) / FILE, SCHEMA, made, "RoutedStatistics.save")
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""

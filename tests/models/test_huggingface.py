@@ -15,6 +15,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import huggingface
 from skillfast.models.huggingface import load_config, load_language_model, load_tokenizer, skeleton
 from skillfast.models.sites import find_sites
+from skillfast.models.sizes import no_more_than
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -102,6 +103,39 @@ def test_folders_that_cannot_be_loaded(tmp_path, what, words):
     assert words in text
     assert str(folder) in text
     assert ("tokenizer" in text) == ("tokenizer" in what or what == "vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "expected at most 10,000 as num_hidden_layers, got 1000000000; check its"),
+        ({"num_labels": 10**9}, "expected at most 1,000,000 as num_labels, got 1000000000; check its config.json"),
+        ({"text_config": {"depths": [2, 10**400]}}, "expected at most 10,000 as depths, got 1000000"),
+        ({"hidden_size": 24 * 10**5}, "bytes of weights, got one of more than "),
+        ({"vocab_size": 10**9}, "bytes of weights, got one of more than "),
+        ({"intermediate_size": 2**40}, "bytes of weights, got one of more than "),
+    ],
+)
+def test_sizes_that_the_weights_cannot_have_are_refused_before_they_are_allocated(tmp_path, monkeypatch, sizes, words):
+    folder = save_model(tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **sizes}), encoding="utf-8")
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    told = one_line(ModelError, load_language_model, str(folder), "classification", classes=CLASSES)
+    assert f"model 'hf:{folder}': expected" in told
+    assert words in told
+
+
+def test_packed_weights_may_be_eight_in_a_byte(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(2_000_000))
+    with no_more_than("x", weights, packed=True):
+        torch.nn.Linear(26_000_000 // 4, 4, bias=False, device="meta")
+    with no_more_than("x", tmp_path, packed=False):
+        torch.nn.Linear(3_500_000, 4, device="meta", bias=False)
+        with pytest.raises(ModelError, match="its 2,000,000 bytes of weights, got one of more than 14,000,000 param"):
+            torch.nn.Linear(1, 1, bias=False, device="meta")
+    torch.nn.Linear(10**9, 1, device="meta")  # elsewhere nothing is counted
 
 
 def test_a_classification_head_needs_classes(tmp_path):

@@ -407,6 +407,26 @@ def test_digits_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         load_or_train_digits(splits, 1, quiet=True)
 
 
+def test_equal_weights_are_equal_files(tmp_path: Path):
+    model = torch.nn.Linear(2, 3)
+    for i in range(8):
+        loading.save_trained(model, {"finetune": "all", "epochs": 1}, tmp_path / str(i))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_tied_weights_are_written_once_and_read_into_both(tmp_path: Path):
+    def tied() -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        return model
+
+    model, other = tied(), tied()
+    loading.save_trained(model, {"epochs": 1}, tmp_path / "w")
+    assert len(load_file(tmp_path / "w")) == 3
+    assert loading.load_trained(other, tmp_path / "w") == {"epochs": 1}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+
+
 def test_digits_model_is_what_it_says():
     loaded = digits_model()
     assert loaded.source == "scratch"

@@ -30,7 +30,7 @@ from skillfast import BenchConfig
 from skillfast.cli import main
 from skillfast.errors import ArgumentError, DataError, ModelError, NotComparableError
 from skillfast.evaluation.comparison import Measured
-from skillfast.models.loading import state_checksum
+from skillfast.files import checksum, metadata
 from skillfast.report import comparison_text, replay_text, write_comparison
 from skillfast.report.comparison.page import _tiles
 from skillfast.results import records
@@ -372,10 +372,10 @@ def audited(pictures, tmp_path_factory):
 
     weights = load_file(folder / "base" / "model.safetensors")
     with safe_open(folder / "base" / "model.safetensors", "pt") as file:
-        trained = file.metadata()
+        header = json.loads(file.metadata()["skillfast"])
     weights["head.bias"] = weights["head.bias"] + torch.tensor([0.0, 0.0, -30.0])  # red is gone
-    trained |= {"crc32": str(state_checksum(weights))}
-    save_file(weights, folder / "other.safetensors", metadata=trained)  # as if the run had left it
+    told = metadata(header, {name: checksum(tensor) for name, tensor in weights.items()})
+    save_file(weights, folder / "other.safetensors", metadata=told)  # as if the run had left it
     save_file(weights, folder / "tuned.safetensors")
     like = ["--like", folder / "base", "--checkpoint", folder / "tuned.safetensors"]
     result = run("bench", *like, "--output", folder / "new", "--quiet")
@@ -525,7 +525,7 @@ def test_an_earlier_model_that_is_not_there_is_said(audited, tmp_path, case):
     if case == "other":
         weights = load_file(folder / "base" / "model.safetensors")
         weights["head.weight"] = -weights["head.weight"]
-        save_file(weights, base / "model.safetensors", metadata={"trained": "{}"})
+        save_file(weights, base / "model.safetensors")
     config = BenchConfig.of(like=str(base), checkpoint=str(folder / "tuned.safetensors"))
     with open_session(config, say=said.append) as session:
         skills = list(skillfast.load_skills(folder / "new").values())

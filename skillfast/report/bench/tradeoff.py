@@ -133,7 +133,7 @@ def say(results: BenchResults) -> list[str]:
         if many > 1
         else f"The method was given: {_chosen(results)}."
     )
-    loss, regret = (points(gap[key], signed=True) for key in ("target_drop", "regret"))
+    loss, regret = (points(change, signed=True) for change in (gap.target_drop, gap.regret))
     second = (
         f"On the validation examples it costs the removed class {points(seen.target_drop)} points at a regret of "
         f"{points(seen.regret)}; on the test examples the loss differs by {loss} and the regret by {regret} points."
