@@ -192,7 +192,8 @@ def checksum(array: Any) -> int:
     if hasattr(array, "data_ptr"):
         import torch
 
-        flat = flat.view(torch.uint8)
+        if flat.numel():  # one without values may have no stride to view it by
+            flat = flat.view(torch.uint8)
         return zlib.crc32(flat.numpy(), zlib.crc32(kind.encode()))
     return zlib.crc32(flat.view("uint8"), zlib.crc32(kind.encode()))
 

@@ -43,6 +43,7 @@ from skillfast.runs.replay import Earlier
 from skillfast.runs.selection import candidates_of
 from skillfast.runs.shares import OwnPredictions
 from skillfast.statistics.routed import RoutedRows, RoutedStatistics
+from skillfast.statistics.tokens import TokenStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,6 +223,51 @@ def _read_routed(folder: Path, *statistics: str) -> object:
     acc.save(folder / "again")
     acc.merge(_routed(*statistics))
     acc.scores()
+    return found
+
+
+def _tokens() -> TokenStatistics:
+    """Sums over all tokens of some examples, and ranks of a sample that is still kept, with edges for later."""
+    acc = TokenStatistics(
+        5, METRICS, ("pearson", "auroc"), bins=4, n_bootstrap=8, seed=0, buffer_rows=16, device=torch.device("cpu")
+    )
+    for n in (9, 11):
+        x, values = _counted(n)
+        checked = acc.check(values, n)
+        picked = acc.pick(n, 1, None)
+        assert picked is not None
+        acc.add_sums(torch.stack([x, x.square()]), torch.ones(n, dtype=torch.int64), checked, None)
+        rows = acc.reserve(len(picked)).copy_(x[picked])
+        acc.commit(rows, picked, checked[:, None], None)
+        if n == 9:
+            acc.calibrate_on_counted()
+    return acc
+
+
+def _read_tokens(folder: Path) -> object:
+    acc = TokenStatistics.load(folder)
+    found = acc.scores()
+    acc.save(folder / "again")
+    acc.like().merge(acc)
+    acc.merge(_tokens().like())
+    acc.scores()
+    return found
+
+
+def _traced() -> skillfast.Tracer:
+    tracer = skillfast.Tracer(_vit(), METRICS, pool="none", statistics=("pearson", "auroc"), bins=4)
+    with tracer, torch.no_grad():
+        for x, y in _batches():
+            tracer._model(x)
+            tracer.step(label=y, loss=y.double(), correct=y == 1)
+    return tracer
+
+
+def _read_traced(folder: Path) -> object:
+    tracer = skillfast.Tracer.load(folder, _vit())
+    found = tracer.compute()
+    tracer.save(folder / "again")
+    tracer.like().merge(tracer)
     return found
 
 
@@ -472,6 +518,12 @@ KINDS = {
         lambda folder: _read_routed(folder, "pearson", "spearman"),
         mutations.changed_tensors,
         heavy=True,
+    ),
+    "tokens": Kind(
+        "tokens.safetensors", lambda folder: _tokens().save(folder), _read_tokens, mutations.changed_tensors
+    ),
+    "tracer": Kind(
+        "tracer.safetensors", lambda folder: _traced().save(folder), _read_traced, mutations.changed_tensors, heavy=True
     ),
     "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
     "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),

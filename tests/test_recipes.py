@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Recipe = Callable[[str], dict[str, Any]]
 
 DOCS = Path(__file__).parents[1] / "docs"
-TESTED = ("hf-trainer", "nnsight", "npy", "training-loop", "transformer-lens", "tune-a-skill")
+TESTED = ("hf-trainer", "nnsight", "npy", "processes", "training-loop", "transformer-lens", "tune-a-skill")
 
 
 def script_of(page: Path) -> str:
@@ -188,3 +188,12 @@ def test_npy(recipe: Recipe, tmp_path: Path) -> None:
     expected = left["parts"][0].compute()
     np.testing.assert_array_equal(part.compute().spearman, expected.spearman)
     np.testing.assert_allclose(part.compute().pearson, expected.pearson, atol=1e-7)
+
+
+def test_processes(recipe: Recipe) -> None:
+    left = recipe("processes")
+    model, images, label, scores = (left[name] for name in ("model", "images", "label", "scores"))
+    assert scores.n_observations == 384
+    x, logits = inputs_of(model.blocks[1].mlp.fc2, lambda: model(images))
+    loss = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    check_scores(scores["blocks.1.mlp"], x.mean(1).numpy(), [*one_hot(label, 3), loss.numpy()])

@@ -1,4 +1,4 @@
-"""The SHA-256 of a model's weights."""
+"""Digests of a model's weights: of all of them, or of a few values of each, which takes milliseconds."""
 
 from __future__ import annotations
 
@@ -29,6 +29,32 @@ def weights_digest(model: nn.Module) -> str:
         values = _loaded(model, name) if tensor.is_meta else tensor.detach()
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def sampled_digest(model: nn.Module) -> str:
+    """A digest of every parameter's name and shape and of 32 of its values, spread evenly: 16 hexadecimal digits.
+
+    Training changes it, being moved to another device does not. Of parameters on the meta device (offloaded ones)
+    only name and shape enter.
+    """
+    if isinstance(model, TextClassifier):
+        model = model.language_model
+    digest = hashlib.sha256()
+    values: dict[torch.device, list[Tensor]] = {}
+    order: list[torch.device] = []
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        if n := 0 if parameter.is_meta else parameter.numel():
+            at = torch.arange(min(n, 32), device=parameter.device) * n // min(n, 32)
+            few = parameter.detach()[torch.unravel_index(at, parameter.shape)].float().flatten()
+            values.setdefault(parameter.device, []).append(few)
+            order.append(parameter.device)
+    here = {  # one copy of each device
+        device: iter(torch.cat(parts).cpu().split([len(part) for part in parts])) for device, parts in values.items()
+    }
+    for device in order:
+        digest.update(next(here[device]).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _loaded(model: nn.Module, name: str) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +10,7 @@ from skillfast.errors import ArgumentError
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bins.table import BinTable
-from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State
+from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State, refuse_other
 from skillfast.vocabulary import BINS, BUFFER_ROWS, STATISTICS
 
 if TYPE_CHECKING:
@@ -24,10 +21,8 @@ if TYPE_CHECKING:
     from skillfast.metrics import Metric
     from skillfast.statistics.scores import NeuronScores
 
-FILE = "statistics.safetensors"
 
-
-class NeuronStatistics:
+class NeuronStatistics(persistence.Kept):
     """Correlates every neuron with every metric in one pass; what it keeps does not grow with the observations.
 
     The first 16 rows per bin are kept, and up to there all scores are exact; then they set the edges of the bins,
@@ -48,6 +43,9 @@ class NeuronStatistics:
     Raises:
         ArgumentError: No neurons, no metrics, or an unknown statistic.
     """
+
+    FILE = "statistics.safetensors"
+    SCHEMA = persistence.SCHEMA
 
     def __init__(
         self,
@@ -137,8 +135,8 @@ class NeuronStatistics:
             target.copy_(kept)
         self.state.moments.clear()  # they are summed anew, the shift stays
 
-    def calibrated_table(self) -> BinTable:
-        """An empty table whose edges are those of the rows so far.
+    def calibrated_table(self, other: NeuronStatistics | None = None) -> BinTable:
+        """An empty table whose edges are those of the rows so far, and of those that another still keeps.
 
         Raises:
             ArgumentError: Nothing was counted.
@@ -149,6 +147,9 @@ class NeuronStatistics:
         if not state.buffer.filled:
             raise ArgumentError("calibrate: expected at least one row counted before, got none")
         rows, values = state.buffer.contents
+        if other is not None:
+            theirs = (tensor.to(self.device) for tensor in other.state.buffer.contents)
+            rows, values = (torch.cat(pair) for pair in zip((rows, values), theirs, strict=True))
         with torch.inference_mode(False):
             return BinTable.calibrated(self.settings.metrics, self.settings.bins, rows, self.settings.named(values))
 
@@ -291,22 +292,36 @@ class NeuronStatistics:
         made.state = state
         return made
 
+    def told(self) -> dict[str, Any]:
+        """What another accumulator must have in common with this one to be merged, by name."""
+        return self.settings.told()
+
+    def check_merge(self, other: NeuronStatistics) -> None:
+        """Raise what `merge` would, and change nothing."""
+        ours, theirs = self.state, other.state
+        refuse_other(self.told(), other.told(), "count both with the same settings")
+        for state in (ours, theirs):
+            state.refuse_faults()
+        if ours.replicates is not None:
+            ours.numbering.check(theirs.numbering)
+        if ours.table is not None and theirs.table is not None:
+            ours.table.check_merge(theirs.table)
+
     def merge(self, other: NeuronStatistics) -> None:
         """Add another accumulator's observations to this one; the other is left as it is.
 
         Raises:
             ArgumentError: The other has other neurons, metrics or statistics, or counts into other bins.
         """
+        self.check_merge(other)
         ours, theirs = self.state, other.state
-        if replace(theirs.settings, buffer_rows=ours.settings.buffer_rows) != ours.settings:
-            raise ArgumentError(f"merge: expected {_told(ours.settings)}, got {_told(theirs.settings)}")
-        for state in (ours, theirs):
-            state.refuse_faults()
         if ours.replicates is not None:
             ours.numbering.merge(theirs.numbering)
         ours.wide |= theirs.wide
         if theirs.keeping:  # it still has all its rows
-            self._update(*(tensor.clone().to(self.device) for tensor in theirs.buffer.contents))
+            if ours.keeping and ours.buffer.filled + theirs.buffer.filled > exact_rows(self.settings.bins):
+                self.count_in(self.calibrated_table(other))  # edges that know both
+            self.add_kept(other)
             return
         if ours.keeping:
             kept = [tensor.clone() for tensor in ours.buffer.contents]
@@ -317,6 +332,13 @@ class NeuronStatistics:
         if self.state.table is not None and theirs.table is not None:
             self.state.table.merge(theirs.table)
         self.state.merge_sums(theirs)
+
+    def add_kept(self, other: NeuronStatistics, keep: torch.Tensor | None = None) -> None:
+        """Count rows that another accumulator still keeps: all, or those for which keep, bool [rows], is True."""
+        self.state.wide |= other.state.wide
+        contents = other.state.buffer.contents
+        rows, values = (tensor.clone() if keep is None else tensor[keep.to(other.device)] for tensor in contents)
+        self._update(rows.to(self.device), values.to(self.device))
 
     def _start_again(self, empty: State) -> None:
         """Go on with an empty state's shift and edges; numbers that were given out stay given out."""
@@ -347,28 +369,14 @@ class NeuronStatistics:
         self._settle()
         return persistence.to_dict(self.state)
 
-    @staticmethod
-    def from_state_dict(state: Mapping[str, Any], device: torch.device | str = "cpu") -> NeuronStatistics:
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> NeuronStatistics:
         """An accumulator that goes on where `state_dict` was taken.
 
         Raises:
-            ArgumentError: Another schema version, or tensors of another shape.
+            ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
         """
-        return NeuronStatistics.of_state(persistence.from_dict(state, torch.device(device)))
-
-    def save(self, directory: str | Path) -> Path:
-        """Write the state as `statistics.safetensors` into the folder; returns its path."""
-        return persistence.write(Path(directory) / FILE, self.state_dict())
-
-    @staticmethod
-    def load(directory: str | Path, device: torch.device | str = "cpu") -> NeuronStatistics:
-        """Go on from what `save` wrote.
-
-        Raises:
-            DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
-        """
-        made = partial(NeuronStatistics.from_state_dict, device=device)
-        return persistence.read(Path(directory) / FILE, persistence.SCHEMA, made, "NeuronStatistics.save")
+        return cls.of_state(persistence.from_dict(state, torch.device(device)))
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted so far; counting may go on. Warns once of whatever has no score.
@@ -397,10 +405,3 @@ class NeuronStatistics:
         if not self.state.keeping:
             self._drain()
         self._sum_buffered()
-
-
-def _told(settings: AccumulatorSettings) -> str:
-    return (
-        f"{settings.n_neurons} neurons, {settings.bins} bins, {settings.n_bootstrap} replicates, seed {settings.seed}, "
-        f"metrics {list(settings.metrics)} and statistics {list(settings.statistics)}"
-    )

@@ -95,17 +95,25 @@ class Numbering:
         self.shards += 1
         return Numbering(_halved(mix(self.stream, self.shards)))
 
+    def _counted(self) -> set[int]:
+        """Streams whose numbers were given out to observations that are counted here."""
+        return self.merged | ({self.stream} if self.used else set())
+
+    def check(self, other: Numbering) -> None:
+        """Raise ArgumentError where both count observations of one stream, which share their numbers."""
+        if self._counted() & other._counted():
+            raise ArgumentError(
+                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
+            )
+
     def merge(self, other: Numbering) -> None:
         """Note that the other's observations are counted here, too.
 
         Raises:
             ArgumentError: Both count observations of one stream, which share their numbers.
         """
-        ours, theirs = (n.merged | ({n.stream} if n.used else set()) for n in (self, other))
-        if ours & theirs:
-            raise ArgumentError(
-                "merge: expected shards with weights of their own, got two of one stream; make each with like()"
-            )
+        self.check(other)
+        theirs = other._counted()
         self.merged |= theirs
         if self.stream in theirs:
             self.stream = _halved(mix(self.stream, len(self.merged), 1))

@@ -1,8 +1,9 @@
-"""The state of an accumulator as plain values and tensors, and back."""
+"""The state of an accumulator as plain values and tensors, and back; one home for files of such states."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from msgspec import Meta
@@ -20,12 +21,88 @@ from skillfast.statistics.state import AccumulatorSettings, RowBuffer, State, ne
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
-A = TypeVar("A")
-D = TypeVar("D", bound=Document)
+    from skillfast.metrics import Metric
+
 SCHEMA = "skillfast.statistics/1"
-_REMEDY = "it is damaged, start again"
+DAMAGED = "it is damaged, start again"
+
+D = TypeVar("D", bound=Document)
+S = TypeVar("S")
+K = TypeVar("K", bound="Kept")
+
+
+class Kept:
+    """An accumulator whose state goes into a file and comes back from it.
+
+    Attributes:
+        FILE: Name of the file.
+        SCHEMA: Name and version that the file carries.
+    """
+
+    FILE: ClassVar[str]
+    SCHEMA: ClassVar[str]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state_dict(cls: type[K], state: Mapping[str, Any], device: torch.device | str = "cpu") -> K:
+        """An accumulator that goes on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
+        """
+        raise NotImplementedError
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the state as one safetensors file into the folder; returns its path."""
+        return write(self.state_dict(), directory, self.FILE)
+
+    @classmethod
+    def load(cls: type[K], directory: str | Path, device: torch.device | str = "cpu") -> K:
+        """Go on from what `save` wrote.
+
+        Raises:
+            DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
+        """
+        path, remedy = Path(directory) / cls.FILE, f"write it with {cls.__name__}.save"
+        return read(path, cls.SCHEMA, remedy, lambda stored: cls.from_state_dict(stored, device))
+
+
+def write(state: Mapping[str, Any], directory: str | Path, name: str) -> Path:
+    """Write a state into a file of the folder; returns its path."""
+    path = files.output_folder(directory) / name
+    files.write_nested(path, state)
+    return path
+
+
+def read(path: Path, schema: str, remedy: str, made: Callable[[Mapping[str, Any]], S]) -> S:
+    """Make of a file's state what it is the state of; raises DataError where either cannot be."""
+    stored = files.read_nested(path, schema, remedy)
+    try:
+        return made(stored)
+    except ArgumentError as error:
+        raise DataError(f"{path}, {error}") from error
+
+
+def record(kind: type[D], stored: Mapping[str, Any]) -> D:
+    """The record of a state's plain values; raises ArgumentError where they are not as its type says."""
+    schema = kind.schema_name()
+    if stored.get("schema") != schema:
+        raise ArgumentError(
+            f"state_dict: expected schema {schema!r}, got {stored.get('schema')!r}; use the version that wrote it"
+        )
+    metrics = stored.get("metrics")
+    named = metrics if isinstance(metrics, dict) else {}
+    nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
+    if tensors := [name for name, value in nested.items() if isinstance(value, torch.Tensor)]:
+        raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; {DAMAGED}")
+    try:
+        return from_json(kind, stored, "state_dict", DAMAGED)
+    except DataError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def to_dict(state: State) -> dict[str, Any]:
@@ -91,50 +168,6 @@ class SavedState(Document, frozen=True, tag="skillfast.statistics/1", tag_field=
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of activations
 
 
-def checked(kind: type[D], stored: Mapping[str, Any]) -> D:
-    """A state as a record; raises ArgumentError where it is of another version, or not as the record says."""
-    if stored.get("schema") != kind.schema_name():
-        raise ArgumentError(
-            f"state_dict: expected schema {kind.schema_name()!r}, got {stored.get('schema')!r}; use the version that "
-            "wrote it"
-        )
-    metrics = stored.get("metrics")
-    named = metrics if isinstance(metrics, dict) else {}
-    nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
-    if tensors := [name for name, value in nested.items() if isinstance(value, torch.Tensor)]:
-        raise ArgumentError(f"state_dict {tensors[0]}: expected values by name, got a tensor; {_REMEDY}")
-    try:
-        return from_json(kind, stored, "state_dict", _REMEDY)
-    except DataError as error:
-        raise ArgumentError(str(error)) from error
-
-
-def write(path: Path, state: Mapping[str, Any]) -> Path:
-    """Write a `state_dict` as a file; returns its path, for `read`."""
-    files.output_folder(path.parent)
-    files.write_nested(path, state)
-    return path
-
-
-def read(path: Path, schema: str, made: Callable[[dict[str, Any]], A], by: str) -> A:
-    """An accumulator of the state that `write` wrote.
-
-    Args:
-        path: The file.
-        schema: Name and version that the state carries.
-        made: Makes an accumulator of a `state_dict`.
-        by: What writes such files, for the error.
-
-    Raises:
-        DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
-    """
-    state = files.read_nested(path, schema, f"write it with {by}")
-    try:
-        return made(state)
-    except ArgumentError as error:
-        raise DataError(f"{path}, {error}") from error
-
-
 def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | None = None) -> State:
     """A state on a device, from what `to_dict` gave.
 
@@ -146,11 +179,11 @@ def from_dict(stored: Mapping[str, Any], device: torch.device, experts: int | No
     Raises:
         ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
     """
-    saved = checked(SavedState, stored)
+    saved = record(SavedState, stored)
     settings = _settings(saved)
     if experts is not None and _told(counted := saved.comoments.get("count")) != (torch.int64, [experts]):
         raise ArgumentError(  # before tensors of that length are made
-            f"state_dict count: expected {_said((torch.int64, [experts]))}, got {_said(_told(counted))}; {_REMEDY}"
+            f"state_dict count: expected {_said((torch.int64, [experts]))}, got {_said(_told(counted))}; {DAMAGED}"
         )
     layout = BinLayout.of(settings.metrics, settings.bins)
     _check_tensors(_empty(settings, torch.device("meta"), experts), saved, layout)  # takes no memory
@@ -187,14 +220,20 @@ def _buffer(settings: AccumulatorSettings, rows: torch.Tensor, values: torch.Ten
     return buffer
 
 
+def metrics_of(saved: Mapping[str, SavedMetric]) -> dict[str, Metric]:
+    """Metrics by name, of what a file tells."""
+    return metrics_from_json(
+        {
+            name: {"type": told.type} | ({"classes": told.classes} if told.classes else {})
+            for name, told in saved.items()
+        }
+    )
+
+
 def _settings(saved: SavedState) -> AccumulatorSettings:
-    metrics = {
-        name: {"type": told.type} | ({"classes": told.classes} if told.classes else {})
-        for name, told in saved.metrics.items()
-    }
     return AccumulatorSettings(
         n_neurons=saved.n_neurons,
-        metrics=metrics_from_json(metrics),
+        metrics=metrics_of(saved.metrics),
         statistics=tuple(saved.statistics),
         bins=saved.bins,
         n_bootstrap=saved.n_bootstrap,
@@ -214,7 +253,7 @@ def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
     expected["kept values"] = torch.float64, [expected["kept rows"][1][0], len(settings.metrics) + 1]
     if saved.table is not None:
         if not needs_bins(settings.statistics):
-            raise ArgumentError(f"state_dict table: expected none with {settings.statistics}, got one; {_REMEDY}")
+            raise ArgumentError(f"state_dict table: expected none with {settings.statistics}, got one; {DAMAGED}")
         given |= {name: value for name, value in saved.table.items() if name != "dtype"}
         expected |= {
             "edges": (torch.float32, [settings.n_neurons, settings.bins - 1]),
@@ -236,7 +275,7 @@ def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
         told = _told(found)
         if told != expected.get(name):
             raise ArgumentError(
-                f"state_dict {name}: expected {_said(expected.get(name))}, got {_said(told)}; {_REMEDY}"
+                f"state_dict {name}: expected {_said(expected.get(name))}, got {_said(told)}; {DAMAGED}"
             )
 
 
@@ -258,7 +297,8 @@ def _check_contents(saved: SavedState, layout: BinLayout) -> None:
     count, wrong = int(counts.sum()), []
     if bool((counts < 0).any()) or count < rows:
         wrong.append(f"count {int(counts.min())} with {rows} rows kept")
-    if not all(bool(torch.isfinite(tensor).all()) for name, tensor in saved.comoments.items() if "y" in name):
+    of_metrics = [saved.comoments[name] for name in ("shift_y", "sum_y", "sum_yy", "sum_between")]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in of_metrics):  # activations may be anything
         wrong.append("metrics that are not finite")
     values = saved.kept["values"].T
     for (name, metric), value in zip(layout.metrics.items(), values, strict=False):
@@ -280,4 +320,4 @@ def _check_contents(saved: SavedState, layout: BinLayout) -> None:
             if not bool(torch.isfinite(tensors[f"values.{name}"]).all()) or not bool(torch.isfinite(reference).all()):
                 wrong.append(f"values of {name!r} that are not finite")
     if wrong:
-        raise ArgumentError(f"state_dict: expected a state of {count} rows, got {', '.join(wrong)}; {_REMEDY}")
+        raise ArgumentError(f"state_dict: expected a state of {count} rows, got {', '.join(wrong)}; {DAMAGED}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from skillfast.results.records import Document, Positive
 from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.moments import CoMoments
-from skillfast.statistics.state import AccumulatorSettings, State
+from skillfast.statistics.state import AccumulatorSettings, State, refuse_other
 from skillfast.statistics.tokens import values_of_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from skillfast.statistics.tokens import TokenMask
 
 SCHEMA = "skillfast.routed/1"
-FILE = "routed.safetensors"
 LEAST = 10  # tokens of an expert, below which its units have no scores
 _AT_ONCE = 1 << 19  # elements of rows that the CPU works on at once: they stay in its cache
 
@@ -76,7 +75,7 @@ class RoutedRows:
         return replace(self, x=taken(self.x), gate=taken(self.gate), expert=taken(self.expert), token=taken(self.token))
 
 
-class RoutedStatistics:
+class RoutedStatistics(persistence.Kept):
     """Correlates the units of a block's experts with every metric; each expert has its own number of observations.
 
     Pearson's r of all experts comes from one set of stacked sums, and no row is kept. Ranks and the bootstrap need an
@@ -93,6 +92,9 @@ class RoutedStatistics:
         buffer_rows: Rows of an expert collected before one update of its accumulator.
         device: Where the state lives.
     """
+
+    FILE = "routed.safetensors"
+    SCHEMA = SCHEMA
 
     def __init__(
         self,
@@ -305,10 +307,9 @@ class RoutedStatistics:
         Raises:
             ArgumentError: The other has other experts, metrics or statistics, or counts into other bins.
         """
-        if self._told() != other._told():
-            raise ArgumentError(f"merge: expected {self._told()}, got {other._told()}; count both with one tracer's")
-        for state in (self._sums, other._sums):
-            state.refuse_faults()
+        self.check_merge(other)
+        if self.n_bootstrap is not None:
+            self._sums.numbering.merge(other._sums.numbering)
         self._drain()
         other._drain()
         if not self.keeps_rows:
@@ -316,12 +317,36 @@ class RoutedStatistics:
         for ours, theirs in zip(self.experts, other.experts, strict=True):
             ours.merge(theirs)
 
-    def _told(self) -> str:
-        settings = self._sums.settings
-        return (
-            f"{self.n_experts} experts of {self.units} units, {settings.bins} bins, {self.n_bootstrap} replicates, "
-            f"seed {settings.seed}, metrics {settings.metrics} and statistics {list(self.statistics)}"
-        )
+    def told(self) -> dict[str, Any]:
+        """What another accumulator must have in common with this one to be merged, by name."""
+        own = {"statistics": self.statistics, "replicates": self.n_bootstrap}
+        return {"experts": self.n_experts, **self._sums.settings.told(), **own}
+
+    def check_merge(self, other: RoutedStatistics) -> None:
+        """Raise what `merge` would, and change nothing."""
+        refuse_other(self.told(), other.told(), "count both with the same settings")
+        for state in (self._sums, other._sums):
+            state.refuse_faults()
+        if self.n_bootstrap is not None:
+            self._sums.numbering.check(other._sums.numbering)
+        self._drain()
+        other._drain()
+        for ours, theirs in zip(self.experts, other.experts, strict=True):
+            ours.check_merge(theirs)
+
+    def like(self) -> RoutedStatistics:
+        """An empty accumulator of the same experts, metrics, shifts and bin edges: a shard to `merge` later."""
+        return self._of(self._sums.like(self.device), [expert.like() for expert in self.experts])
+
+    def _of(self, sums: State, experts: list[NeuronStatistics]) -> RoutedStatistics:
+        """An accumulator of the same settings with another state."""
+        made = copy.copy(self)
+        made._sums, made.experts, made._waiting = sums, experts, []
+        return made
+
+    def numbers(self, n: int) -> torch.Tensor:
+        """Numbers of the next n examples, float64 [n], which no other shard or process gives out."""
+        return self._sums.numbering.take(n, self._sums.settings.seed, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
@@ -335,14 +360,14 @@ class RoutedStatistics:
             "experts": {str(e): expert.state_dict() for e, expert in enumerate(self.experts)},
         }
 
-    @staticmethod
-    def from_state_dict(stored: Mapping[str, Any], device: torch.device | str = "cpu") -> RoutedStatistics:
+    @classmethod
+    def from_state_dict(cls, stored: Mapping[str, Any], device: torch.device | str = "cpu") -> RoutedStatistics:
         """An accumulator that goes on where `state_dict` was taken.
 
         Raises:
-            ArgumentError: Another schema version, or tensors that do not fit the settings.
+            ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
         """
-        saved = persistence.checked(_Saved, stored)
+        saved = persistence.record(_Saved, stored)
         device, n = torch.device(device), saved.n_experts
         kept = [saved.experts[name] for name in sorted(saved.experts, key=int)]
         sums = persistence.from_dict(saved.sums, device, None if kept else n)
@@ -355,23 +380,7 @@ class RoutedStatistics:
             raise ArgumentError(
                 f"state_dict: expected the states of {len(made.experts)} experts, got {len(kept)}; it is damaged"
             )
-        made._sums = sums
-        made.experts = [NeuronStatistics.from_state_dict(each, device) for each in kept]
-        return made
-
-    def save(self, directory: str | Path) -> Path:
-        """Write the state as `routed.safetensors` into the folder; returns its path."""
-        return persistence.write(Path(directory) / FILE, self.state_dict())
-
-    @staticmethod
-    def load(directory: str | Path, device: torch.device | str = "cpu") -> RoutedStatistics:
-        """Go on from what `save` wrote.
-
-        Raises:
-            DataError: The file is missing, broken or of another version, or its tensors do not fit its settings.
-        """
-        made = partial(RoutedStatistics.from_state_dict, device=device)
-        return persistence.read(Path(directory) / FILE, SCHEMA, made, "RoutedStatistics.save")
+        return made._of(sums, [NeuronStatistics.from_state_dict(each, device) for each in kept])
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skillfast.errors import ArgumentError
+from skillfast.files import short
 from skillfast.ops import MAX_BINS
 from skillfast.statistics.bootstrap import Numbering, Replicates
 from skillfast.statistics.moments import CoMoments
 from skillfast.vocabulary import STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from skillfast.metrics import Metric
     from skillfast.statistics.bins.table import BinTable
 
@@ -28,6 +28,27 @@ LEAST_REPLICATES = 8
 def needs_bins(statistics: Sequence[str]) -> bool:
     """Whether any of these statistics comes from a table of bins."""
     return any(name in OF_BINS for name in statistics)
+
+
+def refuse_other(ours: Mapping[str, Any], theirs: Mapping[str, Any], remedy: str, what: str = "merge") -> None:
+    """Raise ArgumentError where what two have to have in common differs; names the first thing that does."""
+    for name, expected in ours.items():
+        if (found := theirs[name]) != expected:
+            expected, found = _first_difference(expected, found)
+            raise ArgumentError(f"{what}: expected {name} {_said(expected)}, got {_said(found)}; {remedy}")
+
+
+def _first_difference(expected: Any, found: Any) -> tuple[Any, Any]:
+    """The first items in which two sequences or mappings of one length differ; others as they are."""
+    if isinstance(expected, Mapping):
+        return _first_difference(list(expected.items()), list(found.items()))
+    if isinstance(expected, Sequence) and not isinstance(expected, str) and len(expected) == len(found):
+        return next((pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]), (expected, found))
+    return expected, found
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else short(repr(value), 120)
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,17 @@ class AccumulatorSettings:
     def columns(self) -> tuple[str, ...]:
         """Names of the metric columns, M of them."""
         return tuple(column for name, metric in self.metrics.items() for column in metric.columns(name))
+
+    def told(self) -> dict[str, Any]:
+        """What two accumulators must have in common to be added up, by name; how rows are buffered is not of it."""
+        return {
+            "neurons": self.n_neurons,
+            "metrics": self.metrics,
+            "statistics": self.statistics,
+            "bins": self.bins,
+            "replicates": self.n_bootstrap,
+            "seed": self.seed,
+        }
 
     def named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Checked values [n, metrics or more] by the metrics' names, each [n]."""
@@ -177,6 +209,8 @@ class State:
     def like(self, device: torch.device) -> State:
         """An empty state of the same settings, shift and bin edges on a device, with numbers of its own."""
         other = State.empty(self.settings, device)
+        if self.moments.count.dim():
+            other.stack(len(self.moments.count))
         other.numbering = self.numbering.shard()
         other.moments.shift_x.copy_(self.moments.shift_x)
         other.moments.shift_y.copy_(self.moments.shift_y)
@@ -234,7 +268,7 @@ class State:
         """Add another state's co-moments and replicates, re-shifted onto this one's shift."""
         theirs = other.moments.to(self.device)
         self.moments.merge(theirs)
-        self.shifted |= other.shifted
+        self.shifted |= int(theirs.count.sum()) > 0  # the shift of a state without rows is not taken over
         if self.replicates is not None and other.replicates is not None:
             dx = theirs.shift_x.double() - self.moments.shift_x.double()
             self.replicates.merge(other.replicates.to(self.device), dx, theirs.shift_y - self.moments.shift_y)

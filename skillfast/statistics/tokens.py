@@ -6,18 +6,21 @@ tokens, in an accumulator of its own. Every token of the run is in it with the s
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from skillfast.errors import ArgumentError
-from skillfast.statistics import distributed, inputs, scoring
+from skillfast.results.records import Document, Record
+from skillfast.statistics import distributed, inputs, persistence, scoring
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bootstrap import Numbering, mix
-from skillfast.statistics.state import AccumulatorSettings, State
+from skillfast.statistics.state import AccumulatorSettings, State, refuse_other
 from skillfast.transfer import moved
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from skillfast.statistics.bins.table import BinTable
     from skillfast.statistics.scores import NeuronScores
 
+SCHEMA = "skillfast.tokens/1"
 MOST_HALVINGS = 5  # of the share of tokens in the sample: once rows are counted in bins, it is 1 / 32
 
 
@@ -140,7 +144,7 @@ def values_of_tokens(
     return checked.view(batch, tokens, -1)
 
 
-class TokenStatistics:
+class TokenStatistics(persistence.Kept):
     """Correlates every neuron with every metric over tokens.
 
     Args:
@@ -154,6 +158,9 @@ class TokenStatistics:
         buffer_rows: Sampled tokens collected before one update of their accumulator.
         device: Where the state lives.
     """
+
+    FILE = "tokens.safetensors"
+    SCHEMA = SCHEMA
 
     def __init__(
         self,
@@ -285,7 +292,7 @@ class TokenStatistics:
             self._thin(hashes[real])
         chosen = real & self._sample.below(hashes)
         self._coming = hashes[chosen]
-        if self._sampled.keeping and len(self._sample.kept) + len(self._coming) > self._sample.capacity:
+        if self._sampled.keeping and self._too_many(self._coming):
             self._start_counting()
         return np.flatnonzero(chosen)
 
@@ -297,6 +304,11 @@ class TokenStatistics:
         if not stay.all():
             self._sampled.keep_rows(torch.from_numpy(stay))
             sample.kept = sample.kept[stay]
+
+    def _too_many(self, coming: np.ndarray) -> bool:
+        """Whether rows to come, of which those that are not in the sample do not count, are too many to be kept."""
+        sample = self._sample
+        return len(sample.kept) + int(sample.below(coming).sum()) > sample.capacity
 
     def _start_counting(self) -> None:
         """Count the rows that are kept, and all later ones, in bins whose edges calibration has set, if it has."""
@@ -351,14 +363,149 @@ class TokenStatistics:
         if self._sampled is None:
             return
         sample = self._sample
-        told = distributed.gather((sample.halvings, self._sampled.keeping), group)
-        sample.halvings = max(halvings for halvings, _ in told)
+        told = distributed.gather((sample.halvings, self._sampled.keeping, sample.kept), group)
+        sample.halvings = max(halvings for halvings, *_ in told)
+        everybodys = np.concatenate([kept for *_, kept in told])
         if self._sampled.keeping:
-            self._thin(sample.kept[:0])
-            if not all(keeping for _, keeping in told):
+            own, sample.kept = sample.kept, sample.kept[:0]
+            sample.make_room(everybodys)  # as in every process
+            sample.kept = own
+            self._thin(own[:0])
+            if not all(keeping for _, keeping, _ in told) or sample.below(everybodys).sum() > sample.capacity:
                 self._start_counting()
-        sample.kept = np.concatenate(distributed.gather(sample.kept, group))
+        sample.kept = everybodys[sample.below(everybodys)]
         self._sampled.all_reduce(group)
+
+    def told(self) -> dict[str, Any]:
+        """What another accumulator must have in common with this one to be merged, by name."""
+        ranked = () if self._sampled is None else self._sampled.settings.statistics
+        return self._sums.settings.told() | {"statistics": (*(["pearson"] * self.has_pearson), *ranked)}
+
+    def check_merge(self, other: TokenStatistics) -> None:
+        """Raise what `merge` would, and change nothing."""
+        refuse_other(self.told(), other.told(), "count both with the same settings")
+        for state in (self._sums, other._sums):
+            state.refuse_faults()
+        if self._sums.replicates is not None:
+            self._sums.numbering.check(other._sums.numbering)
+        if self._sampled is not None and other._sampled is not None:
+            self._sampled.check_merge(other._sampled)
+
+    def merge(self, other: TokenStatistics) -> None:
+        """Add another accumulator's tokens to this one; the other is left as it is.
+
+        Both samples become one in which every token of both is with one probability: the smaller one of the two, or
+        less where they are too many together.
+
+        Raises:
+            ArgumentError: The other has other neurons, metrics or statistics, or counts into other bins.
+        """
+        self.check_merge(other)
+        if self._sums.replicates is not None:
+            self._sums.numbering.merge(other._sums.numbering)
+        self._sums.merge_sums(other._sums)
+        self.counted |= other.n_observations > 0
+        ours, theirs = self._sampled, other._sampled
+        if ours is None or theirs is None:
+            return
+        sample, coming = self._sample, other._sample.kept if theirs.keeping else other._sample.kept[:0]
+        sample.halvings = max(sample.halvings, other._sample.halvings)
+        if ours.keeping:
+            self._thin(coming)
+        if not theirs.keeping:
+            ours.merge(theirs)
+            return
+        keep = sample.below(coming)
+        if ours.keeping and self._too_many(coming):
+            given = self._empty_table or other._empty_table
+            self._empty_table = ours.calibrated_table(theirs) if given is None else given.like(self.device)
+            self._start_counting()
+        ours.add_kept(theirs, torch.from_numpy(keep))
+        if ours.keeping:
+            sample.kept = np.concatenate([sample.kept, coming[keep]])
+
+    def like(self) -> TokenStatistics:
+        """An empty accumulator of the same neurons, metrics, shifts and bin edges: a shard to `merge` later."""
+        sums, sampled = self._sums.like(self.device), None if self._sampled is None else self._sampled.like()
+        halvings = 0 if sampled is None or sampled.keeping else self._sample.halvings
+        made = self._of(
+            sums, sampled, replace(self._sample, stream=sums.numbering.stream, halvings=halvings, examples=0)
+        )
+        made._empty_table = None if self._empty_table is None else self._empty_table.like(self.device)
+        return made
+
+    def _of(self, sums: State, sampled: NeuronStatistics | None, sample: TokenSample) -> TokenStatistics:
+        """An accumulator of the same settings with another state, which keeps no row of the sample."""
+        made = copy.copy(self)
+        made._sums, made._sampled, made._sample = sums, sampled, replace(sample, kept=np.empty(0, np.uint64))
+        made._coming, made._empty_table = made._sample.kept, None
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: plain values and tensors, for `from_state_dict` here or in another process."""
+        sample, sampled = self._sample, self._sampled
+        edges = None
+        if sampled is not None and self._empty_table is not None:
+            empty = State.empty(sampled.settings, self.device)
+            empty.table = self._empty_table
+            edges = persistence.to_dict(empty)
+        kept = sample.kept if sampled is not None and sampled.keeping else sample.kept[:0]
+        return {
+            "schema": SCHEMA,
+            "pearson": self.has_pearson,
+            "counted": self.counted,
+            "sums": persistence.to_dict(self._sums),
+            "sampled": None if sampled is None else sampled.state_dict(),
+            "edges": edges,
+            "sample": {
+                "stream": sample.stream,
+                "halvings": sample.halvings,
+                "examples": sample.examples,
+                "kept": torch.from_numpy(kept.view(np.int64).copy()),
+            },
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> TokenStatistics:
+        """An accumulator that goes on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: Another schema version, or tensors that do not fit the settings or each other.
+        """
+        saved, device = persistence.record(_Saved, state), torch.device(device)
+        sums = persistence.from_dict(saved.sums, device)
+        settings = sums.settings
+        sampled, edges = (
+            None if stored is None else NeuronStatistics.from_state_dict(stored, device)
+            for stored in (saved.sampled, saved.edges)
+        )
+        ranked = () if sampled is None else sampled.settings.statistics
+        if not saved.pearson and not ranked:
+            raise ArgumentError("state_dict: expected at least one statistic, got none; it is damaged, start again")
+        made = cls(
+            settings.n_neurons, settings.metrics, (*(["pearson"] * saved.pearson), *ranked), bins=settings.bins,
+            n_bootstrap=settings.n_bootstrap, seed=settings.seed, buffer_rows=settings.buffer_rows, device=device,
+        )  # fmt: skip
+        for part, mine in ((sampled, made._sampled), (edges, made._sampled)):
+            if part is not None and (mine is None or part.told() != mine.told()):
+                raise ArgumentError("state_dict: expected a sample of the same settings, got others; it is damaged")
+        kept = saved.sample.kept
+        if sampled is not None and not sampled.keeping and saved.sample.halvings < MOST_HALVINGS:
+            raise ArgumentError(
+                f"state_dict sample.halvings: expected {MOST_HALVINGS} where rows are in bins, got "
+                f"{saved.sample.halvings}; it is damaged"
+            )
+        rows = len(sampled.state.buffer.contents[0]) if sampled is not None and sampled.keeping else 0
+        if kept.dtype != torch.int64 or kept.shape != (rows,):
+            raise ArgumentError(
+                f"state_dict sample.kept: expected int64 [{rows}], got {kept.dtype} {list(kept.shape)}; it is damaged"
+            )
+        made._sums, made._sampled, made.counted = sums, sampled, saved.counted
+        made._empty_table = None if edges is None else edges.state.table
+        told = saved.sample
+        made._sample = replace(made._sample, stream=told.stream, halvings=told.halvings, examples=told.examples)
+        made._sample.kept = kept.cpu().numpy().view(np.uint64)
+        return made
 
     def scores(self) -> NeuronScores:
         """Pearson's r, mean and deviation of all tokens; ranks of those that were sampled."""
@@ -376,3 +523,23 @@ class TokenStatistics:
             reasons["stale_edges"] = ranked.reasons["stale_edges"]
         arrays = {name: getattr(ranked, name) for name in names}
         return replace(found, n_ranked=ranked.n_observations, reasons=reasons, **arrays)
+
+
+class _SavedSample(Record, frozen=True):
+    """A `TokenSample`; hashes as int64."""
+
+    stream: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    halvings: Annotated[int, Meta(ge=0, le=MOST_HALVINGS)]
+    examples: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    kept: torch.Tensor
+
+
+class _Saved(Document, frozen=True, tag=SCHEMA, tag_field="schema"):
+    """What `state_dict` gives; the states inside are checked as those of accumulators are."""
+
+    pearson: bool
+    counted: bool
+    sums: dict[str, Any]
+    sampled: dict[str, Any] | None
+    edges: dict[str, Any] | None
+    sample: _SavedSample

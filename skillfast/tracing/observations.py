@@ -405,7 +405,6 @@ class RoutedTokens(_Rows):
     def __init__(self, site: Site, expected: Expected, statistics: RoutedStatistics) -> None:
         super().__init__([site], expected)
         self.statistics = statistics
-        self._examples = 0  # counted so far
         self._forget()
 
     def _forget(self) -> None:
@@ -442,7 +441,6 @@ class RoutedTokens(_Rows):
             self.statistics.add_accumulated(self._added)
         else:
             self._count_later(values, _kept(valid, self.batch), groups)
-        self._examples += self.batch
         self.discard()
 
     def _count_later(self, values: Mapping[str, Any], keep: np.ndarray | None, groups: Any) -> None:
@@ -463,7 +461,7 @@ class RoutedTokens(_Rows):
             if keep is not None:
                 of_row = on_device(keep, statistics.device)[example]
                 rows = replace(rows, expert=torch.where(of_row, rows.expert, statistics.n_experts))
-            numbers = torch.arange(n) + self._examples if groups is None else as_tensor(groups)
+            numbers = statistics.numbers(n) if groups is None else as_tensor(groups)
             each = checked[example] if checked.dim() == 2 else checked.flatten(0, 1)[rows.token]
             statistics.add(rows, each, as_tensor(numbers, statistics.device)[example])
 

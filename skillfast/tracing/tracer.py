@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.state import state_bytes, warn_of_state
+from skillfast.metrics import to_json
+from skillfast.models.digests import sampled_digest
 from skillfast.models.sites import (
     Site,
     choose_sites,
@@ -22,14 +26,16 @@ from skillfast.models.sites import (
     unwrap_compiled,
 )
 from skillfast.models.watching import on_samples
-from skillfast.statistics import distributed
+from skillfast.results.records import Document, Positive, Record
+from skillfast.statistics import distributed, persistence
 from skillfast.statistics.accumulator import NeuronStatistics
 from skillfast.statistics.bins.edges import exact_rows
 from skillfast.statistics.bootstrap import adjusted
+from skillfast.statistics.persistence import DAMAGED
 from skillfast.statistics.routed import RoutedStatistics
 from skillfast.statistics.scores import OF_NEURONS
 from skillfast.statistics.scoring import warn_of_reasons
-from skillfast.statistics.state import needs_bins
+from skillfast.statistics.state import needs_bins, refuse_other
 from skillfast.statistics.tokens import TokenMask, TokenStatistics
 from skillfast.tracing.capture import reading, reading_routed
 from skillfast.tracing.gates import RoutedGate
@@ -47,6 +53,43 @@ if TYPE_CHECKING:
 
 
 Rows = PooledRows | TokenRows | RoutedTokens
+Statistics = NeuronStatistics | TokenStatistics | RoutedStatistics
+FILE = "tracer.safetensors"
+SCHEMA = "skillfast.tracer/1"
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """What a tracer counts of its sites, and how; its arguments."""
+
+    metrics: dict[str, Metric]
+    pool: Pool
+    statistics: tuple[str, ...]
+    bins: int
+    n_bootstrap: int | None
+    seed: int
+    buffer_rows: int | None
+
+    def accumulator(self, members: Sequence[Site], device: torch.device) -> Statistics:
+        """An accumulator of some sites' neurons that has counted nothing."""
+        width, experts = _width(members, self.pool), members[0].experts
+        settings: dict[str, Any] = {
+            "bins": self.bins, "n_bootstrap": self.n_bootstrap, "seed": self.seed, "device": device,
+            "buffer_rows": BUFFER_ROWS if self.buffer_rows is None else self.buffer_rows,
+        }  # fmt: skip
+        if self.pool == "none" and experts is not None:
+            return RoutedStatistics(experts, width // experts, self.metrics, self.statistics, **settings)
+        if self.pool == "none":
+            return TokenStatistics(width, self.metrics, self.statistics, **settings)
+        if self.buffer_rows is None and device.type == "cuda" and needs_bins(self.statistics):
+            settings["buffer_rows"] = exact_rows(self.bins)
+        return NeuronStatistics(width, self.metrics, self.statistics, **settings)
+
+
+def _width(members: Sequence[Site], pool: Pool) -> int:
+    """Neurons of some sites, and unless tokens are observations the share of an example's tokens at each expert."""
+    shares = 0 if pool == "none" else sum(site.experts or 0 for site in members if site.kind == "expert")
+    return sum(site.width for site in members) + shares
 
 
 class Tracer:
@@ -88,54 +131,53 @@ class Tracer:
         seed: int = 0,
         buffer_rows: int | None = None,
     ) -> None:
+        self._begin(
+            model, sites, _Counting(dict(metrics), pool, tuple(statistics), bins, n_bootstrap, seed, buffer_rows)
+        )
+        by_group: dict[tuple[torch.device, str], list[Site]] = {}
+        for site in self.sites:
+            device = module_device(self._model.get_submodule(site.path))
+            # A classifier may see one row of an example whose blocks see many tokens, an expert some of the tokens.
+            apart = "" if pool != "none" or not (site.kind == "head" or site.experts) else site.name
+            by_group.setdefault((device, apart), []).append(site)
+        for (device, _), members in by_group.items():
+            width = _width(members, pool)
+            warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
+            self._take(members, self._counting.accumulator(members, device))
+
+    def _begin(self, model: torch.nn.Module, sites: Sequence[str] | None, counting: _Counting) -> None:
+        """Everything but accumulators; raises where model, sites and settings do not fit."""
         self._prepared = prepared(model)
         if self._prepared is None:
             refuse_compiled(model)
         model = unwrap_compiled(model)
-        reserved = {"self", "valid", "groups", "mask"} & set(metrics)
+        reserved = {"self", "valid", "groups", "mask"} & set(counting.metrics)
         if reserved:
             raise ArgumentError(
                 f"metrics: expected other names than step() has of its own, got {', '.join(sorted(reserved))}"
             )
+        pool = counting.pool
         if pool not in POOLS:
             raise ArgumentError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
         self._model = model
-        self._pool = pool
-        self._metrics = tuple(metrics)
+        self._counting = counting
         self.sites = choose_sites(model, sites) if self._prepared is None else self._prepared.chosen(model, sites, pool)
         self._forwards: dict[str, tuple[int, int, int, int]] = {}  # of a prepared model, those that were counted
         self._seen: set[str] = set()
         self._stack = ExitStack()
         self._expected = Expected()
-        by_group: dict[tuple[torch.device, str], list[Site]] = {}
-        for site in self.sites:
-            device = module_device(model.get_submodule(site.path))
-            # A classifier may see one row of an example whose blocks see many tokens, an expert some of the tokens.
-            apart = "" if pool != "none" or not (site.kind == "head" or site.experts) else site.name
-            by_group.setdefault((device, apart), []).append(site)
         self._rows: dict[str, Rows] = {}  # site -> the group that it is in
-        for (device, _), members in by_group.items():
-            width = sum(site.width for site in members)
-            if pool != "none":  # and the share of an example's tokens at each expert
-                width += sum(site.experts or 0 for site in members if site.kind == "expert")
-            warn_of_state(device, width, state_bytes(width, metrics, statistics, bins, n_bootstrap))
-            settings: dict[str, Any] = {
-                "bins": bins, "n_bootstrap": n_bootstrap, "seed": seed, "device": device,
-                "buffer_rows": BUFFER_ROWS if buffer_rows is None else buffer_rows,
-            }  # fmt: skip
-            rows: Rows
-            if pool == "none" and (experts := members[0].experts) is not None:
-                routed = RoutedStatistics(experts, width // experts, metrics, statistics, **settings)
-                rows = RoutedTokens(members[0], self._expected, routed)
-            elif pool == "none":
-                tokens = TokenStatistics(width, metrics, statistics, **settings)
-                rows = TokenRows(members, self._expected, tokens)
-            else:
-                if buffer_rows is None and device.type == "cuda" and needs_bins(statistics):
-                    settings["buffer_rows"] = exact_rows(bins)
-                pooled = NeuronStatistics(width, metrics, statistics, **settings)
-                rows = PooledRows(members, self._expected, pooled, pool)
-            self._rows |= {site.name: rows for site in members}
+
+    def _take(self, members: Sequence[Site], statistics: Statistics) -> None:
+        """Let an accumulator count what some sites see."""
+        rows: Rows
+        if isinstance(statistics, RoutedStatistics):
+            rows = RoutedTokens(members[0], self._expected, statistics)
+        elif isinstance(statistics, TokenStatistics):
+            rows = TokenRows(members, self._expected, statistics)
+        else:
+            rows = PooledRows(members, self._expected, statistics, self._counting.pool)
+        self._rows |= {site.name: rows for site in members}
 
     def _groups(self) -> list[Rows]:
         return list(dict.fromkeys(self._rows.values()))
@@ -196,7 +238,7 @@ class Tracer:
             larger = "" if self._prepared is None else f"; it is prepared for batches of up to {self._prepared.most}"
             raise ModelError(f"step: expected a forward of the traced model since the last step, got none{larger}")
         self._seen |= fired
-        if self._pool != "none":
+        if self._counting.pool != "none":
             values = {**self._expected.values, **values}
         for group in self._groups():
             group.count(values, valid, groups)
@@ -243,10 +285,10 @@ class Tracer:
             ModelError: A forward waits for its step.
         """
         self._require_step("expect")
-        metrics = self._metrics
+        metrics = self._counting.metrics
         unknown = [name for name in values if name not in metrics]
-        if unknown or (self._pool == "none" and values and len(values) < len(metrics)):
-            wanted = "all" if self._pool == "none" else "some"
+        if unknown or (self._counting.pool == "none" and values and len(values) < len(metrics)):
+            wanted = "all" if self._counting.pool == "none" else "some"
             raise ArgumentError(
                 f"expect: expected {wanted} of the metrics {', '.join(metrics)}, got {', '.join(values)}; the others "
                 "may be told to step() where each has one value per example"
@@ -298,6 +340,152 @@ class Tracer:
             rows.statistics.all_reduce(group)
         self._seen = set().union(*distributed.gather(self._seen, group))
 
+    def like(self) -> Tracer:
+        """An empty tracer of the same model, sites and settings, with this one's shifts and bin edges: a shard.
+
+        Shards that are made by it can be merged, whatever their data: all count into the same bins, and observations
+        of no two share the weights of a bootstrap. `calibrate` this one first where statistics of ranks are wanted.
+        """
+        self._require_step("like")
+        made = Tracer.__new__(Tracer)
+        made._begin(self._model, [site.name for site in self.sites], self._counting)
+        for group in self._groups():
+            made._take(group.sites, group.statistics.like())
+        return made
+
+    def _told(self) -> dict[str, Any]:
+        """What another tracer must have in common with this one to be merged, by name."""
+        counting = self._counting
+        return {
+            "a model of architecture": fingerprint(self._model),
+            "weights of digest": sampled_digest(self._model),
+            "sites": [site.name for site in self.sites],
+            "sites by device": [[site.name for site in group.sites] for group in self._groups()],
+            "metrics": counting.metrics,
+            "pool": counting.pool,
+            "statistics": counting.statistics,
+            "bins": counting.bins,
+            "n_bootstrap": counting.n_bootstrap,
+            "seed": counting.seed,
+        }
+
+    def merge(self, other: Tracer) -> None:
+        """Add what another tracer has counted, here or in another process (`save`, `load`); the other stays as it is.
+
+        The scores are then those of one pass over the data of both, but for rounding. Statistics of ranks need shards
+        of one `like`, or no more than 16 observations per bin in all of them but one.
+
+        Args:
+            other: A tracer of the same model, sites, metrics and settings.
+
+        Raises:
+            ArgumentError: Something differs, or the other counts into other bins; nothing is merged then.
+            ModelError: A forward of either waits for its step.
+        """
+        if other is self:
+            raise ArgumentError("merge: expected another tracer, got this one itself; its data would count twice")
+        self._require_step("merge")
+        other._require_step("merge")
+        refuse_other(self._told(), other._told(), "trace every part with one model, sites and settings")
+        pairs: list[tuple[Any, Any]] = [
+            (ours.statistics, theirs.statistics)
+            for ours, theirs in zip(self._groups(), other._groups(), strict=True)
+        ]  # fmt: skip
+        for mine, its in pairs:
+            mine.check_merge(its)
+        for mine, its in pairs:
+            mine.merge(its)
+        self._seen |= other._seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted: plain values and tensors, for `from_state_dict` here or in another process.
+
+        Raises:
+            ModelError: A forward waits for its step.
+        """
+        self._require_step("state_dict")
+        return {
+            "schema": SCHEMA,
+            "architecture": fingerprint(self._model),
+            "weights": sampled_digest(self._model),
+            **asdict(self._counting),
+            "metrics": to_json(self._counting.metrics),
+            "statistics": list(self._counting.statistics),
+            "seen": sorted(self._seen),
+            "groups": {
+                str(i): {"sites": [site.name for site in group.sites], "state": group.statistics.state_dict()}
+                for i, group in enumerate(self._groups())
+            },
+        }
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any], model: torch.nn.Module) -> Tracer:
+        """A tracer that goes on where `state_dict` was taken; its state lies where the model's sites lie.
+
+        Args:
+            state: What `state_dict` gave.
+            model: The model that was traced, with the weights that it had.
+
+        Raises:
+            ArgumentError: Another model, another schema version, or a state that does not fit its settings.
+        """
+        saved = persistence.record(_Saved, state)
+        bare = unwrap_compiled(model)
+        refuse_other(
+            {"a model of architecture": saved.architecture, "weights of digest": saved.weights},
+            {"a model of architecture": fingerprint(bare), "weights of digest": sampled_digest(bare)},
+            "give the model that was traced",
+            "load",
+        )
+        groups = [saved.groups[str(i)] for i in range(len(saved.groups))]
+        names = [name for group in groups for name in group.sites]
+        metrics, statistics = persistence.metrics_of(saved.metrics), tuple(saved.statistics)
+        counting = _Counting(
+            metrics, saved.pool, statistics, saved.bins, saved.n_bootstrap, saved.seed, saved.buffer_rows
+        )
+        made = Tracer.__new__(Tracer)
+        made._begin(model, names, counting)
+        by_name = {site.name: site for site in made.sites}
+        if sorted(names) != sorted(by_name) or not set(saved.seen) <= set(names):
+            raise ArgumentError(f"state_dict: expected each of {len(by_name)} sites once, got {len(names)}; {DAMAGED}")
+        for group in groups:
+            members = [by_name[name] for name in group.sites]
+            devices = {module_device(made._model.get_submodule(site.path)) for site in members}
+            if len(devices) != 1:
+                raise ArgumentError(
+                    f"load: expected {members[0].name} to {members[-1].name} on one device, as they were traced, got "
+                    f"{', '.join(map(str, devices))}; load the model as there, or onto one device"
+                )
+            empty = counting.accumulator(members, torch.device("meta"))
+            counted = type(empty).from_state_dict(group.state, devices.pop())
+            if counted.told() != empty.told():
+                raise ArgumentError(f"state_dict: expected a state of the tracer's settings, got another; {DAMAGED}")
+            made._take(members, counted)
+        made._seen = set(saved.seen)
+        return made
+
+    def save(self, directory: str | Path) -> Path:
+        """Write all that was counted as `tracer.safetensors` into the folder; returns its path.
+
+        Raises:
+            ModelError: A forward waits for its step.
+        """
+        return persistence.write(self.state_dict(), directory, FILE)
+
+    @staticmethod
+    def load(directory: str | Path, model: torch.nn.Module) -> Tracer:
+        """Go on from what `save` wrote.
+
+        Args:
+            directory: The folder.
+            model: The model that was traced, with the weights that it had.
+
+        Raises:
+            DataError: The file is missing, broken or of another version or model, or does not fit its settings.
+        """
+        remedy = "write it with Tracer.save"
+        return persistence.read(Path(directory) / FILE, SCHEMA, remedy, lambda s: Tracer.from_state_dict(s, model))
+
     def compute(self) -> NeuronScores:
         """The scores of everything counted; warns once about neurons or metrics that have none.
 
@@ -344,7 +532,7 @@ class Tracer:
             sites=tuple(site for part in parts for site in part.sites),
             reasons={name: where for name, where in reasons.items() if where},
             between=next((part.between for part in parts if part.between is not None), None),
-            pool=self._pool,
+            pool=self._counting.pool,
             fingerprint=fingerprint(self._model),
         )
 
@@ -358,3 +546,30 @@ def _routed(group: Rows, scores: NeuronScores) -> NeuronScores | None:
     if not isinstance(group, PooledRows) or group.routed.start == group.routed.stop:
         return None
     return scores.taken(group.routed, tuple(router_of(site) for site in group.sites if site.kind == "expert"))
+
+
+class _SavedGroup(Record, frozen=True):
+    """Sites that share an accumulator, and its state, which is checked as that of others is."""
+
+    sites: Annotated[list[str], Meta(min_length=1)]
+    state: dict[str, Any]
+
+
+class _Saved(Document, frozen=True, tag=SCHEMA, tag_field="schema"):
+    """What `Tracer.state_dict` gives."""
+
+    architecture: str
+    weights: str
+    metrics: dict[str, persistence.SavedMetric]
+    pool: Pool
+    statistics: list[str]
+    bins: Positive
+    n_bootstrap: Positive | None
+    seed: int
+    buffer_rows: Positive | None
+    seen: list[str]
+    groups: dict[str, _SavedGroup]
+
+    def __post_init__(self) -> None:
+        if not self.groups or set(self.groups) != {str(i) for i in range(len(self.groups))}:
+            raise ValueError(f"expected groups 0, 1, ... at groups, got {', '.join(self.groups) or 'none'}")

@@ -244,6 +244,26 @@ def test_a_keeper_that_takes_a_table_remembers_whom_it_took():
         keeper.merge(shard)
 
 
+def test_kept_rows_that_are_too_many_together_get_edges_of_both():
+    """Two shards far apart, each of which fits the rows that are kept: the bins know both."""
+    x, values = data(200, 100)
+    shards = [NeuronStatistics(3, METRICS, ("spearman",), bins=8) for _ in range(2)]
+    for shard, rows in zip(shards, torch.arange(200).chunk(2), strict=True):
+        shard.update(x[rows], part(values, rows))
+    shards[0].merge(shards[1])
+    assert int((shards[0].state.table.edges[0] > 1015).sum()) == 4  # of 7
+
+
+def test_a_state_with_activations_that_are_not_finite_comes_back():
+    x, values = data(40)
+    x[3, 1] = torch.nan
+    acc = NeuronStatistics(3, METRICS, ("pearson",))
+    acc.update(x, values)
+    again = NeuronStatistics.from_state_dict(acc.state_dict())
+    np.testing.assert_array_equal(again.scores().pearson, acc.scores().pearson)
+    assert again.scores().reasons == {"non_finite_activation": (1,)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_of_one_dtype_after_calibration_keep_their_atomic_bins(dtype):
     """Only mixed dtypes make float32's neighbours tell ties: a shard's first, empty buffer is no row."""
@@ -332,74 +352,109 @@ def token_statistics(x, values, lengths, examples):
     return acc
 
 
-@pytest.mark.parametrize("forgotten", [False, True])
-def test_tokens_of_processes_with_centers_of_their_own_add_up(two, forgotten):
+@pytest.mark.parametrize("how", ["reduced", "merged", "stored", "forgotten"])
+def test_tokens_of_shards_with_centers_of_their_own_add_up(two, tmp_path, how):
     lengths = np.random.default_rng(0).integers(1, 9, 80)
     x, _ = data(int(lengths.sum()), int(lengths[:40].sum()))
     _, values = data(80)
     parts = [torch.arange(40), torch.arange(40, 80)]
     shards = [token_statistics(x, values, lengths, few) for few in parts]
     assert (shards[0].center - shards[1].center).abs().min() > 2
-    if forgotten:  # sums that are set to 0 again leave nothing behind
+    if how == "forgotten":  # sums that are set to 0 again leave nothing behind
         for shard in shards:
             shard.calibrate_on_counted()
             assert shard.n_observations == 0
             assert not any(tensor.any() for tensor in shard._sums.replicates.tensors().values())
             assert not any(tensor.any() for tensor in shard._sums.moments.sums().values())
         return
-    two.run(lambda shard: shard.all_reduce(), shards)
     tokens = np.repeat(np.arange(80), lengths)
+    if how == "reduced":
+        two.run(lambda shard: shard.all_reduce(), shards)
+    else:
+        if how == "stored":
+            assert shards[1].save(tmp_path).name == "tokens.safetensors"
+            shards = [TokenStatistics.from_state_dict(shards[0].state_dict()), TokenStatistics.load(tmp_path)]
+        empty = shards[0].like()  # takes over nothing that it does not have, and brings nothing
+        total = TokenStatistics(3, METRICS, ("pearson",), bins=4, n_bootstrap=REPLICATES, seed=0, buffer_rows=16,
+                                device=torch.device("cpu"))  # fmt: skip
+        for shard in (empty, *shards, empty):
+            total.merge(shard)
+        assert torch.equal(total.center, shards[0].center)
+        shards = [total]
     for shard in shards:
         assert shard.n_observations == lengths.sum()
         check(shard._sums, x, part(values, torch.from_numpy(tokens)), groups=tokens)
 
 
 def ranking(x, loss, n, stream, *, calibrated):
-    """Ranks over the tokens of the first n texts of x [texts, tokens, 3]; no sums are wanted."""
+    """Ranks over the tokens of the first n texts of x [texts, tokens, 3]; no sums are wanted.
+
+    Args:
+        calibrated: None, or other texts and their loss, which set the edges.
+    """
     tokens = x.shape[1]
     acc = TokenStatistics(
         3, {"loss": Continuous()}, ("spearman",), bins=4, n_bootstrap=None, seed=0, buffer_rows=16,
         device=torch.device("cpu"),
     )  # fmt: skip
 
-    def count(rows):
-        for few in rows.split(5):
+    def count(x, loss):
+        for few in torch.arange(len(x)).split(5):
             picked = acc.pick(len(few), tokens, None)
             acc.reserve(len(picked)).copy_(x[few].flatten(0, 1)[picked])
             checked = loss[few][:, None, None].expand(-1, tokens, 1)
             acc.commit(acc._sampled.state.buffer.rows[:0], picked, checked, None)
             acc._sums.moments.count += len(few) * tokens
 
-    if calibrated:
-        count(torch.arange(20))
+    if calibrated is not None:
+        count(*calibrated)
         acc.calibrate_on_counted()
     acc._sample.stream = stream
-    count(torch.arange(n))
+    if n:
+        count(x[:n], loss[:n])
     return acc
 
 
+@pytest.mark.parametrize("how", ["reduced", "merged", "stored"])
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize(("short", "long"), [(8, 30), (8, 400), (300, 400)])
-def test_samples_of_processes_become_one_with_one_rate(two, short, long, calibrated):
-    if long == 400 and short == 8 and not calibrated:
+@pytest.mark.parametrize(("short", "long"), [(0, 30), (8, 30), (8, 400), (300, 400)])
+def test_samples_of_shards_become_one_with_one_rate(two, short, long, calibrated, how):
+    if long == 400 and short == 8 and not calibrated and how == "reduced":
         return  # one process has bins and the other has no edges for them: refused, as for pooled rows
     tokens, g = 9, torch.Generator().manual_seed(0)
-    x, loss = torch.randn(long, tokens, 3, generator=g), torch.randn(long, generator=g).double()
-    x += loss[:, None, None].float()
-    shards = [ranking(x, loss, n, i, calibrated=calibrated) for i, n in enumerate((short, long))]
+    x, loss = torch.randn(2, long, tokens, 3, generator=g), torch.randn(2, long, generator=g).double()
+    x += loss[..., None, None].float()
+    x[1] += 4  # another shift, other edges
+    start = (x[:, :10].flatten(0, 1), loss[:, :10].flatten()) if calibrated else None
+    shards = [ranking(x[i], loss[i], n, i, calibrated=start) for i, n in enumerate((short, long))]
+    if how == "stored":
+        shards = [TokenStatistics.from_state_dict(shard.state_dict()) for shard in shards]
+    before = [shard._sample.kept.copy() for shard in shards], shards[1]._sampled.n_observations
     if short == 300 and not calibrated:
+        act = (lambda shard: shard.all_reduce()) if how == "reduced" else (lambda shard: shards[0].merge(shards[1]))
         with pytest.raises(ArgumentError, match="calibrate"):
-            two.run(lambda shard: shard.all_reduce(), shards)
+            two.run(act, shards) if how == "reduced" else act(None)
+        assert shards[0].n_observations == short * tokens * (1 if how != "reduced" else (short + long) / short)
         return
-    two.run(lambda shard: shard.all_reduce("these"), shards)
-    assert two.groups == {"these"}
-    one, other = (shard.scores() for shard in shards)
-    rate = min(shard._sample.rate for shard in shards)
+    if how == "reduced":
+        two.run(lambda shard: shard.all_reduce("these"), shards)
+        assert two.groups == {"these"}
+        np.testing.assert_array_equal(shards[0].scores().spearman, shards[1].scores().spearman)
+        np.testing.assert_array_equal(shards[0].scores().spearman_bound, shards[1].scores().spearman_bound)
+    else:
+        shards[0].merge(shards[1])
+        assert (shards[1]._sample.kept == before[0][1]).all()  # the other is as it was
+        assert shards[1]._sampled.n_observations == before[1]
+    scores, rate = shards[0].scores(), shards[0]._sample.rate
     expected = (short + long) * tokens * rate
-    assert one.n_ranked == other.n_ranked
-    assert abs(one.n_ranked - expected) < 4 * np.sqrt(expected)
-    np.testing.assert_array_equal(one.spearman, other.spearman)
-    np.testing.assert_array_equal(one.spearman_bound, other.spearman_bound)
+    assert abs(scores.n_ranked - expected) <= 4 * np.sqrt(expected * (rate < 1))
+    if shards[0]._sampled.keeping:
+        assert scores.n_ranked == len(shards[0]._sample.kept) <= 64
+    rows = np.concatenate([x[0, :short].flatten(0, 1), x[1, :long].flatten(0, 1)])
+    ranks = np.column_stack([rankdata(column) for column in rows.T])
+    wanted = rankdata(np.repeat(np.concatenate([loss[0, :short], loss[1, :long]]), tokens))
+    rho = np.corrcoef(ranks.T, wanted)[:3, 3]
+    assert (np.abs(scores.spearman[:, 0] - rho) <= scores.spearman_bound[:, 0] + 1e-12).all()
 
 
 def test_the_size_of_the_sample_counts():

@@ -258,7 +258,7 @@ def test_a_pass_goes_on_where_it_was_stored(tmp_path, statistics):
 def test_what_does_not_fit_is_refused_on_the_way_back(tmp_path):
     kept, plain = made(statistics=("spearman",)), made()
     told = one_line(ArgumentError, kept.merge, plain)
-    assert "5 experts of 6 units, 16 bins, None replicates" in told
+    assert told == "merge: expected statistics spearman, got pearson; count both with the same settings"
     state = kept.state_dict()
     del state["experts"]["4"]
     told = one_line(ArgumentError, RoutedStatistics.from_state_dict, state)

@@ -82,17 +82,21 @@ class BinTable:
             for name, reference in self.references.items()
         )
 
+    def check_merge(self, other: BinTable) -> None:
+        """Raise ArgumentError for a table with other edges."""
+        if not self.has_edges_of(other):
+            raise ArgumentError(
+                "merge: expected the same bin edges, got others; make shards with like(), or calibrate() each with "
+                "the same rows before it counts"
+            )
+
     def merge(self, other: BinTable) -> None:
         """Add another table's counts.
 
         Raises:
             ArgumentError: A table with other edges.
         """
-        if not self.has_edges_of(other):
-            raise ArgumentError(
-                "merge: expected the same bin edges, got others; make shards with like(), or calibrate() each with "
-                "the same rows before it counts"
-            )
+        self.check_merge(other)
         device = self.table.device
         self.spill()
         other.spill()
