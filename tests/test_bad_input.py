@@ -139,3 +139,28 @@ def test_measures_that_a_file_does_not_name_are_refused(tmp_path):
         told = one_line(DataError, kind.read, tmp_path)
         assert "expected of the measures accuracy, f1_macro, " in told
         assert " at intact, got 'speed'; " in told
+
+
+def test_what_a_page_needs_of_a_file_is_asked_of_the_file(tmp_path):
+    """Places that mutated files were found to lack, after which a page could not be made."""
+    changes = {
+        "evaluation.json": [
+            (("intact", "per_class"), None, "expected per_class at intact of a classifier alone, got another task; "),
+            (("task",), "causal", "expected per_class at intact of a classifier alone, got another task; "),
+            (("tasks", "expected_shared", 0, 1), None, "expected numbers off the diagonal at tasks.expected_shared, "),
+            (("tasks", "shared", 0, 0), None, "expected `int` at tasks.shared[0][0], got `null`; "),
+        ],
+        "results.json": [(("selection", "gap"), {"regret": 0.1}, "expected the key target_drop at selection.gap, ")],
+    }
+    for name, wrong in changes.items():
+        kind = readers.KINDS[name]
+        path = tmp_path / kind.file
+        kind.make(tmp_path)
+        raw = path.read_text()
+        for place, value, words in wrong:
+            results = at = json.loads(raw)
+            for key in place[:-1]:
+                at = at[key]
+            at[place[-1]] = value
+            path.write_text(json.dumps(results))
+            assert words in one_line(DataError, kind.read, tmp_path)

@@ -173,10 +173,15 @@ class Overlaps(Record, frozen=True):
 
     neurons: Annotated[list[Count], PER_TASK]
     jaccard: Matrix
-    shared: Matrix
+    shared: Annotated[list[Annotated[list[Count], PER_TASK]], PER_TASK]
     expected_shared: Matrix
     expected_jaccard: Matrix
     in_several: list[SharedNeuron]
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.expected_shared):
+            if None in row[:i] + row[i + 1 :]:
+                raise ValueError("expected numbers off the diagonal at tasks.expected_shared, got null")
 
 
 def _check_measures(of: str, measures: Collection[str], found: Outcome | TaskRemoval) -> None:
@@ -204,6 +209,7 @@ class Tasks(Overlaps, frozen=True):
     removals: Annotated[list[TaskRemoval], PER_TASK]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if set(self.intact) != set(self.measured):
             raise ValueError("expected the same measures at tasks.intact and tasks.measured, got others")
         for removal in self.removals:
@@ -245,6 +251,8 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
             raise ValueError(f"expected measures without repeats, got {', '.join(self.measures)}")
         if others := sorted({*self.intact.values, *self.intact.ci95} - {*self.measures}):
             raise ValueError(f"expected of the measures {', '.join(self.measures)} at intact, got {others[0]!r}")
+        if (self.task == "classification") != (self.intact.per_class is not None):
+            raise ValueError("expected per_class at intact of a classifier alone, got another task")
         for outcome in self.outcomes:
             _check_measures("outcomes", self.measures, outcome)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from skillfast import __version__, files
 from skillfast.errors import ArgumentError
-from skillfast.evaluation.comparison import MARGIN, moved_between
+from skillfast.evaluation.comparison import MARGIN
 from skillfast.evaluation.intervals import share_limits
 from skillfast.evaluation.paired import PairedDifference
 from skillfast.results import records
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from skillfast.results.comparison import Place, SkillChange
+    from skillfast.results.comparison import SkillChange
 
 HEAD = "head"
 
@@ -38,8 +38,7 @@ def trajectory(
     """Follow each skill over several runs of `bench`, or models, on the test examples that all of them have.
 
     A skill appears in the first run in which the whole interval of what its class loses by it is above 5 points. It
-    moved since the run before where `compare` says so, or where a quarter of its effect lies in other blocks or kinds,
-    by their shares as they are seen.
+    moved since the run before where `compare` says so of both, and is there in both.
 
     Args:
         *runs: Folders of runs in the order of the training, or models as `compare` takes them; models are measured like
@@ -129,7 +128,7 @@ def _skill(right: Sequence[tuple[np.ndarray, np.ndarray]], changes: Sequence[Ski
                 depth=_depth(blocks),
                 overlap=change.overlap if i else None,
                 verdicts=change.verdicts if i else [],
-                moved=_moved(change) if i and there[i - 1] and there[i] else [],
+                moved=change.moved if i and there[i - 1] and there[i] else [],
             )
         )
     return SkillTrajectory(
@@ -137,13 +136,6 @@ def _skill(right: Sequence[tuple[np.ndarray, np.ndarray]], changes: Sequence[Ski
         moves=[i for i, at in enumerate(found) if at.moved],
         runs=found,
     )
-
-
-def _moved(change: SkillChange) -> list[Place]:
-    """What a skill that is there in both runs is in now that it was not in."""
-    if "moved" in change.verdicts:
-        return change.moved
-    return [place for place in moved_between(change.kinds, change.blocks) if place != "neurons"]
 
 
 def _depth(blocks: Mapping[str, float] | None) -> float | None:

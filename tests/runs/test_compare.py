@@ -32,6 +32,7 @@ from skillfast.errors import ArgumentError, DataError, ModelError, NotComparable
 from skillfast.evaluation.comparison import Measured
 from skillfast.files import checksum, metadata
 from skillfast.report import comparison_text, replay_text, write_comparison
+from skillfast.report.comparison import words as comparison_words
 from skillfast.report.comparison.page import _tiles
 from skillfast.results import records
 from skillfast.results.comparison import Comparison
@@ -124,7 +125,12 @@ def test_a_lost_class_is_named_and_nothing_else(runs, tmp_path):
         assert (one.data.examples, one.data.labels) == ("2e" * 32, "2f" * 32)  # of the test part
     page = (tmp_path / "compare.html").read_text()
     assert [page.count(each) for each in (sample.WEIGHTS["sha256"], "2e" * 32, "2f" * 32)] == [2, 2, 2]
+    both = msgspec.structs.replace(found.skills["deer"], verdicts=["weakened", "moved"], moved=["blocks"])
+    said = comparison_words.sentences(msgspec.structs.replace(found, skills=found.skills | {"deer": both}))
+    assert said[:2] == ["Weakened: deer.", "Moved: deer."]
+    assert comparison_words.verdict(both) == "weakened, moved (to other blocks)"
     quiet = msgspec.structs.replace(found.skills["cat"], verdicts=["weakened"])  # its accuracy holds
+    assert comparison_words.verdict(quiet) == "weakened in its neurons"
     for skills, below in ((found.skills, "of 10 classes"), (found.skills | {"cat": quiet}, "of 10 classes; 1 more in")):
         tile = _tiles(msgspec.structs.replace(found, skills=skills))[1]
         assert tile[:2] == ("lost, weakened or merged", "1")

@@ -24,21 +24,30 @@ CLASSES = tuple(sample.class_names(10))
 DEER, CAT = CLASSES.index("deer"), CLASSES.index("cat")
 
 
-def write(folder, labels, measured, order, *, cat_in_first_block=False):
-    """A run's folder with these decisions, its examples in an order of its own."""
+def write(folder, labels, measured, order, *, cat_moved=False):
+    """A run's folder with these decisions, its examples in an order of its own.
+
+    Cat may have moved to other neurons, of the first block; dog's effect lies there, too, but its neurons stay.
+    """
     folder.mkdir(parents=True)
     results = sample.sample_results(10)
     text = json.dumps(results)
     for name, new in zip(results["dataset"]["classes"], CLASSES, strict=True):
         text = text.replace(json.dumps(name), json.dumps(new))
     results = json.loads(text)
-    if cat_in_first_block:
+    if cat_moved:
         for block in results["layer_contribution"]["per_block"]:
-            block["per_class"]["cat"] = float(block["block"] == 0)
+            block["per_class"] |= dict.fromkeys(("cat", "dog"), float(block["block"] == 0))
     (folder / "results.json").write_text(json.dumps(results))
     skills = sample.sample_skills(results)
     for skill, name in zip(skills["skills"], CLASSES, strict=True):
         skill["name"] = name
+        if cat_moved and name == "cat":
+            widths = {site["name"]: site["width"] for site in results["model"]["sites"]}
+            skill["neurons"] = {
+                site: sorted({*range(widths[site])} - {*index})[: len(index)]
+                for site, index in skill["neurons"].items()
+            }
     (folder / "skills.json").write_text(json.dumps(skills))
     Decisions(
         classes=CLASSES,
@@ -62,7 +71,7 @@ def runs(tmp_path_factory):
     return [
         write(folder / "1000", labels, Measured(early, removed, None), orders[0]),
         write(folder / "2000", labels, base, orders[1]),
-        write(folder / "3000", labels, base, orders[2], cat_in_first_block=True),
+        write(folder / "3000", labels, base, orders[2], cat_moved=True),
     ], labels, base  # fmt: skip
 
 
@@ -83,6 +92,7 @@ def test_skills_are_followed(runs, tmp_path):
     }
     assert [at.verdicts for at in deer.runs] == [[], ["gained"], ["unchanged"]]
     assert [at.moved for at in cat.runs] == [[], [], ["blocks"]]
+    assert cat.runs[2].verdicts == skillfast.compare(*folders[1:]).skills["cat"].verdicts == ["moved"]
     assert cat.runs[0].overlap is None
     assert cat.runs[1].overlap.jaccard == 1
     right = base.intact[labels == DEER] == DEER

@@ -71,14 +71,18 @@ def verdict(found: SkillChange) -> str:
     words = []
     for each in found.verdicts:
         more = ""
-        if each in ("weakened", "strengthened") and by_neurons(found):
-            more = " in its neurons"
-        elif each == "moved":
+        if each == "moved":
             more = f" (to other {', '.join(found.moved)})"
         elif each == "merged":
             more = f" with {', '.join(found.merged_with)}"
-        words.append(f"{each}{more}")
+        words.append(f"{_head(each, found)}{more}")
     return ", ".join(words)
+
+
+def _head(each: str, found: SkillChange) -> str:
+    """A verdict, which of `HEADS` it is."""
+    neurons = each in ("weakened", "strengthened") and by_neurons(found)
+    return f"{each} in its neurons" if neurons else each
 
 
 def by_neurons(found: SkillChange) -> bool:
@@ -151,9 +155,8 @@ def sentences(found: Comparison) -> list[str]:
         return [*said, "No common example: nothing can be said."]
     of: dict[str, list[str]] = {}
     for name, skill in found.skills.items():
-        first = skill.verdicts[0]
-        neurons = first in ("weakened", "strengthened") and by_neurons(skill)
-        of.setdefault(f"{first} in its neurons" if neurons else first, []).append(name)
+        for each in skill.verdicts:
+            of.setdefault(_head(each, skill), []).append(name)
     said += [f"{head}: {', '.join(of[verdict])}." for verdict, head in HEADS.items() if verdict in of]
     overall = found.overall
     if overall is not None:

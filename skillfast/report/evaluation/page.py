@@ -78,9 +78,8 @@ def _intact_of(results: EvaluationResults, measure: str, metric: str | None) -> 
     if measure in found.values:
         return _scaled(measure, found.values[measure])
     name, classes = (metric or "").removeprefix("label:"), results.data.classes
-    if name == metric or name not in classes:
+    if found.per_class is None or name == metric or name not in classes:
         return None
-    assert found.per_class is not None
     values = found.per_class.accuracy if measure == "class_accuracy" else found.per_class.f1
     return _scaled(measure, values[classes.index(name)])
 
