@@ -362,7 +362,7 @@ def test_cifar10_with_a_half_trained_model(shared, tmp_path):
     checkpoint = shared / "models" / "vit_cifar10_half.safetensors"
     if not checkpoint.is_file():
         pytest.skip(f"no model at {checkpoint}")
-    _unpack(shared / "data" / "cifar10.tar.gz", tmp_path / "cifar", {"train": 10, "test": 5})
+    _unpack(shared / "data" / "cifar10.tar.gz", tmp_path / "cifar", {"train": 8, "test": 3})
     command = [
         SKILLFAST, "bench", "--dataset", "imagefolder", "--data-dir", tmp_path / "cifar",
         "--model", "vit_tiny_patch16_224", "--model-kwarg", "img_size=32", "--model-kwarg", "patch_size=4",

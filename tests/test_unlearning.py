@@ -31,9 +31,9 @@ def unlearning():
 def test_every_way_leaves_what_it_should(unlearning, trained_digits, monkeypatch):
     said = []
     monkeypatch.setattr(unlearning, "MOST_STEPS", 10)
-    monkeypatch.setattr(skillfast, "learn_masks", functools.partial(skillfast.learn_masks, steps=90))
+    monkeypatch.setattr(skillfast, "learn_masks", functools.partial(skillfast.learn_masks, steps=60))
     with open_session(skillfast.BenchConfig.of()) as session:
-        rows = unlearning.compare(session.subject, 3, tune=24, retrain_epochs=5, found=said.append)
+        rows = unlearning.compare(session.subject, 3, tune=24, retrain_epochs=4, found=said.append)
     found = {row.name: row for row in rows}
     assert said == rows
     intact, mask, erased, retrained = (

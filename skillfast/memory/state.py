@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from skillfast.memory.usage import free_bytes
+from skillfast.metrics import Categorical
 from skillfast.statistics.bins.layout import BinLayout
 from skillfast.statistics.state import needs_bins
 from skillfast.vocabulary import BINS, STATISTICS
@@ -34,13 +35,16 @@ def state_bytes(
         bins: Bins per neuron.
         n_bootstrap: Replicates of the bootstrap; None for none.
     """
-    columns = sum(len(metric.columns(name)) for name, metric in metrics.items())
+    sizes = [(metric, len(metric.columns(name))) for name, metric in metrics.items()]
+    columns = sum(size for _, size in sizes)
     per_neuron = 8 * (2 + columns) + 4  # sums of x, x^2 and each x y; the shift
     if needs_bins(statistics):
         per_neuron += 4 * (BinLayout.of(metrics, bins).entries + bins - 1)  # the table and its edges
     if n_bootstrap is not None:
         per_neuron += 8 * n_bootstrap * (2 + columns)
-    return n_neurons * per_neuron
+    of_label = max((size for metric, size in sizes if isinstance(metric, Categorical)), default=0)
+    between = 8 * (columns - of_label) * columns  # products of the columns with each other
+    return n_neurons * per_neuron + between
 
 
 def warn_of_state(device: torch.device, n_neurons: int, needed: int) -> None:

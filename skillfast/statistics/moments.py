@@ -3,7 +3,8 @@
 Experts have D neurons and a count each; their sums are stacked [experts, ...] and share the columns' shift.
 
 Both variables are shifted by the mean of the first buffer, so that float32 rows with a large offset lose nothing;
-sums live in float64; two states merge after one is re-shifted onto the other (Chan, Golub and LeVeque, 1979).
+sums live in float64; two states merge after one is re-shifted onto the other (Chan, Golub and LeVeque, 1979). Of the
+products between columns those of a label's classes are known without a sum: a row has one class.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class CoMoments:
         sum_y: float64 [M].
         sum_yy: float64 [M].
         sum_xy: float64 [M, D].
-        sum_between: float64 [M, M], of the columns with each other; [0, 0] of stacked experts.
+        sum_between: float64 [K, M], of the K columns that are no class of `label` with all; [0, 0] of stacked experts.
+        label: Where the columns of one categorical metric stand, of which each row has one at 1 and the others at 0.
     """
 
     count: torch.Tensor
@@ -42,15 +44,19 @@ class CoMoments:
     sum_yy: torch.Tensor
     sum_xy: torch.Tensor
     sum_between: torch.Tensor
+    label: range = range(0)
 
     @staticmethod
-    def zeros(n_neurons: int, n_columns: int, device: torch.device, experts: int | None = None) -> CoMoments:
+    def zeros(
+        n_neurons: int, n_columns: int, device: torch.device, label: range = range(0), experts: int | None = None
+    ) -> CoMoments:
         """A state that has seen nothing and has no shift yet; with `experts` one of each, stacked."""
         stack = () if experts is None else (experts,)
 
         def sums(*shape: int) -> torch.Tensor:
             return torch.zeros((*stack, *shape), dtype=torch.float64, device=device)
 
+        between = (n_columns - len(label), n_columns) if experts is None else (0, 0)
         return CoMoments(
             count=torch.zeros(stack, dtype=torch.int64, device=device),
             shift_x=torch.zeros((*stack, n_neurons), dtype=torch.float32, device=device),
@@ -60,18 +66,19 @@ class CoMoments:
             sum_y=sums(n_columns),
             sum_yy=sums(n_columns),
             sum_xy=sums(n_columns, n_neurons),
-            sum_between=torch.zeros([n_columns if experts is None else 0] * 2, dtype=torch.float64, device=device),
+            sum_between=torch.zeros(between, dtype=torch.float64, device=device),
+            label=label,
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "label"}
 
     def of_expert(self, expert: int) -> CoMoments:
         """One expert's co-moments, as views."""
         shared = {"shift_y": self.shift_y, "sum_between": self.sum_between}
         own = {name: tensor[expert] for name, tensor in self.tensors().items() if name not in shared}
-        return CoMoments(**own, **shared)
+        return CoMoments(**own, **shared, label=self.label)
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The count and the sums by name: everything but the shift, so that two states with one shift add up."""
@@ -79,7 +86,7 @@ class CoMoments:
 
     def to(self, device: torch.device) -> CoMoments:
         """The sums on a device; tensors that lie there already are shared."""
-        return CoMoments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return CoMoments(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, label=self.label)
 
     def clear(self) -> None:
         """Forget all rows and keep the shift."""
@@ -104,7 +111,7 @@ class CoMoments:
         self.count += len(shifted)
         self.sum_y += shifted.sum(0)
         self.sum_yy += shifted.square().sum(0)
-        self.sum_between += shifted.T @ shifted
+        self.sum_between += self._others(shifted).T @ shifted
 
     def update_sums(self, sums: torch.Tensor, counts: torch.Tensor, shifted: torch.Tensor) -> None:
         """Count examples whose rows were summed already: each has one value per column and `counts` rows.
@@ -123,7 +130,11 @@ class CoMoments:
         self.sum_yy += weights @ shifted.square()
         self.sum_xy += shifted.T @ x.movedim(0, -2)
         if self.sum_between.numel():
-            self.sum_between += (weights * shifted.T) @ shifted
+            self.sum_between += (weights * self._others(shifted).T) @ shifted
+
+    def _others(self, columns: torch.Tensor) -> torch.Tensor:
+        """What of the columns [..., M] is no class of the label: [..., K]."""
+        return torch.cat([columns[..., : self.label.start], columns[..., self.label.stop :]], -1)
 
     def reshift(self, shift_x: torch.Tensor, shift_y: torch.Tensor) -> CoMoments:
         """The rows summed about another shift (float32 [D], float64 [M]), in float64."""
@@ -132,8 +143,8 @@ class CoMoments:
         dy = self.shift_y - shift_y  # [M]
         between = self.sum_between
         if between.numel():
-            moved = dy[:, None] * self.sum_y
-            between = between + moved + moved.T + n * dy[:, None] * dy
+            mine, sum_mine = self._others(dy)[:, None], self._others(self.sum_y)[:, None]
+            between = between + mine * self.sum_y + sum_mine * dy + n * mine * dy
         sum_xy = self.sum_xy + dy[:, None] * self.sum_x[..., None, :] + self.sum_y[..., None] * dx[..., None, :]
         return CoMoments(
             count=self.count.clone(),
@@ -145,6 +156,7 @@ class CoMoments:
             sum_yy=self.sum_yy + 2 * dy * self.sum_y + n * dy.square(),
             sum_xy=sum_xy + n[..., None] * dy[:, None] * dx[..., None, :],
             sum_between=between.clone(),
+            label=self.label,
         )
 
     def merge(self, other: CoMoments) -> None:
@@ -187,7 +199,13 @@ class CoMoments:
         """Pearson's r of every column with every other, float64 [M, M]; NaN where either is constant (bool [M])."""
         n = self.count.double()
         mean = self.sum_y / n
-        covariance = self.sum_between / n - mean[:, None] * mean
+        covariance = self.sum_between.new_empty(len(mean), len(mean))
+        others = self._others(torch.arange(len(mean), device=mean.device))
+        covariance[others] = self.sum_between / n - self._others(mean)[:, None] * mean
+        covariance[:, others] = covariance[others].T
+        own = slice(self.label.start, self.label.stop)
+        share = (mean + self.shift_y)[own]  # of the rows that have each class
+        covariance[own, own] = share.diag() - share[:, None] * share
         deviation = self.mean_and_variance()[3].sqrt()
         r = covariance / (deviation[:, None] * deviation)
         r[constant_y] = torch.nan

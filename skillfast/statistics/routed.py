@@ -223,7 +223,7 @@ class RoutedStatistics(persistence.Kept):
         moments = self._sums.moments
         columns = self._sums.settings.expand(checked.flatten(0, 1)) - moments.shift_y  # [tokens of all examples, M]
         y = columns[rows.token]
-        found = CoMoments.zeros(self.units, y.shape[1], self.device, self.n_experts)
+        found = CoMoments.zeros(self.units, y.shape[1], self.device, experts=self.n_experts)
         found.shift_x, found.shift_y = moments.shift_x, moments.shift_y
 
         def each(values: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "scores.safetensors"
+MOST_BETWEEN = 4096  # columns beyond which their correlations with each other outgrow those of the neurons
 _PER_COLUMN = (
     "pearson", "pearson_low", "pearson_high", "pearson_p", "pearson_q", "spearman", "spearman_bound", "auroc",
     "auroc_bound", "mutual_info",
@@ -74,8 +75,8 @@ class NeuronScores:
             it. So compare neurons within a column, not columns of labels with those of continuous metrics. 0 for a
             constant neuron.
         between: float64 [n_columns, n_columns], Pearson's r of the columns with each other, from which `given` makes
-            partial correlations; None without Pearson's r, and where there are sites of experts alone whose tokens are
-            observations.
+            partial correlations; None without Pearson's r, of more than 4,096 columns, and where there are sites of
+            experts alone whose tokens are observations.
         conditioned_on: Metrics that `pearson` is given; empty for plain correlations.
         sites: The sites whose neurons these are, in order; empty for activations without a model.
         pool: How tokens became one observation; None for activations without a model.
@@ -200,6 +201,10 @@ class NeuronScores:
         Raises:
             ArgumentError: A metric that was not traced, none or all of them, or scores without Pearson's r.
         """
+        if len(self.columns) > MOST_BETWEEN:
+            raise ArgumentError(
+                f"given: expected at most {MOST_BETWEEN:,} columns, got {len(self.columns):,}; trace fewer classes"
+            )
         if self.pearson is None or self.between is None:
             raise ArgumentError("given: expected scores with Pearson's r of dense sites, got none; trace with pearson")
         names = list(dict.fromkeys(column.partition(":")[0] for column in self.columns))

@@ -11,7 +11,7 @@ from skillfast.statistics import bootstrap
 from skillfast.statistics.bins.layout import BinLayout
 from skillfast.statistics.bins.scores import exact
 from skillfast.statistics.moments import ROUNDING
-from skillfast.statistics.scores import NeuronScores
+from skillfast.statistics.scores import MOST_BETWEEN, NeuronScores
 from skillfast.statistics.state import OF_BINS
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def scores(state: State, rate: float = 1.0) -> NeuronScores:
     arrays: dict[str, torch.Tensor] = {}
     if "pearson" in statistics:
         arrays["pearson"] = moments.pearson(constant_x | beyond_x, constant_y | beyond_y)
-    between = (
-        moments.between(constant_y | beyond_y) if "pearson" in statistics and moments.sum_between.numel() else None
-    )
+    between = None
+    if "pearson" in statistics and 0 < moments.sum_between.shape[1] <= MOST_BETWEEN:
+        between = moments.between(constant_y | beyond_y)
     stale = torch.zeros_like(constant_x)
     counted = _bin_scores(state, non_finite, rate)
     if counted is not None:

@@ -11,6 +11,7 @@ import torch
 
 from skillfast.errors import ArgumentError
 from skillfast.files import short
+from skillfast.metrics import Categorical
 from skillfast.ops import MAX_BINS
 from skillfast.statistics.bootstrap import Numbering, Replicates
 from skillfast.statistics.moments import CoMoments
@@ -114,6 +115,17 @@ class AccumulatorSettings:
             "seed": self.seed,
         }
 
+    @cached_property
+    def label(self) -> range:
+        """Where the columns of the categorical metric with the most classes stand; none without one."""
+        found, start = range(0), 0
+        for name, metric in self.metrics.items():
+            n = len(metric.columns(name))
+            if isinstance(metric, Categorical) and n > len(found):
+                found = range(start, start + n)
+            start += n
+        return found
+
     def named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Checked values [n, metrics or more] by the metrics' names, each [n]."""
         return dict(zip(self.metrics, values.T.contiguous(), strict=False))  # the groups come last
@@ -194,7 +206,7 @@ class State:
             return State(
                 settings=settings,
                 device=device,
-                moments=CoMoments.zeros(n, m, device),
+                moments=CoMoments.zeros(n, m, device, settings.label),
                 replicates=replicates,
                 buffer=RowBuffer.empty(settings, 0, torch.float32, device),
                 numbering=Numbering.of_process(),
@@ -204,7 +216,8 @@ class State:
     def stack(self, experts: int) -> None:
         """Hold the co-moments of many experts in place of one accumulator's, before anything is counted."""
         with torch.inference_mode(False):
-            self.moments = CoMoments.zeros(self.settings.n_neurons, len(self.settings.columns), self.device, experts)
+            of_each = self.settings.n_neurons, len(self.settings.columns)
+            self.moments = CoMoments.zeros(*of_each, self.device, experts=experts)
 
     def like(self, device: torch.device) -> State:
         """An empty state of the same settings, shift and bin edges on a device, with numbers of its own."""

@@ -464,7 +464,7 @@ def test_the_size_of_the_sample_counts():
         ).state_bytes
         for names in (("pearson",), ("pearson", "auroc"))
     ]
-    sums = 8 * (1 + 3 * 2 + 3 * 3 + 3 * 3 + 3 * 3) + 4 * 3  # count, columns, neurons, products in float64; the shift
+    sums = 8 * (1 + 3 * 3 + 3 * 2 + 3 * 3 + 1 * 3) + 4 * 3  # count, columns, neurons, products in float64; the shift
     assert sizes == [sums, 2 * sums]
 
 

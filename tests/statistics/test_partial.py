@@ -98,6 +98,28 @@ def test_what_follows_from_what_is_given_is_named():
     assert np.isfinite(given.pearson[USUAL, given.columns.index("loss")]).all()
 
 
+def test_columns_correlate_with_each_other_as_in_one_matrix():
+    """Two labels, a score between them: only one label's products are known without a sum."""
+    g = torch.Generator().manual_seed(3)
+    values = {"few": torch.randint(3, (500,), generator=g), "loss": torch.randn(500, generator=g)}
+    values["many"] = (values["few"] + torch.randint(3, (500,), generator=g)) % 5
+    metrics = {"few": Categorical(3), "loss": Continuous(), "many": Categorical(5)}
+    scores = skillfast.correlate(torch.randn(500, 2, generator=g), values, metrics, statistics=("pearson",))
+    few, many = (torch.nn.functional.one_hot(values[name]).double() for name in ("few", "many"))
+    columns = torch.cat([few, values["loss"].double()[:, None], many], 1)
+    np.testing.assert_allclose(scores.between, np.corrcoef(columns.T.numpy()), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:some scores")
+def test_a_label_of_very_many_classes_costs_no_square_of_them():
+    counted = skillfast.NeuronStatistics(2, {"label": Categorical(4096), "loss": Continuous()}, ("pearson",))
+    counted.update(torch.randn(9, 2), {"label": torch.arange(9), "loss": torch.randn(9)})
+    assert counted.state.nbytes < 8 * 4097 * 10
+    scores = counted.compute()
+    assert scores.between is None
+    assert "expected at most 4,096 columns, got 4,097" in one_line(ArgumentError, scores.given, "label")
+
+
 @pytest.mark.filterwarnings("ignore:some scores")
 def test_rounding_is_no_direction_of_the_classes_that_add_up():
     scores = accumulated()
