@@ -48,6 +48,8 @@ _PUBLIC = {
     "Coverage": "models.coverage",
     "coverage": "models.coverage",
     "discover": "models.discovery",
+    "SoftPrompt": "models.soft_prompt",
+    "tune_prompt": "models.prompt_tuning",
     "SkillfastError": "errors",
     "use_backend": "backends",
 }
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from skillfast.models.coverage import Coverage as Coverage
     from skillfast.models.coverage import coverage as coverage
     from skillfast.models.discovery import discover as discover
+    from skillfast.models.prompt_tuning import tune_prompt as tune_prompt
+    from skillfast.models.soft_prompt import SoftPrompt as SoftPrompt
     from skillfast.results.comparison import Comparison as Comparison
     from skillfast.results.trajectory import Trajectory as Trajectory
     from skillfast.runs.bench import bench as bench

@@ -26,6 +26,12 @@ def telling(say: Callable[[str], None] | None) -> Iterator[None]:
         _say.reset(token)
 
 
+def tell(line: str) -> None:
+    """Give a line to `say`, inside `telling`; nowhere else."""
+    if (say := _say.get()) is not None:
+        say(line)
+
+
 class Forecast:
     """Says what will be computed and, once a second of it has run, how long the rest will take.
 

@@ -62,17 +62,23 @@ def test_trace_of_an_encoder_whose_head_is_new(data, tmp_path):
     assert scores.pool == "cls"
 
 
-def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path):
+def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", "LlamaForCausalLM")
     prompt = ["--prompt", "{sentence} it is", "--label-words", "bad,good"]
     result = run("bench", *text_options(data, folder, tmp_path / "out"), "--pool", "last", *prompt)
     assert result.exit_code == 2
     assert "prompt: expected {text} in the template, got {sentence}" in result.output
     prompt[1] = "{text} it is"
+    pytest.importorskip("peft", reason="needs peft")
+    monkeypatch.setenv("SKILLFAST_CACHE", str(tmp_path / "cache"))
+    prompt += ["--soft-prompt", 3, "--epochs", 1]
     options = [*text_options(data, folder, tmp_path / "out"), *prompt, "--share", "0.05"]
     result = run("bench", *options, "--pool", "last", "--control-draws", 1, "--method", "pearson")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    told = found["model"]["soft_prompt"]
+    assert (told["tokens"], told["origin"], told["steps"]) == (3, "tuned", 3)
+    assert skillfast.SoftPrompt.load(tmp_path / "out" / "soft_prompt").sha256 == told["sha256"]
     digests = found["dataset"].pop("digests")
     assert len({each["examples"] for each in digests.values()}) == len(digests) == 3
     assert found["dataset"] == {
@@ -172,3 +178,64 @@ def test_info_lists_the_sites_of_a_language_model(tmp_path):
 def test_text_has_a_default_model_that_needs_no_hub(settings, name):
     config = BenchConfig.of(dataset="text", data_file="train.tsv", **settings)
     assert with_default_model(config).model.name == name
+
+
+def test_a_soft_prompt_is_tuned_kept_and_opened(data, tmp_path, monkeypatch):
+    """`--soft-prompt 3` tunes once, then takes the cache; `--soft-prompt DIR` opens what it left."""
+    pytest.importorskip("peft", reason="needs peft")
+    monkeypatch.setenv("SKILLFAST_CACHE", str(tmp_path / "cache"))
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM")
+    made = ["--prompt", "{text} it is", "--label-words", "bad,good", "--pool", "last", "--soft-prompt"]
+    pearson = ["--statistics", "pearson"]
+    options = [*text_options(data, folder, tmp_path / "out"), *pearson, *made]
+    result = run("trace", *options, 3, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert f"soft prompt of 3 tokens for hf:{folder}, on 48 texts" in result.output
+    assert "soft prompt, step 3 of 3: loss" in result.output
+    (cached,) = (tmp_path / "cache").glob("soft-prompt-*")
+    scores = skillfast.NeuronScores.load(tmp_path / "out")
+    result = run("trace", *options, 3, "--epochs", 1)
+    assert "taken from the cache" in result.output
+    assert "step 3 of 3" not in result.output
+    assert "step 3 of 3" in run("trace", *options, 3, "--epochs", 1, "--seed", 1).output  # other settings
+    for file in cached.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    result = run("trace", *options, 3, "--epochs", 1)
+    assert "cannot be read" in result.output
+    assert "step 3 of 3" in result.output
+
+    opened = [*text_options(data, folder, tmp_path / "again"), *pearson, *made, cached]
+    result = run("evaluate", *opened, "--shares", "0.05", "--layers", "all", "--scales", "0")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "again" / "evaluation.json").read_text(encoding="utf-8"))["model"]["soft_prompt"]
+    prompt = skillfast.SoftPrompt.load(cached)
+    assert told == {
+        "tokens": 3, "origin": str(cached), "sha256": prompt.sha256,
+        **{name: value for name, value in prompt.tuned.items() if name != "seed"},
+    }  # fmt: skip
+    assert (told["steps"], told["n_train"]) == (3, 48)
+    assert run("trace", *opened).exit_code == 0
+    again = skillfast.NeuronScores.load(tmp_path / "again")
+    np.testing.assert_array_equal(again.pearson, scores.pearson)
+
+
+def test_soft_prompts_that_do_not_fit_are_told_in_one_line(data, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM")
+    narrow = skillfast.SoftPrompt(torch.ones(3, 7)).save(tmp_path / "narrow")
+    words = ["--prompt", "{text} it is", "--label-words", "bad,good"]
+    for given, told in (
+        ([*words, "--soft-prompt", narrow], "soft prompt: expected embeddings of 24 numbers for"),
+        ([*words, "--soft-prompt", tmp_path / "none"], "expected a folder that peft saved, got no such folder"),
+        ([*words, "--soft-prompt", 0], "soft prompt: expected at least 1 token or a folder, got 0"),
+        ([*words, "--soft-prompt", "-2"], "soft prompt: expected at least 1 token or a folder, got -2"),
+        ([*words, "--soft-prompt", 40], "expected a prompt of at most 32 tokens"),
+        ([*words, "--soft-prompt", 3, "--finetune", "all"], "expected --finetune none with it, got 'all'"),
+        ([*words, "--soft-prompt", 3, "--device-map", "auto"], "expected a folder with --device-map, got 3"),
+        (["--soft-prompt", 3], "soft prompt: expected --prompt and --label-words with it, got none"),
+    ):
+        result = run("bench", *text_options(data, folder, tmp_path / "bad"), *given)
+        assert result.exit_code in (1, 2)
+        assert told in result.output
+        assert len(result.output.strip().splitlines()) == 1, result.output
+        assert not (tmp_path / "bad").exists()

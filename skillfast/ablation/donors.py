@@ -182,6 +182,12 @@ def token_mask(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor | None:
     return None if told is None else told(inputs)
 
 
+def _observed(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor | None:
+    """Like `token_mask`, without the virtual tokens of a soft prompt, which are the same before every text."""
+    told = getattr(model, "observed", None)
+    return told(inputs) if told is not None and isinstance(inputs, torch.Tensor) else token_mask(model, inputs)
+
+
 def _unpadded(model: torch.nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     """Each example as a batch of one, without its padding."""
     if isinstance(inputs, dict):
@@ -267,17 +273,21 @@ class _Reader:
     def read(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Site -> activations [batch, ..., S], tokens averaged where the model is told its padding."""
         found: dict[str, torch.Tensor] = {}
-        pooled, n = token_mask(self.model, inputs) is not None, examples_in(inputs)
+        mask, n = _observed(self.model, inputs), examples_in(inputs)
 
         def keep(name: str, x: torch.Tensor) -> None:
             chosen = by_sample(x.index_select(-1, self.neurons[name].to(x.device)), n, name)
-            found[name] = chosen.float().mean(1, keepdim=True).to(x.dtype) if pooled and x.dim() == 3 else chosen
+            if mask is None or x.dim() != 3:
+                found[name] = chosen
+            else:
+                weight = mask.to(x.device)[:, None].float()
+                found[name] = (weight @ chosen.float() / weight.sum(2, keepdim=True)).to(x.dtype)
 
         routed: dict[str, list[RoutedActivations]] = {site.name: [] for site in self.sites if site.experts is not None}
 
         def see(name: str, seen: Activations) -> None:
             if isinstance(seen, RoutedActivations):
-                routed[name].append(seen)
+                routed[name].append(seen if mask is None else seen.within(mask))
             else:
                 keep(name, seen.values)
 

@@ -104,6 +104,11 @@ class RoutedActivations(Activations):
         """Number of examples."""
         return self.shape[0]
 
+    def within(self, mask: torch.Tensor) -> RoutedActivations:
+        """The same rows, those of no expert whose token a mask (bool [batch, tokens]) leaves out."""
+        inside = mask.to(self.token.device).flatten()[self.token]
+        return replace(self, expert=torch.where(inside, self.expert, self.n_experts))
+
     @property
     def example(self) -> torch.Tensor:
         """int64 [rows], the example that each row is of."""

@@ -44,7 +44,7 @@ class CausalModel(TextClassifier):
 
     def __init__(self, loaded: LanguageModel) -> None:
         super().__init__(loaded, 0)
-        if not _is_causal(loaded.model):
+        if not is_causal(loaded.model):
             raise ModelError(
                 f"model '{loaded.name}': expected a causal language model, whose logits depend on earlier tokens "
                 f"alone, got {type(loaded.model).__name__}, which reads later ones; use a decoder"
@@ -55,8 +55,8 @@ class CausalModel(TextClassifier):
         return self.language_model(**self.inputs(batch), use_cache=False).logits
 
 
-def _is_causal(model: Any) -> bool:
-    """Whether another last token leaves the logits before it as they are."""
+def is_causal(model: Any) -> bool:
+    """Whether another last token leaves a language model's logits before it as they are."""
     device = module_device(model.get_input_embeddings())
     ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3]], device=device)
     with torch.inference_mode():

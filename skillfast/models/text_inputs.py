@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from skillfast.data.splits import Splits
 from skillfast.errors import ArgumentError, DataError
 from skillfast.metrics import Categorical, Continuous
-from skillfast.models.text_classifier import TextClassifier, accepts
+from skillfast.models.text_classifier import TextClassifier, accepts, first_virtual
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,6 +96,7 @@ class TokenExamples:
         language_model: The model whose tokenizer and context count.
         prompt: How to ask for a class; None for a model with a classification head.
         truncate: Cut what is longer than the model's context instead of refusing it. A prompt is never cut.
+        virtual: Virtual tokens of a soft prompt before each text.
 
     Raises:
         DataError: A text, or a prompt with it, that is longer than the context.
@@ -103,7 +104,13 @@ class TokenExamples:
     """
 
     def __init__(
-        self, table: TextTable, language_model: LanguageModel, prompt: Prompt | None = None, *, truncate: bool = False
+        self,
+        table: TextTable,
+        language_model: LanguageModel,
+        prompt: Prompt | None = None,
+        *,
+        truncate: bool = False,
+        virtual: int = 0,
     ) -> None:
         self.table = table
         self.language_model = language_model
@@ -121,6 +128,10 @@ class TokenExamples:
             encoded = tokenizer(list(table.texts), verbose=False, **second, **cut)
         names = accepts(language_model.model, ("input_ids", "token_type_ids"))
         self.encoded: dict[str, list[list[int]]] = {name: encoded[name] for name in names if name in encoded}
+        if virtual:
+            first = first_virtual(language_model.model)
+            before = {"input_ids": list(range(first, first + virtual)), "token_type_ids": [0] * virtual}
+            self.encoded = {name: [before[name] + ids for ids in lists] for name, lists in self.encoded.items()}
         self.lengths = np.array([len(ids) for ids in self.encoded["input_ids"]])
         too_long = np.flatnonzero(self.lengths > context)
         if len(too_long):
@@ -257,6 +268,7 @@ def split_text(
     test: TextTable | None = None,
     prompt: Prompt | None = None,
     truncate: bool = False,
+    virtual: int = 0,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
     seed: int = 0,
@@ -269,6 +281,7 @@ def split_text(
         test: Examples of the same classes to test on.
         prompt: As for `TokenExamples`.
         truncate: As for `TokenExamples`.
+        virtual: As for `TokenExamples`.
         train_per_class: Examples of each class to select and validate on, chosen at random; None for all.
         test_per_class: Number of texts per class to test on; None for all.
         seed: Seed of the choice of texts.
@@ -291,7 +304,9 @@ def split_text(
         "test": (test or table, held_out),
     }
     made = {
-        name: TokenExamples(source.take(_by_length(source, rows)), language_model, prompt, truncate=truncate)
+        name: TokenExamples(
+            source.take(_by_length(source, rows)), language_model, prompt, truncate=truncate, virtual=virtual
+        )
         for name, (source, rows) in parts.items()
     }
     return Splits(name="text", classes=table.classes, **made)  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def finetune(
     device = torch.device(device)
     model.to(device).eval()
     data: LabelledDataset = splits.train if mode == "all" and splits.train is not None else splits.select
-    with _only_trainable(model, _parts(model, mode)) as parts, _seeded(seed, device):
+    with only_trainable(model, _parts(model, mode)) as parts, _seeded(seed, device):
         cached = _cache_frozen(model, mode, data, batch_size, device, dtype, quiet)
         forward: Callable[[Tensor], Tensor] = model
         rows: LabelledDataset | _Frozen = data
@@ -204,7 +204,8 @@ def _parts(model: nn.Module, mode: Finetune) -> list[nn.Module]:
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, parts: list[nn.Module]) -> Iterator[list[nn.Module]]:
+def only_trainable(model: nn.Module, parts: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Gradients for some modules of a model alone; afterwards all are as they were, without gradients."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)

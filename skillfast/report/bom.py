@@ -55,6 +55,7 @@ def bom(results: BenchResults) -> dict[str, Any]:
 
 def _model(results: BenchResults, data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     model, ran = results.model, results.environment
+    prompt = model.soft_prompt
     known = {
         "weights": WEIGHTS_HASHED,
         "origin": model.weights.origin,
@@ -62,6 +63,7 @@ def _model(results: BenchResults, data: Sequence[Mapping[str, Any]]) -> dict[str
         "architecture": model.fingerprint,
         "parameters": model.parameters,
         **{f"trained:{name}": value for name, value in to_json(model.trained).items()},
+        **({} if prompt is None else {f"soft-prompt:{name}": value for name, value in to_json(prompt).items()}),
         **{f"setting:{name}": value for name, value in results.config.items()},
         "python": ran.python, "platform": ran.platform, "device": ran.device, "device-name": ran.device_name,
         "threads": ran.threads,

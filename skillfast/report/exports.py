@@ -84,7 +84,7 @@ def _classes(results: BenchResults) -> str:
 
 def _provenance(results: BenchResults) -> Mapping[str, str]:
     model, ran = results.model, results.environment
-    weights, trained = model.weights, model.trained
+    weights, trained, prompt = model.weights, model.trained, model.soft_prompt
     tuned = trained.finetune not in (None, NO_TRAINING)
     skipped = "not certified" if model.coverage is None else f"{percent(model.coverage.share)} of the blocks' weights"
     return {
@@ -92,6 +92,11 @@ def _provenance(results: BenchResults) -> Mapping[str, str]:
         "Weights": f"SHA-256 {weights.sha256}; from {weights.origin}"
         + (f", revision {weights.revision}" if weights.revision else "")
         + (f"; trained ({trained.finetune}) in {trained.epochs} epochs" if tuned else ""),
+        **(
+            {"Soft prompt": f"{prompt.tokens} virtual tokens, SHA-256 {prompt.sha256}; {prompt.origin}"}
+            if prompt
+            else {}
+        ),
         "Data": f"{data_name(results)}, {len(results.dataset.classes)} classes",
         "Neurons": f"{model.neurons:,} at {len(model.sites)} places; what acts through them: {skipped}",
         "Method": f"seed {results.config.get('seed')}; skills chosen by this rule: {results.selection.rule}"

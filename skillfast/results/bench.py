@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, UnsetType, field
 
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
-from skillfast.results.provenance import DataDigests, Weights
+from skillfast.results.provenance import DataDigests, UsedPrompt, Weights
 from skillfast.results.records import (
     Change,
     Count,
@@ -104,6 +104,7 @@ class Model(Record, frozen=True):
     trained: Trained
     coverage: ModelCoverage | None = None
     """None: nobody could say what the model takes, so that it was not certified."""
+    soft_prompt: UsedPrompt | None = None
 
 
 class Dataset(Record, frozen=True):

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
-from skillfast.results.provenance import DataDigests, Weights
+from skillfast.results.provenance import DataDigests, UsedPrompt, Weights
 from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share, along, among
 from skillfast.vocabulary import Kind
 
@@ -126,6 +126,7 @@ class EvaluatedModel(Record, frozen=True):
     weights: Weights
     coverage: ModelCoverage | None = None
     """None: nobody could say what the model takes, so that it was not certified."""
+    soft_prompt: UsedPrompt | None = None
 
 
 class EvaluatedData(Record, frozen=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from skillfast.results.records import Name, Record
+from skillfast.results.records import Fraction, Name, Positive, Record
 
 # what the digests are of, for whoever computes them again
 WEIGHTS_HASHED = (
@@ -32,6 +32,32 @@ class Weights(Record, frozen=True):
     sha256: Sha256
     origin: Name
     revision: Name | None = None
+
+
+class UsedPrompt(Record, frozen=True):
+    """A soft prompt that stood before every text; of how it was tuned what its folder says.
+
+    Attributes:
+        tokens: Number of virtual tokens.
+        sha256: Digest of its embeddings: over a line with float32 and their shape, a line feed, and their bytes.
+        origin: The folder that it was opened from, or `tuned`.
+        steps: Batches that it learned from.
+        learning_rate: The highest one.
+        n_train: Examples that it learned from, repeats included.
+        dtype: What was computed in.
+        loss: Mean of the last tenth of the steps, in nats.
+        validation_accuracy: On examples of the validation part.
+    """
+
+    tokens: Positive
+    sha256: Sha256
+    origin: Name
+    steps: Positive | None = None
+    learning_rate: float | None = None
+    n_train: Positive | None = None
+    dtype: Name | None = None
+    loss: float | None = None
+    validation_accuracy: Fraction | None = None
 
 
 class PartDigests(Record, frozen=True):

@@ -42,6 +42,7 @@ from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.replay import Earlier
 from skillfast.runs.session import open_session
 from skillfast.runs.shares import OwnPredictions, predict_parts
+from skillfast.runs.soft_prompt import used_prompt
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.skill import Skill, load_skills, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
@@ -447,6 +448,7 @@ def _model(session: Session) -> dict[str, Any]:
         "weights": session.weights,
         "trained": subject.trained,
         "coverage": None if session.coverage is None else session.coverage.to_json(),
+        "soft_prompt": used_prompt(session.config, subject.model),
     }
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from skillfast.errors import DataError
 from skillfast.results import records
 from skillfast.results.records import Count, Document
-from skillfast.runs.kept import MODEL, REMEDY, WEIGHTS
+from skillfast.runs.kept import MODEL, PROMPT, REMEDY, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -130,8 +130,8 @@ class Checkpoints:
         return True
 
     def end(self) -> None:
-        """Move a trained model into the run's folder, and remove everything else that is kept."""
-        for name in (WEIGHTS, MODEL):
+        """Move a trained model or prompt into the run's folder, and remove everything else that is kept."""
+        for name in (WEIGHTS, MODEL, PROMPT):
             if (trained := self._folder(TRAIN) / _RESULT / name).exists():
                 shutil.rmtree(self.directory / name, ignore_errors=True)  # a folder cannot be replaced
                 trained.replace(self.directory / name)

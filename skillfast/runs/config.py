@@ -74,11 +74,20 @@ class ModelConfig(Settings):
     lr: float | None = setting(None, "Highest learning rate of that training.", above=0)
     prompt: str | None = setting(None, "Template with {text}, for a model that only predicts tokens.")
     label_words: tuple[str, ...] = setting((), "The prompt's words for the classes: ' bad, good'.")
+    soft_prompt: str | None = setting(
+        None, "Virtual tokens before the prompt: how many to tune on the select part (kept in the cache), or a folder "
+        "with a prompt that peft saved.", metavar="NUMBER|DIR",
+    )  # fmt: skip
     pad_token: str | None = setting(None, "What to pad with, where the tokenizer has nothing.")
     device_map: str | None = setting(
         None, "Spread a language model over all devices (accelerate).", choices=DEVICE_MAPS
     )
     bits: int | None = setting(None, "Bits of a language model's linear layers (bitsandbytes).", choices=BITS)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.soft_prompt, int):  # as people write it in Python
+            object.__setattr__(self, "soft_prompt", str(self.soft_prompt))
+        super().__post_init__()
 
     def check(self) -> None:
         """Raise ArgumentError where values do not go together, or the checkpoint cannot be read."""
@@ -95,11 +104,41 @@ class ModelConfig(Settings):
                 "prompt: expected --prompt and --label-words together, got one; leave both out for a model with a "
                 "classification head"
             )
+        if self.soft_prompt is not None:
+            self._check_soft_prompt()
         if self.placed and self.finetune not in (None, NO_TRAINING):
             raise ArgumentError(
                 f"--finetune: expected none with {self.placed_by}, got {self.finetune!r}; layers that are spread or "
                 "quantised are not trained"
             )
+
+    def _check_soft_prompt(self) -> None:
+        if self.prompt is None:
+            raise ArgumentError(
+                "soft prompt: expected --prompt and --label-words with it, got none; it stands before the prompt of a "
+                "model that predicts tokens ('{text}' alone will do)"
+            )
+        if self.finetune not in (None, NO_TRAINING):
+            raise ArgumentError(
+                f"soft prompt: expected --finetune none with it, got {self.finetune!r}; only the prompt is tuned"
+            )
+        if self.virtual_tokens is None:
+            return
+        if self.virtual_tokens < 1:
+            raise ArgumentError(
+                f"soft prompt: expected at least 1 token or a folder, got {self.virtual_tokens}; for example 16"
+            )
+        if self.placed:
+            raise ArgumentError(
+                f"soft prompt: expected a folder with {self.placed_by}, got {self.soft_prompt}; tune it on the whole "
+                "model and name its folder"
+            )
+
+    @property
+    def virtual_tokens(self) -> int | None:
+        """How many virtual tokens to tune; None for a prompt that is opened, or none."""
+        asked = self.soft_prompt
+        return int(asked) if asked is not None and re.fullmatch(r"[+-]?\d{1,9}", asked) else None
 
     @property
     def is_language_model(self) -> bool:

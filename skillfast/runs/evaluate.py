@@ -23,6 +23,7 @@ from skillfast.runs.generation import causal_outcomes, prefixes
 from skillfast.runs.given import Given
 from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.runs.session import open_session
+from skillfast.runs.soft_prompt import used_prompt
 from skillfast.runs.tasks import check_tasks, compare_tasks
 from skillfast.runs.text import CausalSubject, predicts_tokens
 from skillfast.skills.skill import Skill, load_skills, save_skills
@@ -294,4 +295,5 @@ def evaluated_model(session: Session) -> EvaluatedModel:
         sites=[EvaluatedSite(name=site.name, kind=site.kind, block=site.block, width=site.width) for site in sites],
         weights=session.weights,
         coverage=None if covered is None else records.made(ModelCoverage, covered.to_json()),
+        soft_prompt=used_prompt(session.config, model),
     )

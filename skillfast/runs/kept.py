@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, MODEL = "model.safetensors", "model"  # of timm's models, and the folder of a language model
+PROMPT = "soft_prompt"  # the folder of a prompt, as peft keeps it
 REMEDY = "run again with --no-resume"
 _VALUE = "value.json"
 _BLOCK = 1 << 20  # bytes of a file that are in memory at once

@@ -13,11 +13,11 @@ from skillfast.errors import NotComparableError
 from skillfast.results import bench, records, skills
 from skillfast.results.replay import ABSENT, Replay, replayed
 from skillfast.runs.config import OF_A_MACHINE
-from skillfast.runs.kept import MODEL, WEIGHTS
+from skillfast.runs.kept import MODEL, PROMPT, WEIGHTS
 
 if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults
-    from skillfast.results.provenance import DataDigests, Weights
+    from skillfast.results.provenance import DataDigests, UsedPrompt, Weights
     from skillfast.results.skills import Skills
     from skillfast.runs.config import BenchConfig
 
@@ -48,8 +48,8 @@ class Earlier:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights that it trained are still in its folder."""
-        return any((self.directory / name).exists() for name in (WEIGHTS, MODEL))
+        """Whether the weights that it trained, or the prompt that it tuned, are still in its folder."""
+        return any((self.directory / name).exists() for name in (WEIGHTS, MODEL, PROMPT))
 
     def check(self, config: BenchConfig, data: DataDigests) -> None:
         """Raise NotComparableError for other settings or other data than the run's."""
@@ -73,8 +73,14 @@ class Earlier:
                 "it read"
             )
 
-    def check_weights(self, found: Weights) -> None:
-        """Raise NotComparableError for other weights than the run's."""
+    def check_weights(self, found: Weights, prompt: UsedPrompt | None = None) -> None:
+        """Raise NotComparableError for other weights than the run's, or another soft prompt."""
+        then, now = (None if one is None else one.sha256 for one in (self.results.model.soft_prompt, prompt))
+        if then != now:
+            raise NotComparableError(
+                f"soft prompt: expected SHA-256 {then}, as in {self.directory}, got {now}; replay it with the prompt "
+                "that it measured"
+            )
         if found.sha256 != self.results.model.weights.sha256:
             raise NotComparableError(
                 f"weights: expected SHA-256 {self.results.model.weights.sha256}, as in {self.directory}, got "

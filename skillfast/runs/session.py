@@ -26,6 +26,7 @@ from skillfast.runs.cost import Clock
 from skillfast.runs.given import given_subject
 from skillfast.runs.provenance import data_digests, measured_weights
 from skillfast.runs.replay import Earlier
+from skillfast.runs.soft_prompt import used_prompt
 from skillfast.statistics.scoring import undefined
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def open_session(
         try:
             _train(session, earlier)
             if earlier is not None:
-                earlier.check_weights(session.weights)
+                earlier.check_weights(session.weights, used_prompt(session.config, session.subject.model))
             stack.enter_context(session.subject.precision())
             yield session
         except BaseException:
@@ -249,6 +250,7 @@ def _checkpoints(session: Session) -> Checkpoints:
         "numpy": np.__version__,
         "data": to_json(session.data_digests),
         "weights": weights_digest(session.subject.model),
+        "prompt": None if (prompt := used_prompt(config, session.subject.model)) is None else prompt.sha256,
     }
     return Checkpoints(files.output_folder(config.run.output), identity, resume=config.run.resume, say=session.say)
 

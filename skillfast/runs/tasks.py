@@ -16,7 +16,7 @@ from skillfast.evaluation.tasks import Outputs, TaskMeasures, overlaps
 from skillfast.metrics import COLUMN, TOKEN_LOG_PROBABILITY, check_metric_names, parse_metrics
 from skillfast.models.batches import read_batch
 from skillfast.models.sites import find_sites, module_device
-from skillfast.models.text_classifier import TextClassifier
+from skillfast.models.text_classifier import TextClassifier, last_real
 from skillfast.results.evaluation import Measured, TaskRemoval, Tasks
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.select import select
@@ -105,8 +105,7 @@ def _one_row(hidden: torch.Tensor, model: torch.nn.Module, inputs: Inputs) -> to
             f"tasks: expected a classifier that reads one row per example, got {list(hidden.shape)} in "
             f"{type(model).__name__}; leave --tasks out"
         )
-    mask = TextClassifier.token_mask(inputs).to(hidden.device)
-    last = (torch.arange(mask.shape[1], device=hidden.device) * mask).argmax(1)
+    last = last_real(TextClassifier.token_mask(inputs).to(hidden.device))
     return hidden[torch.arange(len(last), device=hidden.device), last]
 
 

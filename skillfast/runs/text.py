@@ -20,6 +20,7 @@ from skillfast.models.sites import choose_sites
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, batches, split_text
 from skillfast.runs.kept import JSON, MODEL, Kept, files_digest
+from skillfast.runs.soft_prompt import given_prompt, prompt_training
 from skillfast.runs.subject import Subject, Training
 from skillfast.tracing.trace import trace
 from skillfast.vocabulary import EMBEDDED, NO_TRAINING
@@ -64,7 +65,7 @@ class TextSubject(Subject):
             statistics=statistics or settings.statistics,
             bins=settings.bins,
             forward=forward,
-            mask=lambda batch: batch["attention_mask"],
+            mask=self.model.observed,  # type: ignore[arg-type]  # a TextClassifier's
             quiet=quiet,
         )
 
@@ -136,11 +137,14 @@ def text_subject(config: BenchConfig, device: torch.device, *, quiet: bool) -> T
         if named is not None and len(named) == len(table.classes):
             table = _read(config, config.data.data_file, named)
     words = None if prompt is None else prompt.ids(loaded.tokenizer, table.classes)
+    opened = given_prompt(config, loaded)
     model = TextClassifier(loaded, len(table.classes), words)
     if not config.model.placed:  # by from_pretrained
         model = model.to(device)
     choose_sites(model, config.trace.sites)  # wrong sites fail before the expensive step
-    splits = _split(config, table, loaded, prompt)
+    if opened is not None:
+        model.set_soft_prompt(opened)
+    splits = _split(config, table, loaded, prompt, len(opened) if opened else config.model.virtual_tokens or 0)
     mode = config.model.finetune or ("all" if loaded.head_replaced else NO_TRAINING)
     lr = config.model.lr or (_LR if mode == "all" else None)
 
@@ -160,7 +164,9 @@ def text_subject(config: BenchConfig, device: torch.device, *, quiet: bool) -> T
                 quiet=quiet,
             )
 
-    if mode == NO_TRAINING:
+    if config.model.virtual_tokens is not None:
+        how = prompt_training(config, model, loaded, splits, quiet=quiet)
+    elif mode == NO_TRAINING:
         how = Training(train)
     else:
         line = f"training {config.model.name} ({mode}) on {len(splits.select)} texts"
@@ -205,7 +211,9 @@ def causal_subject(config: BenchConfig, device: torch.device) -> CausalSubject:
     return CausalSubject(config, model, name, splits, device, "pretrained", _DESCRIBED, how, loaded=loaded)
 
 
-def _split(config: BenchConfig, table: TextTable, loaded: LanguageModel, prompt: Prompt | None = None) -> Any:
+def _split(
+    config: BenchConfig, table: TextTable, loaded: LanguageModel, prompt: Prompt | None = None, virtual: int = 0
+) -> Any:
     """The text in three parts, as the model's tokenizer reads it."""
     given = config.data
     return split_text(
@@ -214,6 +222,7 @@ def _split(config: BenchConfig, table: TextTable, loaded: LanguageModel, prompt:
         test=None if given.test_file is None else _read(config, given.test_file, table.classes),
         prompt=prompt,
         truncate=given.truncate,
+        virtual=virtual,
         train_per_class=given.train_per_class,
         test_per_class=given.test_per_class,
         seed=config.run.seed,

@@ -33,10 +33,19 @@ def words(page):
 def test_the_page_says_what_a_removal_costs_over_all_examples():
     results = sample.sample_results(2)
     results["model"]["trained"] |= {"from": "pretrained", "learning_rate": 2e-4, "n_train": 4800, "epochs": 3}
+    results["model"]["soft_prompt"] = {
+        "tokens": 16,
+        "sha256": "ab" * 32,
+        "origin": "tuned",
+        "validation_accuracy": 0.875,
+    }
     results["overall"]["removals"][1] |= {"change": -0.375, "accuracy": 0.485, "random_changes": [0.01, -0.02]}
     results["overall"]["removals"][0]["random_changes"] = [0.0]
     text = words(rendered(results))
     assert "came pretrained; all its weights were trained on 4,800 examples for 3 epochs at a learning rate of" in text
+    assert (
+        "a soft prompt of 16 virtual tokens, which was tuned on them while the model stayed as it was, to 87.5" in text
+    )
     assert "Without the skill automobile, which is 119 neurons or 1.00\xa0% of all, it is right on 48.5\xa0%" in (
         " ".join(evidence.overall_say(typed(results)))
     )

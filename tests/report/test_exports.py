@@ -60,6 +60,10 @@ def test_a_card_of_weights_that_are_measured_as_they_are():
     results["model"]["weights"] |= {"origin": "timm/x_y", "revision": "abc"}
     text = exports.card(records.from_json(BenchResults, results, "", ""))
     assert f"- **Weights**: SHA-256 {sample.WEIGHTS['sha256']}; from timm/x\\_y, revision abc\n" in text
+    assert "Soft prompt" not in text
+    results["model"]["soft_prompt"] = {"tokens": 16, "sha256": "ab" * 32, "origin": "tuned"}
+    text = exports.card(records.from_json(BenchResults, results, "", ""))
+    assert f"- **Soft prompt**: 16 virtual tokens, SHA-256 {'ab' * 32}; tuned\n" in text
 
 
 def test_the_bom_is_valid_and_names_what_the_results_name(run):
@@ -119,6 +123,7 @@ def test_a_bom_says_what_is_known_and_no_more():
     results["environment"] |= {"libraries": {"acme": "2"}, "torch": "2.15.0+cpu"}
     results["dataset"]["name"] = "given"
     results["model"]["weights"] |= {"revision": "abc"}
+    results["model"]["soft_prompt"] = {"tokens": 16, "sha256": "ab" * 32, "origin": "tuned", "steps": 9}
     results["model"]["coverage"] = {
         "share": 0.75, "complete": False, "missing": {"x": 0.25}, "unexercised": {}, "inputs": "y"
     }  # fmt: skip
@@ -130,6 +135,8 @@ def test_a_bom_says_what_is_known_and_no_more():
     assert model["modelCard"]["modelParameters"]["outputs"] == [{"format": "logits of 2 classes"}]
     assert "inputs" not in model["modelCard"]["modelParameters"]
     assert {"name": "skillfast:revision", "value": "abc"} in model["properties"]
+    assert {"name": "skillfast:soft-prompt:sha256", "value": "ab" * 32} in model["properties"]
+    assert {"name": "skillfast:soft-prompt:steps", "value": "9"} in model["properties"]
     limits = model["modelCard"]["considerations"]["technicalLimitations"]
     assert limits[0] == "25.0\u00a0% of the weights of the model's blocks act past the traced neurons."
     results["model"]["coverage"] |= {"share": 1.0, "complete": True, "missing": {}}

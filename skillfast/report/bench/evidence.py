@@ -8,6 +8,7 @@ from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, 
 
 if TYPE_CHECKING:
     from skillfast.results.bench import BenchResults, BothParts, MetricCorrelations, Trained
+    from skillfast.results.provenance import UsedPrompt
 
 FROM = {
     "scratch": "was trained from nothing",
@@ -24,7 +25,9 @@ def overall_say(results: BenchResults) -> list[str]:
     largest = min(found.removals, key=lambda removal: removal.change)
     drawn = [change for removal in found.removals for change in removal.random_changes]
     return [
-        _trained_say(results.model.trained),
+        " ".join(
+            part for part in (_trained_say(results.model.trained), _prompt_say(results.model.soft_prompt)) if part
+        ),
         f"The whole model is right on {percent(found.accuracy)} of the {number_of(found.n_test)} test examples.",
         (
             f"Without the skill {largest.skill}, which is {number_of(largest.neurons)} neurons or "
@@ -90,6 +93,16 @@ def correlated(results: BenchResults) -> dict[str, Any]:
             for neuron in values.neurons
         ],
     }
+
+
+def _prompt_say(prompt: UsedPrompt | None) -> str:
+    """What soft prompt stood before every text; empty for none."""
+    if prompt is None:
+        return ""
+    where = "was tuned on them while the model stayed as it was" if prompt.origin == "tuned" else f"is {prompt.origin}"
+    reached = finite(prompt.validation_accuracy)
+    how = "" if reached is None else f", to {percent(reached)} on validation examples"
+    return f"Before every text stands a soft prompt of {number_of(prompt.tokens)} virtual tokens, which {where}{how}."
 
 
 def _trained_say(trained: Trained) -> str:

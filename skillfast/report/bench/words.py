@@ -54,13 +54,13 @@ DENOMINATOR = UNDEFINED_RATIO.removeprefix(f"{UNDEFINED} ")
 FLAGS = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "epochs", "lr", "dataset", "data_dir",
     "data_file", "test_file", "text_column", "label_column", "pair_column", "class_names", "prompt", "label_words",
-    "pad_token", "truncate", "train_per_class", "test_per_class", "mean", "std", "crop_pct", "skip_unreadable",
-    "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool", "statistics", "bins", "method",
-    "contrastive", "share", "max_site_share", "scale", "control_draws", "memory_budget", "backend",
+    "soft_prompt", "pad_token", "truncate", "train_per_class", "test_per_class", "mean", "std", "crop_pct",
+    "skip_unreadable", "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool",
+    "statistics", "bins", "method", "contrastive", "share", "max_site_share", "scale", "control_draws", "memory_budget", "backend",
 )  # fmt: skip
 BESIDE_LIKE = (
-    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "prompt", "label_words", "pad_token", "device",
-    "device_map", "bits", "dtype", "batch_size", "memory_budget", "backend",
+    "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "prompt", "label_words", "soft_prompt",
+    "pad_token", "device", "device_map", "bits", "dtype", "batch_size", "memory_budget", "backend",
 )  # fmt: skip
 
 

@@ -250,6 +250,8 @@ def render(results: EvaluationResults) -> str:
     """Make the page; see `skillfast.report.write_evaluation`."""
     made = make_figures(results)
     measured = {"weights": to_json(results.model.weights), "data": to_json(results.data.digests)}
+    if results.model.soft_prompt is not None:
+        measured["soft_prompt"] = to_json(results.model.soft_prompt)
     return pages.render(
         "evaluation",
         {"figures": made},
