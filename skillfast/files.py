@@ -85,15 +85,20 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
     """Read a JSON file that carries this schema name; raises DataError in one line where it is not that."""
+    value = read_any_json(path, remedy)
+    check_schema(str(path), value.get("schema") if isinstance(value, dict) else type(value).__name__, schema, remedy)
+    return value
+
+
+def read_any_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file, whatever it says; raises DataError in one line where it is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise _unreadable(path, error, remedy) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON, got bytes that are not UTF-8; {remedy}") from error
-    value = _parsed(text, path, remedy)
-    check_schema(str(path), value.get("schema") if isinstance(value, dict) else type(value).__name__, schema, remedy)
-    return value
+    return _parsed(text, path, remedy)
 
 
 def _parsed(text: str, path: Path, remedy: str) -> Any:
@@ -228,7 +233,7 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
     Raises:
         DataError: A file that is missing, unreadable, broken or of another version.
     """
-    with _safetensors_file(path, remedy, framework) as file:
+    with safetensors_file(path, remedy, framework) as file:
         beside = file.metadata() or {}
         header = _parsed(beside.pop("skillfast", "{}"), path, remedy)
         found = header.get("schema") if isinstance(header, dict) else type(header).__name__
@@ -247,7 +252,7 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
 
 
 @contextmanager
-def _safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
+def safetensors_file(path: Path, remedy: str, framework: str) -> Iterator[Any]:
     """A safetensors file that is open; raises DataError where it is missing, unreadable or broken."""
     from safetensors import SafetensorError, safe_open
 

@@ -105,7 +105,7 @@ class RoutedActivations(Activations):
         return self.shape[0]
 
     def within(self, mask: torch.Tensor) -> RoutedActivations:
-        """The same rows, those of no expert whose token a mask (bool [batch, tokens]) leaves out."""
+        """All rows, but of no expert where a mask, bool [batch, tokens], leaves a row's token out."""
         inside = mask.to(self.token.device).flatten()[self.token]
         return replace(self, expert=torch.where(inside, self.expert, self.n_experts))
 

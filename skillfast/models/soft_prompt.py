@@ -89,7 +89,7 @@ class SoftPrompt:
         if not (path / CONFIG).is_file():
             got = f"a folder without {CONFIG}" if path.is_dir() else "no such folder"
             raise DataError(f"soft prompt '{path}': expected a folder that peft saved, got {got}; {_REMEDY}")
-        config = files.parsed(_text_of(path / CONFIG), path / CONFIG, _REMEDY)
+        config = files.read_any_json(path / CONFIG, _REMEDY)
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         if kind != _TYPE:
             raise DataError(
@@ -105,15 +105,6 @@ class SoftPrompt:
         return SoftPrompt(embeddings, tuned)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: expected JSON that can be read, got {files.short(str(error), 80)}; {_REMEDY}"
-        ) from error
-
-
 def _read_weights(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """The embeddings and, of a file that was written here, how they were tuned."""
     with files.safetensors_file(path, _REMEDY, "pt") as file:
@@ -126,17 +117,17 @@ def _read_weights(path: Path) -> tuple[Tensor, dict[str, Any]]:
                 f"{path}: expected {_TENSOR} [tokens, width] of floating point, got {got or 'no tensor'}; {_REMEDY}"
             )
         tensor: Tensor = file.get_tensor(_TENSOR)
-        told = (file.metadata() or {}).get("skillfast")
+        own = "skillfast" in (file.metadata() or {})
     if not bool(tensor.isfinite().all()):
         raise DataError(f"{path}: expected finite numbers in {_TENSOR}, got NaN or infinity; {_REMEDY}")
-    if told is None:
+    if not own:
         return tensor.float(), {}
-    header = files.parsed(told, path, _REMEDY)
-    files.check_schema(str(path), header.get("schema") if isinstance(header, dict) else None, _SCHEMA, _REMEDY)
-    tuned, sums = header.get("tuned"), header.get("crc32")
-    if not isinstance(tuned, dict) or not isinstance(sums, dict) or sums.get(_TENSOR) != files.checksum(tensor.numpy()):
-        raise DataError(f"{path}: expected {_TENSOR} as it was written, got other bytes; {_REMEDY}")
-    return tensor.float(), tuned
+    with files.open_tensors(path, _SCHEMA, _REMEDY, "pt") as written:
+        tuned = written.header.get("tuned")
+        if not isinstance(tuned, dict):
+            got = files.short(repr(tuned), 80)
+            raise DataError(f"{path}: expected how it was tuned in its header, got {got}; {_REMEDY}")
+        return written.get(_TENSOR).float(), tuned
 
 
 def require_peft() -> None:

@@ -21,6 +21,7 @@ from skillfast.models.prompt_tuning import PASSED_ON, STEPS, tune_prompt
 from skillfast.models.soft_prompt import SoftPrompt, check_prompted, require_peft
 from skillfast.models.weights import first_line
 from skillfast.progress import tell
+from skillfast.results import records
 from skillfast.results.provenance import UsedPrompt
 from skillfast.runs.kept import PROMPT, Kept
 from skillfast.runs.subject import Training
@@ -56,6 +57,7 @@ def given_prompt(config: BenchConfig, loaded: LanguageModel) -> SoftPrompt | Non
     if config.model.virtual_tokens is None:
         opened = SoftPrompt.load(asked)
         opened.check(loaded.model, loaded.name)
+        _named(opened, asked)  # what its folder says of it is told before anything runs, if it is wrong
     else:
         require_peft()
     check_prompted(loaded.model, loaded.name)
@@ -89,8 +91,12 @@ def used_prompt(config: BenchConfig, model: torch.nn.Module) -> UsedPrompt | Non
     if prompt is None:
         return None
     origin = "tuned" if config.model.virtual_tokens is not None else str(config.model.soft_prompt)
+    return _named(prompt, origin)
+
+
+def _named(prompt: SoftPrompt, origin: str) -> UsedPrompt:
     known = {name: value for name, value in prompt.tuned.items() if name in PASSED_ON}
-    return UsedPrompt(tokens=len(prompt), sha256=prompt.sha256, origin=origin, **known)
+    return records.made(UsedPrompt, {"tokens": len(prompt), "sha256": prompt.sha256, "origin": origin, **known})
 
 
 def _cached_or_tuned(

@@ -56,7 +56,8 @@ FLAGS = (
     "data_file", "test_file", "text_column", "label_column", "pair_column", "class_names", "prompt", "label_words",
     "soft_prompt", "pad_token", "truncate", "train_per_class", "test_per_class", "mean", "std", "crop_pct",
     "skip_unreadable", "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool",
-    "statistics", "bins", "method", "contrastive", "share", "max_site_share", "scale", "control_draws", "memory_budget", "backend",
+    "statistics", "bins", "method", "contrastive", "share", "max_site_share", "scale",
+    "control_draws", "memory_budget", "backend",
 )  # fmt: skip
 BESIDE_LIKE = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "prompt", "label_words", "soft_prompt",
