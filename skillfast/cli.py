@@ -252,6 +252,7 @@ def export(quiet: bool, removal: _Removal, output: str, scale: float, **given: A
 @_subject
 @options_of(TraceConfig, metrics=EVALUATED)
 @click.option("--tasks", type=Names(), default="", help="Metrics whose neurons to compare: label,column:length,loss.")
+@click.option("--shortcut", metavar="column:NAME", help="Column of what a heuristic answers, to find its neurons.")
 @click.option("--skills", "skills_from", type=click.Path(), help="skills.json of another run, instead of choosing.")
 @options_of(SelectConfig, only=["method"], method="pearson")
 @options_of(Grid, but=["seed", "replicates"])
@@ -262,20 +263,29 @@ def evaluate(quiet: bool, **given: Any) -> None:
     """Remove and amplify skills on held-out data, by size and by layer, beside random neurons.
 
     A classifier's accuracy and F1; with --metrics token_log_probability a causal language model's perplexity, and BLEU
-    of what it writes against what it writes intact.
+    of what it writes against what it writes intact. --shortcut column:NAME removes the neurons that follow what a
+    heuristic answers and not the label, and says what changes where the two disagree.
     """
     from skillfast.files import output_folder
-    from skillfast.report import evaluation_table, write_evaluation
+    from skillfast.report import evaluation_table, shortcut_summary, shortcut_table, write_evaluation
     from skillfast.runs.evaluate import evaluate as run
 
     metrics, output = given.pop("metrics"), given["output"]  # metrics: some of what a BenchConfig traces of images
-    settings = {"tasks": given["tasks"], "skills": given["skills_from"], "generation": _made(Generation, given)}
+    settings = {
+        **{name: given[name] for name in ("tasks", "shortcut")},
+        "skills": given["skills_from"],
+        "generation": _made(Generation, given),
+    }
     config, grid = _config(given), _made(Grid, given)
     output_folder(output)  # one that cannot be written is told before the expensive step
     found = run(config, grid, metrics=metrics, **settings, quiet=quiet, say=_say(quiet))
     found.save(output)
     if not quiet:
         _show(evaluation_table(found.results))
+        if (followed := found.results.shortcut) is not None:
+            click.echo("\n".join(shortcut_summary(followed)))
+            if followed.removals:
+                _show(shortcut_table(followed))
     click.echo(f"report: {write_evaluation(output)}")
 
 

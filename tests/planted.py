@@ -130,6 +130,39 @@ class Copies(torch.nn.Module):
         return self.head(self.write(self.read(x).relu()))
 
 
+class TwoWays(torch.nn.Module):
+    """A classifier of three classes that reads the label's evidence and a cue, and believes the cue more.
+
+    Inputs: coordinates 0 to 2 show the label, 3 to 5 what the cue says, 6 to 8 noise. Neurons 0 to 2 carry the label
+    (weight 1 on its logit), 3 to 5 the cue (weight 2), 6 to 8 noise. Not `cued`, neurons 3 to 5 carry noise, too.
+    """
+
+    def __init__(self, cued: bool = True) -> None:
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(9, 9, bias=False), torch.nn.Linear(9, 3, bias=False)
+        self.skillfast_sites = {"blocks.0.mlp": "write"}
+        self.num_classes = 3
+        with torch.no_grad():
+            self.read.weight.copy_(torch.eye(9))
+            if not cued:
+                self.read.weight[3:6] = self.read.weight[6:9]
+            self.write.weight.copy_(torch.cat([torch.eye(3), 2 * cued * torch.eye(3), torch.zeros(3, 3)], 1))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self.read(x).relu())
+
+
+def cues(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of `TwoWays`: `x` [n, 9], `labels` in turn, and `cue`, which is the label in 6 of 9 examples."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    cue = torch.where(torch.arange(n) // 3 % 3 < 2, labels, (labels + 1 + torch.arange(n) // 9 % 2) % 3)
+    shown = [torch.nn.functional.one_hot(which, 3).float() for which in (labels, cue)]
+    noise = [0.1 * torch.randn(n, 6, generator=generator), torch.randn(n, 3, generator=generator)]
+    return {"x": torch.cat([torch.cat(shown, 1) + noise[0], noise[1]], 1), "labels": labels, "cue": cue}
+
+
 def evidence(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs [n, 8] of `Copies` and labels [n] of its five classes in turn."""
     generator = torch.Generator().manual_seed(seed)

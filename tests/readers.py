@@ -349,8 +349,16 @@ def _evaluation(folder: Path) -> None:
     """From a run, made once."""
     config = BenchConfig.of(control_draws=1)
     grid = Grid(shares=(0.1,), layers=("all",), scales=(0.0, 2.0), draws=1, replicates=20)
-    batches = [(x.repeat(6, 1, 1, 1) + 0.1 * torch.randn(108, 3, 8, 8), y.repeat(6)) for x, y in _batches()]
-    evaluate(config, grid, model=_vit(), loader=batches, tasks=("label", "confidence")).save(folder)
+    batches = [
+        {
+            "x": x.repeat(6, 1, 1, 1) + 0.1 * torch.randn(108, 3, 8, 8),
+            "labels": y.repeat(6),
+            "cue": torch.cat([y.roll(1), y.repeat(5)]),
+        }
+        for x, y in _batches()
+    ]
+    tasks, shortcut = ("label", "confidence"), "column:cue"
+    evaluate(config, grid, model=_vit(), loader=batches, tasks=tasks, shortcut=shortcut).save(folder)
 
 
 def _unfinished(folder: Path) -> None:

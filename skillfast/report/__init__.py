@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from skillfast.models.sites import Site
     from skillfast.results.bench import BenchResults
     from skillfast.results.comparison import Comparison
-    from skillfast.results.evaluation import EvaluationResults
+    from skillfast.results.evaluation import EvaluationResults, Shortcut
     from skillfast.results.replay import Replay
     from skillfast.results.skills import Skills
     from skillfast.results.trajectory import Trajectory
@@ -31,6 +31,8 @@ __all__ = [
     "read_results",
     "render",
     "replay_text",
+    "shortcut_summary",
+    "shortcut_table",
     "sites_table",
     "summary_table",
     "top_neurons_table",
@@ -338,3 +340,25 @@ def evaluation_table(results: EvaluationResults) -> Table:
     from skillfast.report import tables
 
     return tables.evaluation_table(results)
+
+
+def shortcut_table(shortcut: Shortcut) -> Table:
+    """Make the table that `skillfast evaluate --shortcut` prints: a shortcut's neurons removed, by size.
+
+    Args:
+        shortcut: what `evaluation.json` holds of it.
+    """
+    from skillfast.report import tables
+
+    return tables.shortcut_table(shortcut)
+
+
+def shortcut_summary(shortcut: Shortcut) -> list[str]:
+    """Say in sentences what was found of a shortcut.
+
+    Args:
+        shortcut: what `evaluation.json` holds of it.
+    """
+    from skillfast.report.evaluation import shortcut as words
+
+    return words.summary(shortcut)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from skillfast.memory.plan import Plan
     from skillfast.models.sites import Site
     from skillfast.results.bench import BenchResults, LayerContribution, Selectivity
-    from skillfast.results.evaluation import EvaluationResults
+    from skillfast.results.evaluation import EvaluationResults, Shortcut
     from skillfast.results.trajectory import Trajectory
     from skillfast.statistics.scores import NeuronScores
 
@@ -252,4 +252,16 @@ def evaluation_table(results: EvaluationResults) -> Table:
             value = evaluation.write_value(m)(outcome.values[m])
             cells.append(Text(f"{value} ({change(outcome.change[m])}; {change(drawn)})"))
         table.add_row(Text(outcome.skill), f"{percent(outcome.share)} ({outcome.neurons:,})", *cells)
+    return table
+
+
+def shortcut_table(found: Shortcut) -> Table:
+    """See `skillfast.report.shortcut_table`."""
+    from skillfast.report.evaluation import shortcut as words
+
+    table = Table(caption="where heuristic and label disagree; in brackets the interval of the change")
+    for heading in ("neurons that follow", "of all neurons", *words.NAMES.values()):
+        table.add_column(heading, justify="left" if heading.startswith("neurons") else "right")
+    for row in words.rows(found):
+        table.add_row(*row)
     return table

@@ -9,7 +9,7 @@ from msgspec import Meta
 from skillfast.results.coverage import ModelCoverage
 from skillfast.results.environment import Environment
 from skillfast.results.provenance import DataDigests, UsedPrompt, Weights
-from skillfast.results.records import Count, Document, Interval, Name, Positive, Record, Share, along, among
+from skillfast.results.records import Count, Document, Fraction, Interval, Name, Positive, Record, Share, along, among
 from skillfast.vocabulary import Kind
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 FILE = "evaluation.json"
 Measure = Literal["accuracy", "f1_macro", "class_accuracy", "class_f1", "perplexity", "bleu"]
+Followed = Literal["shortcut", "label"]
 Values = dict[str, float | None]
 Intervals = dict[str, Interval]
+Class = Annotated[str, among("classes")]
 PER_TASK, PER_CLASS = along("tasks"), along("classes")
 Matrix = Annotated[list[Annotated[list[float | None], PER_TASK]], PER_TASK]
 
@@ -185,7 +187,7 @@ class Overlaps(Record, frozen=True):
                 raise ValueError("expected numbers off the diagonal at tasks.expected_shared, got null")
 
 
-def _check_measures(of: str, measures: Collection[str], found: Outcome | TaskRemoval) -> None:
+def _check_measures(of: str, measures: Collection[str], found: Outcome | TaskRemoval | ShortcutRemoval) -> None:
     """Raises ValueError where an intervention has other measures than the rest of the file."""
     for values in (found.values, found.change, found.random.values, found.random.change):
         if set(values) != set(measures):
@@ -217,6 +219,115 @@ class Tasks(Overlaps, frozen=True):
             _check_measures("tasks.removals", self.measured, removal)
 
 
+class FollowingNeuron(Record, frozen=True):
+    """A neuron that follows a heuristic, or the label.
+
+    Attributes:
+        site: Where it is.
+        neuron: Index in the site.
+        heuristic: Largest |r| with an answer of the heuristic given the label; null where it is not defined.
+        label: Largest |r| with a class given the heuristic.
+    """
+
+    site: Name
+    neuron: Count
+    heuristic: Fraction | None
+    label: Fraction | None
+
+
+class FollowingSet(Record, frozen=True):
+    """How many neurons follow one of the two more than the other, beyond chance, and those that follow it most."""
+
+    neurons: Count
+    best: list[FollowingNeuron]
+
+
+class ShortcutRemoval(Record, frozen=True):
+    """What a model does without neurons that follow a heuristic, or the label.
+
+    Attributes:
+        follows: `shortcut` or `label`.
+        share: Size of the set as a share of all neurons, as asked for; it has no neurons but those that follow.
+        neurons: How many it has.
+        values: Measure -> value; null where no example counts.
+        change: Measure -> value minus the intact model's.
+        ci95: 95 % interval of each value (Wilson's).
+        change_ci95: 95 % interval of each change (Newcombe's, of the same examples on both sides).
+        p: Measure -> exact two-sided p that nothing changed (McNemar's).
+        random: What as many random neurons per site do.
+    """
+
+    follows: Followed
+    share: Share
+    neurons: Positive
+    values: Annotated[Values, Meta(min_length=1)]
+    change: Annotated[Values, Meta(min_length=1)]
+    ci95: Intervals
+    change_ci95: Intervals
+    p: dict[str, Fraction]
+    random: RandomDraws
+
+
+class MovedExample(Record, frozen=True):
+    """A held-out example on which heuristic and label disagree, without the shortcut's neurons.
+
+    Attributes:
+        example: Place in the test part, from 0.
+        text: The text; null where examples are none.
+        pair: The second text; null where there is none.
+        label: The true class.
+        heuristic: What the heuristic answers.
+        before: What the intact model answers.
+        after: What it answers without the neurons.
+        margin_before: The true class's logit minus the best other one's.
+        margin_after: The margin without the neurons.
+    """
+
+    example: Count
+    text: str | None
+    pair: str | None
+    label: Class
+    heuristic: Class
+    before: Class
+    after: Class
+    margin_before: float
+    margin_after: float
+
+
+class Shortcut(Record, frozen=True):
+    """Whether a model answers by a heuristic, through which neurons, and what it answers without them.
+
+    Attributes:
+        column: The column that says what the heuristic answers.
+        agreement: Share of the select part's examples on which heuristic and label are the same.
+        conflicts: Test examples on which they are not.
+        agreeing: Test examples on which they are.
+        measured: Measure -> what it is, in words.
+        intact: The intact model's measures, with 95 % intervals.
+        follow_shortcut: Neurons that follow the heuristic.
+        follow_label: Neurons that follow the label.
+        removals: Each set at each size from which neurons could be taken; none where no neuron follows either.
+        moved: The conflicts whose margin changes most without the largest set that follows the shortcut.
+    """
+
+    column: Name
+    agreement: Fraction
+    conflicts: Positive
+    agreeing: Count
+    measured: dict[str, str]
+    intact: Intact
+    follow_shortcut: FollowingSet
+    follow_label: FollowingSet
+    removals: list[ShortcutRemoval]
+    moved: list[MovedExample]
+
+    def __post_init__(self) -> None:
+        if set(self.intact.values) != set(self.measured):
+            raise ValueError("expected the same measures at shortcut.intact and shortcut.measured, got others")
+        for removal in self.removals:
+            _check_measures("shortcut.removals", self.measured, removal)
+
+
 class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag_field="schema"):
     """The results of `skillfast evaluate`.
 
@@ -233,6 +344,7 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
         config: The settings, as options; those of the grid under `grid`.
         environment: Versions and device.
         tasks: What several tasks share, where they were compared.
+        shortcut: What a heuristic's neurons do, where one was named.
     """
 
     task: Literal["classification", "causal"]
@@ -244,6 +356,7 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
     config: Annotated[dict[str, Any], Meta(extra_json_schema={"required": ["grid"]})]
     environment: Environment
     tasks: Tasks | None = None
+    shortcut: Shortcut | None = None
 
     def __post_init__(self) -> None:
         if "grid" not in self.config:

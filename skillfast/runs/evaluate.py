@@ -23,6 +23,7 @@ from skillfast.runs.generation import causal_outcomes, prefixes
 from skillfast.runs.given import Given
 from skillfast.runs.grid import cases_of_scores, cases_of_skills, largest
 from skillfast.runs.session import open_session
+from skillfast.runs.shortcut import check_shortcut, disagreements, shortcut_outcome
 from skillfast.runs.soft_prompt import used_prompt
 from skillfast.runs.tasks import check_tasks, compare_tasks
 from skillfast.runs.text import CausalSubject, predicts_tokens
@@ -81,6 +82,7 @@ def evaluate(
     label_key: str | None = None,
     metrics: Sequence[str] = EVALUATED,
     tasks: Sequence[str] = (),
+    shortcut: str | None = None,
     skills: str | Path | None = None,
     generation: Generation | None = None,
     quiet: bool = True,
@@ -104,6 +106,9 @@ def evaluate(
         metrics: Names of the metrics whose skills are evaluated.
         tasks: Metrics whose neurons are compared at the grid's largest size, from the same trace; see
             `skillfast.evaluation.tasks`. None by default.
+        shortcut: `"column:NAME"`, a column of the data (or a key of the loader's batches) that says for each example
+            what a heuristic answers, as the name of a class. Which neurons follow it and not the label is told, and
+            what the model does without them where the two disagree; see `skillfast.evaluation.shortcuts`.
         skills: `skills.json` or a folder with one; its skills must come from other examples than the test part's.
         generation: What a causal language model writes.
         quiet: Show no progress bars.
@@ -112,16 +117,25 @@ def evaluate(
     Raises:
         SkillfastError: Anything that stops the run, in one line.
     """
-    given = Given.of(model, loader, label_key)
+    if shortcut is not None:
+        check_shortcut(shortcut)
+    columns = () if shortcut is None else (shortcut.removeprefix(COLUMN),)
+    given = Given.of(model, loader, label_key, columns)
     config = (config or BenchConfig()) if given is None else given.config(config)
     grid = grid or Grid(seed=config.run.seed)
-    config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks))))
+    read = () if shortcut is None or config.data.dataset != "text" else (shortcut,)
+    config = _traced_config(config, tuple(dict.fromkeys((*metrics, *tasks, *read))))
     if tasks:
         check_tasks(tasks)
     if predicts_tokens(config) and tasks:
         raise ArgumentError(
             "tasks: expected a classifier's --metrics, got those of a causal language model; leave --tasks out, or "
             "give --prompt and --label-words"
+        )
+    if predicts_tokens(config) and shortcut is not None:
+        raise ArgumentError(
+            "shortcut: expected a classifier, which a heuristic can answer for, got the metrics of a causal language "
+            "model; leave --shortcut out, or give --prompt and --label-words"
         )
     if skills is None or tasks:
         _check_method(_method(config), config, grid, [*metrics, *tasks])
@@ -132,7 +146,7 @@ def evaluate(
     with open_session(config, given=given, quiet=quiet, say=say) as session:
         if isinstance(session.subject, CausalSubject):
             return _evaluate_causal(session, session.subject, grid, metrics, loaded, generation, skills)
-        return _evaluate_classifier(session, grid, metrics, tasks, loaded, skills)
+        return _evaluate_classifier(session, grid, metrics, tasks, shortcut, loaded, skills)
 
 
 def _evaluate_classifier(
@@ -140,10 +154,13 @@ def _evaluate_classifier(
     grid: Grid,
     metrics: Sequence[str],
     tasks: Sequence[str],
+    shortcut: str | None,
     skills: Mapping[str, Skill] | None,
     skills_from: str | Path | None,
 ) -> Evaluation:
     subject = session.subject
+    if shortcut is not None:
+        disagreements(subject, shortcut)  # data that cannot tell the two apart are told before the trace
     scores = _scores(session) if skills is None or tasks else None
     cases = _cases(session, scores, grid, metrics, skills)
     session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
@@ -174,6 +191,9 @@ def _evaluate_classifier(
                 seed=grid.seed,
             ),
         )
+    followed = None
+    if shortcut is not None:
+        followed = session.stage("shortcut", lambda: shortcut_outcome(subject, shortcut, grid, quiet=session.quiet))
     results = {
         "task": "classification",
         "measures": MEASURES,
@@ -181,9 +201,10 @@ def _evaluate_classifier(
         "outcomes": outcomes,
         "model": evaluated_model(session),
         "data": {**subject.dataset_json(), "digests": session.data_digests},
-        "config": _settings(subject.config, grid, skills_from),
+        "config": _settings(subject.config, grid, skills_from) | {"shortcut": shortcut},
         "environment": environment(subject.model, subject.device),
         "tasks": compared,
+        "shortcut": followed,
     }
     return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
 

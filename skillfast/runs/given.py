@@ -34,14 +34,18 @@ class Given:
         model: In evaluation mode, on its device.
         loader: Batches of labelled examples, which are divided; or a loader for each of `PARTS`.
         label_key: Key of the labels in a batch that is a mapping.
+        columns: Keys of further values of each example in such batches, which the model is not called with.
     """
 
     model: torch.nn.Module
     loader: Iterable[Any] | Mapping[str, Iterable[Any]]
     label_key: str | None = None
+    columns: tuple[str, ...] = ()
 
     @staticmethod
-    def of(model: torch.nn.Module | None, loader: Any, label_key: str | None) -> Given | None:
+    def of(
+        model: torch.nn.Module | None, loader: Any, label_key: str | None, columns: Sequence[str] = ()
+    ) -> Given | None:
         """Both, or None where neither was given.
 
         Raises:
@@ -59,7 +63,7 @@ class Given:
                     f"model: expected layers that pass gradients, got a quantised {type(module).__name__} at {name}; "
                     "give the weights rounded as they are in it, in floating point"
                 )
-        return None if model is None else Given(model, loader, label_key)
+        return None if model is None else Given(model, loader, label_key, tuple(columns))
 
     def config(self, config: BenchConfig | None) -> BenchConfig:
         """The settings, with what is known of the model and the loader; raises ArgumentError for others of these."""
@@ -88,13 +92,22 @@ class Examples:
         classes: Class names.
         label_key: Key of the labels in a batch that is a mapping.
         pad: Token that pads texts of several batches.
+        columns: Keys of further values in batches that are mappings.
 
     Attributes:
         labels: int64 [n].
         classes: Class names.
+        columns: Key -> [n] values, numbers or text.
     """
 
-    def __init__(self, loader: Iterable[Any], classes: Sequence[str], label_key: str | None, pad: int) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        classes: Sequence[str],
+        label_key: str | None,
+        pad: int,
+        columns: Sequence[str] = (),
+    ) -> None:
         self.classes = tuple(classes)
         self._key = label_key
         self._pad = pad
@@ -111,8 +124,13 @@ class Examples:
                 loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, generator=torch.Generator()
             )
         labels = []
+        values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
+        self.columns: dict[str, np.ndarray] = {}
+        self._names = tuple(columns)
         for given in batches:
-            batch = read_batch(given, label_key, tokens=True)
+            batch = read_batch(self._without_columns(given), label_key, tokens=True)
+            for name in columns:
+                values[name].append(_values(given, name, len(batch)))
             if batch.per_token:
                 raise ArgumentError(
                     f"labels: expected one class index per example, got {described(batch.labels)}, one per token; use "
@@ -122,6 +140,7 @@ class Examples:
             if self._together is None:
                 self._items += batch.split(1)
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *labels])
+        self.columns = {name: np.concatenate(found) for name, found in values.items() if found}
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise ArgumentError(
                 f"labels: expected class indices in [0, {len(self.classes)}), got {int(self.labels.min())} to "
@@ -139,8 +158,30 @@ class Examples:
     def collate(self, items: list[Any]) -> Batch:
         """A batch of items."""
         if self._together is not None:
-            return read_batch(self._together(items), self._key)
+            return read_batch(self._without_columns(self._together(items)), self._key)
         return Batch(joined([item.inputs for item in items], self._pad), torch.cat([item.labels for item in items]))
+
+    def _without_columns(self, batch: Any) -> Any:
+        """A batch as the model takes it."""
+        if not self._names or not isinstance(batch, Mapping):
+            return batch
+        return {name: value for name, value in batch.items() if name not in self._names}
+
+
+def _values(batch: Any, name: str, n: int) -> np.ndarray:
+    """A further value of each example of a batch, [n]; raises ArgumentError where it has none."""
+    if not isinstance(batch, Mapping) or name not in batch:
+        raise ArgumentError(
+            f"column {name!r}: expected batches that are mappings with it, got {described(batch)}; let the loader give "
+            "it"
+        )
+    found = batch[name]
+    values = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    if values.shape != (n,):
+        raise ArgumentError(
+            f"column {name!r}: expected a value for each of {n} examples, got shape {list(values.shape)}; give [batch]"
+        )
+    return values
 
 
 class Part:
@@ -156,6 +197,7 @@ class Part:
         self.rows = rows
         self.classes = examples.classes
         self.labels = examples.labels[torch.from_numpy(rows)]
+        self.columns = {name: values[rows] for name, values in examples.columns.items()}
         self.collate = examples.collate
 
     def __len__(self) -> int:
@@ -189,11 +231,11 @@ def given_subject(given: Given, config: BenchConfig) -> Subject:
                 "give those"
             )
         classes = classes_of(loader["select"], model)
-        examples = {name: Examples(loader[name], classes, given.label_key, pad) for name in PARTS}
+        examples = {name: Examples(loader[name], classes, given.label_key, pad, given.columns) for name in PARTS}
         parts = {name: Part(found, np.arange(len(found))) for name, found in examples.items()}
     else:
         classes = classes_of(loader, model)
-        whole = Examples(loader, classes, given.label_key, pad)
+        whole = Examples(loader, classes, given.label_key, pad, given.columns)
         parts = {name: Part(whole, rows) for name, rows in divided(whole, config.run.seed).items()}
     for name, part in parts.items():
         missing = [classes[c] for c in np.flatnonzero(np.bincount(part.labels.numpy(), minlength=len(classes)) == 0)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from skillfast.report import pages
-from skillfast.report.evaluation import tasks
+from skillfast.report.evaluation import shortcut, tasks
 from skillfast.report.formatting import UNDEFINED, finite, flat, interval, model_name, number_of, percent, plain, points
 from skillfast.report.parts import DIVERGING, Figure, across, amounts, base, colour, down, heatmap, labels, largest
 from skillfast.results.records import to_json
@@ -265,5 +265,6 @@ def render(results: EvaluationResults) -> str:
         columns=["skill", "of all neurons", "layers", "factor", *(NAMES[name] for name in defined(results))],
         rows=table_rows(results),
         tasks=None if results.tasks is None else tasks.context(results.tasks),
+        shortcut=None if results.shortcut is None else shortcut.context(results.shortcut),
         settings=[*flat(measured), *flat(to_json(results.environment)), *flat(results.config)],
     )
