@@ -157,7 +157,7 @@ def visible(pair: ClassPair, classes: int) -> tuple[float | None, float | None]:
     change = np.subtract(*reversed(pair.values["accuracy"]))
     chance = min(int((change < 0).sum()), int((change > 0).sum())) / pair.n
     # two-sided, and the first of all in Benjamini and Hochberg's order
-    alone, of_all = (smallest_visible(pair.n, chance, LEVEL / 2 / tests) for tests in (1, classes))
+    alone, of_all = (smallest_visible(pair.n, chance, LEVEL / 2 / tests, mid=True) for tests in (1, classes))
     return alone, of_all
 
 

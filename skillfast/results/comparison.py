@@ -50,7 +50,7 @@ class PairedChange(Record, frozen=True):
         new: Value of NEW.
         change: NEW's minus BASE's.
         ci95: Interval of the change.
-        p: Exact two-sided p of no change: McNemar's test of decisions, else of the signs of the differences.
+        p: Two-sided mid-p of no change: McNemar's test of decisions, else of the signs of the differences.
         q: After Benjamini and Hochberg's correction over the skills whose tests could be significant at all.
         equivalence_q: Corrected p of a change beyond the margin, by two one-sided tests (TOST).
     """

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 32_000  # a row's channel is an int16
 OF_BINS = tuple(name for name in STATISTICS if name != "pearson")
 LEAST_REPLICATES = 8
+# beyond what a state of any use has, and still sizes that can be multiplied; files of states bring them, too
+MOST = {"n_neurons": 1 << 40, "n_bootstrap": 1 << 16, "buffer_rows": 1 << 16}
 
 
 def needs_bins(statistics: Sequence[str]) -> bool:
@@ -83,6 +85,9 @@ class AccumulatorSettings:
                 f"NeuronStatistics: expected at least one neuron, metric and buffer row and 2 to {MAX_BINS} bins, got "
                 f"{self.n_neurons} neurons, {len(self.metrics)} metrics, {self.buffer_rows} rows and {self.bins} bins"
             )
+        for name, most in MOST.items():
+            if (found := getattr(self, name) or 0) > most:
+                raise ArgumentError(f"{name}: expected at most {most:,}, got {found}; take fewer")
         if not self.statistics or not set(self.statistics) <= set(STATISTICS):
             raise ArgumentError(f"statistics: expected some of {', '.join(STATISTICS)}, got {list(self.statistics)}")
         if self.n_bootstrap is not None and self.n_bootstrap < LEAST_REPLICATES:

@@ -23,6 +23,8 @@ def test_predicted_power_is_that_of_simulation(n, chance, level):
     for harm in (0.0, 0.05, 0.15):
         losses, gains, _ = rng.multinomial(n, [chance + harm, chance, 1 - 2 * chance - harm], size=4000).T
         assert power(n, chance, harm, level) == pytest.approx((loss_p(losses, gains) <= level).mean(), abs=0.03)
+        mid = (loss_p(losses, gains) + loss_p(losses + 1, gains - 1)) / 2 <= level
+        assert power(n, chance, harm, level, mid=True) == pytest.approx(mid.mean(), abs=0.03)
 
 
 def test_the_p_is_mcnemars():
@@ -34,6 +36,9 @@ def test_the_p_is_mcnemars():
 def test_the_smallest_visible_harm_has_a_power_of_80_percent():
     for n, level in ((54, 0.05), (200, 0.05 / 90)):
         assert power(n, 0.01, smallest_visible(n, 0.01, level), level) == pytest.approx(0.8, abs=0.01)
+        least = smallest_visible(n, 0.01, level, mid=True)
+        assert power(n, 0.01, least, level, mid=True) == pytest.approx(0.8, abs=0.01)
+        assert least < smallest_visible(n, 0.01, level)
     assert smallest_visible(54, 0.01, 0.05) > smallest_visible(540, 0.01, 0.05)
     assert smallest_visible(54, 0.01, 0.05) < smallest_visible(54, 0.01, 0.05 / 90)
     assert smallest_visible(4, 0.01, 0.05 / 90) is None

@@ -193,6 +193,7 @@ def test_skills_are_exchanged_between_the_models(runs, tmp_path):
     assert "carried the class" in page
     shown = run("compare", base, new, "--output", tmp_path / "out")
     assert "removed from the other run's model" in shown.output
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.output  # 80 columns cut nothing off
     without = compare(base, write(tmp_path / "without", labels, measured, base=base))
     assert without.skills["cat"].new_set is without.skills["cat"].new_skill is without.skills["cat"].in_base is None
     assert without.skills["cat"].base_set.carries == "yes"

@@ -144,6 +144,16 @@ def test_adjusted_p_does_not_depend_on_how_neurons_are_grouped(vit, batches):
     np.testing.assert_allclose(scores.pearson_q[known], stats.false_discovery_control(scores.pearson_p[known]))
 
 
+@pytest.mark.parametrize(("name", "most"), [("n_neurons", 2**40), ("n_bootstrap", 2**16), ("buffer_rows", 2**16)])
+def test_sizes_that_no_state_has_are_refused_before_they_are_allocated(name, most):
+    sizes = {"n_neurons": 5, "n_bootstrap": 8, "buffer_rows": 4, name: most + 1}
+    with pytest.raises(ArgumentError, match=f"^{name}: expected at most {most:,}, got {most + 1}; take fewer"):
+        NeuronStatistics(sizes.pop("n_neurons"), METRICS, **sizes)
+    saved = NeuronStatistics(5, METRICS, n_bootstrap=8).state_dict() | {name: 2**62}
+    with pytest.raises(ArgumentError, match=f"^{name}: expected at most"):
+        NeuronStatistics.from_state_dict(saved)
+
+
 def test_too_few_replicates_or_wrong_groups_are_refused():
     with pytest.raises(ArgumentError, match="expected at least 8 replicates, got 2"):
         NeuronStatistics(5, METRICS, n_bootstrap=2)

@@ -30,7 +30,7 @@ def tables(found: Comparison) -> list[Table]:
         sets = Table(title="Each run's skills, removed from the other run's model: points lost, 95 % intervals",
                      title_justify="left")  # fmt: skip
         for heading in words.EXCHANGED:
-            sets.add_column(heading)
+            sets.add_column(heading, overflow="fold")
         for cells in rows:
             sets.add_row(*map(Text, cells))
         made.append(sets)
@@ -41,7 +41,7 @@ def _verdicts(found: Comparison) -> Table:
     caption = "95 % intervals of paired changes, points; q after Benjamini-Hochberg's correction over the skills"
     made = Table(title=Text(words.title(found)), title_justify="left", caption=caption, caption_justify="left")
     for heading in words.COLUMNS:
-        made.add_column(heading)
+        made.add_column(heading, overflow="fold")  # nothing is cut off where the terminal is narrow
     for cells, skill in zip(words.rows(found), found.skills.values(), strict=True):
         made.add_row(*map(Text, cells), style=STYLES.get(skill.verdicts[0], ""))
     return made
