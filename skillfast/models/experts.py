@@ -39,9 +39,8 @@ _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 _CHOICES = ("softmax", "sigmoid", "topk", "argmax")  # of routers, on a value for each token and expert
 
 
-def experts_of(model: torch.nn.Module, path: str) -> tuple[int, int] | None:
-    """Experts and units of each, at the path of the routed experts of a block; None at any other path."""
-    module = model.get_submodule(path)
+def experts_of(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tuple[int, int] | None:
+    """Experts and units of each, of the module at the path of a block's routed experts; None of any other module."""
     if each := _separate(module):
         return len(each), each[0].in_features
     weight = down_projections(module)
@@ -75,8 +74,10 @@ def units_first(module: torch.nn.Module) -> bool:
 
 def down_projections(module: torch.nn.Module) -> torch.nn.Parameter | None:
     """Find the parameter that holds all experts' down projections, one after the other; None where there is none."""
-    inner = getattr(module, "mlp", None)
-    stacked, flat = (getattr(module, name, None) for name in ("down_proj", "weight")), getattr(inner, "w2", None)
+    # A parameter lies in its module's own table, where looking is cheap: every module of a model is asked.
+    inner = module._modules.get("mlp")
+    stacked = (module._parameters.get(name) for name in ("down_proj", "weight"))
+    flat = None if inner is None else inner._parameters.get("w2")
     for weight, dims in (*((weight, 3) for weight in stacked), (flat, 2)):  # JetMoe has the second, DBRX the last
         if isinstance(weight, torch.nn.Parameter) and weight.dim() == dims:
             return weight

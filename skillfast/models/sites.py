@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from skillfast.models.projections import input_width, layout_of, parent_of
 from skillfast.vocabulary import KINDS, Kind, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from skillfast.skills.skill import Skill
 
@@ -129,17 +130,14 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     model = unwrap_compiled(model)
     if (declared := getattr(model, DECLARED, None)) is not None:
         return _declared_sites(model, declared)
-    patterns = [pattern for family in families() for pattern in family.patterns()]
-    named = _Names()
+    role_of, named = _roles(families()), _Names()
     for path, module in model.named_modules():
-        if (routed := experts_of(model, path)) is not None:
+        if (routed := experts_of(model, path, module)) is not None:
             named.add_experts(path, *routed, gated=takes_gates(module))
         if (width := input_width(module)) is None:
             continue
-        for role, kind, pattern in patterns:
-            if (found := pattern.fullmatch(path)) is not None:
-                named.add(model, role, kind, path, width, found["block"])
-                break
+        if (role := role_of(path)) is not None:
+            named.add(model, role, path, width)
     sites = named.sites
     if not sites:
         raise ModelError(
@@ -154,6 +152,28 @@ def find_sites(model: torch.nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+@dataclass(frozen=True)
+class _Role:
+    """What a path says of a projection: `"mlp"` or `"cross_attn"`, its kind, and the path of its block."""
+
+    name: str
+    kind: Kind
+    block: str
+
+
+@lru_cache(maxsize=8)
+def _roles(known: tuple[Family, ...]) -> Callable[[str], _Role | None]:
+    """A function of the path of a projection, which remembers what it said: models are asked again and again."""
+    patterns = [pattern for family in known for pattern in family.patterns()]
+
+    @lru_cache(maxsize=100_000)
+    def role_of(path: str) -> _Role | None:
+        matches = ((name, kind, pattern.fullmatch(path)) for name, kind, pattern in patterns)
+        return next((_Role(name, kind, found["block"]) for name, kind, found in matches if found is not None), None)
+
+    return role_of
+
+
 class _Names:
     """Sites under canonical names, blocks counted in the order in which they are met."""
 
@@ -162,15 +182,15 @@ class _Names:
         self._blocks: dict[str, int] = {}
         self._taken: set[str] = set()
 
-    def add(self, model: torch.nn.Module, role: str, kind: Kind, path: str, width: int, block: str) -> None:
-        index = self._blocks.setdefault(block, len(self._blocks))
-        name, again = f"blocks.{index}.{role}", 2
+    def add(self, model: torch.nn.Module, role: _Role, path: str, width: int) -> None:
+        index = self._blocks.setdefault(role.block, len(self._blocks))
+        name, again = f"blocks.{index}.{role.name}", 2
         while name in self._taken:
-            name, again = f"blocks.{index}.{role}_{again}", again + 1
+            name, again = f"blocks.{index}.{role.name}_{again}", again + 1
         self._taken.add(name)
-        heads = _heads(model, path, width, neighbours=kind == "attn") if kind in HEADED else None
+        heads = _heads(model, path, width, neighbours=role.kind == "attn") if role.kind in HEADED else None
         layout = layout_of(model, path)
-        self.sites.append(Site(name, kind, index, path, width, heads, layout=layout, inside=block))
+        self.sites.append(Site(name, role.kind, index, path, width, heads, layout=layout, inside=role.block))
 
     def add_experts(self, path: str, experts: int, units: int, *, gated: bool) -> None:
         """The sites of a block's routed experts, and of the gates that weigh them, if any are given to them."""

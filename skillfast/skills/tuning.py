@@ -224,6 +224,6 @@ def _inputs_of(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
         return (0, *range(2, weight.dim()))
     if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)):
         return tuple(range(1, weight.dim()))
-    if weight.dim() == 3 and experts_of(model, path) is not None:
+    if weight.dim() == 3 and experts_of(model, path, model.get_submodule(path)) is not None:
         return (1,) if units_first(module) else (2,)
     return ()
