@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import skillfast
-from skillfast import data
+from skillfast import data, files
 from skillfast.data.text import read_text
 from skillfast.data.transforms import make_transforms
 from skillfast.errors import DataError, SkillfastError
+from skillfast.models import soft_prompt
 from skillfast.models.digits import digits_model
 from skillfast.models.huggingface import load_config, load_language_model
 from skillfast.models.loading import create_model, load_trained, save_trained
@@ -42,6 +43,7 @@ from skillfast.runs.kept import JSON
 from skillfast.runs.replay import Earlier
 from skillfast.runs.selection import candidates_of
 from skillfast.runs.shares import OwnPredictions
+from skillfast.runs.soft_prompt import named_prompt
 from skillfast.statistics.routed import RoutedRows, RoutedStatistics
 from skillfast.statistics.tokens import TokenStatistics
 
@@ -476,6 +478,25 @@ def _read_pt(folder: Path) -> object:
         return _read_checkpoint("w.pt", folder)
 
 
+def _prompt(folder: Path) -> None:
+    """A folder as `SoftPrompt.save` leaves it, made without peft."""
+    _prompt_of_peft(folder)
+    tuned = {"steps": 60, "learning_rate": 0.1, "n_train": 960, "dtype": "float32", "loss": 0.25}
+    header = {"schema": "skillfast.soft_prompt/1", "tuned": tuned}
+    files.write_arrays(folder / soft_prompt.WEIGHTS, {"prompt_embeddings": np.ones((3, 8), np.float32)}, header)
+
+
+def _prompt_of_peft(folder: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "num_transformer_submodules": 1, "token_dim": 8}
+    (folder / soft_prompt.CONFIG).write_text(json.dumps(config))
+    save_file({"prompt_embeddings": torch.ones(3, 8)}, folder / soft_prompt.WEIGHTS)
+
+
+def _read_prompt(folder: Path) -> None:
+    prompt = soft_prompt.SoftPrompt.load(folder)
+    named_prompt(prompt, str(folder))
+
+
 KINDS = {
     "results.json": Kind("results.json", run_folder, _read_results, _json_or_bytes, heavy=True),
     "results.json of NEW": Kind("results.json", run_folder, _read_run, _json_or_bytes, heavy=True),
@@ -533,6 +554,9 @@ KINDS = {
     "tracer": Kind(
         "tracer.safetensors", lambda folder: _traced().save(folder), _read_traced, mutations.changed_tensors, heavy=True
     ),
+    "soft prompt": Kind(soft_prompt.WEIGHTS, _prompt, _read_prompt, mutations.changed_tensors),
+    "soft prompt of peft": Kind(soft_prompt.WEIGHTS, _prompt_of_peft, _read_prompt, mutations.changed_tensors),
+    "adapter": Kind(soft_prompt.CONFIG, _prompt, _read_prompt, _json_or_bytes),
     "unfinished run": Kind(f"{FOLDER}/run.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
     "unfinished cost": Kind(f"{FOLDER}/choose/cost.json", _unfinished, _read_unfinished, _json_or_bytes, heavy=True),
     "unfinished value": Kind(

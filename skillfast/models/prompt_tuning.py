@@ -14,7 +14,7 @@ from torch.nn import functional
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.batches import IGNORED, read_batch
 from skillfast.models.inputs import described, mask_of
-from skillfast.models.sites import module_device, unwrap_compiled
+from skillfast.models.sites import module_device, refuse_training, unwrap_compiled
 from skillfast.models.soft_prompt import SoftPrompt, check_prompted, peft_config, require_peft
 from skillfast.models.text_classifier import accepts, embedded, first_virtual, last_real, positions
 from skillfast.models.training import only_trainable
@@ -73,9 +73,10 @@ def tune_prompt(
 
     Raises:
         ArgumentError: Fewer than one token or step, no batches, or batches that are not as above.
-        ModelError: A model that takes no prompt, no peft library, or a loss that is not finite.
+        ModelError: A model that takes no prompt or is in training mode, no peft library, or a loss that is not finite.
     """
     model = unwrap_compiled(model)
+    refuse_training(model, "tune_prompt")
     for what, value in (("tokens", tokens), ("steps", steps), ("lr", 1 if lr is None else lr)):
         if not value > 0 or not math.isfinite(value):
             raise ArgumentError(f"{what}: expected a number above 0, got {value}; leave it out for the default")

@@ -57,7 +57,7 @@ def given_prompt(config: BenchConfig, loaded: LanguageModel) -> SoftPrompt | Non
     if config.model.virtual_tokens is None:
         opened = SoftPrompt.load(asked)
         opened.check(loaded.model, loaded.name)
-        _named(opened, asked)  # what its folder says of it is told before anything runs, if it is wrong
+        named_prompt(opened, asked)  # what its folder says of it is told before anything runs, if it is wrong
     else:
         require_peft()
     check_prompted(loaded.model, loaded.name)
@@ -91,10 +91,11 @@ def used_prompt(config: BenchConfig, model: torch.nn.Module) -> UsedPrompt | Non
     if prompt is None:
         return None
     origin = "tuned" if config.model.virtual_tokens is not None else str(config.model.soft_prompt)
-    return _named(prompt, origin)
+    return named_prompt(prompt, origin)
 
 
-def _named(prompt: SoftPrompt, origin: str) -> UsedPrompt:
+def named_prompt(prompt: SoftPrompt, origin: str) -> UsedPrompt:
+    """What result files say of a prompt; raises DataError where its folder says what cannot be."""
     known = {name: value for name, value in prompt.tuned.items() if name in PASSED_ON}
     return records.made(UsedPrompt, {"tokens": len(prompt), "sha256": prompt.sha256, "origin": origin, **known})
 

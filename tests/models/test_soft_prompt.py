@@ -18,9 +18,11 @@ from skillfast.data.text import TextTable
 from skillfast.errors import ArgumentError, DataError, ModelError
 from skillfast.metrics import parse_metrics
 from skillfast.models.huggingface import load_language_model
+from skillfast.models.sites import choose_sites
 from skillfast.models.soft_prompt import WEIGHTS, SoftPrompt
 from skillfast.models.text_classifier import TextClassifier
 from skillfast.models.text_inputs import Prompt, TextForward, TokenExamples, batches
+from skillfast.models.watching import watched
 from skillfast.progress import telling
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -155,17 +157,32 @@ def test_removal_acts_on_virtual_tokens_and_texts_alike(prompted):
 
 
 def test_donors_are_means_over_the_texts_own_tokens(prompted):
-    site = "blocks.1.mlp" if "Llama" in type(prompted.loaded.model).__name__ else "blocks.0.experts"
+    llama = "Llama" in type(prompted.loaded.model).__name__
+    site = "blocks.1.mlp" if llama else "blocks.0.experts"
     batch = [prompted.examples.collate([prompted.examples[i] for i in range(6)])]
-    skill = skillfast.Skill("one", {site: [1, 4]})
-    bank = donors(prompted.model, batch, [skill], n_donors=6)
-    kept = bank.activations[site][:, 0]
-    if site == "blocks.1.mlp":
+    bank = donors(prompted.model, batch, [skillfast.Skill("one", {site: [1, 4]})], n_donors=6)
+    kept, rows = bank.activations[site][:, 0], torch.as_tensor(bank.indices)
+    if llama:
         _, seen = of_peft(prompted)
         expected = torch.stack([x[TOKENS:, [1, 4]].mean(0) for x in seen["mlp"]])
-        torch.testing.assert_close(kept, expected[torch.as_tensor(bank.indices)], rtol=1e-4, atol=1e-5)
-    else:  # a trace's mean weighs by gates; here what is left out is compared: with the virtual tokens it is another
-        assert torch.isfinite(kept).all()
+        torch.testing.assert_close(kept, expected[rows], rtol=1e-4, atol=1e-5)
+        return
+    (experts,) = choose_sites(prompted.model, [site])
+    expected, with_virtual = [], []
+    for i in range(6):
+        seen = []
+        packed, _ = prompted.examples.collate([prompted.examples[i]])
+        with torch.inference_mode(), watched(prompted.model, experts, seen.append):
+            prompted.model(packed)
+        (found,) = seen
+        first = found.expert == 0  # which has units 1 and 4
+        expected.append(found.values[first & (found.token >= TOKENS)][:, [1, 4]].mean(0))
+        with_virtual.append(found.values[first][:, [1, 4]].mean(0))
+    expected, with_virtual = torch.stack(expected)[rows], torch.stack(with_virtual)[rows]
+    there = ~expected.isnan().any(1)
+    assert there.sum() >= 3
+    torch.testing.assert_close(kept[there], expected[there], rtol=1e-4, atol=1e-5)
+    assert (kept[there] - with_virtual[there]).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +300,8 @@ def test_what_cannot_be_tuned_is_told_in_one_line(planted, tmp_path):
     told = one_line(ArgumentError, tune, model, loader, words=None)
     assert "labels [batch, tokens], got {input_ids: int64 [8, 5]" in told
     broken = copy.deepcopy(model)
+    assert "tune_prompt: expected a model in evaluation mode" in one_line(ModelError, tune, broken.train(), loader)
+    broken.eval()
     with torch.no_grad():
         broken.get_input_embeddings().weight[loader[0]["input_ids"][0, 0]] = torch.nan
     told = one_line(ModelError, tune, broken, loader, lr=0.25)
