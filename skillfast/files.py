@@ -241,6 +241,9 @@ def open_tensors(path: Path, schema: str, remedy: str, framework: str = "numpy")
         sums = header.pop("crc32", None)
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         kinds = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
+        for name, (_, shape) in kinds.items():
+            if math.prod(length or 1 for length in shape) >= 1 << 63:  # of a length of 0, too
+                raise DataError(f"{path}: expected {short(name, 80)} of a size that can be, got {shape}; {remedy}")
 
         def get(name: str) -> Any:
             tensor = file.get_tensor(name)

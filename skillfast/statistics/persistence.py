@@ -91,9 +91,8 @@ def record(kind: type[D], stored: Mapping[str, Any]) -> D:
     """The record of a state's plain values; raises ArgumentError where they are not as its type says."""
     schema = kind.schema_name()
     if stored.get("schema") != schema:
-        raise ArgumentError(
-            f"state_dict: expected schema {schema!r}, got {stored.get('schema')!r}; use the version that wrote it"
-        )
+        found = files.short(repr(stored.get("schema")), 80)
+        raise ArgumentError(f"state_dict: expected schema {schema!r}, got {found}; use the version that wrote it")
     metrics = stored.get("metrics")
     named = metrics if isinstance(metrics, dict) else {}
     nested = {**stored, **{f"metrics.{name}": value for name, value in named.items()}}
@@ -224,7 +223,7 @@ def metrics_of(saved: Mapping[str, SavedMetric]) -> dict[str, Metric]:
     """Metrics by name, of what a file tells."""
     return metrics_from_json(
         {
-            name: {"type": told.type} | ({"classes": told.classes} if told.classes else {})
+            name: {"type": told.type} | ({} if told.classes is None else {"classes": told.classes})
             for name, told in saved.items()
         }
     )

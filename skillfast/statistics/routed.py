@@ -380,7 +380,10 @@ class RoutedStatistics(persistence.Kept):
             raise ArgumentError(
                 f"state_dict: expected the states of {len(made.experts)} experts, got {len(kept)}; it is damaged"
             )
-        return made._of(sums, [NeuronStatistics.from_state_dict(each, device) for each in kept])
+        experts = [NeuronStatistics.from_state_dict(each, device) for each in kept]
+        for empty, expert in zip(made.experts, experts, strict=True):
+            refuse_other(empty.told(), expert.told(), "it is damaged", "state_dict of an expert")
+        return made._of(sums, experts)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Sum over the processes of a `torch.distributed` group."""

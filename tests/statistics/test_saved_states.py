@@ -1,0 +1,53 @@
+"""Saved states that are none: what mutated files were found to get past the readers with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import one_line
+from safetensors.torch import save_file
+
+from skillfast import Categorical, NeuronStatistics
+from skillfast.errors import ArgumentError, DataError
+from skillfast.files import metadata, read_nested
+from skillfast.statistics.routed import RoutedStatistics
+
+METRICS = {"label": Categorical(("a", "b"))}
+
+
+def test_a_categorical_metric_without_classes_is_refused():
+    saved = NeuronStatistics(2, METRICS).state_dict()
+    saved["metrics"]["label"]["classes"] = []
+    with pytest.raises(ArgumentError, match="classes: expected at least two different names, got \\[\\]"):
+        NeuronStatistics.from_state_dict(saved)
+
+
+def test_a_schema_that_is_anything_is_told_in_a_line():
+    saved = NeuronStatistics(2, METRICS).state_dict() | {"schema": {"x": torch.ones(100, 3)}}
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert "got {'x': tensor([[1., 1., 1.], [1., 1., 1.]" in told
+    assert len(told) < 250
+
+
+def test_experts_of_other_statistics_than_their_block_are_refused():
+    cpu = torch.device("cpu")
+    settings = {"bins": 4, "n_bootstrap": None, "seed": 0, "buffer_rows": 4, "device": cpu}
+    saved = RoutedStatistics(2, 3, METRICS, ("pearson", "auroc"), **settings).state_dict()
+    saved["experts"]["1"]["statistics"] = ["pearson", "spearman"]
+    told = one_line(ArgumentError, RoutedStatistics.from_state_dict, saved)
+    assert told == "state_dict of an expert: expected statistics auroc, got spearman; it is damaged"
+
+
+def test_a_tensor_of_a_size_that_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"empty": torch.zeros(0, 3)}, path, metadata=metadata({"schema": "x/1"}, {}))
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header["empty"]["shape"] = [0, 2**63]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    told = one_line(DataError, read_nested, path, "x/1", "again")
+    assert told.endswith("expected empty of a size that can be, got (0, 9223372036854775808); again")
