@@ -78,12 +78,17 @@ oldest:
 	SKILLFAST_CUDA=OFF $(call PIP_INSTALL,.oldest) -c .ci/oldest.txt --no-build-isolation '.[test]'
 
 # What pages draw with: plotly.js with the kinds of traces that they have, a quarter of the whole. Kept in the repository,
-# so that nobody who installs needs npm.
+# so that nobody who installs needs npm. Text on a colour is black or white: plotly.js takes a dark grey, which on middle
+# blues has a contrast of 3.
 PLOTLY ?= 4.1.1
 plotly:
 	mkdir -p build/plotly
 	cd build/plotly && npm install --silent --no-save --prefix . plotly.js@$(PLOTLY) esbuild@0.28.2
 	printf '%s\n' "const Plotly = require('plotly.js/lib/core');" \
+		"const color = require('plotly.js/src/components/color');" \
+		"const { contrast } = color;" \
+		"const text = (of) => color.mostReadable(color.opacity(of) < 1 ? color.combine(of, color.background) : of);" \
+		"color.contrast = (of, ...amounts) => (amounts.length ? contrast(of, ...amounts) : text(of));" \
 		"Plotly.register([require('plotly.js/lib/bar'), require('plotly.js/lib/heatmap')]);" \
 		"module.exports = Plotly;" >build/plotly/index.js
 	cd build/plotly && npx esbuild index.js --bundle --minify --format=iife --global-name=Plotly --target=es2017 \

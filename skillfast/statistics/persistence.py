@@ -270,6 +270,8 @@ def _check_tensors(empty: State, saved: SavedState, layout: BinLayout) -> None:
         expected |= {f"replicates {name}": _kind(tensor) for name, tensor in empty.replicates.tensors().items()}
     given |= {f"replicates {name}": tensor for name, tensor in (saved.replicates or {}).items()}
     for name in sorted({*expected, *given}):
+        if name not in expected and _told(given[name]) is None:  # no tensor, which is said of those
+            raise ArgumentError(f"state_dict: expected known tensors, got {files.short(name, 80)!r}; {DAMAGED}")
         found = given.get(name)
         told = _told(found)
         if told != expected.get(name):

@@ -428,6 +428,9 @@ def steps_of(page):
     page.select_option("#located", "1")
     until(page, f"{places} !== {json.dumps(before)}")
     told["width"] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    told["numbers"] = page.eval_on_selector_all(
+        ".heatmap-label text", "all => [...new Set(all.map((text) => getComputedStyle(text).fill))]"
+    )
     return told
 
 
@@ -624,6 +627,28 @@ def test_page_opens_and_steps(browser, tmp_path, n_classes, blocks, width):
     assert told["played"] == (step + 1) % n_classes + 1
     assert told["slid"] == 1
     assert told["width"] <= 0
+    assert told["numbers"]
+    assert {*told["numbers"]} <= {"rgb(0, 0, 0)", "rgb(255, 255, 255)"}  # one of them is readable on any colour
+
+
+def test_numbers_on_every_colour_of_a_scale_are_readable():
+    """Black or white has a contrast of 4.5 (WCAG) with any mixture of two neighbours."""
+    from skillfast.report.parts import DIVERGING, SEQUENTIAL
+
+    def luminance(channels):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
+    dark = style[style.index("prefers-color-scheme: dark") :]
+    for colours in (style.removesuffix(dark), dark):
+        of = dict(re.findall(r"(--[a-z0-9-]+): #([0-9a-f]{6})", colours))
+        for scale in (DIVERGING, SEQUENTIAL):
+            marks = [[int(of[name[4:-1]][i : i + 2], 16) / 255 for i in (0, 2, 4)] for _, name in scale]
+            for (one, other), step in itertools.product(itertools.pairwise(marks), range(51)):
+                mixed = [(a * (50 - step) + b * step) / 50 for a, b in zip(one, other, strict=True)]
+                light = luminance(mixed) + 0.05
+                assert max(1.05 / light, light / 0.05) >= 4.5
 
 
 # the file

@@ -24,6 +24,15 @@ def test_a_categorical_metric_without_classes_is_refused():
         NeuronStatistics.from_state_dict(saved)
 
 
+def test_a_table_of_more_than_tensors_is_refused():
+    acc = NeuronStatistics(2, METRICS, bins=2)
+    acc.calibrate(torch.arange(80.0).view(40, 2), {"label": torch.arange(40) % 2})
+    saved = acc.state_dict()
+    saved["table"]["more"] = "x"
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert told == "state_dict: expected known tensors, got 'more'; it is damaged, start again"
+
+
 def test_a_schema_that_is_anything_is_told_in_a_line():
     saved = NeuronStatistics(2, METRICS).state_dict() | {"schema": {"x": torch.ones(100, 3)}}
     told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
