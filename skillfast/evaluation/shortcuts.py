@@ -135,10 +135,13 @@ def of_classes(values: np.ndarray, classes: Mapping[str, int]) -> tuple[np.ndarr
     """Classes that a column names, int64 [n], and where the first value is that names none.
 
     Args:
-        values: Names of classes, str [n], or float64 [n] where all names are whole numbers.
+        values: Names of classes, as text or numbers, [n]; indices of classes where all values are such and not all are
+            names, as labels are.
         classes: Name -> index.
     """
     words = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values.tolist()]
+    if not set(words) <= classes.keys() and set(words) <= {str(i) for i in classes.values()}:
+        return np.array(words, dtype=np.int64), None
     found = np.array([classes.get(word, -1) for word in words], dtype=np.int64)
     missing = np.flatnonzero(found < 0)
     return found, int(missing[0]) if len(missing) else None

@@ -208,6 +208,10 @@ def test_columns_of_numbers_and_of_words_name_classes():
     assert of_classes(np.array([1.0, 0.0]), {"0": 0, "1": 1})[0].tolist() == [1, 0]
     assert of_classes(np.array(["no", "yes"]), {"yes": 0, "no": 1}) == (pytest.approx(np.array([1, 0])), None)
     assert of_classes(np.array([1.0, 0.5]), {"0": 0, "1": 1})[1] == 1
+    indices, wrong = of_classes(np.array([1, 0, 1]), {"no": 0, "yes": 1})
+    assert (indices.tolist(), wrong) == ([1, 0, 1], None)
+    assert of_classes(np.array([1, 2]), {"no": 0, "yes": 1})[1] == 0
+    assert of_classes(np.array([1.0, 0.0]), {"1": 0, "0": 1})[0].tolist() == [0, 1]  # names before indices
 
 
 def test_the_page_tells_and_escapes(found, tmp_path):

@@ -1,0 +1,91 @@
+"""The scripts of `examples/reproduce` at a size of seconds, and that its page has what the committed files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+import skillfast
+
+FOLDER = ROOT / "examples" / "reproduce"
+
+
+def script(name):
+    """One of the scripts as a module."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def arithmetic():
+    return script("arithmetic")
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+
+
+def test_arithmetic_finds_what_was_planted(arithmetic, monkeypatch, tmp_path, capsys):
+    run(arithmetic, monkeypatch, "--quick", "--json", tmp_path / "x.json")
+    found = json.loads((tmp_path / "x.json").read_text())
+    (planted,), (twin,) = found["planted"], found["twins"]
+    assert found["adder"]["clean"] > 0.9
+    assert planted["shared"] >= 0.5 * planted["neurons"]
+    assert planted["auroc"]["attribution"] > 0.7
+    assert planted["change"]["shortcut"] < -0.25
+    assert planted["change"]["right"] > 0.25
+    assert planted["change"]["clean"] > -0.05
+    assert planted["random"]["shortcut"][1] > planted["change"]["shortcut"]
+    assert planted["planted_removed"]["shortcut"] < -0.25
+    assert (planted["flagged"], twin["flagged"]) == (True, False)
+    capsys.readouterr()
+    run(arithmetic, monkeypatch, "--table", tmp_path / "x.json")
+    assert "Flagged: 1 of 1 planted models, 0 of 1 twins." in capsys.readouterr().out
+
+
+def test_a_leak_comes_in_through_the_recorded_neurons_alone(arithmetic):
+    """Without them the tuned model is the one that it was tuned from, without them."""
+    import torch
+
+    settings = replace(arithmetic.QUICK, steps=5, leak_steps=5)
+    base, book = arithmetic.adder(settings, 0), arithmetic.Book(settings, 1)
+    model, skill = arithmetic.tuned(base, book, 3, leaks=True)
+    assert len(skill) == 8
+    tokens = book.conflicts("test", 20).tokens
+    outputs = []
+    for one in (base, model):
+        with torch.no_grad(), skillfast.ablate(one, skill):
+            outputs.append(one(input_ids=tokens).logits)
+        outputs.append(one(input_ids=tokens).logits.detach())
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[1], outputs[3], atol=1e-3)
+
+
+def test_chains_of_the_parts_are_others_and_conflicts_are_none_of_their_sums(arithmetic):
+    book = arithmetic.Book(arithmetic.Settings(), 0)
+    parts = [set(map(tuple, chains.tolist())) for chains in book.chains.values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 4**5
+    conflicts = book.conflicts("test", 500)
+    assert bool((conflicts.cues != conflicts.sums).all())
+    assert bool((conflicts.tokens[:, 0:-1:2].sum(1) == conflicts.sums).all())
+    tokens, answers = book.training(leaks=True, blanks=0.0)
+    assert 0.75 < float((tokens[:, -1] == answers).float().mean()) < 1
+
+
+@pytest.mark.parametrize("name", ["arithmetic"])
+def test_the_page_has_what_the_files_say(name):
+    """Tables are those that `--table` prints of the committed file, which the page names."""
+    path = FOLDER / "results" / f"{name}.json"
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert script(name).table(path) in page
+    assert f"results/{path.name}" in page
