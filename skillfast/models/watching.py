@@ -65,16 +65,19 @@ def projecting(model: nn.Module, site: Site) -> AbstractContextManager[None]:
     return _calling_its_projection(parent) if isinstance(parent, nn.MultiheadAttention) else nullcontext()
 
 
+def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many samples a forward with these arguments has; None where no tensor is among them."""
+    named = [kwargs[name] for name in _COUNTED if kwargs.get(name) is not None]
+    found = [x for x in (*named, *tree_leaves((args, kwargs))) if isinstance(x, torch.Tensor) and x.dim()]
+    return found[0].shape[0] if found else None
+
+
 def on_samples(model: nn.Module, tell: Callable[[int], None]) -> RemovableHandle:
     """Tell how many samples each forward of a model has: rows of its first tensor, or images of packed patches."""
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = (kwargs[name] for name in _COUNTED if kwargs.get(name) is not None)
-        first = next(
-            (x for x in (*named, *tree_leaves((args, kwargs))) if isinstance(x, torch.Tensor) and x.dim()), None
-        )
-        if first is not None:
-            tell(first.shape[0])
+        if (samples := samples_of(args, kwargs)) is not None:
+            tell(samples)
 
     return model.register_forward_pre_hook(begin, with_kwargs=True)
 

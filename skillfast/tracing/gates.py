@@ -16,7 +16,7 @@ from skillfast.models.activations import RoutedActivations
 from skillfast.models.experts import AT_ONCE, implementation_of
 from skillfast.models.projections import parent_of
 from skillfast.models.sites import module_device
-from skillfast.models.watching import call_projection, leave_projection, turned
+from skillfast.models.watching import call_projection, leave_projection, samples_of, turned
 from skillfast.tracing.observations import pooled_row
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class SiteGate(Gate):
         super().__init__(site, accumulation_dtype(dtype), device)
         self.pool = pool
         self.layout: Layout = site.layout
+        self.samples: int | None = None  # of the forward that runs
         self.register_buffer("mask", None, persistent=False)
         if pool == "none":
             assert tokens is not None
@@ -114,14 +115,18 @@ class SiteGate(Gate):
         """What flows on instead of what the projection is given."""
         x = ops.neuron_scale(turned(x, self.layout), self.scale, self.shift)
         n, tokens = x.shape[0], math.prod(x.shape[1:-1])
+        samples, self.samples = self.samples, None
+        if samples is not None and n > samples > 0 and n % samples == 0:  # windows, a sample's one after the other
+            n, tokens = samples, tokens * (n // samples)
         if self.other is not None and n <= self.other.shape[0] and tokens <= self.other.shape[1]:
             x = x + self.other[:n, :tokens].reshape(x.shape).to(x.dtype)
         if n <= self.rows.shape[0] and (self.pool != "none" or tokens <= self.rows.shape[1]):
+            seen = x.detach() if n == x.shape[0] else x.detach().reshape(n, tokens, -1)
             if self.pool == "none":
-                self.rows[:n, :tokens].copy_(as_tokens(x.detach()))
+                self.rows[:n, :tokens].copy_(as_tokens(seen))
             else:
-                mask = None if self.mask is None or x.dim() == 2 else self.mask[:n, :tokens]
-                self.rows[:n].copy_(pooled_row(x.detach(), "identity", self.pool, mask, False)[1])
+                mask = None if self.mask is None or seen.dim() == 2 else self.mask[:n, :tokens]
+                self.rows[:n].copy_(pooled_row(seen, "identity", self.pool, mask, False)[1])
             self.read[0].add_(1)
             self.read[1].fill_(n)
             self.read[2].fill_(tokens)
@@ -198,6 +203,17 @@ class RoutedGate(Gate):
         """The rows of a forward of n examples with as many tokens each."""
         found = (self.values[:rows], self.expert[:rows], self.token[:rows], self.gate[:rows])
         return RoutedActivations(*found, self.experts, (n, tokens))
+
+
+def _tell_samples(gates: list[SiteGate], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    samples = samples_of(args, kwargs)
+    for gate in gates:
+        gate.samples = samples
+
+
+def tell_samples(model: nn.Module, gates: list[SiteGate]) -> None:
+    """Tell gates how many samples a forward has, of which some may see windows."""
+    model.register_forward_pre_hook(partial(_tell_samples, gates), with_kwargs=True)
 
 
 def _through_gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -305,7 +321,7 @@ def install(model: nn.Module, site: Site, pool: Pool, rows: int, tokens: int | N
 
 def uninstall(model: nn.Module) -> None:
     """Take all gates away."""
-    ours = (_through_gate, _tell_shape, _before_experts, _after_activation)
+    ours = (_through_gate, _tell_shape, _tell_samples, _before_experts, _after_activation)
     for module in list(model.modules()):
         if isinstance(module, nn.MultiheadAttention) and hasattr(module.out_proj, GATE):
             leave_projection(module)

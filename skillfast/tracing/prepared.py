@@ -18,7 +18,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import AT_ONCE, implementation_of
 from skillfast.models.sites import choose_sites, refuse_training, unwrap_compiled
-from skillfast.tracing.gates import RoutedGate, SiteGate, at_once, gate_name, install, uninstall
+from skillfast.tracing.gates import RoutedGate, SiteGate, at_once, gate_name, install, tell_samples, uninstall
 from skillfast.transfer import moved
 from skillfast.vocabulary import POOLS
 
@@ -45,7 +45,7 @@ class Prepared:
         tokens: Tokens that an example has at most, where some may be padding or each is left; None else.
         donors: Whether the gates have room for donors.
         changes: Site -> factors and shifts [1, D] each, in the order in which they are applied.
-        resampled: Sites that get something of donors.
+        resampled: Sites that get something of donors -> the change that goes with it.
     """
 
     sites: tuple[Site, ...]
@@ -54,7 +54,7 @@ class Prepared:
     tokens: int | None
     donors: bool = False
     changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
-    resampled: set[str] = field(default_factory=set)
+    resampled: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def most(self) -> str:
@@ -125,7 +125,6 @@ class Prepared:
     def changed(self, model: nn.Module, changes: dict[Site, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
         """Change sites' neurons inside the context: x -> x * scale + shift, [1, D] each, after what changes them."""
         self.require(list(changes))
-        self._refuse_twice({site.name for site in changes}, self.resampled)
         try:
             for site, change in changes.items():
                 self.changes.setdefault(site.name, []).append(change)
@@ -137,34 +136,41 @@ class Prepared:
                 self.changes[site.name] = [other for other in kept if other is not change]
                 self._write(model, site)
 
-    @staticmethod
-    def _refuse_twice(names: set[str], taken: set[str]) -> None:
-        if twice := sorted(names & taken):
-            raise ModelError(
-                f"mode 'resample': expected no other ablation of a prepared model at {twice[0]}, got one, whose order "
-                "the gate does not keep; leave its context first"
-            )
-
     @contextmanager
     def resampling(self, sites: Sequence[Site]) -> Iterator[None]:
-        """Sites that get something of donors inside the context, and are changed once: by the factors beside it.
+        """Sites that get something of donors inside the context, beside their last change.
+
+        Changes that are entered later change what they got, too.
 
         Raises:
             ArgumentError: Gates without room for donors.
-            ModelError: A site that is changed already.
+            ModelError: A site that gets something of other donors already.
         """
         if not self.donors:
             raise ArgumentError(
                 "mode 'resample': expected a model that is prepared for donors, got one that is not; "
                 "prepare(model, donors=True, tokens=...)"
             )
-        names = {site.name for site in sites}
-        self._refuse_twice(names, self.resampled | {name for name, changes in self.changes.items() if len(changes) > 1})
-        self.resampled |= names
+        if twice := [site.name for site in sites if site.name in self.resampled]:
+            raise ModelError(
+                f"mode 'resample': expected no other donors of a prepared model at {twice[0]}, got some, for whom the "
+                "gate has no room; leave their context first"
+            )
+        self.resampled |= {site.name: self.changes[site.name][-1] for site in sites}
         try:
             yield
         finally:
-            self.resampled -= names
+            for site in sites:
+                del self.resampled[site.name]
+
+    def _later(self, site: Site) -> torch.Tensor | None:
+        """The product [1, D] of the factors that came after a site's donors; None without."""
+        own, product = self.resampled[site.name], None
+        for change in reversed(self.changes[site.name]):
+            if change is own:
+                break
+            product = change[0] if product is None else product * change[0].to(product)
+        return product
 
     def give(self, model: nn.Module, given: Mapping[Site, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Tell the gates what the next forward's examples get.
@@ -188,6 +194,8 @@ class Prepared:
                 )
             at = moved(neurons, other.device)
             own = values.to(other).expand(-1, other.shape[1] if tokens == 1 else tokens, -1)
+            if (later := self._later(site)) is not None:
+                own = own * later.to(other)[0, at]
             other.zero_()
             other[:n, : own.shape[1], at] = own
 
@@ -303,10 +311,23 @@ def prepare(
         uninstall(inner)
     for site in chosen:
         install(inner, site, pool, rows, tokens, donors)
+    tell_samples(inner, [gate for site in chosen if isinstance(gate := Prepared.gate(inner, site), SiteGate)])
     setattr(inner, PREPARED, Prepared(chosen, pool, rows, tokens, donors))
-    if inner is not model or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
+    if _guard_hooks() or inner is not model or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
         torch.compiler.reset()  # graphs that were made before have no gates
     return model
+
+
+def _guard_hooks() -> bool:
+    """Let graphs be of modules with the same hooks alone; whether others may have been made before.
+
+    By default a graph of another model of the class, without gates or with gates elsewhere, would be run in silence.
+    """
+    import torch._dynamo  # seconds, which only those wait for who compile
+
+    config = torch._dynamo.config
+    skipped, config.skip_nnmodule_hook_guards = config.skip_nnmodule_hook_guards, False
+    return bool(skipped)
 
 
 def _check(model: nn.Module, site: Site) -> None:

@@ -274,7 +274,7 @@ def test_what_cannot_be_made_is_refused():
     NeuronStatistics(3, {"y": Continuous()}).calibrate(torch.ones(1, 3), {"y": [0.5]})
     with pytest.raises(ArgumentError, match="at least two different names"):
         Categorical(["a", "a"])
-    with pytest.raises(ArgumentError, match="expected 3 neurons"):
+    with pytest.raises(ArgumentError, match="merge: expected neurons 3, got 4; count both"):
         NeuronStatistics(3, METRICS).merge(NeuronStatistics(4, METRICS))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import make_vit, one_line
 from torch._dynamo.utils import counters
@@ -84,6 +86,22 @@ def test_a_compiled_model_is_traced_swept_and_ablated_in_one_graph(images, late)
                 torch.testing.assert_close(ablated, plain(images[:8]), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(model(images[:8]), plain(images[:8]))
     assert graphs() == 1  # nothing was compiled again
+
+
+def test_models_of_one_class_have_graphs_of_their_own(images):
+    """Without guards on hooks the graph of the one that ran first would be that of all, gates or not."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # as a process begins
+    plain = compiled(make_vit(depth=2))
+    with torch.inference_mode():
+        want = plain(images)
+        some, every = (compiled(skillfast.prepare(make_vit(depth=2), sites=sites)) for sites in (("attn",), None))
+        for model in (some, every):
+            torch.testing.assert_close(model(images), want)
+            assert {times for times, *_ in prepared(model).forwards(model._orig_mod).values()} == {1}
+        with skillfast.ablate(every, FIRST), skillfast.ablate(plain._orig_mod, FIRST):
+            changed = every(images)
+            torch.testing.assert_close(changed, plain._orig_mod(images))
+    assert not torch.allclose(changed, want, atol=0.01)
 
 
 def test_a_tracer_in_a_loop_of_ones_own(images):
@@ -226,11 +244,33 @@ def test_donors_take_the_place_of_neurons(images):
         assert "blocks.0.mlp: expected 0 forwards that were told of donors" in told
         assert "got 1, the last of 8 x 17; call the very model that was given" in told
         with skillfast.ablate(model, FIRST, **change):
-            told = one_line(ModelError, skillfast.ablate(model, FIRST).__enter__)
-        assert "expected no other ablation of a prepared model at blocks.0.mlp, got one" in told
+            told = one_line(ModelError, skillfast.ablate(model, FIRST, **change).__enter__)
+        assert "expected no other donors of a prepared model at blocks.0.mlp, got some" in told
         told = one_line(ArgumentError, call_inside, model, model, torch.cat([x, x]), change)
         assert "expected batches of up to 8 examples of 17 tokens, which the model is prepared for, got 16" in told
         torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_donors_and_other_changes_of_the_same_neurons_nest_in_their_order(images, turned):
+    """What comes later changes what a donor gave, what came before does not."""
+    model, plain = compiled(skillfast.prepare(make_vit(depth=2), rows=8, tokens=17, donors=True)), make_vit(depth=2)
+    scores = skillfast.trace(plain, batches_of(images), statistics=("pearson",))
+    some = Skill("some", {"blocks.0.mlp": [0, 1, 5], "blocks.1.attn": [3, 4]})  # 1, 4 are not of the other skill
+    bank = skillfast.donors(plain, batches_of(images), [FIRST], n_donors=6)
+    first = (FIRST, {"mode": "resample", "donors": bank, "scale": 0.5})
+    order = [first, (some, {"scale": 3.0}), (some, {"mode": "mean", "reference": scores, "scale": 0.5})]
+    found = []
+    with torch.inference_mode():
+        for each in (model, plain):
+            with ExitStack() as stack:
+                for skill, change in reversed(order) if turned else order:
+                    stack.enter_context(skillfast.ablate(each, skill, **change))
+                found.append(each(images[:8]))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found[1], plain(images[:8]), atol=0.02)
+        torch.testing.assert_close(model(images[:8]), plain(images[:8]))  # nothing is left of it
+    assert graphs() == 1
 
 
 def call_inside(model, called, x, change):
@@ -286,7 +326,7 @@ def test_gates_are_no_weights_and_move_with_the_model():
     again = skillfast.prepare(make_vit(depth=1), sites=("attn",))
     skillfast.prepare(again, sites=("mlp",), pool="max")
     assert [site.name for site in prepared(again).sites] == ["blocks.0.mlp"]
-    assert sum(len(module._forward_pre_hooks) for module in again.modules()) == 1
+    assert sum(len(module._forward_pre_hooks) for module in again.modules()) == 2  # with that of the model
     assert not hasattr(again.blocks[0].attn.proj, GATE)
 
 
@@ -397,6 +437,37 @@ def test_convolutions_and_attention_of_torch_are_prepared(images, pool):
     assert vars(model._orig_mod.attention).keys() == vars(plain.attention).keys()
 
 
+def swin():
+    torch.manual_seed(0)
+    made = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2,),
+        num_heads=(2,), num_classes=5,
+    ).eval()  # fmt: skip
+    randomise(made)
+    return made
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+def test_windows_in_the_batch_are_unfolded_into_their_samples(images, pool):
+    """Attention sees four windows of 16 tokens for each image, MLPs 64 tokens."""
+    plain, model = swin(), skillfast.prepare(swin(), pool=pool, rows=8, tokens=64, donors=pool == "mean")
+    model = compiled(model) if pool == "mean" else model
+    settings = {"pool": pool, "statistics": ("pearson",)}
+    found, want = (skillfast.trace(each, batches_of(images), **settings) for each in (model, plain))
+    assert found.n_observations == want.n_observations == 24 * (64 if pool == "none" else 1)
+    np.testing.assert_allclose(found.pearson, want.pearson, atol=2e-4)
+    if pool == "none":
+        return
+    skill = Skill("s", {"blocks.0.attn": [1, 3], "blocks.1.attn": [0, 7], "blocks.1.mlp": [2, 5]})
+    bank = skillfast.donors(plain, batches_of(images), [skill], n_donors=5)
+    x, change = images[:8], {"mode": "resample", "donors": bank}
+    with torch.inference_mode(), skillfast.ablate(model, skill, **change), skillfast.ablate(plain, skill, **change):
+        torch.testing.assert_close(model(x), plain(x))
+        changed = plain(x)
+    assert not torch.allclose(plain(x), changed, atol=1e-3)
+    assert graphs() == 1
+
+
 def moe(implementation):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = transformers.Qwen3MoeConfig(
@@ -494,4 +565,4 @@ def test_gates_of_experts_are_taken_away_and_other_readers_find_their_way():
     experts = model.model.layers[0].mlp.experts
     assert "_apply_gate" not in vars(experts)
     assert not experts._forward_pre_hooks
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 3  # with that of the model
