@@ -23,7 +23,8 @@ from skillfast.models.weights import first_line
 TOWERS = {  # of models that are in no table of transformers that is read here
     "gemma4_vision": "Gemma4VisionModel", "qwen2_5_vl_vision": "Qwen2_5_VisionTransformerPretrainedModel",
     "qwen3_5_vision": "Qwen3_5VisionModel", "qwen3_vl_vision": "Qwen3VLVisionModel",
-    "sam_hq_vision_model": "SamHQVisionModel", "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
+    "sam2_hiera_det_model": "Sam2HieraDetModel", "sam_hq_vision_model": "SamHQVisionModel",
+    "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
 }  # fmt: skip
 NO_SITES = "expected blocks named as in a known family"
 

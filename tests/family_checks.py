@@ -15,6 +15,7 @@ from skillfast import Condition, Continuous, Skill
 from skillfast.models.sites import find_sites
 
 MOST_CLASSES = 5
+JOINED = "grid_thw"  # sizes of images whose patches are in one sequence
 
 
 class Classifier(nn.Module):
@@ -32,6 +33,9 @@ class Classifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [batch, classes]."""
         main, *_ = self.inputs
+        if JOINED in self.inputs:  # patches of all images in one sequence
+            found = answer(self.inner(x.flatten(0, 1), self.inputs[JOINED][:1].expand(len(x), -1)))
+            return found.view(len(x), -1, found.shape[-1])[:, -1, :MOST_CLASSES]
         more = {name: _first(value, len(x)) for name, value in self.inputs.items() if name != main}
         found = answer(self.inner(**{main: x, **more}))
         return found.flatten(1, -2)[:, -1, :MOST_CLASSES] if found.dim() > 2 else found[:, :MOST_CLASSES]
@@ -50,7 +54,8 @@ def answer(output: Any) -> torch.Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), torch.Tensor):
             return found
-    return next(x for x in output.values() if isinstance(x, torch.Tensor) and x.is_floating_point())
+    tensors = (x for value in output.values() for x in (value if isinstance(value, tuple) else (value,)))
+    return next(x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
 def run(model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -82,7 +87,8 @@ def check(model: nn.Module, inputs: Any, batch: int) -> None:
         _removed(model, inputs, sites, neurons)
         main = next(iter(inputs)) if isinstance(inputs, dict) else ""
         whole = Classifier(model, inputs) if main else model
-        _swept(whole.eval(), inputs[main] if main else inputs)
+        x = inputs[main] if main else inputs
+        _swept(whole.eval(), x.unflatten(0, (batch, -1)) if main and JOINED in inputs else x)
 
 
 def _traced(model: nn.Module, inputs: Any, batch: int, sites: Any) -> None:

@@ -77,11 +77,16 @@ FAMILIES: tuple[Family, ...] = (
         r"(?:mlp|feed_forward)\.shared_experts?\.down_proj",
     ),
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
-    Family("ViT, DeiT, BEiT, DINOv2 of transformers 5", r"attention\.o_proj", r"mlp\.fc2"),
+    Family(
+        "ViT, DeiT, BEiT, DINOv2, ViTDet, LW-DETR of transformers 5",
+        r"attention\.(?:o_)?proj",
+        r"(?:mlp|intermediate)\.fc2",
+    ),
     Family("PVTv2 of transformers", r"attention\.proj", r"mlp\.dense2", block=r"\blayers\.\d+\.blocks\.\d+"),
     Family("PVT of transformers", mlp=r"mlp\.dense2", block=r"\bblock\.\d+\.\d+"),
     Family("SwiftFormer of transformers", mlp=r"(?:local_representation\.)?point_wise_conv2", block=r"\bblocks\.\d+"),
-    Family("SAM, Qwen3-VL: towers", r"attn\.proj", r"mlp\.(?:lin2|linear_fc2)"),
+    Family("SAM, SAM 2, Qwen3-VL: towers", r"attn\.proj", r"mlp\.(?:lin2|proj_out|linear_fc2)"),
+    Family("Qwen3-VL: layers that go past the tower", mlp=r"linear_fc2", block=r"\bdeepstack_merger_list\.\d+"),
     Family("FocalNet", r"modulation\.projection_out"),
     Family("Mamba, Mamba-2, Falcon-Mamba", ssm=r"mixer\.out_proj"),
     Family("Jamba, Bamba, Granite 4, Falcon-H1, Zamba: the mixers", ssm=r"(?:mamba|mamba_decoder\.mamba)\.out_proj"),
@@ -160,6 +165,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("Switch Transformers: the dense layers", mlp=r"layer\.[12]\.mlp\.wo"),
     Family("LongCat-Flash: two of each in a block", r"self_attn\.\d\.o_proj", r"mlps\.\d\.down_proj", r"\blayers\.\d+"),
+    Family(
+        "MobileBERT, X-MOD: past the layers' MLPs", mlp=r"output\.(?:bottleneck\.dense|adapter_modules\.\w+\.dense2)"
+    ),
     Family("NeoMME", r"self_attn\.output_projection\.o_proj"),
     Family("DeepSeek V4", r"self_attn\.o_b_proj"),
     Family("Gemma 3n: the low-rank residual", mlp=r"laurel\.linear_right"),

@@ -45,7 +45,7 @@ _SIZES: dict[str, int] = {
         HEADS,
     ),
     **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "v_head_dim", "kv_channels"), HEAD_WIDTH),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "entity_vocab_size"), VOCABULARY),
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), EXPERTS
     ),
@@ -64,8 +64,8 @@ _SIZES: dict[str, int] = {
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 _STAGES: dict[str, int] = {  # lists with a number for each stage of a vision model
     **dict.fromkeys(("hidden_sizes", "embed_dims", "neck_hidden_sizes"), 32),
-    **dict.fromkeys(("depths", "num_layers", "depth"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "heads"), 2),
+    **dict.fromkeys(("depths", "num_layers", "depth", "blocks_per_stage"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "heads", "num_attention_heads_per_stage"), 2),
 }
 _STATE_HEADS = (
     ("num_heads", "head_dim"), ("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"),
@@ -141,6 +141,8 @@ def _small(config: Any, narrow: bool) -> Any:
             _narrow(part)
         if hasattr(part, "use_cache"):
             part.use_cache = False  # no layer's keys are an output, nor is a state changed in place
+        if isinstance(languages := _get(part, "languages"), list | tuple) and hasattr(part, "default_language"):
+            part.default_language = part.default_language or languages[0]
         if hasattr(part, "vocab_size"):
             for name in _TOKENS:
                 if isinstance(value := getattr(part, name, None), int) and value >= VOCABULARY:
@@ -183,6 +185,15 @@ def _fewer_layers(config: Any) -> None:
                 _set(config, key, list(range(kept))[1::2])  # some layers are of their kind, as in the model
         if getattr(config, name) != kept:
             _set(config, name, kept)
+            _fewer_stages(config, count, kept)
+
+
+def _fewer_stages(config: Any, count: int, kept: int) -> None:
+    """A backbone whose stages are its layers gives the last one of those that are kept."""
+    if isinstance(stages := _get(config, "stage_names"), list) and len(stages) == count + 1:
+        _set(config, "stage_names", stages[: kept + 1])
+        _set(config, "_out_features", [stages[kept]])
+        _set(config, "_out_indices", [kept])
 
 
 def _met(types: list[Any], item: Any) -> int:
@@ -215,7 +226,11 @@ def _narrow(config: Any) -> None:
             _set(config, name, [min(size, item) for item in value])
     patch = _get(config, "patch_size")
     size = _get(config, "image_size")
-    staged = hasattr(config, "depths")
+    staged = hasattr(config, "depths") or hasattr(config, "blocks_per_stage")
+    if _get(config, "global_attention_blocks"):  # the first of a stage has windows
+        _set(config, "global_attention_blocks", [sum(config.blocks_per_stage) - 1])
+    if (widths := _get(config, "embed_dim_per_stage")) is not None:  # a stage is pooled where its width changes
+        _set(config, "embed_dim_per_stage", [HIDDEN << i for i in range(len(widths))])
     if staged and _is_count(config, "window_size"):
         _set(config, "window_size", 2)  # the last of four stages is no wider
     if size is not None and (staged or isinstance(patch, int)):
@@ -258,6 +273,11 @@ def random_inputs(model: Any) -> dict[str, Any]:
     takes = inspect.signature(model.forward).parameters
     if "input_ids" not in takes and ("grid_thw" in takes or "pixel_position_ids" in takes):
         return _patches(config, "grid_thw" in takes, generator)
+    if main == "pixel_values" and "spatial_shapes" in takes:  # patches of images of any size, which are told
+        vision = next((p for p in _parts(config) if hasattr(p, "patch_size")), config)
+        pixels = torch.randn(2, 4, vision.num_channels * vision.patch_size**2, generator=generator)
+        shapes = torch.tensor([[2, 2]] * 2)
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(2, 4).long(), "spatial_shapes": shapes}
     if main == "pixel_values":
         vision = next((p for p in _parts(config) if hasattr(p, "image_size")), config)
         size = _get(vision, "image_size") or IMAGE
@@ -274,6 +294,8 @@ def random_inputs(model: Any) -> dict[str, Any]:
     most = min([v for name in _POSITIONS if isinstance(v := _get(text, name), int) and v > 4], default=TOKENS)
     ids = torch.randint(4, text.vocab_size - 1, (EXAMPLES, min(TOKENS, most - 2)), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "global_attention_mask" in takes:  # else the projections of tokens that attend to all have nothing to do
+        inputs["global_attention_mask"] = (torch.arange(ids.shape[1]) % 8 == 0).long().expand(EXAMPLES, -1)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = ids.flip(1)
     elif "encoder_hidden_states" in takes and any(_attends_across(path) for path, _ in model.named_modules()):

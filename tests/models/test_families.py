@@ -114,7 +114,7 @@ OTHERS = (
     "mamba", "zamba", "granitemoehybrid", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "lfm3", "ctrl", "cpmant",
     "moshi", "gemma4_text", "whisper", "prophetnet", "blip_2_vision_model", "pvt_v2", "pvt", "swiftformer", "focalnet",
     "seamless_m4t_v2", "nllb-moe", "switch_transformers", "longcat_flash", "neomme", "deepseek_v4", "gemma3n_text",
-    "sam_vision_model",
+    "sam_vision_model", "xmod",
 )  # fmt: skip
 TABLE = {
     **auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -122,7 +122,7 @@ TABLE = {
     "nllb-moe": "NllbMoeForConditionalGeneration",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
     "neomme": "NeoMMEForMaskedLM",
-    "sam_vision_model": "SamVisionModel",
+    "sam_vision_model": "SamVisionModel", "xmod": "XmodForMaskedLM",
 }  # fmt: skip
 """Other families of `transformers` that rows are for: type of the configuration -> class of the model."""
 
@@ -167,6 +167,8 @@ def test_the_table_has_every_family():
         for family in OTHERS:
             config = transformers.CONFIG_MAPPING[family]()
             paths += dict(getattr(transformers, TABLE[family])(shrink._small(config, narrow=True)).named_modules())
+        tower = transformers.Qwen3VLVisionModel
+        paths += dict(tower(shrink._small(tower.config_class(), narrow=True)).named_modules())
         paths += dict(torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(8, 2), 1).named_modules())
         paths += ["encoder.layers.encoder_layer_0.self_attention.out_proj", "encoder.layers.encoder_layer_0.mlp.3"]
         paths += ["bert.encoder.layer.0.crossattention.output.dense"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from family_checks import check
+from family_checks import JOINED, check
 from packaging.version import Version
 
 from skillfast.models.coverage import randomise
@@ -69,6 +69,7 @@ ENCODERS = {
     "bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration", "marian": "MarianMTModel",
     "pegasus": "PegasusForConditionalGeneration", "m2m_100": "M2M100ForConditionalGeneration",
     "seamless_m4t": "SeamlessM4TForTextToText", "neomme": "NeoMMEForMaskedLM",
+    "xmod": "XmodForMaskedLM",
 }  # fmt: skip
 VISION = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "beit": "BeitForImageClassification",
@@ -82,12 +83,18 @@ VISION = {
     "blip_2_vision_model": "Blip2VisionModel", "pvt": "PvtForImageClassification",
     "swiftformer": "SwiftFormerForImageClassification", "focalnet": "FocalNetForImageClassification",
     "gemma4_vision": "Gemma4VisionModel", "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
+    "sam2_hiera_det_model": "Sam2HieraDetModel", "siglip2": "Siglip2ForImageClassification",
+    "vitdet": "VitDetBackbone", "pixio": "PixioBackbone", "qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel",
+    "qwen3_vl": "Qwen3VLVisionModel", "qwen3_5": "Qwen3_5VisionModel",
 }  # fmt: skip
+TOWERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")  # whose configuration is a part of the family's
 CASES = [(family, name) for table in (CAUSAL, ENCODERS, VISION) for family, name in table.items()]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=lambda case: case)
 def test_a_family_of_transformers(family, name):
-    model, inputs = small_model(getattr(transformers, name), transformers.CONFIG_MAPPING[family]())
+    made = getattr(transformers, name)
+    config = made.config_class if family in TOWERS else transformers.CONFIG_MAPPING[family]
+    model, inputs = small_model(made, config())
     randomise(model)
-    check(model, inputs, len(next(iter(inputs.values()))))
+    check(model, inputs, len(inputs.get(JOINED, next(iter(inputs.values())))))
