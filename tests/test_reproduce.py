@@ -7,8 +7,10 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from tiny_models import WORDS, save_model
 
 import skillfast
 
@@ -89,3 +91,53 @@ def test_the_page_has_what_the_files_say(name):
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert script(name).table(path) in page
     assert f"results/{path.name}" in page
+
+
+@pytest.fixture(scope="module")
+def sentiment():
+    return script("sentiment")
+
+
+def write_reviews(path, n, seed):
+    g, lines = np.random.default_rng(seed), ["sentence\tlabel"]
+    for i in range(n):
+        words = list(g.choice(WORDS, size=4 + i % 4))
+        words[0] = ("bad", "good")[i % 2]
+        lines.append(f"{' '.join(words)}\t{i % 2}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft", reason="needs peft")
+    monkeypatch.setenv("SKILLFAST_CACHE", str(tmp_path / "cache"))
+    folder, found = save_model(tmp_path / "model", "LlamaForCausalLM", max_position_embeddings=64), tmp_path / "x.json"
+    write_reviews(tmp_path / "train.tsv", 240, 0)
+    write_reviews(tmp_path / "dev.tsv", 60, 1)
+    options = ["--data", tmp_path, "--model", f"hf:{folder}", "--label-words", "bad,good", "--dtype", "float32"]
+    sentiment.main([str(option) for option in (*options, "--quick", "--json", found)])
+    said = capsys.readouterr().out
+    read = json.loads(found.read_text(encoding="utf-8"))
+    assert [way["way"] for way in read["found"]] == ["words", "tuned"]
+    words, tuned = read["found"]
+    assert not words["soft_prompt"]
+    assert tuned["soft_prompt"]["tokens"] == sentiment.QUICK.virtual
+    assert "soft prompt, step" in said
+    for way in read["found"]:
+        assert way["n_test"] == 2 * sentiment.QUICK.test
+        assert set(way["top_r"]) == {"label", "correct", "confidence", "loss"}
+        assert len(way["tried"]) == len(sentiment.CANDIDATES)
+        least = min(one["accuracy_change"] for one in way["tried"])
+        assert way["chosen"]["accuracy_change"] == least  # on phrases of the training file
+        assert len(way["random_changes"]) == sentiment.QUICK.draws
+        assert way["ci95"][0] <= way["accuracy_change"] <= way["ci95"][1]
+        assert sum(way["places"].values()) == way["chosen"]["neurons"]
+    sentiment.main(["--table", str(found)])
+    assert capsys.readouterr().out.strip() == said[said.index("| | held out") :].strip()
+
+
+def test_the_page_has_the_table_of_sentiment_at_full_size(sentiment):
+    found = json.loads((FOLDER / "results" / "sentiment.json").read_text(encoding="utf-8"))
+    assert sentiment.Sizes(**found["sizes"]) == sentiment.Sizes()  # the full size
+    assert found["model"] == sentiment.MODEL
+    assert sentiment.table(found) in (FOLDER / "README.md").read_text(encoding="utf-8")

@@ -145,7 +145,7 @@ def peft_config(tokens: int, width: int, model: torch.nn.Module | None) -> Any:
     config = getattr(model, "config", None)
     return PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
+        base_model_name_or_path=getattr(config, "_name_or_path", None),
         num_virtual_tokens=tokens,
         token_dim=width,
         num_transformer_submodules=1,

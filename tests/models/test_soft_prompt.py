@@ -274,7 +274,7 @@ def test_a_tuned_prompt_beats_the_plain_one_and_leaves_the_model_alone(planted, 
 def test_padding_on_either_side_tunes_the_same_prompt(planted):
     def padded(side):
         for batch in planted_batches(planted, 8):
-            pads = (2, 0) if side == "left" else (0, 2)
+            pads = {"left": (2, 0), "right": (0, 2), "neither": (0, 0)}[side]
             pad = torch.nn.functional.pad
             yield {name: pad(x, pads) if x.dim() == 2 else x for name, x in batch.items()}
 
@@ -282,9 +282,10 @@ def test_padding_on_either_side_tunes_the_same_prompt(planted):
         skillfast.tune_prompt(
             planted.loaded.model, list(padded(side)), 2, words=planted.words, steps=3, dtype=torch.float32
         ).embeddings
-        for side in ("left", "right")
+        for side in ("left", "right", "neither")
     ]
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 def test_what_cannot_be_tuned_is_told_in_one_line(planted, tmp_path):
@@ -306,10 +307,14 @@ def test_what_cannot_be_tuned_is_told_in_one_line(planted, tmp_path):
         broken.get_input_embeddings().weight[loader[0]["input_ids"][0, 0]] = torch.nan
     told = one_line(ModelError, tune, broken, loader, lr=0.25)
     assert "expected a finite loss, got nan in step 1; lower the learning rate (it was 0.25)" in told
-    save_model(tmp_path, "BertForMaskedLM")
-    bert = load_language_model(str(tmp_path), "causal").model
+    save_model(tmp_path / "bert", "BertForMaskedLM")
+    bert = load_language_model(str(tmp_path / "bert"), "causal").model
     told = one_line(ModelError, tune, bert, loader)
     assert "expected a causal language model, got BertLMHeadModel" in told
+    assert "which reads later tokens" in told
+    save_model(tmp_path / "t5", "T5ForConditionalGeneration")
+    told = one_line(ModelError, tune, load_language_model(str(tmp_path / "t5")).model, loader)
+    assert "of type T5ForConditionalGeneration, which takes none" in told
 
 
 def test_folders_that_hold_no_prompt_are_refused(prompted, tmp_path):
