@@ -79,6 +79,7 @@ def load_config(name: str) -> Any:
             TypeError,
             KeyError,
             AttributeError,
+            ArithmeticError,
             RecursionError,
             StrictDataclassError,
         ) as error:

@@ -30,7 +30,9 @@ _COUNTED = ("image_grid_thw", "grid_thw", "input_ids", "pixel_values", "inputs_e
 
 
 @contextmanager
-def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
+def watched(
+    model: torch.nn.Module, site: Site, see: See, *, wanted: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Hand the activations of a site to `see` in every forward inside the context.
 
     Contexts nest: each sees what those before it have left. The rows of a block's experts come in parts where they are
@@ -41,6 +43,7 @@ def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
         site: Where.
         see: Gets [batch, ..., D] from every layout, of windows that a model folds into the batch [batch * windows, ...,
             D]; returns what flows on instead, or None for what came.
+        wanted: Says whether `see` is called at all; for sites without experts.
     """
     if site.experts is not None:
         with routed(model, site, see):
@@ -48,6 +51,8 @@ def watched(model: torch.nn.Module, site: Site, see: See) -> Iterator[None]:
         return
 
     def before_projection(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not wanted():
+            return None
         replaced = see(Activations(turned(args[0], site.layout)))
         return None if replaced is None else (turned(replaced, site.layout, back=True), *args[1:])
 

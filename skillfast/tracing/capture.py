@@ -125,16 +125,24 @@ def reading(model: nn.Module, site: Site, read: Read) -> Iterator[None]:
 
 
 @contextmanager
-def reading_routed(model: nn.Module, site: Site, read: Callable[[RoutedActivations], None]) -> Iterator[None]:
-    """Hand the rows of all experts to `read`, once per forward."""
+def reading_routed(
+    model: nn.Module,
+    site: Site,
+    read: Callable[[RoutedActivations], None],
+    wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Hand the rows of all experts to `read`, once per forward in which they are wanted."""
     parts: list[RoutedActivations] = []
 
     def keep(found: Activations) -> None:
         assert isinstance(found, RoutedActivations)
+        if not wanted():
+            return
         parts.append(replace(found, values=found.values.detach(), gate=found.gate.detach()))
 
     def after_experts(*_: object) -> None:
-        read(RoutedActivations.joined(parts))
+        if wanted():
+            read(RoutedActivations.joined(parts))
         parts.clear()
 
     with watched(model, site, keep):

@@ -150,9 +150,13 @@ class Monitor:
             stack.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for read in self._reads:
                 if read.site.experts is not None:
-                    stack.enter_context(reading_routed(self._model, read.site, partial(self._see_routed, read)))
+                    stack.enter_context(
+                        reading_routed(self._model, read.site, partial(self._see_routed, read), self._reads_now)
+                    )
                 else:
-                    stack.enter_context(watched(self._model, read.site, partial(self._see, read)))
+                    stack.enter_context(
+                        watched(self._model, read.site, partial(self._see, read), wanted=self._reads_now)
+                    )
             stack.callback(self._model.register_forward_hook(self._end, always_call=True).remove)
             self._stack = stack.pop_all()
         return self
@@ -172,15 +176,17 @@ class Monitor:
         first = next((x for x in inputs if isinstance(x, torch.Tensor) and x.dim()), None)
         self._here.forward = _Forward(len(first), mask_of(kwargs)) if chosen and first is not None else None
 
+    def _reads_now(self) -> bool:
+        """Whether this thread's forward is read: most are not, and leave the hooks of their sites at once."""
+        return getattr(self._here, "forward", None) is not None
+
     def _see(self, read: _Read, found: Activations) -> None:
-        forward = getattr(self._here, "forward", None)
-        if forward is not None:
-            forward.add(read.dense(found.values.detach(), forward))
+        forward: _Forward = self._here.forward
+        forward.add(read.dense(found.values.detach(), forward))
 
     def _see_routed(self, read: _Read, found: RoutedActivations) -> None:
-        forward = getattr(self._here, "forward", None)
-        if forward is not None:
-            forward.add(*read.routed(found, forward))
+        forward: _Forward = self._here.forward
+        forward.add(*read.routed(found, forward))
 
     def _end(self, _: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         forward, self._here.forward = getattr(self._here, "forward", None), None

@@ -174,5 +174,7 @@ def test_a_skeleton_has_the_sites_and_no_memory(tmp_path):
     assert "expected a config.json with a known model_type" in one_line(
         ModelError, load_config, str(tmp_path / "x.json")
     )
+    (tmp_path / "x.json").write_text('{"model_type": "llama", "num_attention_heads": 0}', encoding="utf-8")
+    assert "by zero; check the file" in one_line(ModelError, load_config, str(tmp_path / "x.json"))
     config.num_attention_heads = 5
     assert "check the configuration" in one_line(ModelError, skeleton, config)
