@@ -117,7 +117,7 @@ class ConflictMeasures:
         )
 
     def p(self, predictions: np.ndarray) -> dict[str, float]:
-        """Measure -> exact two-sided p (McNemar's) that predictions [n] are no other than the intact model's."""
+        """Measure -> two-sided mid-p (McNemar's) that predictions [n] are no other than the intact model's."""
         return {name: self._change(name, rows).p for name, rows in self._hits(predictions).items()}
 
     def _change(self, name: str, hits: np.ndarray) -> PairedDifference:

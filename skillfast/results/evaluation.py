@@ -253,7 +253,7 @@ class ShortcutRemoval(Record, frozen=True):
         change: Measure -> value minus the intact model's.
         ci95: 95 % interval of each value (Wilson's).
         change_ci95: 95 % interval of each change (Newcombe's, of the same examples on both sides).
-        p: Measure -> exact two-sided p that nothing changed (McNemar's).
+        p: Measure -> two-sided mid-p that nothing changed (McNemar's).
         random: What as many random neurons per site do.
     """
 
