@@ -48,8 +48,8 @@ class Evaluation:
 
     Attributes:
         results: The content of `evaluation.json`.
-        skills: The skills that were chosen, from all layers at the largest size, which go to `skills.json`; none where
-            they were loaded.
+        skills: The skills that were chosen, from all layers at the largest size, which go to `skills.json`: those of
+            the metrics, unless they were loaded, and the sets that follow a shortcut and the label.
     """
 
     results: EvaluationResults
@@ -191,9 +191,12 @@ def _evaluate_classifier(
                 seed=grid.seed,
             ),
         )
-    followed = None
+    followed, chosen = None, largest(cases) if skills is None else ()
     if shortcut is not None:
-        followed = session.stage("shortcut", lambda: shortcut_outcome(subject, shortcut, grid, quiet=session.quiet))
+        followed, sets = session.stage(
+            "shortcut", lambda: shortcut_outcome(subject, shortcut, grid, quiet=session.quiet)
+        )
+        chosen = (*chosen, *sets)
     results = {
         "task": "classification",
         "measures": MEASURES,
@@ -206,7 +209,7 @@ def _evaluate_classifier(
         "tasks": compared,
         "shortcut": followed,
     }
-    return Evaluation(records.made(EvaluationResults, results), largest(cases) if skills is None else ())
+    return Evaluation(records.made(EvaluationResults, results), chosen)
 
 
 def _evaluate_causal(

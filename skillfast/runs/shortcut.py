@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +127,9 @@ def trace_answers(subject: Subject, part: str, answers: np.ndarray) -> NeuronSco
         return tracer.compute()
 
 
-def shortcut_outcome(subject: Subject, shortcut: str, grid: Grid, *, quiet: bool = True) -> Shortcut:
+def shortcut_outcome(
+    subject: Subject, shortcut: str, grid: Grid, *, quiet: bool = True
+) -> tuple[Shortcut, tuple[Skill, ...]]:
     """Choose the neurons that follow a heuristic, and those that follow the label, and remove each set.
 
     Neurons are chosen on the select part by their partial correlations, each metric's given the other; the test part,
@@ -137,6 +140,9 @@ def shortcut_outcome(subject: Subject, shortcut: str, grid: Grid, *, quiet: bool
         shortcut: `column:NAME`, the column that says what the heuristic answers.
         grid: Sizes, largest share of a site, random draws and their seed.
         quiet: Show no progress bar.
+
+    Returns:
+        What was found, and the largest set that follows each of the two, `follows NAME` and `follows label`.
 
     Raises:
         ArgumentError: Data without such a column.
@@ -186,7 +192,10 @@ def shortcut_outcome(subject: Subject, shortcut: str, grid: Grid, *, quiet: bool
     intact = measures.measure(swept.top2[:, 0])
     largest = max((i for i, (follows, _, _) in enumerate(sets) if follows == "shortcut"), default=None)
     moved = [] if largest is None else _moved(subject, swept, largest * (1 + grid.draws), measures)
-    return Shortcut(
+    largest_sets = {follows: skill for follows, _, skill in sets}  # the last one is the largest
+    names = {"shortcut": f"follows {column}", "label": "follows label"}
+    found_skills = tuple(replace(skill, name=names[follows]) for follows, skill in largest_sets.items())
+    told = Shortcut(
         column=column,
         agreement=agreement,
         conflicts=int(measures.conflict.sum()),
@@ -198,6 +207,7 @@ def shortcut_outcome(subject: Subject, shortcut: str, grid: Grid, *, quiet: bool
         removals=removals,
         moved=moved,
     )
+    return told, found_skills
 
 
 def _sets(scores: NeuronScores, found: Following, grid: Grid) -> list[tuple[Followed, float, Skill]]:

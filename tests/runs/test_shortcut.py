@@ -61,6 +61,10 @@ def test_the_cues_neurons_are_found_and_nothing_else(found):
     assert without_cue.random.change["shortcut_answers"].low == 0
     assert without_label.values["shortcut_answers"] == 1
     assert without_label.p["shortcut_answers"] == 1
+    kept = {skill.name: {site: index.tolist() for site, index in skill.neurons.items()} for skill in found.skills}
+    assert kept["follows cue"] == {"blocks.0.mlp": [3, 4, 5]}
+    assert kept["follows label"] == {"blocks.0.mlp": [0, 1, 2]}
+    assert {"0", "1", "2"} < kept.keys()  # the label's skills
 
 
 def test_a_model_without_the_cue_has_no_such_neurons():
