@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from skillfast.errors import ModelError
 from skillfast.memory.living import LivingBytes
+from skillfast.models.shrink import image_shape
 from skillfast.models.sites import find_sites
 from skillfast.models.weights import first_line
 
@@ -69,18 +70,24 @@ def weights_by_part(model: torch.nn.Module, itemsize: int, bits: int | None = No
 
 
 def forward_peaks(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, int]:
-    """Most bytes that are in use at once while each part of a language model runs, weights left out.
+    """Most bytes that are in use at once while each part of a model of language or images runs, weights left out.
 
     Keys and values are not cached: a trace does not generate.
 
     Args:
         model: A skeleton on the `meta` device, in the dtype that it will run in.
         batch: Examples per forward.
-        tokens: Per example.
+        tokens: Per example, of a language model.
 
     Raises:
         ModelError: A model that does not run on the `meta` device.
     """
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        tries: list[dict[str, torch.Tensor]] = [
+            {"pixel_values": torch.zeros(batch, *image_shape(model), dtype=dtype, device="meta")}
+        ]  # fmt: skip
+        return _peaks(model, tries, 0)
     model.config.use_cache = False  # type: ignore[union-attr]  # keys and values of earlier tokens are for generation
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids}
@@ -88,10 +95,15 @@ def forward_peaks(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, 
         inputs["decoder_input_ids"] = ids
     whole = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")  # as models make it of the padding
     masks = (whole, torch.ones_like(ids))  # some take the padding only, the others look at its values
+    return _peaks(model, [{**inputs, "attention_mask": mask} for mask in masks], whole.nbytes)
+
+
+def _peaks(model: torch.nn.Module, tries: list[dict[str, torch.Tensor]], more: int) -> dict[str, int]:
+    """Those of the first inputs that the model runs with, and some bytes more; raises ModelError where it does not."""
     reasons = []
-    for mask in masks:
+    for inputs in tries:
         try:
-            return {part: peak + whole.nbytes for part, peak in _run(model, {**inputs, "attention_mask": mask}).items()}
+            return {part: peak + more for part, peak in _run(model, inputs).items()}
         except Exception as error:  # noqa: PERF203  # of whatever the model's code does with values that are not there
             reasons.append(error)
     raise ModelError(

@@ -262,6 +262,14 @@ def _is_count(config: Any, name: str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes, as its configuration tells."""
+    vision = next((p for p in _parts(model.config) if hasattr(p, "image_size")), model.config)
+    size = _get(vision, "image_size") or IMAGE
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(vision, "num_channels", 3), height, width
+
+
 def random_inputs(model: Any) -> dict[str, Any]:
     """Random inputs of the kind that the model takes first: tokens, images, or their patches with places.
 
@@ -279,10 +287,7 @@ def random_inputs(model: Any) -> dict[str, Any]:
         shapes = torch.tensor([[2, 2]] * 2)
         return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(2, 4).long(), "spatial_shapes": shapes}
     if main == "pixel_values":
-        vision = next((p for p in _parts(config) if hasattr(p, "image_size")), config)
-        size = _get(vision, "image_size") or IMAGE
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(vision, "num_channels", 3)
+        channels, height, width = image_shape(model)
         images = {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
         if "noise" in takes:  # of a masked autoencoder, which else draws its patches anew in every forward
             patches = (height // config.patch_size) * (width // config.patch_size)

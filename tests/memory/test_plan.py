@@ -212,6 +212,17 @@ def test_settings_that_cannot_be_used(change, words):
     assert words in one_line(ArgumentError, PlanConfig, **change)
 
 
+def test_a_model_of_images_is_planned_by_the_size_that_its_configuration_tells(tmp_path):
+    images = {"image_size": 16, "patch_size": 4, "num_channels": 3}
+    name = config_file(tmp_path, "vit", "ViTForImageClassification", **images)
+    one, four = (plan(name, PlanConfig(batch_size=n, dtype="float32")) for n in (2, 8))
+    assert {site.kind for site in one.sites} == {"mlp", "attn", "head"}
+    assert one.coverage.complete
+    assert four.devices[0].forward == 4 * one.devices[0].forward
+    tokens, widths = 17, 32 + 3 * 32 + 56  # of each token in a block: what comes in, queries, keys, values, neurons
+    assert 4 * 2 * tokens * widths * 0.5 < one.devices[0].forward < 4 * 2 * tokens * widths * 2
+
+
 def test_a_model_of_no_family_cannot_be_planned(tmp_path):
     name = config_file(tmp_path, "albert", "AlbertForMaskedLM")
     assert "skillfast.discover(model, batch)" in one_line(ModelError, plan, name)
