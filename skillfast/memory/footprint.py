@@ -99,7 +99,7 @@ def forward_peaks(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, 
 
 
 def _peaks(model: torch.nn.Module, tries: list[dict[str, torch.Tensor]], more: int) -> dict[str, int]:
-    """Those of the first inputs that the model runs with, and some bytes more; raises ModelError where it does not."""
+    """Peaks of the first inputs with which the model runs, each with some bytes more; ModelError where it has none."""
     reasons = []
     for inputs in tries:
         try:

@@ -459,6 +459,22 @@ def test_samples_of_shards_become_one_with_one_rate(two, short, long, calibrated
     assert (np.abs(scores.spearman[:, 0] - rho) <= scores.spearman_bound[:, 0] + 1e-12).all()
 
 
+@pytest.mark.parametrize("n", [20, 400])
+def test_shards_of_one_start_sample_tokens_of_their_own(n):
+    """While rows are kept a shard begins with all tokens, once they are counted in bins with the share of its start."""
+    x, loss = torch.randn(400, 9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(400).double()
+    start = ranking(x, loss, n, 0, calibrated=(x[:20], loss[:20]))
+    shards = [start.like() for _ in range(2)]
+    assert len({start._sample.stream, *(shard._sample.stream for shard in shards)}) == 3
+    for shard in shards:
+        assert shard._sample.examples == shard._sampled.n_observations == shard.n_observations == 0
+        assert shard._sample.rate == (1 if n == 20 else 1 / 32)
+        table = start._empty_table if n == 20 else start._sampled.state.table
+        assert torch.equal((shard._empty_table if n == 20 else shard._sampled.state.table).edges, table.edges)
+    picked = {tuple(shard.pick(200, 9, None)) for shard in shards}
+    assert len(picked) == 2
+
+
 def test_the_size_of_the_sample_counts():
     sizes = [
         TokenStatistics(
