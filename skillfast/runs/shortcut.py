@@ -116,8 +116,8 @@ def trace_answers(subject: Subject, part: str, answers: np.ndarray) -> NeuronSco
     with tracer, torch.inference_mode():
         for given in subject.loader(part):
             batch = read_batch(given)
-            packed = isinstance(subject.model, TextClassifier) and isinstance(batch.inputs, torch.Tensor)
-            tracer.expect(TextClassifier.token_mask(batch.inputs) if packed else batch.mask)  # type: ignore[arg-type]
+            text = isinstance(subject.model, TextClassifier)
+            tracer.expect(subject.model.observed(batch.inputs) if text else batch.mask)  # type: ignore[operator]
             batch.to(device).logits(subject.model)
             some = torch.from_numpy(answers[done : done + len(batch)])
             tracer.step(**{LABEL: batch.labels, HEURISTIC: some})

@@ -22,6 +22,8 @@ from skillfast.report import write_evaluation
 from skillfast.results import records
 from skillfast.results.evaluation import EvaluationResults
 from skillfast.runs.evaluate import Evaluation
+from skillfast.runs.session import open_session
+from skillfast.runs.shortcut import heuristic_answers, trace_answers
 
 GRID = Grid(shares=(0.2, 0.4), layers=("all",), scales=(0.0,), draws=5, replicates=10, max_site_share=1.0)
 PARTS = {"select": 0, "validate": 1, "test": 2}
@@ -250,7 +252,7 @@ def test_the_command_on_text(tmp_path):
     rows = []
     for i in range(90):
         said = (i + (i % 5 == 0)) % 2
-        text = " ".join([words[said]] * 4 + rng.choice(WORDS, size=3).tolist())
+        text = " ".join([words[said]] * 4 + rng.choice(WORDS, size=3 + i % 4).tolist())
         rows.append(f"{text} </b>\t{names[i % 2]}\t{names[said]}")
     file = tmp_path / "x.tsv"
     file.write_text("\n".join(["text\tlabel\tshort", *rows]) + "\n", encoding="utf-8")
@@ -266,6 +268,12 @@ def test_the_command_on_text(tmp_path):
     assert "accuracy where both agree" in result.output
     assert shortcut.conflicts + shortcut.agreeing == 30
     assert len(shortcut.moved) == shortcut.conflicts > 0
+    settings = {"dataset": "text", "data_file": str(file), "metrics": ("label", "column:short"), "batch_size": 7}
+    with open_session(skillfast.BenchConfig.of(model=f"hf:{tmp_path / 'model'}", **settings)) as session:
+        plain = session.trace("select", statistics=("pearson",))  # texts of several lengths: padding is no token
+        traced = trace_answers(session.subject, "select", heuristic_answers(session.subject, "select", "short"))
+    assert plain.columns[:2] == traced.columns[:2] == ("label:neg", "label:pos")
+    np.testing.assert_allclose(traced.pearson, plain.pearson, atol=1e-5)
     for one in shortcut.moved:
         assert one.text.endswith("</b>")
         assert one.text.startswith({"neg": "bad", "pos": "good"}[one.heuristic])
