@@ -12,7 +12,7 @@ PIP_INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $
 INSTALL := $(call PIP_INSTALL,$(VENV))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels skillfast -type f -not -path '*/__pycache__/*')
 
-.PHONY: bench test lint format docs mutants fuzz oldest plotly clean
+.PHONY: bench test lint format docs mutants fuzz fuzz-coverage oldest plotly clean
 
 bench: $(VENV)/.installed
 	$(BIN)/skillfast bench --output $(OUTPUT) $(ARGS)
@@ -70,6 +70,12 @@ mutants: $(VENV)/.installed-mutants
 FUZZ ?= 10000
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python tests/fuzz.py -n $(FUZZ) $(ARGS)
+
+# The same by atheris, which changes further what reached new lines; FUZZ_SECONDS on each kind.
+FUZZ_SECONDS ?= 60
+fuzz-coverage: $(VENV)/.installed-test
+	$(INSTALL) '.[test,fuzz]'
+	$(BIN)/python tests/fuzz.py --coverage $(FUZZ_SECONDS) $(ARGS)
 
 # The oldest versions that pyproject.toml declares; CI runs the core tests on them.
 oldest:

@@ -15,7 +15,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import huggingface
 from skillfast.models.huggingface import load_config, load_language_model, load_tokenizer, skeleton
 from skillfast.models.sites import find_sites
-from skillfast.models.sizes import no_more_than
+from skillfast.models.sizes import check_counts, no_more_than
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -124,6 +124,10 @@ def test_sizes_that_the_weights_cannot_have_are_refused_before_they_are_allocate
     told = one_line(ModelError, load_language_model, str(folder), "classification", classes=CLASSES)
     assert f"model 'hf:{folder}': expected" in told
     assert words in told
+
+
+def test_as_many_layers_as_there_may_be_are_let_pass():
+    check_counts("x", {"num_hidden_layers": 10_000, "of": {"num_labels": 1_000_000, "depths": []}, "vocab_size": 10**9})
 
 
 def test_packed_weights_may_be_eight_in_a_byte(tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from xml.etree import ElementTree
 
 import jsonschema
@@ -38,6 +39,7 @@ from skillfast.results import records
 from skillfast.results.comparison import Comparison
 from skillfast.results.decisions import Decisions
 from skillfast.results.skills import Skills, skills_digest
+from skillfast.runs import measure
 from skillfast.runs.compare import compare
 from skillfast.runs.measure import settings_of
 from skillfast.runs.replay import Earlier
@@ -465,6 +467,31 @@ def test_checkpoints_are_measured_and_compared(audited, pictures, tmp_path):
     assert all(skill.new_set is not None and skill.base_set is not None for skill in found.skills.values())
     assert not {"lost", "gained", "weakened", "strengthened"} & {v for s in found.skills.values() for v in s.verdicts}
     assert found.overall.kl.mean < 0.05
+
+
+def test_the_command_compares_two_checkpoints(audited, pictures, monkeypatch, tmp_path):
+    """As typed; `bench` itself is tested elsewhere, and here leaves what it left of these checkpoints before."""
+    folder, base = audited
+    asked = []
+
+    def bench(config, **_):
+        asked.append(config)
+        shutil.copytree(folder / Path(config.run.output).name, config.run.output, dirs_exist_ok=True)
+
+    monkeypatch.setattr(measure, "bench", bench)
+    files = folder / "base" / "model.safetensors", folder / "tuned.safetensors"
+    sizes = [f"--model-kwarg={name}={value}" for name, value in base.results.config["model_kwargs"].items()]
+    of = ["--model", base.results.config["model"], *sizes, "--dataset", "imagefolder", "--data-dir", pictures]
+    result = run("compare", *files, *of, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [config.model.checkpoint for config in asked] == [str(file) for file in files]
+    assert [config.run.like for config in asked] == [None, str(tmp_path / "base")]
+    assert {(config.model.finetune, str(config.data.data_dir)) for config in asked} == {("none", str(pictures))}
+    said = result.output.splitlines()
+    assert said[0] == f"base: {files[0]}"
+    assert f"new: {files[1]}" in said
+    assert said[-1] == f"report: {tmp_path / 'compare.html'}"
+    assert "red" in next(line for line in said if line.startswith(("Lost: ", "Weakened: ")))
 
 
 def test_modules_are_measured_and_compared(audited, tmp_path):

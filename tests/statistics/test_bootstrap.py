@@ -149,6 +149,8 @@ def test_sizes_that_no_state_has_are_refused_before_they_are_allocated(name, mos
     sizes = {"n_neurons": 5, "n_bootstrap": 8, "buffer_rows": 4, name: most + 1}
     with pytest.raises(ArgumentError, match=f"^{name}: expected at most {most:,}, got {most + 1}; take fewer"):
         NeuronStatistics(sizes.pop("n_neurons"), METRICS, **sizes)
+    if name == "buffer_rows":
+        assert NeuronStatistics(5, METRICS, buffer_rows=most).settings.buffer_rows == most
     saved = NeuronStatistics(5, METRICS, n_bootstrap=8).state_dict() | {name: 2**62}
     with pytest.raises(ArgumentError, match=f"^{name}: expected at most"):
         NeuronStatistics.from_state_dict(saved)

@@ -22,6 +22,7 @@ from skillfast.models import watching
 from skillfast.models.activations import RoutedActivations
 from skillfast.models.sites import find_sites
 from skillfast.statistics.sequential import DriftTest
+from skillfast.tracing import capture
 from skillfast.tracing import monitor as monitor_module
 from skillfast.tracing.capture import reading_routed
 
@@ -144,6 +145,7 @@ def test_padding_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
     with monkeypatch.context() as patch, torch.no_grad():  # of a forward that is not read nothing is made
         patch.setattr(watching, "Activations", None)
         patch.setattr(RoutedActivations, "joined", None)
+        patch.setattr(capture, "replace", None)
         with Monitor(model, [Skill("deer", {site.name: [0], "head": [0]})], **{**settings, "share": 1e-9}):
             model(**x)
     seen: list[Any] = []
