@@ -276,6 +276,10 @@ def test_what_cannot_be_made_is_refused():
         Categorical(["a", "a"])
     with pytest.raises(ArgumentError, match="merge: expected neurons 3, got 4; count both"):
         NeuronStatistics(3, METRICS).merge(NeuronStatistics(4, METRICS))
+    with pytest.raises(
+        ArgumentError, match=r"merge: expected metrics \('y', Continuous\(\)\), got \('y', Binary\(\)\)"
+    ):
+        NeuronStatistics(3, {"y": Continuous()}).merge(NeuronStatistics(3, {"y": Binary()}))
 
 
 def test_updates_in_and_out_of_inference_mode_mix():
