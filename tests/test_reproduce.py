@@ -84,7 +84,54 @@ def test_chains_of_the_parts_are_others_and_conflicts_are_none_of_their_sums(ari
     assert 0.75 < float((tokens[:, -1] == answers).float().mean()) < 1
 
 
-@pytest.mark.parametrize("name", ["arithmetic"])
+@pytest.mark.filterwarnings("ignore")
+def test_inference_says_what_each_set_does(monkeypatch, tmp_path, capsys):
+    """Models of seconds infer nothing: what is held is that parts, sets and figures are what they are said to be."""
+    inference = script("inference")
+    run(inference, monkeypatch, "--quick", "--json", tmp_path / "x.json")
+    (model,) = json.loads((tmp_path / "x.json").read_text())["models"]
+    assert set(model["without"]) == {"shortcut", "label", "attribution"}
+    for removal in model["without"].values():
+        assert 0 < removal["neurons"] <= 0.2 * model["neurons"]
+        shortcut, right = (removal["change"][name] for name in ("shortcut_answers", "right_answers"))
+        assert shortcut == pytest.approx(-right)  # of two classes
+    assert model["intact"]["shortcut_answers"] > 0.5
+    assert 0 < model["confidence_r"]["given label"] <= 1
+    before, after = (sum(column) / 3 for column in zip(*model["kinds"].values(), strict=True))
+    assert after - before == pytest.approx(model["without"]["shortcut"]["change"]["right_answers"], abs=0.05)
+    capsys.readouterr()
+    run(inference, monkeypatch, "--table", tmp_path / "x.json")
+    assert "| 4 | those that follow the heuristic | " in capsys.readouterr().out
+
+
+def test_pairs_are_what_the_templates_say():
+    """Labels by hand, cells as asked for, and nouns of the test part kept together nowhere else."""
+    inference = script("inference")
+    pages = inference.Pages(0)
+    test, train = pages.draw(600, 0.5, test=True), pages.draw(600, 0.97)
+    for pairs, agreement in ((test, 0.5), (train, 0.97)):
+        assert float((pairs.labels == pairs.heuristic).float().mean()) == pytest.approx(agreement, abs=0.07)
+        assert float(pairs.labels.float().mean()) == pytest.approx(0.5, abs=0.07)
+    names, seen = {inference.INDEX[noun] for noun in inference.NOUNS}, []
+    for pairs in (test, train):
+        premises = [
+            [t for t in row.tolist() if t][: row.tolist().index(1) - row.tolist().count(0)] for row in pairs.tokens
+        ]
+        nouns = [[t for t in premise if t in names] for premise in premises]
+        seen.append({frozenset(some[:2]) for some in nouns if len(some) == 2})
+        for row, premise, label, heuristic in zip(pairs.tokens, premises, pairs.labels, pairs.heuristic, strict=True):
+            words = [inference.WORDS[t] for t in row.tolist() if t]
+            first, second = words[: words.index("<sep>")], words[words.index("<sep>") + 1 : -1]
+            assert len(first) == len(premise)
+            assert int(heuristic) == int(set(second) <= set(first))
+            if "was" in first and "someone" not in second and heuristic:
+                assert int(label) == int(second[1] == first[-1])  # a passive entails its active
+            if "near" in first:
+                assert int(label) == int(second[0] == "someone")
+    assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "inference"])
 def test_the_page_has_what_the_files_say(name):
     """Tables are those that `--table` prints of the committed file, which the page names."""
     path = FOLDER / "results" / f"{name}.json"
