@@ -183,8 +183,30 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == said[said.index("| | held out") :].strip()
 
 
-def test_the_page_has_the_table_of_sentiment_at_full_size(sentiment):
-    found = json.loads((FOLDER / "results" / "sentiment.json").read_text(encoding="utf-8"))
-    assert sentiment.Sizes(**found["sizes"]) == sentiment.Sizes()  # the full size
-    assert found["model"] == sentiment.MODEL
-    assert sentiment.table(found) in (FOLDER / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["sentiment", "generation"])
+def test_the_page_has_the_table_of_gemma_at_full_size(name):
+    module, page = script(name), (FOLDER / "README.md").read_text(encoding="utf-8")
+    found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert module.Sizes(**found["sizes"]) == module.Sizes()  # the full size
+    assert found["model"] == module.MODEL
+    assert module.table(found) in page
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_on_generation_runs(tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="needs sacrebleu")
+    generation, found = script("generation"), tmp_path / "x.json"
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM")
+    write_reviews(tmp_path / "train.tsv", 60, 0)
+    write_reviews(tmp_path / "dev.tsv", 40, 1)
+    options = ["--data", tmp_path, "--model", f"hf:{folder}", "--dtype", "float32", "--quick", "--json", found]
+    generation.main([str(option) for option in options])
+    read = json.loads(found.read_text(encoding="utf-8"))
+    assert read["neurons"] == generation.NEURONS == sum(map(len, read["places"].values()))
+    assert [outcome["scale"] for outcome in read["outcomes"]] == list(generation.SCALES)
+    assert read["intact"]["values"]["bleu"] == pytest.approx(100)
+    assert read["observations"]["prefixes"] == generation.QUICK.prefixes
+    assert read["top_r"]["select"] > read["top_r_given"]["select"] > 0  # the plain words follow how common they are
+    shown = capsys.readouterr().out
+    generation.main(["--table", str(found)])
+    assert capsys.readouterr().out.strip() == shown[shown.index("| ten best") :].strip()
