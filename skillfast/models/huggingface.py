@@ -306,7 +306,7 @@ def _checked(classes: Sequence[str] | None) -> Sequence[str]:
 
 
 def _made_for(config: Any) -> str:
-    return ", ".join(config.architectures or ()) or "something that its configuration does not name"
+    return ", ".join(map(str, config.architectures or ())) or "something that its configuration does not name"
 
 
 def _context(name: str, config: Any, tokenizer: Any) -> int:

@@ -77,7 +77,8 @@ def damage(folder, what):
             file.unlink()
     elif what == "layers":
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}), encoding="utf-8")
+        config |= {"num_hidden_layers": 3, "architectures": [5]}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     elif what == "vocabulary":
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(["more", "words", "than", "embeddings"])
