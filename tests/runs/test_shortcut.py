@@ -25,7 +25,7 @@ from skillfast.runs.evaluate import Evaluation
 from skillfast.runs.session import open_session
 from skillfast.runs.shortcut import heuristic_answers, trace_answers
 
-GRID = Grid(shares=(0.2, 0.4), layers=("all",), scales=(0.0,), draws=5, replicates=10, max_site_share=1.0)
+GRID = Grid(shares=(0.4, 0.2), layers=("all",), scales=(0.0,), draws=5, replicates=10, max_site_share=1.0)
 PARTS = {"select": 0, "validate": 1, "test": 2}
 
 
@@ -235,6 +235,7 @@ def test_the_page_tells_and_escapes(found, tmp_path):
     assert "The examples that move most" in page
     assert page.count("&lt;b id=hostile&gt; / ") == 20
     assert "blocks.0.mlp, neuron 4" in page
+    assert "Without 3 of the first" in page
 
 
 def replace_record(record, **changes):
@@ -274,6 +275,9 @@ def test_the_command_on_text(tmp_path):
         traced = trace_answers(session.subject, "select", heuristic_answers(session.subject, "select", "short"))
     assert plain.columns[:2] == traced.columns[:2] == ("label:neg", "label:pos")
     np.testing.assert_allclose(traced.pearson, plain.pearson, atol=1e-5)
+    widths = {site.name: site.width for site in Evaluation.load(tmp_path / "out").results.model.sites}
+    assert len({one.site for one in shortcut.follow_shortcut.best}) > 1
+    assert all(one.neuron < widths[one.site] for one in shortcut.follow_shortcut.best)
     for one in shortcut.moved:
         assert one.text.endswith("</b>")
         assert one.text.startswith({"neg": "bad", "pos": "good"}[one.heuristic])
