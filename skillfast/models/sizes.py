@@ -23,14 +23,14 @@ _BESIDE = 10_000_000  # parameters that may not be in the files: a new head, pos
 
 
 def check_counts(name: str, values: object) -> None:
-    """Refuse a configuration of more layers, experts or labels than any model has.
+    """Refuse a configuration of more layers, experts or labels than any model has, or of less than none.
 
     Args:
         name: The model's name, for the error.
         values: Content of `config.json`.
 
     Raises:
-        ModelError: A number that is too large, with its name.
+        ModelError: A number that is too large or negative, with its name.
     """
     if not isinstance(values, dict):
         return
@@ -38,11 +38,15 @@ def check_counts(name: str, values: object) -> None:
         check_counts(name, value)
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         most = next((most for names, most in _COUNTS if names.search(key)), None)
-        if most is not None and numbers and max(numbers) > most:
-            raise ModelError(
-                f"model '{name}': expected at most {most:,} as {key}, got {str(max(numbers))[:40]}; check its "
-                "config.json"
-            )
+        if most is None or not numbers:
+            continue
+        if max(numbers) > most:
+            expected, got = f"at most {most:,}", max(numbers)
+        elif min(numbers) < 0 and re.match("n_|num_", key):  # others may count layers from the last
+            expected, got = "at least 0", min(numbers)
+        else:
+            continue
+        raise ModelError(f"model '{name}': expected {expected} as {key}, got {str(got)[:40]}; check its config.json")
 
 
 @contextmanager

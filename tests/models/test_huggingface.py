@@ -75,9 +75,10 @@ def damage(folder, what):
     elif what == "no tokenizer":
         for file in folder.glob("tokenizer*"):
             file.unlink()
-    elif what == "layers":
+    elif what in ("layers", "architectures"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config |= {"num_hidden_layers": 3, "architectures": [5]}
+        config["num_hidden_layers"] = 3
+        config["architectures"] = [5] if what == "architectures" else config["architectures"]
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     elif what == "vocabulary":
         tokenizer = make_tokenizer()
@@ -93,6 +94,7 @@ def damage(folder, what):
         ("weights", "expected its weights, got none: "),
         ("no weights", "expected its weights, got none: "),
         ("no tokenizer", "expected "),
+        ("architectures", "expected "),  # its configuration, for older versions of the library
         ("layers", "expected all weights of BertForSequenceClassification, got 16 missing (bert.encoder.layer.2"),
         ("vocabulary", "expected a tokenizer for its 33 embeddings, got one of 37 tokens"),
     ],
@@ -112,6 +114,7 @@ def test_folders_that_cannot_be_loaded(tmp_path, what, words):
         ({"num_hidden_layers": 10**9}, "expected at most 10,000 as num_hidden_layers, got 1000000000; check its"),
         ({"num_labels": 10**9}, "expected at most 1,000,000 as num_labels, got 1000000000; check its config.json"),
         ({"text_config": {"depths": [2, 10**400]}}, "expected at most 10,000 as depths, got 1000000"),
+        ({"num_hidden_layers": -1}, "expected at least 0 as num_hidden_layers, got -1; check its config.json"),
         ({"hidden_size": 24 * 10**5}, "bytes of weights, got one of more than "),
         ({"vocab_size": 10**9}, "bytes of weights, got one of more than "),
         ({"intermediate_size": 2**40}, "bytes of weights, got one of more than "),
