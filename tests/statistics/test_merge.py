@@ -352,6 +352,18 @@ def token_statistics(x, values, lengths, examples):
     return acc
 
 
+def test_tokens_of_one_stream_are_refused_before_they_are_merged():
+    """A stored state and what went on from it number the same examples, so their weights are the same."""
+    acc = TokenStatistics(
+        3, METRICS, ("pearson",), bins=4, n_bootstrap=REPLICATES, seed=0, buffer_rows=16, device=torch.device("cpu")
+    )
+    _, values = data(4)
+    acc.add_sums(torch.ones(2, 4, 3), torch.ones(4, dtype=torch.int64), acc.check(values, 4), None)
+    again = TokenStatistics.from_state_dict(acc.state_dict())
+    with pytest.raises(ArgumentError, match="expected shards with weights of their own, got two of one stream"):
+        acc.check_merge(again)
+
+
 @pytest.mark.parametrize("how", ["reduced", "merged", "stored", "forgotten"])
 def test_tokens_of_shards_with_centers_of_their_own_add_up(two, tmp_path, how):
     lengths = np.random.default_rng(0).integers(1, 9, 80)

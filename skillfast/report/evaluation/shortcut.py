@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, points
+from skillfast.report.formatting import MINUS, UNDEFINED, finite, interval, number_of, percent, points
 
 if TYPE_CHECKING:
     from skillfast.results.evaluation import FollowingSet, Shortcut, ShortcutRemoval
@@ -88,7 +88,7 @@ def context(shortcut: Shortcut) -> dict[str, Any]:
                 one.heuristic,
                 one.before,
                 one.after,
-                f"{one.margin_before:+.3g} to {one.margin_after:+.3g}",
+                f"{one.margin_before:+.3g} to {one.margin_after:+.3g}".replace("-", MINUS),
             )
             for one in shortcut.moved
         ],
