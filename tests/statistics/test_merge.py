@@ -352,16 +352,21 @@ def token_statistics(x, values, lengths, examples):
     return acc
 
 
-def test_tokens_of_one_stream_are_refused_before_they_are_merged():
+def test_what_one_stream_numbered_is_refused_before_it_is_merged():
     """A stored state and what went on from it number the same examples, so their weights are the same."""
     acc = TokenStatistics(
         3, METRICS, ("pearson",), bins=4, n_bootstrap=REPLICATES, seed=0, buffer_rows=16, device=torch.device("cpu")
     )
     _, values = data(4)
     acc.add_sums(torch.ones(2, 4, 3), torch.ones(4, dtype=torch.int64), acc.check(values, 4), None)
-    again = TokenStatistics.from_state_dict(acc.state_dict())
-    with pytest.raises(ArgumentError, match="expected shards with weights of their own, got two of one stream"):
-        acc.check_merge(again)
+    experts = RoutedStatistics(
+        2, 3, METRICS, ("pearson",), bins=4, n_bootstrap=REPLICATES, seed=0, buffer_rows=16, device=torch.device("cpu")
+    )
+    experts.numbers(4)
+    for first in (acc, experts):
+        again = type(first).from_state_dict(first.state_dict())
+        with pytest.raises(ArgumentError, match="expected shards with weights of their own, got two of one stream"):
+            first.check_merge(again)
 
 
 @pytest.mark.parametrize("how", ["reduced", "merged", "stored", "forgotten"])
@@ -440,7 +445,10 @@ def test_samples_of_shards_become_one_with_one_rate(two, short, long, calibrated
     start = (x[:, :10].flatten(0, 1), loss[:, :10].flatten()) if calibrated else None
     shards = [ranking(x[i], loss[i], n, i, calibrated=start) for i, n in enumerate((short, long))]
     if how == "stored":
-        shards = [TokenStatistics.from_state_dict(shard.state_dict()) for shard in shards]
+        stored = [TokenStatistics.from_state_dict(shard.state_dict()) for shard in shards]
+        for tables in zip(*([shard._empty_table for shard in some] for some in (shards, stored)), strict=True):
+            assert tables == (None, None) or torch.equal(*(table.edges for table in tables))  # for tokens to come
+        shards = stored
     before = [shard._sample.kept.copy() for shard in shards], shards[1]._sampled.n_observations
     if short == 300 and not calibrated:
         act = (lambda shard: shard.all_reduce()) if how == "reduced" else (lambda shard: shards[0].merge(shards[1]))

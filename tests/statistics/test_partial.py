@@ -111,6 +111,19 @@ def test_columns_correlate_with_each_other_as_in_one_matrix():
 
 
 @pytest.mark.filterwarnings("ignore:some scores")
+def test_a_constant_column_correlates_with_none():
+    """Its sums leave what rounding does of a variance, about shifts that differ by rounding."""
+    metrics = {"fixed": Continuous(), "loss": Continuous()}
+    counted = skillfast.NeuronStatistics(1, metrics, ("pearson",))
+    counted.update(torch.randn(70, 1), {"fixed": torch.full((70,), 1234.567), "loss": torch.randn(70)})
+    counted.state.moments.shift_y += 1e-9
+    counted.state.moments.sum_y -= 70e-9
+    between = counted.compute().between
+    assert np.isnan(between[0]).all() & np.isnan(between[:, 0]).all()
+    assert between[1, 1] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:some scores")
 def test_a_label_of_very_many_classes_costs_no_square_of_them():
     counted = skillfast.NeuronStatistics(2, {"label": Categorical(4096), "loss": Continuous()}, ("pearson",))
     counted.update(torch.randn(9, 2), {"label": torch.arange(9), "loss": torch.randn(9)})

@@ -40,6 +40,13 @@ def test_a_schema_that_is_anything_is_told_in_a_line():
     assert len(told) < 250
 
 
+def test_a_metric_that_is_a_tensor_is_refused():
+    saved = NeuronStatistics(2, METRICS).state_dict()
+    saved["metrics"]["label"] = torch.ones(2)
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert told.startswith("state_dict metrics.label: expected values by name, got a tensor")
+
+
 def test_experts_of_other_statistics_than_their_block_are_refused():
     cpu = torch.device("cpu")
     settings = {"bins": 4, "n_bootstrap": None, "seed": 0, "buffer_rows": 4, "device": cpu}
