@@ -159,8 +159,8 @@ def _evaluate_classifier(
     skills_from: str | Path | None,
 ) -> Evaluation:
     subject = session.subject
-    if shortcut is not None:
-        disagreements(subject, shortcut)  # data that cannot tell the two apart are told before the trace
+    # data that cannot tell the two apart are told before the trace
+    answers = {} if shortcut is None else disagreements(subject, shortcut)
     scores = _scores(session) if skills is None or tasks else None
     cases = _cases(session, scores, grid, metrics, skills)
     session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
@@ -194,7 +194,7 @@ def _evaluate_classifier(
     followed, chosen = None, largest(cases) if skills is None else ()
     if shortcut is not None:
         followed, sets = session.stage(
-            "shortcut", lambda: shortcut_outcome(subject, shortcut, grid, quiet=session.quiet)
+            "shortcut", lambda: shortcut_outcome(subject, shortcut, answers, grid, quiet=session.quiet)
         )
         chosen = (*chosen, *sets)
     results = {

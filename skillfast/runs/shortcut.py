@@ -35,6 +35,8 @@ from skillfast.skills.skill import Skill, random_skills
 from skillfast.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from skillfast.ablation.sweep import SweepResult
     from skillfast.evaluation.shortcuts import Following
     from skillfast.runs.config import Grid
@@ -128,7 +130,7 @@ def trace_answers(subject: Subject, part: str, answers: np.ndarray) -> NeuronSco
 
 
 def shortcut_outcome(
-    subject: Subject, shortcut: str, grid: Grid, *, quiet: bool = True
+    subject: Subject, shortcut: str, answers: Mapping[str, np.ndarray], grid: Grid, *, quiet: bool = True
 ) -> tuple[Shortcut, tuple[Skill, ...]]:
     """Choose the neurons that follow a heuristic, and those that follow the label, and remove each set.
 
@@ -138,18 +140,14 @@ def shortcut_outcome(
     Args:
         subject: A classifier and its data.
         shortcut: `column:NAME`, the column that says what the heuristic answers.
+        answers: What it answers, by part (see `disagreements`).
         grid: Sizes, largest share of a site, random draws and their seed.
         quiet: Show no progress bar.
 
     Returns:
         What was found, and the largest set that follows each of the two, `follows NAME` and `follows label`.
-
-    Raises:
-        ArgumentError: Data without such a column.
-        DataError: A value that is no class, or a part on whose examples heuristic and label never disagree.
     """
     column = shortcut.removeprefix(COLUMN)
-    answers = disagreements(subject, shortcut)
     agreement = float((answers["select"] == np.asarray(subject.splits.select.labels)).mean())
     scores = trace_answers(subject, "select", answers["select"])
     found = following(scores)
