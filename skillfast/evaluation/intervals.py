@@ -90,7 +90,7 @@ def share_limits(share: float, variance: float, effective: float, z: float = Z) 
 
     Args:
         share: The estimate, in [0, 1].
-        variance: Variance of the estimate; examples may be clustered.
+        variance: Variance of the estimate; examples may be clustered. 0 for that of `effective` independent ones.
         effective: Number of examples to count where the variance is 0, for lack of events or of clusters, or is not
             known (NaN).
         z: Reach in standard errors.

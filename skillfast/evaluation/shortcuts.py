@@ -125,10 +125,7 @@ class ConflictMeasures:
 
 
 def _limits(hits: np.ndarray) -> list[float] | None:
-    if not len(hits):
-        return None
-    share = float(hits.mean())
-    return list(share_limits(share, share * (1 - share) / len(hits), len(hits)))
+    return list(share_limits(float(hits.mean()), 0.0, len(hits))) if len(hits) else None
 
 
 def of_classes(values: np.ndarray, classes: Mapping[str, int]) -> tuple[np.ndarray, int | None]:

@@ -121,7 +121,7 @@ def _skill(right: Sequence[tuple[np.ndarray, np.ndarray]], changes: Sequence[Ski
         mean = float(intact.mean())
         found.append(
             SkillAt(
-                accuracy=Estimate(mean, list(share_limits(mean, mean * (1 - mean) / len(intact), len(intact)))),
+                accuracy=Estimate(mean, list(share_limits(mean, 0.0, len(intact)))),
                 drop=Estimate(drop.change, list(drop.limits())),
                 kinds=kinds,
                 blocks=blocks,
