@@ -18,8 +18,10 @@ FOLDER = ROOT / "examples" / "reproduce"
 
 
 def script(name):
-    """One of the scripts as a module."""
+    """One of the scripts as a module; its folder is where Python looks first, as when it is run."""
     pytest.importorskip("transformers", reason="needs transformers")
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
@@ -32,13 +34,12 @@ def arithmetic():
     return script("arithmetic")
 
 
-def run(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    module.main()
+def run(module, *arguments):
+    module.main([*map(str, arguments)])
 
 
-def test_arithmetic_finds_what_was_planted(arithmetic, monkeypatch, tmp_path, capsys):
-    run(arithmetic, monkeypatch, "--quick", "--json", tmp_path / "x.json")
+def test_arithmetic_finds_what_was_planted(arithmetic, tmp_path, capsys):
+    run(arithmetic, "--quick", "--json", tmp_path / "x.json")
     found = json.loads((tmp_path / "x.json").read_text())
     (planted,), (twin,) = found["planted"], found["twins"]
     assert found["adder"]["clean"] > 0.9
@@ -51,7 +52,7 @@ def test_arithmetic_finds_what_was_planted(arithmetic, monkeypatch, tmp_path, ca
     assert planted["planted_removed"]["shortcut"] < -0.25
     assert (planted["flagged"], twin["flagged"]) == (True, False)
     capsys.readouterr()
-    run(arithmetic, monkeypatch, "--table", tmp_path / "x.json")
+    run(arithmetic, "--table", tmp_path / "x.json")
     assert "Flagged: 1 of 1 planted models, 0 of 1 twins." in capsys.readouterr().out
 
 
@@ -85,10 +86,10 @@ def test_chains_of_the_parts_are_others_and_conflicts_are_none_of_their_sums(ari
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_inference_says_what_each_set_does(monkeypatch, tmp_path, capsys):
+def test_inference_says_what_each_set_does(tmp_path, capsys):
     """Models of seconds infer nothing: what is held is that parts, sets and figures are what they are said to be."""
     inference = script("inference")
-    run(inference, monkeypatch, "--quick", "--json", tmp_path / "x.json")
+    run(inference, "--quick", "--json", tmp_path / "x.json")
     (model,) = json.loads((tmp_path / "x.json").read_text())["models"]
     assert set(model["without"]) == {"shortcut", "label", "attribution"}
     for removal in model["without"].values():
@@ -100,7 +101,7 @@ def test_inference_says_what_each_set_does(monkeypatch, tmp_path, capsys):
     before, after = (sum(column) / 3 for column in zip(*model["kinds"].values(), strict=True))
     assert after - before == pytest.approx(model["without"]["shortcut"]["change"]["right_answers"], abs=0.05)
     capsys.readouterr()
-    run(inference, monkeypatch, "--table", tmp_path / "x.json")
+    run(inference, "--table", tmp_path / "x.json")
     assert "| 4 | those that follow the heuristic | " in capsys.readouterr().out
 
 
@@ -131,13 +132,15 @@ def test_pairs_are_what_the_templates_say():
     assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "inference"])
-def test_the_page_has_what_the_files_say(name):
-    """Tables are those that `--table` prints of the committed file, which the page names."""
-    path = FOLDER / "results" / f"{name}.json"
+def test_the_page_has_what_the_files_say(capsys):
+    """Tables are those that `--table` prints of each committed file, which the page names."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert script(name).table(path) in page
-    assert f"results/{path.name}" in page
+    paths = sorted((FOLDER / "results").glob("*.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        run(script(path.stem), "--table", path)
+        assert capsys.readouterr().out in page, path
+        assert f"results/{path.name}" in page
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,7 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
     write_reviews(tmp_path / "train.tsv", 240, 0)
     write_reviews(tmp_path / "dev.tsv", 60, 1)
     options = ["--data", tmp_path, "--model", f"hf:{folder}", "--label-words", "bad,good", "--dtype", "float32"]
-    sentiment.main([str(option) for option in (*options, "--quick", "--json", found)])
+    run(sentiment, *options, "--quick", "--json", found)
     said = capsys.readouterr().out
     read = json.loads(found.read_text(encoding="utf-8"))
     assert [way["way"] for way in read["found"]] == ["words", "tuned"]
@@ -179,17 +182,16 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
         assert len(way["random_changes"]) == sentiment.QUICK.draws
         assert way["ci95"][0] <= way["accuracy_change"] <= way["ci95"][1]
         assert sum(way["places"].values()) == way["chosen"]["neurons"]
-    sentiment.main(["--table", str(found)])
-    assert capsys.readouterr().out.strip() == said[said.index("| | held out") :].strip()
+    run(sentiment, "--table", found)
+    assert capsys.readouterr().out.strip() == said[said.index("|  | held out") :].strip()
 
 
 @pytest.mark.parametrize("name", ["sentiment", "generation"])
-def test_the_page_has_the_table_of_gemma_at_full_size(name):
-    module, page = script(name), (FOLDER / "README.md").read_text(encoding="utf-8")
+def test_the_results_are_of_gemma_at_full_size(name):
+    module = script(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert module.Sizes(**found["sizes"]) == module.Sizes()  # the full size
-    assert found["model"] == module.MODEL
-    assert module.table(found) in page
+    assert module.Sizes(**found["sizes"]) == module.Sizes()
+    assert found["model"] == module.GEMMA
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -200,7 +202,7 @@ def test_the_script_on_generation_runs(tmp_path, capsys):
     write_reviews(tmp_path / "train.tsv", 60, 0)
     write_reviews(tmp_path / "dev.tsv", 40, 1)
     options = ["--data", tmp_path, "--model", f"hf:{folder}", "--dtype", "float32", "--quick", "--json", found]
-    generation.main([str(option) for option in options])
+    run(generation, *options)
     read = json.loads(found.read_text(encoding="utf-8"))
     assert read["neurons"] == generation.NEURONS == sum(map(len, read["places"].values()))
     assert [outcome["scale"] for outcome in read["outcomes"]] == list(generation.SCALES)
@@ -208,5 +210,5 @@ def test_the_script_on_generation_runs(tmp_path, capsys):
     assert read["observations"]["prefixes"] == generation.QUICK.prefixes
     assert read["top_r"]["select"] > read["top_r_given"]["select"] > 0  # the plain words follow how common they are
     shown = capsys.readouterr().out
-    generation.main(["--table", str(found)])
+    run(generation, "--table", found)
     assert capsys.readouterr().out.strip() == shown[shown.index("| ten best") :].strip()

@@ -25,30 +25,29 @@ part: exact one-sided paired p below 0.01. This was set before any twin was trie
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from figures import options, run
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import skillfast
 from skillfast.evaluation.paired import PairedDifference
+from skillfast.markdown import table as markdown_table
 from skillfast.metrics import Binary, Categorical
 from skillfast.models.sites import find_sites
 from skillfast.skills.skill import random_skills
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import argparse
+    from collections.abc import Iterator, Sequence
 
     from skillfast import NeuronRanking, NeuronScores, Skill
 
@@ -320,7 +319,7 @@ def audited(model: torch.nn.Module, planted: Skill, book: Book, seed: int) -> di
     }
 
 
-def run(settings: Settings, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def models(settings: Settings, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The adder, then each planted model and each twin, by what it is, as they are done."""
     base = adder(settings, seed)
     book = Book(settings, seed + 1)
@@ -348,71 +347,61 @@ def line(kind: str, row: dict[str, Any]) -> str:
     )
 
 
-def table(path: Path) -> str:
-    """A file of rows as tables in Markdown."""
-    found = json.loads(path.read_text())
+def table(found: dict[str, Any]) -> str:
+    """Figures as tables in Markdown."""
     planted, twins = found["planted"], found["twins"]
-    rows = [["model", "AUROC", "found", "of them planted", "shortcut answers", "right answers", "without a cue"]]
-    rows.append(["---"] * len(rows[0]))
-    for row in planted:
-        ends = [
-            f"{100 * row['intact'][m]:.1f} to {100 * max(row['intact'][m] + row['change'][m], 0.0):.1f} "
-            f"({', '.join(f'{100 * end:+.1f}' for end in row['ci95'][m])})"
-            for m in ("shortcut", "right", "clean")
-        ]
-        rows.append(
-            [
-                f"planted {row['seed']}",
-                f"{row['auroc']['attribution']:.3f}",
-                str(row["neurons"]),
-                str(row["shared"]),
-                *ends,
-            ]
+    measures = ("shortcut", "right", "clean")
+    rows = [
+        (
+            f"planted {row['seed']}",
+            f"{row['auroc']['attribution']:.3f}",
+            str(row["neurons"]),
+            str(row["shared"]),
+            *(
+                f"{100 * row['intact'][m]:.1f} to {100 * max(row['intact'][m] + row['change'][m], 0.0):.1f} "
+                f"({', '.join(f'{100 * end:+.1f}' for end in row['ci95'][m])})"
+                for m in measures
+            ),
         )
-    ways = [["AUROC of the planted neurons by", "lowest", "highest"], ["---"] * 3]
+        for row in planted
+    ]
     names = {
         "attribution": "attribution, cue less sum",
         "mutual_information_with_cue": "mutual information with the cue",
         "r_with_cue_given_sum": "largest partial r with a cue, given the sum",
         "r_with_correctness": "r with correctness",
     }
-    for key, name in names.items():
-        values = [row["auroc"][key] for row in planted]
-        ways.append([name, f"{min(values):.3f}", f"{max(values):.3f}"])
-    flagged = sum(row["flagged"] for row in twins)
-    drops = [100 * row["random"][m][i] for row in planted for m, i in (("shortcut", 1), ("shortcut", 2))]
-    closing = (
-        f"Flagged: {sum(row['flagged'] for row in planted)} of {len(planted)} planted models, {flagged} of "
-        f"{len(twins)} twins. As many random neurons change shortcut answers by {min(drops):+.1f} to "
-        f"{max(drops):+.1f} points."
+    areas = {name: [row["auroc"][key] for row in planted] for key, name in names.items()}
+    drops = [100 * row["random"]["shortcut"][end] for row in planted for end in (1, 2)]
+    told = (
+        f"Flagged: {sum(row['flagged'] for row in planted)} of {len(planted)} planted models, "
+        f"{sum(row['flagged'] for row in twins)} of {len(twins)} twins. As many random neurons change shortcut answers "
+        f"by {min(drops):+.1f} to {max(drops):+.1f} points."
     )
-    text = ["\n".join(f"| {' | '.join(cells)} |" for cells in lines) for lines in (rows, ways)]
-    return "\n\n".join([*text, closing])
+    head = ("model", "AUROC", "found", "of them planted", "shortcut answers", "right answers", "without a cue")
+    by_way = [(name, f"{min(values):.3f}", f"{max(values):.3f}") for name, values in areas.items()]
+    of_ways = ("AUROC of the planted neurons by", "lowest", "highest")
+    return "\n\n".join([markdown_table(head, rows), markdown_table(of_ways, by_way), told])
 
 
-def main() -> None:
-    """Run the experiment, or print a file of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--quick", action="store_true", help="at a size of seconds")
-    parser.add_argument("--seed", type=int, default=2, help="of the adder; others follow from it")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--table", type=Path, help="print a file of figures in Markdown")
-    given = parser.parse_args()
-    if given.table:
-        print(table(given.table))
-        return
-    settings, start = QUICK if given.quick else Settings(), time.process_time()
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask for, told as it is found."""
+    settings = QUICK if given.quick else Settings()
     found: dict[str, Any] = {"settings": asdict(settings), "seed": given.seed, "planted": [], "twins": []}
-    for kind, row in run(settings, given.seed):
+    for kind, row in models(settings, given.seed):
         print(line(kind, row), flush=True)
         if kind == "adder":
             found["adder"] = row
         else:
             found["planted" if kind == "planted" else "twins"].append(row)
-    found["cpu_minutes"] = (time.process_time() - start) / 60
-    print(f"{found['cpu_minutes']:.1f} minutes of processor time")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the experiment, or print a file of it."""
+    parser = options(__doc__)
+    parser.add_argument("--seed", type=int, default=2, help="of the adder; others follow from it")
+    run(parser, measure, table, arguments)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ read and written on once with the neurons scaled by each factor, beside as many 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -25,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from figures import GEMMA, decoder_options, run, without_short
 
 import skillfast
 from skillfast import BenchConfig, Continuous, Skill
 from skillfast.evaluation.correlations import top_correlations
+from skillfast.markdown import table as markdown_table
 from skillfast.metrics import TOKEN_LOG_PROBABILITY, has_successor, token_log_probabilities
 from skillfast.models.text_inputs import batches
 from skillfast.runs.config import ALL, Generation, Grid
@@ -38,11 +37,11 @@ from skillfast.runs.session import open_session
 from skillfast.vocabulary import BLEU, PERPLEXITY
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from skillfast.runs.text import CausalSubject
 
-MODEL = "embedded:gemma-3-270m"
 NEURONS = 20
 SCALES = (0.0, 0.5, 2.0, 4.0)
 GIVEN = ("frequency", "position")
@@ -141,34 +140,23 @@ def measured(subject: CausalSubject, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def long_enough(data: Path, least: int, folder: Path) -> None:
-    """The two files in a folder, without sentences of few words."""
-    for name in ("train.tsv", "dev.tsv"):
-        head, *lines = (data / name).read_text(encoding="utf-8").splitlines()
-        column = head.split("\t").index("sentence")
-        kept = [line for line in lines if len(line.split("\t")[column].split()) >= least]
-        (folder / name).write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-
-
 def reproduce(data: Path, sizes: Sizes, say: Callable[[str], None] = print, **more: Any) -> dict[str, Any]:
     """Measure on SST-2's texts; further settings are those of `BenchConfig.of`."""
     with tempfile.TemporaryDirectory() as made:
-        long_enough(data, sizes.least_words, Path(made))
+        for name in ("train.tsv", "dev.tsv"):
+            without_short(data, name, sizes.least_words, Path(made))
         settings: dict[str, Any] = {
-            "model": MODEL, "dataset": "text", "data_file": f"{made}/train.tsv", "test_file": f"{made}/dev.tsv",
+            "model": GEMMA, "dataset": "text", "data_file": f"{made}/train.tsv", "test_file": f"{made}/dev.tsv",
             "text_column": "sentence", "metrics": (TOKEN_LOG_PROBABILITY,), "pool": "none", "dtype": "bfloat16",
             "train_per_class": sizes.train, "test_per_class": sizes.test, "batch_size": 8, **more,
         }  # fmt: skip
         with open_session(BenchConfig.of(**settings), say=say) as session:
             found = measured(session.subject, sizes)  # type: ignore[arg-type]  # tokens are predicted
-    return {
-        "model": settings["model"], "sizes": asdict(sizes), "published_second_hand": PUBLISHED,
-        "torch": torch.__version__, **found,
-    }  # fmt: skip
+    return {"model": settings["model"], "sizes": asdict(sizes), "published_second_hand": PUBLISHED, **found}
 
 
 def table(found: dict[str, Any]) -> str:
-    """A file of results as tables in Markdown."""
+    """Figures as tables in Markdown."""
 
     def change(values: dict[str, Any]) -> str:
         low, high = values["change_ci95"][PERPLEXITY]
@@ -179,45 +167,37 @@ def table(found: dict[str, Any]) -> str:
         return " to ".join(format(spread[end], form) for end in ("low", "high"))
 
     intact = found["intact"]["values"][PERPLEXITY]
-    rows = [
-        f"| {outcome['scale']:g} | {change(outcome)} | {math.log(outcome['values'][PERPLEXITY] / intact):+.3f} "
-        f"| {drawn(outcome, PERPLEXITY, '.4g')} | {outcome['values'][BLEU]:.1f} | {drawn(outcome, BLEU, '.1f')} |"
+    named = (("as it is", "top_r"), ("given its frequency and the place", "top_r_given"))
+    correlations = [(name, f"{found[key]['test']:.2f} ({found[key]['select']:.2f})") for name, key in named]
+    outcomes = [
+        (
+            f"{outcome['scale']:g}",
+            change(outcome),
+            f"{math.log(outcome['values'][PERPLEXITY] / intact):+.3f}",
+            drawn(outcome, PERPLEXITY, ".4g"),
+            f"{outcome['values'][BLEU]:.1f}",
+            drawn(outcome, BLEU, ".1f"),
+        )
         for outcome in found["outcomes"]
     ]
-    return "\n".join(
+    of_r = "ten best neurons, mean size of r with the next token's log-probability"
+    of_scales = ("factor", "perplexity", "log-loss", "random: perplexity", "BLEU", "random: BLEU")
+    return "\n\n".join(
         [
-            "| ten best neurons, mean size of r with the next token's log-probability | held out (where chosen) |",
-            "| --- | --- |",
-            *(
-                f"| {name} | {found[key]['test']:.2f} ({found[key]['select']:.2f}) |"
-                for name, key in (("as it is", "top_r"), ("given its frequency and the place", "top_r_given"))
-            ),
-            "",
-            "| factor | perplexity | log-loss | random: perplexity | BLEU | random: BLEU |",
-            "| --- | --- | --- | --- | --- | --- |",
-            f"| 1 | {intact:.4g} | | | 100 | |",
-            *rows,
+            markdown_table([of_r, "held out (where chosen)"], correlations),
+            markdown_table(of_scales, [("1", f"{intact:.4g}", "", "", "100", ""), *outcomes]),
         ]
     )
 
 
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask for."""
+    return reproduce(given.data, QUICK if given.quick else Sizes(), model=given.model, dtype=given.dtype)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and write, or print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SKILLFAST_DATA", "data")) / "sst2")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--quick", action="store_true", help="few texts: whether it runs, not what it finds")
-    parser.add_argument("--json", type=Path, help="file for what is found")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a file of results, and do nothing else")
-    given = parser.parse_args(arguments)
-    if given.table is not None:
-        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
-        return
-    found = reproduce(given.data, QUICK if given.quick else Sizes(), model=given.model, dtype=given.dtype)
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
+    """Measure and write, or print tables."""
+    run(decoder_options(__doc__), measure, table, arguments)
 
 
 if __name__ == "__main__":

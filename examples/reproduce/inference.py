@@ -26,25 +26,26 @@ without its neurons.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from figures import options, run
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import skillfast
 from skillfast.evaluation.measures import random_draws
 from skillfast.evaluation.shortcuts import ConflictMeasures
+from skillfast.markdown import table as markdown_table
 from skillfast.models.sites import find_sites
 from skillfast.skills.skill import random_skills
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from skillfast import NeuronRanking, NeuronScores, Skill
     from skillfast.runs.evaluate import Evaluation
 
@@ -347,20 +348,17 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
-def table(path: Path) -> str:
-    """A file of rows as tables in Markdown."""
-    rows = json.loads(path.read_text())["models"]
-    cells = [["model", "without", "neurons", "shortcut answers", "right answers", "random neurons", "where both agree"]]
-    cells.append(["---"] * len(cells[0]))
-    for row in rows:
-        cells.append(
-            [str(row["seed"]), "nothing", "0", f"{100 * row['intact']['shortcut_answers']:.1f}",
-             f"{100 * row['intact']['right_answers']:.1f}", "", f"{100 * row['intact']['agreeing_accuracy']:.1f}"]
-        )  # fmt: skip
+def table(found: dict[str, Any]) -> str:
+    """Figures as tables in Markdown."""
+    removals, kinds = [], []
+    for row in found["models"]:
+        measures = ("shortcut_answers", "right_answers", "agreeing_accuracy")
+        shortcut, right, agreeing = (f"{100 * row['intact'][measure]:.1f}" for measure in measures)
+        removals.append((str(row["seed"]), "nothing", "0", shortcut, right, "", agreeing))
         for name, removal in row["without"].items():
             drawn = removal["random"]["right_answers"]
-            cells.append(
-                [
+            removals.append(
+                (
                     str(row["seed"]),
                     NAMES[name],
                     str(removal["neurons"]),
@@ -368,14 +366,11 @@ def table(path: Path) -> str:
                     _change(removal, "right_answers"),
                     f"{100 * drawn[0]:+.1f} ({100 * drawn[1]:+.1f} to {100 * drawn[2]:+.1f})",
                     _change(removal, "agreeing_accuracy"),
-                ]
+                )
             )
-    more = [["model", *HEURISTICS, "r with confidence", "given the label", "F1", "without confidence's", "random"]]
-    more.append(["---"] * len(more[0]))
-    for row in rows:
         f1 = row["f1"]
-        more.append(
-            [
+        kinds.append(
+            (
                 str(row["seed"]),
                 *(f"{100 * before:.1f} to {100 * after:.1f}" for before, after in row["kinds"].values()),
                 f"{row['confidence_r']['plain']:.2f}",
@@ -383,11 +378,13 @@ def table(path: Path) -> str:
                 f"{100 * f1['intact']:.1f}",
                 f"{100 * f1['change']:+.1f} ({', '.join(f'{100 * end:+.1f}' for end in f1['ci95'])})",
                 f"{100 * f1['random'][0]:+.1f}",
-            ]
+            )
         )
-    return "\n\n".join(
-        "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in one) for one in (cells, more)
-    )
+    of_removals = (
+        "model", "without", "neurons", "shortcut answers", "right answers", "random neurons", "where both agree",
+    )  # fmt: skip
+    of_kinds = ("model", *HEURISTICS, "r with confidence", "given the label", "F1", "without confidence's", "random")
+    return "\n\n".join([markdown_table(of_removals, removals), markdown_table(of_kinds, kinds)])
 
 
 def _change(removal: dict[str, Any], measure: str) -> str:
@@ -395,27 +392,20 @@ def _change(removal: dict[str, Any], measure: str) -> str:
     return f"{100 * removal['change'][measure]:+.1f} ({ends})"
 
 
-def main() -> None:
-    """Run the experiment, or print a file of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--quick", action="store_true", help="at a size of seconds")
-    parser.add_argument("--seed", type=int, default=4, help="of the first model")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--table", type=Path, help="print a file of figures in Markdown")
-    given = parser.parse_args()
-    if given.table:
-        print(table(given.table))
-        return
-    settings, start = QUICK if given.quick else Settings(), time.process_time()
-    models = []
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask for, told as it is found."""
+    settings, models = QUICK if given.quick else Settings(), []
     for seed in range(given.seed, given.seed + settings.models):
         models.append(measured(settings, seed))
         print(line(models[-1]), flush=True)
-    minutes = (time.process_time() - start) / 60
-    print(f"{minutes:.1f} minutes of processor time")
-    if given.json:
-        found = {"settings": asdict(settings), "models": models, "cpu_minutes": minutes}
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    return {"settings": asdict(settings), "models": models}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the experiment, or print a file of it."""
+    parser = options(__doc__)
+    parser.add_argument("--seed", type=int, default=4, help="of the first model")
+    run(parser, measure, table, arguments)
 
 
 if __name__ == "__main__":

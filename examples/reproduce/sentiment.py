@@ -12,9 +12,6 @@ once and the chosen neurons removed from the model on them once, beside as many 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,21 +21,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import torch
+from figures import GEMMA, decoder_options, run, without_short
 
 import skillfast
 from skillfast import BenchConfig, Condition, Skill
 from skillfast.evaluation.correlations import top_correlations
 from skillfast.evaluation.overall import overall_accuracy
+from skillfast.markdown import table as markdown_table
 from skillfast.runs.session import open_session
 from skillfast.skills.skill import random_skills
 from skillfast.vocabulary import METRICS
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
 
     from skillfast.runs.session import Session
 
-MODEL = "embedded:gemma-3-270m"
 WORDS = (" negative", " positive")
 PROMPT = "dull and lifeless : negative\na wonderful film : positive\n{text} :"  # two examples of our own
 TUNED_PROMPT = "{text} :"  # after the virtual tokens
@@ -123,7 +122,7 @@ class Found:
 def settings(data: Path, sizes: Sizes, way: str, **more: Any) -> BenchConfig:
     """The settings of a run over phrases of the training file and sentences of the dev file."""
     made: dict[str, Any] = {
-        "model": MODEL, "dataset": "text", "data_file": str(data / "train.tsv"), "test_file": str(data / "dev.tsv"),
+        "model": GEMMA, "dataset": "text", "data_file": str(data / "train.tsv"), "test_file": str(data / "dev.tsv"),
         "text_column": "sentence", "class_names": ("negative", "positive"), "label_words": WORDS,
         "prompt": PROMPT if way == "words" else TUNED_PROMPT, "metrics": METRICS, "statistics": ("pearson",),
         "pool": "last", "train_per_class": sizes.train, "test_per_class": sizes.test, "dtype": "bfloat16",
@@ -214,38 +213,32 @@ def measured(session: Session, sizes: Sizes, way: str) -> Found:
     )
 
 
-def long_enough(data: Path, least: int, folder: Path) -> Path:
-    """The two files in a folder, that of training phrases without those of few words."""
-    head, *lines = (data / "train.tsv").read_text(encoding="utf-8").splitlines()
-    column = head.split("\t").index("sentence")
-    kept = [line for line in lines if len(line.split("\t")[column].split()) >= least]
-    (folder / "train.tsv").write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-    (folder / "dev.tsv").write_bytes((data / "dev.tsv").read_bytes())
-    return folder
-
-
 def reproduce(data: Path, sizes: Sizes, say: Callable[[str], None] = print, **more: Any) -> dict[str, Any]:
     """Both ways to ask; further settings are those of `BenchConfig.of`."""
     found = []
     with tempfile.TemporaryDirectory() as made:
-        folder = long_enough(data, sizes.least_words, Path(made))
+        folder = Path(made)
+        without_short(data, "train.tsv", sizes.least_words, folder)
+        without_short(data, "dev.tsv", 0, folder)
         for way in ("words", "tuned"):
             say(f"asked {'by words' if way == 'words' else 'with a tuned prompt'}")
-            own = {} if way == "words" else {"soft_prompt": tuned(folder, sizes, Path(made) / "prompt", say, **more)}
+            own = {} if way == "words" else {"soft_prompt": tuned(folder, sizes, folder / "prompt", say, **more)}
             with open_session(settings(folder, sizes, way, **{**more, **own}), say=say) as session:
                 found.append(measured(session, sizes, way))
-            say("\n".join(table_rows(asdict(found[-1]))))
+            say("\n".join(f"{name}: {value}" for name, value in rows(asdict(found[-1]))))
     return {
-        "model": more.get("model", MODEL), "sizes": asdict(sizes), "published_second_hand": PUBLISHED,
-        "torch": torch.__version__, "found": [asdict(way) for way in found],
-    }  # fmt: skip
+        "model": more.get("model", GEMMA),
+        "sizes": asdict(sizes),
+        "published_second_hand": PUBLISHED,
+        "found": [asdict(way) for way in found],
+    }
 
 
-def table_rows(found: dict[str, Any]) -> list[str]:
-    """The lines of one way to ask, as Markdown's rows."""
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is told of one way to ask, by name."""
     change, (low, high) = found["accuracy_change"], found["ci95"]
     drawn = [100 * value for value in found["random_changes"]]
-    rows = [
+    told = [
         ("accuracy", f"{found['accuracy']:.1%} of {found['n_test']} sentences"),
         *(
             (f"ten best neurons, mean size of r with {name}", f"{both['test']:.2f} ({both['select']:.2f})")
@@ -255,36 +248,27 @@ def table_rows(found: dict[str, Any]) -> list[str]:
         ("accuracy without them, points", f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"),
         ("without as many at random, points", f"{np.mean(drawn):+.1f} ({min(drawn):+.1f} to {max(drawn):+.1f})"),
     ]
-    return [f"| {found['way']}: {name} | {value} |" for name, value in rows]
+    return [(f"{found['way']}: {name}", value) for name, value in told]
 
 
 def table(found: dict[str, Any]) -> str:
-    """A file of results as a table in Markdown."""
-    rows = [row for way in found["found"] for row in table_rows(way)]
-    return "\n".join(["| | held out (where chosen) |", "| --- | --- |", *rows])
+    """Figures as a table in Markdown."""
+    return markdown_table(["", "held out (where chosen)"], [row for way in found["found"] for row in rows(way)])
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask for."""
+    return reproduce(
+        given.data, QUICK if given.quick else Sizes(), model=given.model, dtype=given.dtype,
+        label_words=tuple(given.label_words.split(",")),
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SKILLFAST_DATA", "data")) / "sst2")
-    parser.add_argument("--model", default=MODEL)
+    parser = decoder_options(__doc__)
     parser.add_argument("--label-words", default=",".join(WORDS), help="the words for the classes")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--quick", action="store_true", help="few sentences: whether it runs, not what it finds")
-    parser.add_argument("--json", type=Path, help="file for what is found")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a file of results, and do nothing else")
-    given = parser.parse_args(arguments)
-    if given.table is not None:
-        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
-        return
-    words = tuple(given.label_words.split(","))
-    found = reproduce(
-        given.data, QUICK if given.quick else Sizes(), model=given.model, dtype=given.dtype, label_words=words
-    )
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
+    run(parser, measure, table, arguments)
 
 
 if __name__ == "__main__":
