@@ -313,8 +313,8 @@ def replicated_q(p: np.ndarray) -> np.ndarray:
     tried = np.searchsorted(np.sort(either), both[order], side="right")
     made = np.searchsorted(both[order], both[order], side="right")
     q = np.empty(len(both))
-    q[order] = np.minimum.accumulate((both[order] * tried / made)[::-1])[::-1]
-    return np.minimum(q, 1)
+    q[order] = np.minimum.accumulate((both[order] * tried / made)[::-1])[::-1]  # the last is its p: at most 1
+    return q
 
 
 def _pair(a: int, b: int, effects: Effects, classes: Sequence[str], p: float, q: float) -> Pair:

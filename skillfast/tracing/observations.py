@@ -252,9 +252,8 @@ class TokenRows(_Rows):
         self._sums: torch.Tensor | None = None  # [2, batch, sum of widths]: sums and sums of squares about the center
         self._added: dict[str, tuple[torch.Tensor, ...]] = {}  # site -> sum_x, sum_xx, sum_xy of this forward
         self._values: torch.Tensor | None = None  # float64 [batch, tokens, metrics], where they were expected
-        self._picked: np.ndarray | None = None  # int64 [n], of batch * tokens
-        self._picked_there: torch.Tensor | None = None  # the same on the device
-        self._sample: torch.Tensor | None = None  # [n, sum of widths], a view of the sampled rows' buffer
+        # int64 [n] of batch * tokens, the same on the device, and [n, sum of widths], a view of the rows' buffer
+        self._sample: tuple[np.ndarray, torch.Tensor, torch.Tensor] | None = None
 
     def read(self, site: Site, x: torch.Tensor, activation: Activation, write: bool) -> torch.Tensor:
         """Sum a site's activations over the tokens; return the activated tensor."""
@@ -284,9 +283,9 @@ class TokenRows(_Rows):
             y, sums = ops.act_mask_pool(x, activation, "moments", mask=mask, center=about, write=write)
             self._sums[:, :, columns] = sums.to(self._sums.dtype)
         if self._sample is not None:
-            assert self._picked_there is not None
+            _, there, rows = self._sample
             flowing = as_tokens(y if write else x)  # only an identity is not written
-            self._sample[:, columns] = flowing.flatten(0, 1).index_select(0, self._picked_there)
+            rows[:, columns] = flowing.flatten(0, 1).index_select(0, there)
         return y.reshape(shape) if write else y
 
     def _begin(self, batch: int, tokens: int, mask: TokenMask | None) -> None:
@@ -299,8 +298,7 @@ class TokenRows(_Rows):
             self._sums = torch.empty(2, batch, statistics.n_neurons, device=statistics.device)
         picked = statistics.pick(batch, tokens, mask)
         if picked is not None:
-            self._picked, self._picked_there = picked, on_device(picked, statistics.device)
-            self._sample = statistics.reserve(len(picked))
+            self._sample = picked, on_device(picked, statistics.device), statistics.reserve(len(picked))
 
     def _accumulate(
         self,
@@ -362,10 +360,11 @@ class TokenRows(_Rows):
                 each = _selected(each, here)
                 groups = None if groups is None else _selected(groups, here)
             self.statistics.add_sums(sums, on_device(counts[counts > 0], device), each, groups)
-        if self._sample is not None and self._picked is not None:
+        if self._sample is not None:
+            picked, _, rows = self._sample
             for name in missing:
-                self._sample[:, self.columns[name]] = torch.nan
-            self.statistics.commit(self._sample, self._picked, checked, None if counts.all() else counts > 0)
+                rows[:, self.columns[name]] = torch.nan
+            self.statistics.commit(rows, picked, checked, None if counts.all() else counts > 0)
         self.discard()
 
     def _add_nothing(self, name: str, device: torch.device) -> None:

@@ -254,6 +254,11 @@ def test_a_sweep_says_what_it_will_run_and_how_long_that_takes(vit, batches, mon
     with progress.telling(lines.append):
         skillfast.sweep(vit, list(loader), conditions, classes=5)
     assert lines == ["3 conditions, as long as 3 forwards of every example"]  # of a stream nobody knows the length
+    lines.clear()
+    again = [*conditions, *(Condition(Skill(f"again {i}", {"blocks.1.attn": [i]})) for i in (1, 2, 3))]
+    with progress.telling(lines.append):
+        skillfast.sweep(vit, list(loader), again, classes=5)
+    assert lines == ["6 conditions, as long as 5 forwards of every example"]  # 1 + 1 + 4 * 2 / 3 is 4.67
 
 
 def test_a_sweep_is_asked_by_name_and_answers_by_name(vit, batches, tmp_path):
@@ -553,6 +558,8 @@ def test_what_a_forward_trace_counts(vit, batches):
     by_sample = [forward_trace._by_sample(leaf, 2) for leaf in (two, one, number, None, "flag", torch.zeros(3))]
     assert by_sample == [True, None, False, None, False, False]
     assert forward_trace._by_sample(one, 1) is True
+    assert forward_trace._by_sample(torch.zeros(2), 2) is True
+    assert forward_trace._by_sample(torch.zeros(1), 2) is None
     assert trace.tokens == 17  # 16 patches and the class token
     assert trace.sequential
     for leaves, more in (([True], False), ([None, False], False), ([True, True], True), ([False, False, None], True)):

@@ -76,6 +76,29 @@ def test_tuning_goes_where_logistic_regression_goes(clouds):
     assert (tuned_predictions(start, fitted, fitted_labels, rows, 0) == (rows @ start[0].T + start[1]).argmax(1)).all()
 
 
+def test_a_few_steps_are_those_of_nesterov():
+    """On a line the boundary between two classes is where the reference has it, to a thousandth."""
+    generator = np.random.default_rng(3)
+    few, labels = generator.normal([[2.0], [2.3], [2.5], [3.5]], 0.1), np.array([0, 0, 1, 1])
+    start = np.array([[-0.5], [0.5]]), np.array([0.5, -0.5])
+    line = np.arange(-5, 10, 0.001)[:, None]
+    weights = np.concatenate([start[0], start[1][:, None]], 1)
+    rows = np.concatenate([few, np.ones((4, 1))], 1)
+    step = 2 * 4 / np.linalg.svd(rows, compute_uv=False)[0] ** 2
+    ahead, theta = weights, 1.0
+    for _ in range(30):
+        odds = np.exp(rows @ ahead.T)
+        slope = (odds / odds.sum(1, keepdims=True) - np.eye(2)[labels]).T @ rows / 4
+        new = ahead - step * slope
+        following = (1 + np.sqrt(1 + 4 * theta**2)) / 2
+        ahead, weights, theta = new + (theta - 1) / following * (new - weights), new, following
+    boundary = (weights[0, 1] - weights[1, 1]) / (weights[1, 0] - weights[0, 0])
+    assert 0 < boundary < 10
+    found = line[tuned_predictions(start, few, labels, line, 30) == 1, 0]
+    assert found.min() == pytest.approx(boundary, abs=1.1e-3)
+    assert found.max() == line[-1, 0]
+
+
 def test_told_apart_equals_a_loop():
     rng = np.random.default_rng(2)
     labels, predictions = rng.integers(0, 4, (2, 80))

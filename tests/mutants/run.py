@@ -1,8 +1,8 @@
 """Mutation testing: change one expression, run the tests of its module, see whether one of them fails.
 
 mutmut's operators and a few of our own make the changes; one of every (line, operator) can be drawn. Not counted:
-changes of annotations, docstrings, error messages, assertions for the type checker, progress bars, `__repr__` and
-devices. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
+changes of annotations, docstrings, error messages, assertions for the type checker, warnings, progress bars, `__repr__`
+and devices. A mutant is a fork of a process that has imported and collected everything once; the code of the changed
 function is put in its place there (what runs at import is imported anew). Its tests are those that run the changed
 line, cheap ones that name it or its module before others, until one fails or `BUDGET` is spent; left out are tests that
 are marked slow, need the trained default model or start processes, where no mutant in memory is. Which lines a test
@@ -63,7 +63,7 @@ STARTS_PROCESSES = re.compile(r"torchrun|subprocess")
 COSTLY = {"default_run", "trained_digits"}  # fixtures that take longer than that
 LARGEST = 0.05  # share that may survive
 PROGRESS = os.fdopen(os.dup(1), "w")
-SILENT = {"__repr__", "__str__", "describe", "warn", "track"}
+SILENT = {"__repr__", "__str__", "describe", "warn", "track", "errstate"}
 PRELOADED = ("torch", "timm", "transformers", "scipy.stats", "sklearn.metrics", "hypothesis", "pandas")
 
 
@@ -149,13 +149,16 @@ def code_with(module: cst.Module, parent: cst.CSTNode, node: cst.CSTNode, new: c
 def shape(code: str) -> str:
     """What a module says, but for where tensors are made or moved to, which only a second device would show.
 
-    And but for `strict=`, which asserts what is so: that two lengths are equal.
+    And but for `strict=`, which asserts what is so (that two lengths are equal), and the type that `cast` tells readers.
     """
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             node.keywords = [k for k in node.keywords if k.arg not in ("device", "strict")]
-            if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("to", "moved"):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called == "cast":
+                node.args = node.args[1:]
+            if called in ("to", "moved"):
                 node.args = [a for a in node.args if ast.unparse(a).rpartition(".")[2] not in ("device", "None")]
     return ast.dump(tree)
 

@@ -149,3 +149,9 @@ def test_a_ranking_is_saved_and_loaded(batches, tmp_path):
         assert getattr(again, name) == getattr(found, name)
     with pytest.raises(DataError, match=r"got none; write it with NeuronRanking\.save$"):
         NeuronRanking.load(tmp_path)
+    twice = tmp_path / "new" / "ranking.safetensors"
+    stored = twice.read_bytes()
+    assert stored.count(b"label:3") == 1
+    twice.write_bytes(stored.replace(b"label:3", b"label:1"))
+    with pytest.raises(DataError, match=r"expected columns with different names at columns, got one twice"):
+        NeuronRanking.load(tmp_path / "new")
