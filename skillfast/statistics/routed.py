@@ -274,8 +274,7 @@ class RoutedStatistics(persistence.Kept):
             checked: float64 [rows, metrics].
             groups: int64 [rows], the group of each.
         """
-        dtype = rows.x.dtype
-        gated = rows.gated().to(dtype)
+        gated = rows.gated().to(rows.x.dtype)
         self._waiting.append((gated, rows.expert, checked, inputs.check_groups(groups, len(checked), self.device)))
         if sum(len(x) for x, *_ in self._waiting) >= self._sums.settings.buffer_rows * self.n_experts:
             self._drain()

@@ -312,6 +312,7 @@ def test_constant_embeddings_have_no_order_and_no_cka():
     assert result["rank_preservation"] is result["cka"] is None
     assert result["cosine"] is not None
     assert result["reasons"] == {"constant_embeddings": ["a", "b"]}
+    assert np.isnan(metrics.compare(np.tile(before[:1], (30, 1))).cka)  # constant, each number another
 
 
 def test_few_images():

@@ -16,8 +16,10 @@ from torch import nn
 
 import skillfast
 from skillfast import Condition, Continuous, Skill
+from skillfast.ablation.interventions import Interventions
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import shrink
+from skillfast.models.activations import RoutedActivations
 from skillfast.models.columns import written
 from skillfast.models.coverage import randomise
 from skillfast.models.sites import find_sites, router_of
@@ -772,11 +774,17 @@ def test_donors_give_experts_their_mean_over_the_tokens_that_were_routed_there(f
         want = kept[bank.indices]
         want = np.where(np.isnan(want), np.nanmean(want, 0), want)
         np.testing.assert_allclose(found[:, 0], want, rtol=1e-4, atol=1e-6)
+    only = Skill("units", {site.name: neurons})
+    n, nowhere = site.experts, torch.tensor([int(busy[0]), site.experts, site.experts + 1])  # two rows of no expert
+    found = RoutedActivations(torch.ones(3, units), nowhere, torch.arange(3), torch.ones(3), n, tuple(ids.shape))
+    changed = Interventions(model, [Condition(only, mode="resample")], donors=bank).apply(
+        site, found, [0], torch.zeros(len(ids), dtype=torch.int64)
+    )
+    assert (changed != 1).any(1).tolist() == [True, False, False]
     outputs = []
     hook = model.get_submodule(parent).register_forward_hook(
         lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
-    only = Skill("units", {site.name: neurons})
     with torch.no_grad():
         model(input_ids=ids)
         with skillfast.ablate(model, only, mode="resample", donors=bank, scale=0.25):

@@ -149,7 +149,7 @@ def code_with(module: cst.Module, parent: cst.CSTNode, node: cst.CSTNode, new: c
 def shape(code: str) -> str:
     """What a module says, but for where tensors are made or moved to, which only a second device would show.
 
-    And but for `strict=`, which asserts what is so (that two lengths are equal), and the type that `cast` tells readers.
+    And but for `strict=`, which asserts what is so (two lengths are equal), and the type that `cast` tells readers.
     """
     tree = ast.parse(code)
     for node in ast.walk(tree):

@@ -157,6 +157,16 @@ def test_rows_that_wait_are_counted_when_there_are_enough_for_every_expert():
     assert statistics.n_observations == before + int((few.expert < EXPERTS).sum())
 
 
+def test_rows_that_wait_have_the_models_type_whatever_the_gates_have():
+    statistics = made(statistics=("spearman",))
+    rows, values = steps(torch.bfloat16, n=1)[0]
+    checked = statistics.check({"label": values["label"], "loss": values["loss"][:, 0]}, BATCH)[rows.example]
+    statistics.add(replace(rows, gate=rows.gate.float()), checked, rows.example)
+    kept = statistics.state_dict()["experts"]["0"]["kept"]["rows"]
+    assert len(kept) > 0
+    assert kept.dtype == torch.bfloat16
+
+
 def test_padding_is_left_out_of_a_columns_shift():
     statistics = made()
     ((rows, values),) = steps(n=1)

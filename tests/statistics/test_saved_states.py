@@ -12,9 +12,13 @@ from safetensors.torch import save_file
 from skillfast import Categorical, NeuronStatistics
 from skillfast.errors import ArgumentError, DataError
 from skillfast.files import metadata, read_nested
+from skillfast.models.sites import Site
 from skillfast.statistics.routed import RoutedStatistics
+from skillfast.statistics.saved_sites import saved_sites, sites_of
+from skillfast.statistics.tokens import TokenStatistics
 
 METRICS = {"label": Categorical(("a", "b"))}
+SETTINGS = {"bins": 4, "n_bootstrap": None, "seed": 0, "buffer_rows": 4, "device": torch.device("cpu")}
 
 
 def test_a_categorical_metric_without_classes_is_refused():
@@ -48,12 +52,37 @@ def test_a_metric_that_is_a_tensor_is_refused():
 
 
 def test_experts_of_other_statistics_than_their_block_are_refused():
-    cpu = torch.device("cpu")
-    settings = {"bins": 4, "n_bootstrap": None, "seed": 0, "buffer_rows": 4, "device": cpu}
-    saved = RoutedStatistics(2, 3, METRICS, ("pearson", "auroc"), **settings).state_dict()
+    saved = RoutedStatistics(2, 3, METRICS, ("pearson", "auroc"), **SETTINGS).state_dict()
     saved["experts"]["1"]["statistics"] = ["pearson", "spearman"]
     told = one_line(ArgumentError, RoutedStatistics.from_state_dict, saved)
     assert told == "state_dict of an expert: expected statistics auroc, got spearman; it is damaged"
+
+
+def test_tokens_without_a_statistic_are_refused():
+    saved = TokenStatistics(2, METRICS, ["pearson"], **SETTINGS).state_dict() | {"pearson": False}
+    told = one_line(ArgumentError, TokenStatistics.from_state_dict, saved)
+    assert told == "state_dict: expected at least one statistic, got none; it is damaged, start again"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_that_are_kept_come_back_in_their_own_type(dtype):
+    acc = NeuronStatistics(2, METRICS)
+    acc.update(torch.arange(8.0).view(4, 2).to(dtype), {"label": [0, 1, 1, 0]})
+    saved = acc.state_dict()
+    assert saved["kept"]["rows"].dtype == dtype
+    back = NeuronStatistics.from_state_dict(saved).state_dict()["kept"]["rows"]
+    assert back.dtype == dtype
+    assert torch.equal(back, saved["kept"]["rows"])
+    saved["kept"]["rows"] = saved["kept"]["rows"].int()
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert "kept rows: expected float32 [4, 2], got int32 [4, 2]" in told
+
+
+def test_sites_of_one_name_are_refused():
+    site = Site("blocks.0.mlp", "mlp", 0, "blocks.0.mlp.fc2", 4)
+    assert sites_of(saved_sites([site])) == (site,)
+    with pytest.raises(ValueError, match=r"^expected sites with different names at sites, got one twice$"):
+        sites_of(saved_sites([site, site]))
 
 
 def test_a_tensor_of_a_size_that_cannot_be_is_refused(tmp_path):
