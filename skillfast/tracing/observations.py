@@ -454,15 +454,15 @@ class RoutedTokens(_Rows):
                 here = on_device(np.flatnonzero(keep), statistics.device)
                 sums, counts, checked = sums[:, here], counts[here], checked[here]
             statistics.add_sums(sums, counts, checked)
-        elif self._rows is not None:
-            rows = self._rows
-            example = rows.example
-            if keep is not None:
-                of_row = on_device(keep, statistics.device)[example]
-                rows = replace(rows, expert=torch.where(of_row, rows.expert, statistics.n_experts))
-            numbers = statistics.numbers(n) if groups is None else as_tensor(groups)
-            each = checked[example] if checked.dim() == 2 else checked.flatten(0, 1)[rows.token]
-            statistics.add(rows, each, as_tensor(numbers, statistics.device)[example])
+            return
+        assert self._rows is not None
+        rows, example = self._rows, self._rows.example
+        if keep is not None:
+            of_row = on_device(keep, statistics.device)[example]
+            rows = replace(rows, expert=torch.where(of_row, rows.expert, statistics.n_experts))
+        numbers = statistics.numbers(n) if groups is None else as_tensor(groups)
+        each = checked[example] if checked.dim() == 2 else checked.flatten(0, 1)[rows.token]
+        statistics.add(rows, each, as_tensor(numbers, statistics.device)[example])
 
     def discard(self) -> None:
         """Forget the forward that waits."""

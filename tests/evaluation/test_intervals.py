@@ -41,7 +41,7 @@ def test_the_interval_of_a_bracket():
 
 def test_strata_equal_a_plain_loop():
     rng = np.random.default_rng(0)
-    labels, values = rng.integers(0, 4, 60), rng.normal(size=(2, 60))
+    labels, values = rng.permutation(np.repeat(range(4), [25, 20, 13, 2])), rng.normal(size=(2, 60))
     parts = [values[:, labels == label] for label in range(4)]
     strata = Strata(labels)
     np.testing.assert_allclose(strata.mean(values), np.mean([part.mean(1) for part in parts], 0))
