@@ -267,7 +267,7 @@ def evaluate(quiet: bool, **given: Any) -> None:
     heuristic answers and not the label, and says what changes where the two disagree.
     """
     from skillfast.files import output_folder
-    from skillfast.report import evaluation_table, shortcut_summary, shortcut_table, write_evaluation
+    from skillfast.report import dose_table, evaluation_table, shortcut_summary, shortcut_table, write_evaluation
     from skillfast.runs.evaluate import evaluate as run
 
     metrics, output = given.pop("metrics"), given["output"]  # metrics: some of what a BenchConfig traces of images
@@ -282,6 +282,8 @@ def evaluate(quiet: bool, **given: Any) -> None:
     found.save(output)
     if not quiet:
         _show(evaluation_table(found.results))
+        if found.results.curves():
+            _show(dose_table(found.results))
         if (followed := found.results.shortcut) is not None:
             click.echo("\n".join(shortcut_summary(followed)))
             if followed.removals:

@@ -135,7 +135,7 @@ def measured(subject: CausalSubject, sizes: Sizes) -> dict[str, Any]:
         "top_r_given": {"select": given.select, "test": given.test},
         "best": [msgspec.to_builtins(neuron) for neuron in alone.neurons],
         "intact": msgspec.to_builtins(intact),
-        "outcomes": [msgspec.to_builtins(outcome) for outcome in outcomes],
+        "outcomes": [msgspec.to_builtins(outcome) for outcome in outcomes if outcome.scale != 1],
         "seconds": time.process_time() - start,
     }
 

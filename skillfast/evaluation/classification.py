@@ -1,15 +1,17 @@
-"""Accuracy and F1 of predictions, with paired bootstrap intervals."""
+"""Accuracy and F1 of predictions, and their change from the intact model's, with 95 % intervals."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import structs
 from sklearn.metrics import f1_score
 
+from skillfast.evaluation.intervals import share_limits
 from skillfast.evaluation.measures import finite
+from skillfast.evaluation.paired import PairedDifference
 from skillfast.evaluation.resampling import interval
-from skillfast.metrics import per_class_accuracy
 from skillfast.results.evaluation import Intact, Measured, PerClass
 
 if TYPE_CHECKING:
@@ -17,69 +19,97 @@ if TYPE_CHECKING:
 
     from skillfast.evaluation.resampling import PairedBootstrap
     from skillfast.results.evaluation import Measure, Values
+    from skillfast.results.records import Interval
 
-MEASURES: tuple[Measure, ...] = ("accuracy", "f1_macro", "class_accuracy", "class_f1")
+MEASURES: tuple[Measure, ...] = ("accuracy", "f1_macro", "class_accuracy", "other_accuracy", "class_f1")
 
 
-def scores_of_counts(
+def f1_of_counts(
     true_positives: np.ndarray, predicted: np.ndarray, support: np.ndarray, own: int | None
 ) -> dict[str, np.ndarray]:
-    """The measures from counts; F1 is 0 for a class that is neither there nor predicted, as in scikit-learn.
+    """F1 from counts; 0 for a class that is neither there nor predicted, as in scikit-learn.
 
     Args:
         true_positives: [..., K], examples of each class that are predicted as it.
         predicted: [..., K], examples that are predicted as each class.
         support: [K], examples of each class.
-        own: The class of `class_accuracy` and `class_f1`, which are NaN without one.
+        own: The class of `class_f1`, which is NaN without one.
     """
     f1 = 2 * true_positives / np.maximum(predicted + support, 1)
     undefined = np.full(true_positives.shape[:-1], np.nan)
-    recall = undefined if own is None or not support[own] else true_positives[..., own] / support[own]
-    return {
-        "accuracy": true_positives.sum(-1) / support.sum(),
-        "f1_macro": f1.mean(-1),
-        "class_accuracy": recall,
-        "class_f1": undefined if own is None else f1[..., own],
-    }
+    return {"f1_macro": f1.mean(-1), "class_f1": undefined if own is None else f1[..., own]}
 
 
 def measure(bootstrap: PairedBootstrap, intact: np.ndarray, predictions: np.ndarray, own: int | None) -> Measured:
-    """The measures of predictions, and their change from the intact model's.
+    """The measures of predictions, and their change from the intact model's, with 95 % intervals.
+
+    Those of accuracies are Wilson's and of their changes Newcombe's for paired shares, which have a width where every
+    example is right, too; those of F1 come from resamples.
 
     Args:
         bootstrap: Resamples of the n examples.
         intact: int64 [n], predictions of the intact model.
         predictions: int64 [n].
-        own: The class of `class_accuracy` and `class_f1`, which are None without one.
+        own: The class of `class_accuracy` and `class_f1`, and that `other_accuracy` leaves out; they are None without
+            one.
     """
     before, after = (values(bootstrap, p, own) for p in (intact, predictions))
-    spread_before, spread_after = (
-        scores_of_counts(hits, predicted, bootstrap.support, own)
-        for hits, predicted in bootstrap.counts(intact, predictions)
-    )
     none = [name for name, value in after.items() if value is None]
     change = {name: None if name in none else after[name] - before[name] for name in after}  # type: ignore[operator]
+    ci95, change_ci95 = _limits(bootstrap.labels, intact, predictions, own)
+    spread_before, spread_after = (
+        f1_of_counts(hits, predicted, bootstrap.support, own)
+        for hits, predicted in bootstrap.counts(intact, predictions)
+    )
+    for name, spread in spread_after.items():
+        ci95[name], change_ci95[name] = interval(spread), interval(spread - spread_before[name])
     return Measured(
         values=after,
         change=change,
-        ci95={name: interval(spread) for name, spread in spread_after.items()},
-        change_ci95={name: interval(spread - spread_before[name]) for name, spread in spread_after.items()},
+        ci95={name: ci95[name] for name in MEASURES},
+        change_ci95={name: change_ci95[name] for name in MEASURES},
     )
+
+
+def unchanged(bootstrap: PairedBootstrap, intact: np.ndarray, own: int | None) -> Measured:
+    """The measures of the intact model [n] under a factor of 1, which changes nothing in any other sample either."""
+    found = measure(bootstrap, intact, intact, own)
+    never = {name: None if value is None else [0.0, 0.0] for name, value in found.values.items()}
+    return structs.replace(found, change_ci95=never)
+
+
+def _limits(
+    labels: np.ndarray, intact: np.ndarray, predictions: np.ndarray, own: int | None
+) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Limits of each accuracy, and of its change; None without an example, of a change without two."""
+    right, was_right = predictions == labels, intact == labels
+    limits: dict[str, Interval] = {}
+    of_change: dict[str, Interval] = {}
+    for name, counted in _counted(labels, own).items():
+        hits, n = right[counted], int(counted.sum())
+        limits[name] = list(share_limits(float(hits.mean()), 0.0, n)) if n else None
+        change = PairedDifference(hits.astype(np.int8) - was_right[counted].astype(np.int8))
+        of_change[name] = list(change.limits()) if n > 1 else None
+    return limits, of_change
+
+
+def _counted(labels: np.ndarray, own: int | None) -> dict[str, np.ndarray]:
+    """Accuracy -> bool [n], the examples that it is over."""
+    every = np.ones(len(labels), dtype=bool)
+    of_class, of_others = (~every, ~every) if own is None else (labels == own, labels != own)
+    return {"accuracy": every, "class_accuracy": of_class, "other_accuracy": of_others}
 
 
 def values(bootstrap: PairedBootstrap, predictions: np.ndarray, own: int | None) -> Values:
     """The measures of predictions [n]; None for those of a class where there is none, or no example of it."""
     labels = bootstrap.labels
     f1 = f1_score(labels, predictions, labels=np.arange(bootstrap.n_classes), average=None, zero_division=0)
-    per_class = per_class_accuracy(predictions, labels, bootstrap.n_classes)
-    return finite(
-        {
-            "accuracy": (predictions == labels).mean(),
-            "f1_macro": f1.mean(),
-            "class_accuracy": np.nan if own is None else per_class[own],
-            "class_f1": np.nan if own is None else f1[own],
-        }
-    )
+    right = predictions == labels
+    shares = {
+        name: right[counted].mean() if counted.any() else np.nan for name, counted in _counted(labels, own).items()
+    }
+    of_f1 = {"f1_macro": f1.mean(), "class_f1": np.nan if own is None else f1[own]}
+    return finite({name: {**shares, **of_f1}[name] for name in MEASURES})
 
 
 def intact_measures(bootstrap: PairedBootstrap, intact: np.ndarray) -> Intact:

@@ -32,7 +32,8 @@ def require_sacrebleu() -> Any:
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU as sacrebleu has it, 0 to 100, of texts against one reference each."""
-    return float(require_sacrebleu().corpus_bleu(list(texts), [list(references)]).score)
+    score = float(require_sacrebleu().corpus_bleu(list(texts), [list(references)]).score)
+    return min(score, WHOLE)  # a text against itself comes a rounding above
 
 
 def perplexity(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

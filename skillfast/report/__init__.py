@@ -26,6 +26,7 @@ __all__ = [
     "audit_tables",
     "comparison_table",
     "comparison_text",
+    "dose_table",
     "evaluation_table",
     "plan_table",
     "read_results",
@@ -329,6 +330,17 @@ def write_evaluation(directory: str | Path) -> Path:
     from skillfast.report import files
 
     return files.write_evaluation(Path(directory))
+
+
+def dose_table(results: EvaluationResults) -> Table:
+    """Make the table that `skillfast evaluate` prints of factors: what each skill's measures do as it is turned.
+
+    Args:
+        results: what `evaluation.json` holds.
+    """
+    from skillfast.report import tables
+
+    return tables.dose_table(results)
 
 
 def evaluation_table(results: EvaluationResults) -> Table:

@@ -255,6 +255,20 @@ def evaluation_table(results: EvaluationResults) -> Table:
     return table
 
 
+def dose_table(results: EvaluationResults) -> Table:
+    """See `skillfast.report.dose_table`."""
+    from skillfast.report.evaluation import page as evaluation
+
+    columns, rows = evaluation.dose_table(results)
+    caption = "at 1 the intact model's value, elsewhere the change from it; in brackets the 95 % interval"
+    table = Table(title="by the factor on a skill's activations", title_justify="left", caption=caption)
+    for i, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if i < 2 else "right")
+    for row in rows:
+        table.add_row(*(Text(cell.replace("; ", "\n")) for cell in row))  # rich reads brackets in a str as markup
+    return table
+
+
 def shortcut_table(found: Shortcut) -> Table:
     """See `skillfast.report.shortcut_table`."""
     from skillfast.report.evaluation import shortcut as words

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 FILE = "evaluation.json"
-Measure = Literal["accuracy", "f1_macro", "class_accuracy", "class_f1", "perplexity", "bleu"]
+Measure = Literal["accuracy", "f1_macro", "class_accuracy", "other_accuracy", "class_f1", "perplexity", "bleu"]
 Followed = Literal["shortcut", "label"]
 Values = dict[str, float | None]
 Intervals = dict[str, Interval]
@@ -31,8 +31,8 @@ class Measured(Record, frozen=True):
     Attributes:
         values: Measure -> value; null where it is not defined.
         change: Measure -> value minus the intact model's; null where either is not defined.
-        ci95: 95 % bootstrap interval of each value; null where there is none.
-        change_ci95: 95 % bootstrap interval of each change, the same resampled examples on both sides.
+        ci95: 95 % interval of each value; null where there is none.
+        change_ci95: 95 % interval of each change, the same examples on both sides.
     """
 
     values: Annotated[Values, Meta(min_length=1)]
@@ -71,12 +71,12 @@ class Outcome(Record, frozen=True):
         metric: The column that chose it, or null.
         share: Size of the skill as a share of all neurons, as asked for.
         layers: `all`, `head` or a block.
-        scale: Factor on its activations; 0 removes.
+        scale: Factor on its activations; 0 removes, and at 1 is the intact model, beside the other factors of a curve.
         neurons: How many it has.
         values: Measure -> value; null where it is not defined.
         change: Measure -> value minus the intact model's; null where either is not defined.
-        ci95: 95 % bootstrap interval of each value; null where there is none.
-        change_ci95: 95 % bootstrap interval of each change, the same resampled examples on both sides.
+        ci95: 95 % interval of each value; null where there is none.
+        change_ci95: 95 % interval of each change, the same examples on both sides.
         random: What random neurons do.
     """
 
@@ -369,6 +369,25 @@ class EvaluationResults(Document, frozen=True, tag="skillfast.evaluation/1", tag
             raise ValueError("expected per_class at intact of a classifier alone, got another task")
         for outcome in self.outcomes:
             _check_measures("outcomes", self.measures, outcome)
+            if outcome.scale == 1 and any(outcome.change.values()):
+                raise ValueError(f"expected no change at a factor of 1 of {outcome.skill!r} at outcomes, got one")
+
+    def curves(self) -> dict[str, list[Outcome]]:
+        """Skill -> its outcomes in all layers at its largest size, by factor: the curve of dose and response.
+
+        None of a skill that was removed and no more.
+        """
+        of_skill: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            if outcome.layers == "all":
+                of_skill.setdefault(outcome.skill, []).append(outcome)
+        found = {}
+        for skill, outcomes in of_skill.items():
+            share = max(outcome.share for outcome in outcomes)
+            curve = [outcome for outcome in outcomes if outcome.share == share]
+            if len(curve) > 1:
+                found[skill] = sorted(curve, key=lambda outcome: outcome.scale)
+        return found
 
     def axes(self) -> dict[str, list[str]]:
         """Names of the classes and of the tasks."""

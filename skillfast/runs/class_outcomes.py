@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillfast.ablation.interventions import Condition
 from skillfast.ablation.sweep import sweep
-from skillfast.evaluation.classification import intact_measures, measure, own_class
+from skillfast.evaluation.classification import intact_measures, measure, own_class, unchanged
 from skillfast.evaluation.resampling import PairedBootstrap
 from skillfast.runs.grid import outcome
 
@@ -47,6 +47,7 @@ def class_outcomes(
     conditions = [
         Condition(skill, scale=scale, name=f"{i}: {skill.name}")
         for i, (case, scale) in enumerate(rows)
+        if scale != 1  # the intact model
         for skill in (case.skill, *case.controls)
     ]
     swept = sweep(model, loader, conditions, classes=classes, keep_predictions=True, quiet=quiet)
@@ -55,6 +56,9 @@ def class_outcomes(
     found, remaining = [], iter(swept.predictions)
     for case, scale in rows:
         own = own_class(case.skill.metric, classes)
-        measured = [measure(bootstrap, intact, next(remaining), own) for _ in (case.skill, *case.controls)]
+        if scale == 1:
+            measured = [unchanged(bootstrap, intact, own)] * (1 + len(case.controls))
+        else:
+            measured = [measure(bootstrap, intact, next(remaining), own) for _ in (case.skill, *case.controls)]
         found.append(outcome(case, scale, measured[0], measured[1:]))
     return intact_measures(bootstrap, intact), found

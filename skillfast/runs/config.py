@@ -424,8 +424,8 @@ class Grid(Settings):
         "or a block such as blocks.3.", required=True,
     )  # fmt: skip
     scales: tuple[float, ...] = setting(
-        (0.0, 0.5, 2.0, 4.0), "Factors on the activations of a skill of all layers; 0, which removes, is always among "
-        "them.", required=True,
+        (0.0, 0.5, 2.0, 4.0), "Factors on the activations of a skill of all layers: 0, which removes, is always among "
+        "them, and beside others 1, which is the intact model.", required=True,
     )  # fmt: skip
     draws: int = setting(
         3, "Random controls beside each skill, with as many neurons per site.", low=1, option="control-draws"
@@ -437,8 +437,9 @@ class Grid(Settings):
     seed: int = setting(0, "Of the random controls and the bootstrap.", low=0)
 
     def scales_at(self, layers: str) -> tuple[float, ...]:
-        """Factors to try: everywhere in turn, in single layers removal alone."""
-        return tuple(sorted({0.0, *(self.scales if layers == ALL else ())} - {1.0}))  # 1 is the intact model
+        """Factors, ascending: those of a curve through 1, the intact model, or 0 alone, as in single layers."""
+        others = {*self.scales} - {0.0, 1.0} if layers == ALL else set()
+        return tuple(sorted({0.0, 1.0, *others})) if others else (0.0,)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

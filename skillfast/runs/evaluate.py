@@ -163,7 +163,7 @@ def _evaluate_classifier(
     answers = {} if shortcut is None else disagreements(subject, shortcut)
     scores = _scores(session) if skills is None or tasks else None
     cases = _cases(session, scores, grid, metrics, skills)
-    session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} examples")
+    session.say(f"{_interventions(cases)} interventions on {len(subject.splits.test)} examples")
     intact, outcomes = session.stage(
         "sweep",
         lambda: class_outcomes(
@@ -225,7 +225,7 @@ def _evaluate_causal(
         prefixes(subject.texts("test"), settings, grid.seed)  # texts that are too short are told before the trace
     scores = _scores(session) if skills is None else None
     cases = _cases(session, scores, grid, metrics, skills)
-    session.say(f"{sum(len(case.scales) for case in cases)} interventions on {len(subject.splits.test)} texts")
+    session.say(f"{_interventions(cases)} interventions on {len(subject.splits.test)} texts")
     intact, outcomes, counts = session.stage(
         "sweep",
         lambda: causal_outcomes(
@@ -267,6 +267,11 @@ def _cases(
     (tried,) = selection.candidates(method, max(grid.shares), contrastive=grid.contrastive)  # one, as method is named
     ranked = selection.rank(session, scores, [tried], max_site_share=grid.max_site_share)
     return cases_of_scores(ranked[tried.ranking], method, [name.removeprefix(COLUMN) for name in metrics], grid)
+
+
+def _interventions(cases: Sequence[Case]) -> int:
+    """How many factors change something: 1 does not."""
+    return sum(scale != 1 for case in cases for scale in case.scales)
 
 
 def _method(config: BenchConfig) -> str:

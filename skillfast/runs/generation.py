@@ -174,7 +174,8 @@ def causal_outcomes(
         intact = measures.measure()
         found = []
         for case, scale in track(rows, "evaluation", quiet=quiet):
-            own, *drawn = (measures.measure(skill, scale) for skill in (case.skill, *case.controls))
+            every = (case.skill, *case.controls)
+            own, *drawn = (intact if scale == 1 else measures.measure(skill, scale) for skill in every)
             found.append(outcome(case, scale, own, drawn))
     counts = {"tokens": int(measures.counts.sum()), "prefixes": len(measures.starts)}
     return Intact(values=intact.values, ci95=intact.ci95), found, counts

@@ -110,12 +110,17 @@ def test_outcomes_are_those_of_numpy_and_sacrebleu(subject, model_class):
     assert intact.values["perplexity"] == pytest.approx(numpy_perplexity(found), rel=1e-4)
     assert intact.values["bleu"] == pytest.approx(100)
     assert [(o.layers, o.scale) for o in outcomes] == [
-        ("all", 0.0), ("all", 2.0), ("blocks.0", 0.0), ("blocks.1", 0.0),
+        ("all", 0.0), ("all", 1.0), ("all", 2.0), ("blocks.0", 0.0), ("blocks.1", 0.0),
     ]  # fmt: skip
     starts = prefixes(found.splits.test, settings, seed=3)
     references = [greedy(found, ids, 8) for ids in starts]
     lows = []
-    for case, outcome in zip([cases[0], *cases], outcomes, strict=True):
+    whole = outcomes[1]
+    assert (whole.values, whole.ci95) == (intact.values, intact.ci95)
+    assert set(whole.change.values()) == {0}
+    assert whole.change_ci95 == {"perplexity": [0, 0], "bleu": None}
+    assert to_json(whole.random.change["perplexity"]) == {"mean": 0, "low": 0, "high": 0}
+    for case, outcome in zip([cases[0], *cases], outcomes[:1] + outcomes[2:], strict=True):
         values = []
         for skill in (case.skill, *case.controls):
             with skillfast.ablate(found.model, skill, scale=outcome.scale):
@@ -197,7 +202,7 @@ def test_the_command(folder, tmp_path):
     found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     jsonschema.validate(found, records.schema(EvaluationResults))
     assert found["task"] == "causal"
-    assert len(found["outcomes"]) == 2 * (2 + 1)
+    assert len(found["outcomes"]) == 2 * (3 + 1)
     assert {o["skill"] for o in found["outcomes"]} == {TOKEN_LOG_PROBABILITY}
     assert found["config"]["generation"] == {"prefix_tokens": 4, "max_new_tokens": 8, "texts": 64}
     assert found["data"]["n_test"] == found["data"]["prefixes"] == 10

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import jsonschema
+import msgspec
 import numpy as np
 import planted
 import pytest
+import readers
 import report_sample as sample
 import torch
 from browsing import barriers, draw_all
@@ -69,16 +72,15 @@ def test_values_are_scikit_learns():
     assert none.values["class_f1"] is None is none.change["class_f1"] is none.ci95["class_f1"]
 
 
-def test_scores_of_counts_are_scikit_learns_even_for_a_class_that_is_not_there():
+def test_f1_of_counts_is_scikit_learns_even_for_a_class_that_is_not_there():
     labels, _, after = random_predictions()
     hits = np.array([((labels == c) & (after == c)).sum() for c in range(5)])
     predicted, support = (np.bincount(x, minlength=5) for x in (after, labels))
-    found = class_scores.scores_of_counts(hits, predicted, support, own=1)
+    found = class_scores.f1_of_counts(hits, predicted, support, own=1)
     f1 = f1_score(labels, after, labels=range(5), average=None, zero_division=0)
     assert f1[4] == 0
     assert found["f1_macro"] == pytest.approx(f1.mean())
     assert found["class_f1"] == pytest.approx(f1[1])
-    assert found["accuracy"] == pytest.approx(accuracy_score(labels, after))
 
 
 def test_the_bootstrap_is_that_of_resampled_examples():
@@ -96,11 +98,10 @@ def test_the_bootstrap_is_that_of_resampled_examples():
     for _ in range(3000):
         rows = np.concatenate([rng.choice(m, len(m)) for m in members])
         own = f1(rows, after)
-        drawn.append((own, own - f1(rows, before), (after[rows] == labels[rows]).mean()))
+        drawn.append((own, own - f1(rows, before)))
     want = np.quantile(drawn, [0.025, 0.975], axis=0)
     np.testing.assert_allclose(found.ci95["class_f1"], want[:, 0], atol=0.015)
     np.testing.assert_allclose(found.change_ci95["class_f1"], want[:, 1], atol=0.015)
-    np.testing.assert_allclose(found.ci95["accuracy"], want[:, 2], atol=0.015)
 
 
 def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
@@ -118,7 +119,7 @@ def test_outcomes_are_those_of_a_plain_loop_of_ablations(vit, batches):
 
     assert intact.values["accuracy"] == accuracy_score(labels, predicted())
     rows = [(case, scale) for case in cases for scale in case.scales]
-    assert len(rows) == len(found) == 2 * 6 * (3 + 3)  # sizes x skills x (factors in all layers + blocks)
+    assert len(rows) == len(found) == 2 * 6 * (4 + 3)  # sizes x skills x (factors in all layers + blocks)
     rng = np.random.default_rng(0)
     changed = 0
     for i in rng.choice(len(rows), 12, replace=False):
@@ -165,6 +166,102 @@ def test_planted_skills_fall_where_they_are_and_random_neurons_do_not():
         assert at[str(label), "all", 2.0].change["accuracy"] == 0
 
 
+class Dial(torch.nn.Module):
+    """A classifier of two classes by neuron 0 of eight that its head reads: the logits are (1, that neuron)."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.num_classes = torch.nn.Linear(8, 2), 2
+        self.skillfast_sites = {"head": "head"}
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.weight[1, 0] = 1
+            self.head.bias.copy_(torch.tensor([1.0, 0.0]))
+        self.eval()
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_a_curve_whose_doses_and_responses_are_known(tmp_path):
+    """Class 1 is answered where the factor times the neuron is above 1, by any factor, and other neurons do nothing."""
+    own, other = torch.tensor([0.3, 0.6, 1.2, 1.5, 2.4, 2.5]), torch.tensor([0.1, 0.4, 0.8, 0.9])
+    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0], labels = torch.cat([own, other]), torch.tensor([1] * 6 + [0] * 4)
+    model, parts = Dial(), {part: [(x, labels)] for part in ("select", "validate", "test")}
+    skill = Skill("on", {"head": torch.tensor([0])}, metric="label:1")
+    skillfast.save_skills(tmp_path, [skill])
+    scales = (-1.0, 0.5, 1.0, 2.0, 4.0)
+    grid = Grid(layers=("all",), scales=scales, draws=2, replicates=20)
+    found = skillfast.evaluate(grid=grid, model=model, loader=parts, skills=tmp_path)
+    (curve,) = found.results.curves().values()
+    assert [row.scale for row in curve] == [-1, 0, 0.5, 1, 2, 4]
+    for row in curve:
+        answered = [(row.scale * values > 1).double().mean().item() for values in (own, other)]
+        assert row.values["class_accuracy"] == pytest.approx(answered[0])
+        assert row.values["other_accuracy"] == pytest.approx(1 - answered[1])
+        assert row.change["class_accuracy"] == pytest.approx(answered[0] - 4 / 6)
+        assert row.change["other_accuracy"] == pytest.approx(-answered[1])
+        for name, value in row.values.items():
+            assert row.ci95[name][0] <= value <= row.ci95[name][1]
+            assert row.change_ci95[name][0] <= row.change[name] <= row.change_ci95[name][1]
+            assert records.to_json(row.random.change[name]) == {"mean": 0, "low": 0, "high": 0}
+    assert [row.values["class_accuracy"] for row in curve] == pytest.approx([0, 0, 1 / 3, 2 / 3, 5 / 6, 1])
+    at_one = curve[3]
+    assert {at_one.values[name] for name in ("accuracy", "f1_macro")} == set(found.results.intact.values.values())
+    assert at_one.ci95["accuracy"] == found.results.intact.ci95["accuracy"]
+    assert set(map(tuple, at_one.change_ci95.values())) == {(0, 0)}
+    assert found.results.config["grid"]["scales"] == list(scales)
+    # and the logits, as exactly as they are computed; a factor of 1 that is run changes no bit
+    conditions = [skillfast.Condition(skill, scale=scale, name=str(scale)) for scale in scales]
+    swept = skillfast.sweep(model, [(x, labels)], conditions, keep_margins=True, keep_predictions=True)
+    sign = 2 * labels.numpy() - 1
+    for scale in scales:
+        (margins,) = swept.margins_of([str(scale)])
+        assert margins == pytest.approx(sign * (scale * x[:, 0].numpy() - 1), abs=1e-6)
+    intact = swept.baseline_logits
+    assert (swept.margins_of(["1.0"])[0] == sign * (intact[:, 1] - intact[:, 0])).all()
+    assert (swept.predictions_of(["1.0"])[0] == swept.top2[:, 0]).all()
+
+
+def test_a_curve_is_of_the_largest_size_and_through_the_intact_model(tmp_path):
+    from skillfast.report.evaluation.page import by_scale, by_size, dose_table, make_figures
+
+    kind = readers.KINDS["evaluation.json"]
+    kind.make(tmp_path)
+    results = Evaluation.load(tmp_path).results
+    curves = results.curves()
+    assert list(curves) == list(dict.fromkeys(row.skill for row in results.outcomes))
+    first = next(iter(curves.values()))
+    assert [row.scale for row in first] == [0, 1, 2]
+    columns, rows = dose_table(results)
+    assert columns == ["skill", "measure", *(f"\N{MULTIPLICATION SIGN}{scale}" for scale in (0, 1, 2))]
+    of_class = [row for row in rows if row[1] == "accuracy on the skill's class"]
+    assert len(of_class) == sum(first.values["class_accuracy"] is not None for first, *_ in curves.values())
+    assert "; random " in rows[0][2]
+    assert rows[0][3].startswith(f"{100 * first[1].values['class_accuracy']:.1f}")
+    figure = by_scale(results, "other_accuracy")
+    assert figure["data"][0]["x"] == [0, 1, 2]
+    assert figure["data"][0]["y"] == pytest.approx([100 * row.values["other_accuracy"] for row in first])
+    assert figure["data"][0]["text"][1] == "intact"
+    assert figure["data"][1]["y"] == pytest.approx([100 * row.random.values["other_accuracy"].mean for row in first])
+    # a second size of one skill alone, and a skill that was removed and no more
+    smaller = msgspec.structs.replace(first[0], share=first[0].share / 2)
+    once = msgspec.structs.replace(first[0], skill="once")
+    more = msgspec.structs.replace(results, outcomes=[*results.outcomes, smaller, once])
+    assert more.curves() == curves
+    sizes = {line["name"]: line["x"] for line in by_size(more, "accuracy")["data"]}
+    assert len(sizes[first[0].skill]) == 2
+    assert len(sizes["once"]) == 1  # nothing is drawn where nothing was measured
+    alone = msgspec.structs.replace(results, outcomes=[row for row in results.outcomes if row.scale == 0])
+    assert alone.curves() == {}
+    assert not [name for name in make_figures(alone) if name.startswith("scale-")]
+    written = records.to_json(results)
+    written["outcomes"][1]["change"]["accuracy"] = 0.5  # by a factor of 1
+    with pytest.raises(DataError, match="expected no change at a factor of 1 of "):
+        records.made(EvaluationResults, written)
+
+
 def test_sizes_layers_and_controls_of_a_grid(vit, batches):
     scores = scores_of(vit, batches)
     cases = cases_of_scores(
@@ -198,8 +295,11 @@ def test_loaded_skills_keep_their_neurons(vit):
         ("blocks.2", 1),
         ("head", 1),
     ]
-    assert cases[0].scales == (0.0, 0.5, 2.0, 4.0)
+    assert cases[0].scales == (0.0, 0.5, 1.0, 2.0, 4.0)
     assert cases[1].scales == (0.0,)
+    assert [Grid(scales=scales).scales_at("all") for scales in ((0.0,), (1.0,), (1.0, -1.0, 0.5))] == [
+        (0.0,), (0.0,), (-1.0, 0.0, 0.5, 1.0),
+    ]  # fmt: skip
     assert isinstance(cases[0], Case)
 
 
@@ -267,7 +367,11 @@ def test_the_command(texts, tmp_path):
     found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     jsonschema.validate(found, schema())
     assert found["data"]["n_test"] == 30
-    assert len(found["outcomes"]) == 3 * 2 * (2 + 1)
+    assert len(found["outcomes"]) == 3 * 2 * (3 + 1)
+    assert "\n18 interventions on 30 examples" in f"\n{result.output}"
+    assert {"\N{MULTIPLICATION SIGN}0", "\N{MULTIPLICATION SIGN}1", "\N{MULTIPLICATION SIGN}2"} <= set(
+        re.findall(r"\S+", result.output)
+    )
     assert {(o["skill"], o["metric"]) for o in found["outcomes"]} == {
         ("neg", "label:neg"), ("pos", "label:pos"), ("length", "length"),
     }  # fmt: skip
@@ -291,7 +395,7 @@ def test_the_command(texts, tmp_path):
     assert result.exit_code == 0, result.output
     loaded = Evaluation.load(tmp_path / "again").results
     assert [(o.skill, o.layers, o.scale, o.neurons) for o in loaded.outcomes] == [
-        ("mine", "all", 0.0, 4), ("mine", "all", 2.0, 4),
+        ("mine", "all", 0.0, 4), ("mine", "all", 1.0, 4), ("mine", "all", 2.0, 4),
     ]  # fmt: skip
     assert loaded.outcomes[0].values["class_f1"] is not None
 
@@ -386,5 +490,5 @@ def test_the_page_draws_its_figures_and_shuts_nobody_out(browser, tmp_path, vit,
         return draw_all(page), found + barriers(page, "color-contrast")
 
     drawn, found = browser.visit(hostile_page(tmp_path, vit, batches), use)
-    assert drawn == 4 * 4  # measures x (size, factor, layers, their control)
+    assert drawn == 5 * 4  # measures x (size, factor, layers, their control)
     assert found == []

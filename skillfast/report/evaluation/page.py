@@ -21,6 +21,7 @@ NAMES = {
     "accuracy": "accuracy",
     "f1_macro": "F1, mean of the classes",
     "class_accuracy": "accuracy on the skill's class",
+    "other_accuracy": "accuracy on the other classes",
     "class_f1": "F1 of the skill's class",
     "perplexity": "perplexity",
     "bleu": "BLEU against the intact model's text",
@@ -61,81 +62,95 @@ def _unit(measure: str) -> str:
     return f"{NAMES[measure]}, %" if measure in FRACTIONS else NAMES[measure]
 
 
-def _reach(measure: str, values: list[float | None], rows: Sequence[Outcome | None]) -> dict[str, Any]:
+def _reach(measure: str, values: list[float | None], rows: Sequence[Outcome]) -> dict[str, Any]:
     """Error bars from each value to the ends of its interval, where it has one."""
     above, below = [], []
     for value, row in zip(values, rows, strict=True):
-        pair = None if row is None else row.ci95.get(measure)
+        pair = row.ci95.get(measure)
         low, high = (None, None) if pair is None else (_scaled(measure, end) for end in pair)
         above.append(0.0 if value is None or high is None else max(high - value, 0.0))
         below.append(0.0 if value is None or low is None else max(value - low, 0.0))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5, "width": 3}
 
 
-def _intact_of(results: EvaluationResults, measure: str, metric: str | None) -> float | None:
-    """The intact model's value of a measure, for those of a class that class's."""
-    found = results.intact
-    if measure in found.values:
-        return _scaled(measure, found.values[measure])
-    name, classes = (metric or "").removeprefix("label:"), results.data.classes
-    if found.per_class is None or name == metric or name not in classes:
-        return None
-    values = found.per_class.accuracy if measure == "class_accuracy" else found.per_class.f1
-    return _scaled(measure, values[classes.index(name)])
-
-
-def _curves(results: EvaluationResults, measure: str, x_of: str, rows: list[Outcome], title: str) -> Figure:
-    """A line per skill, its random control dotted, the intact model as a grey line across or as the point at 1."""
-    across_at = _scaled(measure, results.intact.values.get(measure))
-    x_all = sorted({getattr(row, x_of) for row in rows} | ({1.0} if x_of == "scale" else set()))
-    words = [f"{100 * x:g}\N{NO-BREAK SPACE}%" if x_of == "share" else f"\N{MULTIPLICATION SIGN}{x:g}" for x in x_all]
+def _lines(measure: str, curves: dict[str, list[Outcome]], x_of: Callable[[Outcome], float | str]) -> list[Any]:
+    """A line per skill with its intervals, and dotted the mean of its random controls."""
     data: list[dict[str, Any]] = []
-    for i, name in enumerate(dict.fromkeys(row.skill for row in rows)):
-        at = {getattr(row, x_of): row for row in rows if row.skill == name}
-        before = _intact_of(results, measure, next(iter(at.values())).metric)
-        own = [_scaled(measure, at[x].values[measure]) if x in at else before for x in x_all]
-        drawn = [_scaled(measure, at[x].random.values[measure].mean) if x in at else before for x in x_all]
+    for i, (name, rows) in enumerate(curves.items()):
+        own = [_scaled(measure, row.values[measure]) for row in rows]
         if all(value is None for value in own):
             continue
         hue, shown = colour(HUES[i % len(HUES)]), labels([name])[0]
-        texts = [f"{number_of(at[x].neurons)} neurons" if x in at else "intact" for x in x_all]
         line = {
-            "type": "scatter", "mode": "lines+markers", "legendgroup": shown, "x": words, "text": texts,
+            "type": "scatter", "mode": "lines+markers", "legendgroup": shown, "x": [x_of(row) for row in rows],
             "hovertemplate": "%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
         }  # fmt: skip
-        reach = _reach(measure, own, [at.get(x) for x in x_all])
         dots, symbol = {"color": hue, "dash": "dot", "width": 1.5}, SYMBOLS[i // len(HUES) % len(SYMBOLS)]
-        marker = {"size": 7, "symbol": symbol}
-        data.append(line | {"name": shown, "y": own, "error_y": reach, "line": {"color": hue}, "marker": marker})
+        data.append(
+            line
+            | {"name": shown, "y": own, "error_y": _reach(measure, own, rows), "line": {"color": hue}}
+            | {"text": [_dose(row) for row in rows], "marker": {"size": 7, "symbol": symbol}}
+        )
+        drawn = [_scaled(measure, row.random.values[measure].mean) for row in rows]
         data.append(
             line
             | {"name": f"random, as many as {shown}", "showlegend": False, "y": drawn, "line": dots}
-            | {"marker": {"symbol": f"{symbol}-open", "size": 6}}
+            | {"text": [_drawn(row, measure) for row in rows], "marker": {"symbol": f"{symbol}-open", "size": 6}}
         )
-    shapes = [] if across_at is None else [_across_at(across_at)]
-    scale = {"type": "log"} if measure == "perplexity" else {}
-    layout = base(xaxis=across(words, title), yaxis=amounts(_unit(measure), **scale), shapes=shapes)
-    return {"data": data, "layout": layout}
+    return data
 
 
-def _across_at(value: float) -> dict[str, Any]:
+def _dose(row: Outcome) -> str:
+    if row.scale == 1:
+        return "intact"
+    return f"{number_of(row.neurons)} neurons, \N{MULTIPLICATION SIGN}{row.scale:g}"
+
+
+def _drawn(row: Outcome, measure: str) -> str:
+    """The same and between what values the random draws lie."""
+    ends, write = row.random.values[measure], write_value(measure)
+    return _dose(row) if row.scale == 1 else f"{_dose(row)}, {write(ends.low)} to {write(ends.high)}"
+
+
+def _at(axis: str, value: float, **more: Any) -> dict[str, Any]:
+    """A line through a value of an axis, behind the curves."""
+    other = "x" if axis == "y" else "y"
     return {
-        "type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": value, "y1": value, "layer": "below",
-        "line": {"color": colour("--muted"), "width": 1.5},
+        "type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, f"{axis}ref": axis, f"{axis}0": value,
+        f"{axis}1": value, "layer": "below", "line": {"color": colour("--muted"), "width": 1.5, **more},
     }  # fmt: skip
 
 
+def _values_axis(measure: str) -> dict[str, Any]:
+    return amounts(_unit(measure), **({"type": "log"} if measure == "perplexity" else {}))
+
+
 def by_size(results: EvaluationResults, measure: str) -> Figure:
-    """A measure against the size of the skill, removed from all layers."""
+    """A measure against the size of the skill, removed from all layers; the intact model is a grey line across."""
     rows = [o for o in results.outcomes if o.layers == "all" and o.scale == 0]
-    return _curves(results, measure, "share", rows, "removed, of all neurons")
+    curves: dict[str, list[Outcome]] = {}
+    for row in sorted(rows, key=lambda row: row.share):
+        curves.setdefault(row.skill, []).append(row)
+
+    def size(share: float) -> str:
+        return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+    sizes = [size(share) for share in sorted({row.share for row in rows})]
+    intact = _scaled(measure, results.intact.values.get(measure))
+    names = {o.skill: curves[o.skill] for o in results.outcomes if o.skill in curves}  # in the order of the outcomes
+    layout = base(
+        xaxis=across(sizes, "removed, of all neurons"),
+        yaxis=_values_axis(measure),
+        shapes=[] if intact is None else [_at("y", intact)],
+    )
+    return {"data": _lines(measure, names, lambda row: size(row.share)), "layout": layout}
 
 
 def by_scale(results: EvaluationResults, measure: str) -> Figure:
-    """A measure against the factor on the activations of each skill at its largest size."""
-    share = largest_share(results)
-    rows = [o for o in results.outcomes if o.layers == "all" and o.share == share[o.skill]]
-    return _curves(results, measure, "scale", rows, "activations of the skill, 1 is the intact model")
+    """A measure against the factor on the activations of each skill at its largest size; dashed at 1, the intact."""
+    axis = amounts("factor on the skill's activations", zeroline=False, showgrid=False)
+    layout = base(xaxis=axis, yaxis=_values_axis(measure), shapes=[_at("x", 1.0, dash="dash")])
+    return {"data": _lines(measure, results.curves(), lambda row: row.scale), "layout": layout}
 
 
 def largest_share(results: EvaluationResults) -> dict[str, float]:
@@ -186,7 +201,7 @@ def make_figures(results: EvaluationResults) -> dict[str, Figure]:
     made: dict[str, Figure] = {}
     for measure in defined(results):
         made[f"size-{measure}"] = by_size(results, measure)
-        made[f"scale-{measure}"] = by_scale(results, measure)
+        made[f"scale-{measure}"] = by_scale(results, measure)  # empty without factors besides 0
         if len({o.layers for o in results.outcomes}) > 1:
             made[f"layer-{measure}"] = by_layer(results, measure, random=False)
             made[f"layer-random-{measure}"] = by_layer(results, measure, random=True)
@@ -210,6 +225,31 @@ def table_rows(results: EvaluationResults) -> list[list[str]]:
     ]
 
 
+def dose_table(results: EvaluationResults) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the curves: each skill's measures by factor, the value at 1 and the changes elsewhere.
+
+    Of a skill of a class its accuracy and that of the others, of any other the accuracy over all.
+    """
+    curves = results.curves()
+    scales = sorted({row.scale for curve in curves.values() for row in curve})
+    rows = []
+    for skill, curve in curves.items():
+        at = {row.scale: row for row in curve}
+        own = [m for m in ("class_accuracy", "other_accuracy") if finite(curve[0].values.get(m)) is not None]
+        rows += [
+            [skill, NAMES[measure], *(_response(at[x], measure) if x in at else "" for x in scales)]
+            for measure in own or [m for m in ("accuracy", "perplexity", "bleu") if m in results.measures]
+        ]
+    return ["skill", "measure", *(f"\N{MULTIPLICATION SIGN}{scale:g}" for scale in scales)], rows
+
+
+def _response(row: Outcome, measure: str) -> str:
+    if row.scale != 1:
+        return _change(row, measure)
+    write = write_value(measure)
+    return f"{write(row.values[measure])} {interval(row.ci95.get(measure), write)}".rstrip()
+
+
 def by_skill(results: EvaluationResults) -> list[Outcome]:
     """The outcomes of each skill together, else in their order."""
     names = list(dict.fromkeys(outcome.skill for outcome in results.outcomes))
@@ -217,10 +257,15 @@ def by_skill(results: EvaluationResults) -> list[Outcome]:
 
 
 def _cell(outcome: Outcome, measure: str) -> str:
+    return f"{write_value(measure)(outcome.values[measure])}, {_change(outcome, measure)}"
+
+
+def _change(outcome: Outcome, measure: str) -> str:
+    """The change, its interval, and that of the random controls."""
     change, bounds = write_change(measure), outcome.change_ci95.get(measure)
     drawn = outcome.random.change[measure].mean
-    own = f"{write_value(measure)(outcome.values[measure])}, {change(outcome.change[measure])}"
-    return f"{own} {interval(bounds, change)}; random {change(drawn)}".replace("  ", " ").replace(" ;", ";")
+    own = f"{change(outcome.change[measure])} {interval(bounds, change)}".rstrip()
+    return f"{own}; random {change(drawn)}"
 
 
 def summary(results: EvaluationResults) -> list[str]:
@@ -249,6 +294,7 @@ def _with_interval(intact: Intact, name: str) -> str:
 def render(results: EvaluationResults) -> str:
     """Make the page; see `skillfast.report.write_evaluation`."""
     made = make_figures(results)
+    dose_columns, dose_rows = dose_table(results)
     measured = {"weights": to_json(results.model.weights), "data": to_json(results.data.digests)}
     if results.model.soft_prompt is not None:
         measured["soft_prompt"] = to_json(results.model.soft_prompt)
@@ -262,6 +308,9 @@ def render(results: EvaluationResults) -> str:
         summary=summary(results),
         measures=[(name, NAMES[name]) for name in defined(results)],
         figures=made.keys(),
+        dose_columns=dose_columns,
+        dose_rows=dose_rows,
+        doses=[(name, NAMES[name]) for name in defined(results) if f"scale-{name}" in made],
         columns=["skill", "of all neurons", "layers", "factor", *(NAMES[name] for name in defined(results))],
         rows=table_rows(results),
         tasks=None if results.tasks is None else tasks.context(results.tasks),
