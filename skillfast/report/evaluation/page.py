@@ -107,7 +107,7 @@ def _dose(row: Outcome) -> str:
 
 
 def _drawn(row: Outcome, measure: str) -> str:
-    """The same and between what values the random draws lie."""
+    """Neurons and factor of random controls, and the ends of their values."""
     ends, write = row.random.values[measure], write_value(measure)
     return _dose(row) if row.scale == 1 else f"{_dose(row)}, {write(ends.low)} to {write(ends.high)}"
 
