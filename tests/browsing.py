@@ -84,6 +84,32 @@ def draw_all(page: Any) -> int:
     return int(page.locator(".plot").count())
 
 
+NAMED = {"image", "table", "region", "button", "slider", "combobox", "searchbox", "checkbox"}
+MARKS = {"SvgRoot", "graphics-symbol"}
+
+
+def unheard(page: Any) -> list[str]:
+    """What is amiss in the tree that Chromium gives a screen reader.
+
+    Figures, tables, controls and regions without a name; figures that do not say what they found, or whose marks are
+    told one by one; sections and figures that are not in it; rows without a heading.
+    """
+    nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+    amiss = [role for role, name in told if role in MARKS or (role in NAMED and not name.strip())]
+    shown = page.eval_on_selector_all(
+        ".plot", "all => all.map((plot) => [plot.dataset.shows, plot.getAttribute('aria-label')])"
+    )
+    amiss += [name for _, name in shown if ("image", name) not in told]
+    amiss += [
+        name for shows, name in shown if not name.startswith(f"{shows}. ") or name.endswith(("undefined.", "null."))
+    ]
+    titles = [text.strip() for text in page.locator("main > section > h2").all_text_contents()]
+    amiss += sorted(set(titles) - {name for role, name in told if role == "region"})
+    amiss += ["a row without a heading"] * page.locator("tbody tr:not(:has(> th[scope=row]))").count()
+    return amiss
+
+
 def barriers(page: Any, *rules: str) -> list[str]:
     """What axe-core finds, of all of its rules or some: rule, element, reason."""
     if page.evaluate("typeof axe") == "undefined":
@@ -91,7 +117,6 @@ def barriers(page: Any, *rules: str) -> list[str]:
             script = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
         except ModuleNotFoundError:
             pytest.skip(f"no axe-core; {INSTALL}")
-        page.add_style_tag(content="main > section { content-visibility: visible !important }")
         page.evaluate(script)
     options = {"resultTypes": ["violations"], **({"runOnly": list(rules)} if rules else {})}
     found = page.evaluate("(options) => axe.run(document, options)", options)

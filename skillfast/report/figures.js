@@ -49,6 +49,62 @@ const page = (() => {
   // numbers in cells narrower than this would be too small to read
   const written = (id) => (at(id).clientWidth - 120) / figures[id].data[0].x.length >= 18;
 
+  // labels are escaped, since plotly reads them as markup
+  const unescaped = (text) => String(text).replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+
+  // the numbers of a matrix that are said: the smallest and the largest
+  function cells({ x, y, z }, { xaxis, yaxis }) {
+    let [low, high] = [null, null];
+    z.forEach((row, i) =>
+      row.forEach((value, j) => {
+        if (value === null) return;
+        if (low === null || value < low.value) low = { value, i, j };
+        if (high === null || value > high.value) high = { value, i, j };
+      }),
+    );
+    const ends = low === null ? [] : low.value === high.value ? [low] : [low, high];
+    const [row, column] = [yaxis.title?.text ?? "row", xaxis.title?.text ?? "column"];
+    return ends.map(({ value, i, j }) => ({ value, at: `${row} ${y[i]}, ${column} ${x[j]}` }));
+  }
+
+  // what a figure shows, in words: a few numbers all of them, many by their ends
+  function words({ data, layout }) {
+    if (layout.meta?.told) return layout.meta.told;
+    const across = layout.yaxis.type === "category" && data[0].type !== "heatmap";
+    const axis = across ? layout.xaxis : layout.yaxis;
+    const share = (data[0].colorbar ?? axis).tickformat?.endsWith("%");
+    const write = (value) => {
+      const number = Number((share ? 100 * value : value).toPrecision(3)).toLocaleString("en").replace("-", "−");
+      return share ? `${number} %` : number;
+    };
+    const parts = ({ type, x, y, z, name }) => {
+      if (type === "heatmap") return { points: cells({ x, y, z }, layout) };
+      const [values, places] = across ? [x, y] : [y, x];
+      const points = values.map((value, i) => ({ value, at: places[i] })).filter(({ value }) => value !== null);
+      return { name, points };
+    };
+    let series = data.filter((trace) => trace.hoverinfo !== "skip" && trace.showlegend !== false).map(parts);
+    if (series.length > 4) {
+      series = [{ points: series.flatMap(({ name, points }) => points.map(({ value, at }) => ({ value, at: `${name}, ${at}` }))) }];
+    }
+    const said = series.filter(({ points }) => points.length > 0).map(({ name, points }) => {
+      const sorted = [...points].sort((one, other) => one.value - other.value);
+      const [low, high] = [sorted[0], sorted.at(-1)].map(({ value, at }) => `${write(value)} (${at})`);
+      const few = points.length <= 3 && data[0].type !== "heatmap";
+      const text = few || points.length === 1 ? points.map(({ value, at }) => `${write(value)} (${at})`).join(", ") : `from ${low} to ${high}`;
+      return name ? `${name}: ${text}` : text;
+    });
+    const unit = (data[0].colorbar ?? axis).title?.text;
+    return `${unit ? `${unit}: ` : ""}${said.join("; ") || "no value"}`;
+  }
+
+  // the name of a figure is what it shows and what it found; whoever changes its data says so here
+  function tell(id) {
+    const element = at(id);
+    element.dataset.shows ??= element.getAttribute("aria-label");
+    element.setAttribute("aria-label", `${element.dataset.shows}. ${unescaped(words(figures[id])).replace(/\.?$/, ".")}`);
+  }
+
   // plotly measures every label that it draws, so that those which do not fit are left out before
   async function draw(id) {
     done.add(id);
@@ -56,6 +112,8 @@ const page = (() => {
     for (const axis of ticked(id)) Object.assign(layout[axis], fitted(id, axis));
     if (data[0].texttemplate && !written(id)) data[0].texttemplate = "";
     await Plotly.newPlot(id, { data, layout, config: options });
+    // its marks and ticks, one by one, say nothing to who does not see where they lie; nor what it measures text with
+    for (const part of [...at(id).children, at("js-plotly-tester")]) part?.setAttribute("aria-hidden", "true");
     at(id).dispatchEvent(new Event("drawn"));
   }
 
@@ -82,6 +140,7 @@ const page = (() => {
     Object.assign(figures, all);
     root.classList.add("scripted");
     prepare?.(rest);
+    Object.keys(figures).forEach(tell);
     const near = new IntersectionObserver(
       (entries) => {
         const ids = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target.id);
@@ -100,5 +159,5 @@ const page = (() => {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => done.forEach(draw));
   }
 
-  return { at, figures, isDrawn: (id) => done.has(id), start, themed };
+  return { at, figures, isDrawn: (id) => done.has(id), start, tell, themed };
 })();

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from browsing import barriers, draw_all
+from browsing import barriers, draw_all, unheard
 
 from skillfast import report
 from skillfast.errors import DataError
@@ -409,6 +409,7 @@ def steps_of(page):
     told["status"] = page.inner_text("#status")
     until(page, f"{BARS % (told['pressed'] - 1)}[0] !== null")
     told["bars"] = page.evaluate(BARS % (told["pressed"] - 1))
+    told["heard"] = page.get_attribute("#removal-steps", "aria-label")
     told["marked"] = page.evaluate("document.getElementById('removal-matrix').layout.shapes[0]")
     told["address"] = page.evaluate("location.hash")
     page.click("#play")
@@ -475,6 +476,7 @@ def found_by_search(page):
     told["shown"] = page.evaluate(f"[...new Set({shown}.map((row) => row.cells[0].textContent))]")
     page.press("#search", "Enter")
     told["card"] = page.inner_text("#card")
+    told["focus"] = page.evaluate("[document.activeElement.id, document.activeElement.ariaLabel]")
     told["step"] = page.input_value("#removed")
     told["place"] = page.text_content("#located-name")
     page.fill("#search", "")
@@ -494,6 +496,7 @@ def test_skills_are_found_by_name(browser, tmp_path):
     for rows in (words.verdict_rows(found), words.share_rows(found)[1]):
         assert all(value in told["card"] for value in rows[-1][1:])
     assert "airplane and truck compete" in told["card"]
+    assert told["focus"] == ["card", "truck"]
 
 
 def walked(page):
@@ -540,17 +543,18 @@ def shut_out(page):
     for details in page.locator("details").all():
         details.evaluate("(element) => (element.open = true)")
     page.press("#search", "Enter")
-    found = barriers(page)
+    found = barriers(page) + unheard(page)
     page.emulate_media(color_scheme="dark")
     found += barriers(page, "color-contrast")
     page.evaluate("document.getElementById('search').parentElement.replaceWith(document.getElementById('search'))")
-    return found, barriers(page, "label")
+    return found, barriers(page, "label"), unheard(page)
 
 
 def test_report_shuts_nobody_out(browser, tmp_path):
-    found, planted = browser.visit(saved(tmp_path, *both(3, blocks=1, names={1: HOSTILE})), shut_out, width=820)
+    found, planted, heard = browser.visit(saved(tmp_path, *both(3, blocks=1, names={1: HOSTILE})), shut_out, width=820)
     assert found == []
     assert len(planted) == 1
+    assert heard == ["searchbox"]
 
 
 def test_long_names_keep_their_ends():
@@ -624,6 +628,8 @@ def test_page_opens_and_steps(browser, tmp_path, n_classes, blocks, width):
     assert (told["marked"]["y0"] + told["marked"]["y1"]) / 2 == step
     assert told["bars"][0] == pytest.approx(100 * results["removal_matrix"][step][step])
     assert told["bars"][2] == pytest.approx(100 * results["oracle"]["removal_matrix"][step][step])
+    own = f"{told['bars'][0]:.3g}".replace("-", "\N{MINUS SIGN}")
+    assert f" class of the removed skill: {own} (" in told["heard"]
     assert told["played"] == (step + 1) % n_classes + 1
     assert told["slid"] == 1
     assert told["width"] <= 0

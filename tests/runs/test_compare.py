@@ -21,7 +21,7 @@ import pytest
 import report_sample as sample
 import torch
 import yaml
-from browsing import barriers, draw_all
+from browsing import barriers, draw_all, unheard
 from click.testing import CliRunner
 from compared import planted, wrong
 from conftest import ROOT, one_line
@@ -317,7 +317,7 @@ def test_the_page_shuts_nobody_out(browser, runs, tmp_path):
 
     def use(page):
         drawn = draw_all(page)
-        found = barriers(page)
+        found = barriers(page) + unheard(page)
         page.emulate_media(color_scheme="dark")
         return drawn, found + barriers(page, "color-contrast")
 

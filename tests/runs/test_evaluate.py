@@ -14,7 +14,7 @@ import pytest
 import readers
 import report_sample as sample
 import torch
-from browsing import barriers, draw_all
+from browsing import barriers, draw_all, unheard
 from click.testing import CliRunner
 from conftest import make_vit, one_line
 from sklearn.metrics import accuracy_score, f1_score
@@ -485,7 +485,7 @@ def test_names_on_the_page_are_text(tmp_path, vit, batches):
 
 def test_the_page_draws_its_figures_and_shuts_nobody_out(browser, tmp_path, vit, batches):
     def use(page):
-        found = barriers(page)
+        found = barriers(page) + unheard(page)
         page.emulate_media(color_scheme="dark")
         return draw_all(page), found + barriers(page, "color-contrast")
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skillfast.report.formatting import UNDEFINED, cell, finite, number_of, percent, points, rounded, term_value
+from skillfast.report.formatting import (
+    UNDEFINED,
+    cell,
+    finite,
+    number_of,
+    percent,
+    points,
+    rounded,
+    term_interval,
+    term_value,
+)
 from skillfast.report.parts import (
     DIVERGING,
     MAX_BARS,
@@ -66,9 +76,33 @@ def removal_matrix(results: BenchResults) -> Figure:
         yaxis=down(names, "removed skill", fixedrange=few),
         shapes=[row_mark(len(names))],
         # the page's switch between the scale of all cells and that of the other classes
-        meta={"limits": [limit, largest(others, 0.1)]},
+        meta={"limits": [limit, largest(others, 0.1)], "told": _matrix_told(results)},
     )
     return {"data": [trace], "layout": layout}
+
+
+def _matrix_told(results: BenchResults) -> str:
+    """What each removal takes from its own class, and the most that one takes from another."""
+    names = results.dataset.classes
+    changes = {
+        (i, j): change
+        for i, row in enumerate(results.removal_matrix)
+        for j, value in enumerate(row)
+        if (change := finite(value)) is not None
+    }
+    own = sorted((change, i) for (i, j), change in changes.items() if i == j)
+    if not own:
+        return UNDEFINED
+    (most, first), (least, last) = own[0], own[-1]
+    said = (
+        f"By its own removal a class changes by {points(sum(change for change, _ in own) / len(own), signed=True)} "
+        f"points on average, from {points(most, signed=True)} ({names[first]}) to {points(least, signed=True)} "
+        f"({names[last]})"
+    )
+    worst, (i, j) = min(((change, at) for at, change in changes.items() if at[0] != at[1]), default=(0.0, (0, 0)))
+    if worst >= 0:
+        return f"{said}; no other class loses anything"
+    return f"{said}; the most that another loses is {points(-worst)}, of {names[j]} without the skill of {names[i]}"
 
 
 def _bars(name: str, x: list[str], y: list[Any], hue: str, hover: str, **more: Any) -> dict[str, Any]:
@@ -165,7 +199,14 @@ def _dots(results: BenchResults, key: str, unit: float) -> Figure:
     """One quantity for skills, oracle and random control: a dot each, with its 95 % interval."""
     dots = {row: _dot(getattr(results, source), key, unit, row, hue) for source, row, hue in METHODS}
     notes = [_note(row, UNDEFINED) for row, dot in dots.items() if dot is None]
-    return {"data": [dot for dot in dots.values() if dot is not None], "layout": _rows(list(dots), annotations=notes)}
+    layout = _rows(list(dots), annotations=notes, meta={"told": _told(results, key)})
+    return {"data": [dot for dot in dots.values() if dot is not None], "layout": layout}
+
+
+def _told(results: BenchResults, key: str) -> str:
+    """One quantity with its interval for skills, oracle and random control, in words."""
+    found = ((row, getattr(results, source)) for source, row, _ in METHODS)
+    return ", ".join(f"{row} {term_value(values, key)} {term_interval(values, key)}".rstrip() for row, values in found)
 
 
 def _rows(names: list[str], **more: Any) -> dict[str, Any]:
@@ -203,7 +244,7 @@ def _brackets(results: BenchResults) -> Figure:
                 f"{points(found.noise_floor)} by chance alone<extra></extra>",
             }
         )  # fmt: skip
-    return {"data": data, "layout": _rows([row for _, row, _ in METHODS])}
+    return {"data": data, "layout": _rows([row for _, row, _ in METHODS], meta={"told": _told(results, "harm")})}
 
 
 def selectivity(results: BenchResults) -> dict[str, Figure]:

@@ -15,6 +15,7 @@
 
   function animate(id, data) {
     data.forEach((trace, index) => (figures[id].data[index].y = trace.y));
+    page.tell(id);
     if (!isDrawn(id)) return undefined;
     const duration = still.matches || count > 40 ? 0 : 350;
     const frame = { data: data.map(({ y }) => ({ y })), traces: data.map((_, index) => index) };
@@ -76,7 +77,6 @@
     clearTimeout(timer);
     timer = on ? setTimeout(advance, pause) : null;
     at("play").textContent = on ? "Pause" : "Play";
-    at("play").setAttribute("aria-pressed", String(on));
     at("status").setAttribute("aria-live", on ? "off" : "polite");
   }
 
@@ -131,6 +131,7 @@
       grid.append(part);
     }
     at("card").replaceChildren(...parts, grid);
+    at("card").setAttribute("aria-label", names[index]);
     at("card").hidden = false;
   }
 
@@ -141,6 +142,12 @@
     graph.pin(index);
     const place = Array.from(at("located").options).findIndex((option, n) => n > 0 && option.text === names[index]);
     return Promise.all([go(index + 1), place > 0 ? locate(place) : undefined]);
+  }
+
+  // what was found stands where a screen reader goes on
+  function open(index) {
+    choose(index);
+    at("card").focus();
   }
 
   function search() {
@@ -155,7 +162,7 @@
     at("matches").replaceChildren(
       ...shown.map((index) => {
         const item = document.createElement("li");
-        item.append(made("button", names[index], { type: "button", onclick: () => choose(index) }));
+        item.append(made("button", names[index], { type: "button", onclick: () => open(index) }));
         return item;
       }),
     );
@@ -186,7 +193,7 @@
       if (event.key !== "Enter") return;
       clearTimeout(typed);
       const [first] = search();
-      if (first !== undefined) choose(first);
+      if (first !== undefined) open(first);
     });
     at("removal-matrix").addEventListener("drawn", () => {
       at("removal-matrix").on("plotly_click", (event) => chosen(event.points[0].pointIndex[0] + 1));

@@ -19,8 +19,9 @@ NAMES = {
     "mask": "learned mask",
     "erase": "erasing mask",
 }
-HUES = ("--random", "--other", "--oracle", "--mlp", "--skill", "--head", "--attn")
-PARTS = (("validation", "circle-open", "dot"), ("test", "circle", "solid"))
+HUES = ("--mlp", "--attn", "--head", "--skill", "--oracle", "--other", "--random")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up")  # told apart without colours, too
+PARTS = (("validation", "-open", "dot"), ("test", "", "solid"))
 
 
 def name_of(candidate: CandidateEffect) -> str:
@@ -67,7 +68,7 @@ def trade_off(results: BenchResults) -> Figure:
     lines = list(dict.fromkeys(name_of(candidate) for candidate in tried))
     data = []
     for i, line in enumerate(lines):
-        for part, symbol, dash in PARTS:
+        for part, filled, dash in PARTS:
             found = [(c, effect) for c in tried if name_of(c) == line and (effect := _on(c, part))]
             data.append(
                 {
@@ -80,7 +81,11 @@ def trade_off(results: BenchResults) -> Figure:
                     "y": [_points(effect.target_drop) for _, effect in found],
                     "text": [f"{percent(c.share)} of all neurons, {part} examples" for c, _ in found],
                     "line": {"color": colour(HUES[i % len(HUES)]), "width": 1.5, "dash": dash},
-                    "marker": {"symbol": symbol, "size": 8, "color": colour(HUES[i % len(HUES)])},
+                    "marker": {
+                        "symbol": SYMBOLS[i % len(SYMBOLS)] + filled,
+                        "size": 8,
+                        "color": colour(HUES[i % len(HUES)]),
+                    },
                     **({} if part == "validation" else _whiskers([effect for _, effect in found])),
                     "hovertemplate": "%{text}<br>loses %{y:.1f}, regret of the others %{x:.2f} points"
                     "<extra>%{fullData.name}</extra>",
@@ -89,6 +94,7 @@ def trade_off(results: BenchResults) -> Figure:
     layout = base(
         xaxis=amounts("regret of each other class, points", rangemode="tozero"),
         yaxis=amounts("the removed class loses, points", rangemode="tozero"),
+        meta={"told": say(results)[-1]},
     )
     return {"data": data, "layout": layout}
 

@@ -40,8 +40,25 @@ def _dumbbells(found: Comparison, of: str, unit: str) -> Figure:
         points_of | {"name": "NEW", "x": new_values, "marker": {"color": colour("--skill"), "size": 9}},
     ]  # fmt: skip
     ends = [value for value in base_values + new_values if value is not None]
+    told = {
+        "told": _told(
+            [(name, one, other) for (name, _), one, other in zip(shown, base_values, new_values, strict=True)]
+        )
+    }
     reach = [min([0.0, *ends]) - 4, max([100.0, *ends]) + 4]
-    return {"data": data, "layout": base(xaxis=amounts(unit, range=reach), yaxis=down(names))}
+    return {"data": data, "layout": base(xaxis=amounts(unit, range=reach), yaxis=down(names), meta=told)}
+
+
+def _told(rows: list[tuple[str, float | None, float | None]]) -> str:
+    """Which value falls most from BASE to NEW, and which rises most."""
+    known = [(new - base, name, base, new) for name, base, new in rows if base is not None and new is not None]
+    ends = (("falls", min(known, default=None)), ("rises", max(known, default=None)))
+    said = [
+        f"{end[1]} {verb} most, from {end[2]:.1f} to {end[3]:.1f}"
+        for verb, end in ends
+        if end is not None and (end[0] < 0 if verb == "falls" else end[0] > 0)
+    ]
+    return "; ".join(said) or "no class changes"
 
 
 def _in_percent(value: float) -> float | None:
