@@ -224,14 +224,17 @@ def ablate(quiet: bool, removal: _Removal, **given: Any) -> None:
 @main.command(cls=Command)
 @options_of(ModelConfig, only=["model", "model_kwargs", "checkpoint", "pretrained", "pad_token"])
 @_removal(words.FOLDED, "What is left.")
+@click.option("--knobs", is_flag=True, help="Factors that were saved with the skills as their knobs, not --scale.")
 @click.option("--output", required=True, type=click.Path(), help="A new folder, for the checkpoint.")
 @_quiet
-def export(quiet: bool, removal: _Removal, output: str, scale: float, **given: Any) -> None:
+def export(quiet: bool, removal: _Removal, output: str, scale: float, knobs: bool, **given: Any) -> None:
     """Write a checkpoint without a skill, or with an amplified one, that runs without skillfast.
 
     The model is that of the run whose folder --skills names, if no --model is given. Equal to `ablate`: the factor is
     folded into the columns of the output projections.
     """
+    if knobs and click.get_current_context().get_parameter_source("scale") is ParameterSource.COMMANDLINE:
+        raise ArgumentError(f"scale: expected it without --knobs, got both ({scale:g}); leave one out")
     from skillfast.runs.export import exported
 
     path = exported(
@@ -239,7 +242,7 @@ def export(quiet: bool, removal: _Removal, output: str, scale: float, **given: A
         removal.skills_from,
         output,
         names=removal.names,
-        scale=scale,
+        scale=None if knobs else scale,
         mode=removal.mode,
         reference=removal.scores,
         components=removal.components,

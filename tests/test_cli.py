@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -146,7 +147,15 @@ def test_export_of_a_run(bench_output, tmp_path):
     assert all(
         torch.equal(load_file(tmp_path / "named" / "model.safetensors")[name], trained[name]) for name in trained
     )
+    dials = skillfast.save_skills(tmp_path / "dials", [replace(load_skills(bench_output)["red"], knob=0.5)])
+    named[named.index("--skills") + 1] = dials
+    result = run("export", *named, "--knobs", "--output", tmp_path / "turned")
+    assert result.exit_code == 0, result.output
+    assert all(
+        torch.equal(load_file(tmp_path / "turned" / "model.safetensors")[name], trained[name]) for name in trained
+    )
     for wrong, words in (
+        (["--knobs", "--scale", "2"], "scale: expected it without --knobs, got both (2); leave one out"),
         (["--skill", "pink"], "skill: expected some of blue, green, red, got pink"),
         (["--output", tmp_path / "made"], "expected a new one, got files in it"),
         (["--mode", "mean"], "mode 'mean': expected reference=scores of a trace, got none"),

@@ -29,20 +29,23 @@ if TYPE_CHECKING:
 class Knobs(Mapping[str, float]):
     """A factor for each skill, by name: `knobs["sentiment"] = 2.0` holds from the next layer that runs.
 
-    Attributes:
-        skills: The skills under the knobs' names, as `skillfast.export(model, list(knobs.skills.values()), folder,
-            scale=dict(knobs))` bakes them.
+    `skillfast.export(model, list(knobs.skills.values()), folder, scale=dict(knobs))` bakes them.
     """
 
     def __init__(self, model: torch.nn.Module, skills: Mapping[str, Skill], components: Sequence[str]) -> None:
         if not skills:
             raise ArgumentError("knobs: expected at least one skill by name, got none; name one")
-        self.skills = {name: replace(skill, name=name) for name, skill in skills.items()}
-        self._values = dict.fromkeys(self.skills, 1.0)
-        conditions = [Condition(skill, tuple(components)) for skill in self.skills.values()]
+        self._skills = {name: replace(skill, name=name) for name, skill in skills.items()}
+        self._values = {name: float(skill.knob) for name, skill in self._skills.items()}
+        conditions = [Condition(skill, tuple(components)) for skill in self._skills.values()]
         self._components = tuple(components)
         self._sites = Interventions(model, conditions).sites  # checks the skills
         self._tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor | None] = {}
+
+    @property
+    def skills(self) -> dict[str, Skill]:
+        """The skills under the knobs' names, with the factors as they are now, to be saved by `save_skills`."""
+        return {name: replace(skill, knob=self._values[name]) for name, skill in self._skills.items()}
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
@@ -56,7 +59,7 @@ class Knobs(Mapping[str, float]):
     def __setitem__(self, name: str, value: float) -> None:
         if name not in self._values:
             raise ArgumentError(f"knob: expected one of {', '.join(self._values)}, got {name!r}; name it in knobs()")
-        Condition(self.skills[name], self._components, value)  # refuses what is no factor
+        Condition(self._skills[name], self._components, value)  # refuses what is no factor
         self._values = {**self._values, name: float(value)}
         self._tables = {}  # a new one: a forward of another thread goes on with what it has read
 
@@ -75,7 +78,7 @@ class Knobs(Mapping[str, float]):
         """Factors [1, D] of a site's neurons; None where all are 1."""
         scale = torch.ones(1, site.width, dtype=torch.float64)
         for name, value in self._values.items():
-            if (index := self.skills[name].neurons.get(site.name)) is not None:
+            if (index := self._skills[name].neurons.get(site.name)) is not None:
                 scale[0, index] *= value
         return None if bool((scale == 1).all()) else scale.to(device, dtype)
 
@@ -84,8 +87,9 @@ class Knobs(Mapping[str, float]):
 def knobs(model: torch.nn.Module, skills: Mapping[str, Skill], *, components: Sequence[str] = KINDS) -> Iterator[Knobs]:
     """Turn skills up and down in the forwards inside the context, while a model generates, too.
 
-    All start at 1, where the model is intact. A factor does what `ablate(model, skill, scale=...)` does, and those of
-    several skills what contexts of it do one inside the other.
+    Each starts at its skill's `knob`, which is 1 unless another was saved with it; at 1 the model is intact. A factor
+    does what `ablate(model, skill, scale=...)` does, and those of several skills what contexts of it do one inside the
+    other.
 
     Args:
         model: In evaluation mode.

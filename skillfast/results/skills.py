@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from skillfast.results.bench import BenchResults
 
+MOST = 3e38
+"""Largest size of a factor: float32 holds it."""
+Factor = Annotated[float, Meta(ge=-MOST, le=MOST)]
 Indices = Annotated[list[Count], Meta(extra_json_schema={"uniqueItems": True})]
 
 
@@ -31,6 +34,7 @@ class SkillEntry(Record, frozen=True):
         method: How they were chosen; null for a skill made by hand.
         settings: The settings of that method.
         neurons: Site -> indices of neurons in it.
+        knob: Factor on their activations that `skillfast.knobs` starts at; left out where it is 1.
     """
 
     name: Name
@@ -38,6 +42,7 @@ class SkillEntry(Record, frozen=True):
     method: Name | None
     settings: dict[str, Any]
     neurons: dict[Name, Indices]
+    knob: Factor | None = None
 
     def __post_init__(self) -> None:
         for site, indices in self.neurons.items():

@@ -32,7 +32,7 @@ def exported(
     folder: str | Path,
     *,
     names: Sequence[str] = (),
-    scale: float = 0.0,
+    scale: float | None = 0.0,
     mode: Mode = "zero",
     reference: NeuronScores | None = None,
     components: Sequence[str],
@@ -45,7 +45,7 @@ def exported(
         skills_from: `skills.json`, or a folder with one.
         folder: A new folder.
         names: Names of skills; all by default.
-        scale: Factor on the activations.
+        scale: Factor on the activations; None: of each skill the one that was saved as its knob.
         mode: What is left, as of `skillfast.export`.
         reference: Scores of this model, for `mode="mean"`.
         components: Kinds of sites in which neurons are changed.
@@ -55,12 +55,13 @@ def exported(
         SkillfastError: Anything that stops the export, in one line.
     """
     skills = list(load_skills(skills_from, names).values())
+    factors = {skill.name: skill.knob for skill in skills} if scale is None else scale
     loaded = _of_run(Path(skills_from), quiet) if model.name is None else _load(model, quiet=quiet)
     return export(
         loaded.model,
         skills,
         folder,
-        scale=scale,
+        scale=factors,
         mode=mode,
         reference=reference,
         components=components,

@@ -13,7 +13,7 @@ import torch
 from skillfast import files
 from skillfast.errors import ArgumentError
 from skillfast.results import records
-from skillfast.results.skills import FILE, SkillEntry, Skills
+from skillfast.results.skills import FILE, MOST, SkillEntry, Skills
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +34,7 @@ class Skill:
         method: How they were chosen, or None.
         settings: The settings of that method.
         fingerprint: Digest of the architecture that the neurons belong to, or None: any model that has them.
+        knob: Factor on the neurons' activations that `knobs` starts at, and `export --knobs` bakes; 1 changes nothing.
     """
 
     name: str
@@ -42,12 +43,15 @@ class Skill:
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    knob: float = 1.0
 
     def __post_init__(self) -> None:
         neurons = {site: _indices(self.name, site, index) for site, index in self.neurons.items()}
         for site, index in neurons.items():
             if index.numel() and int(index[0]) < 0:
                 raise ArgumentError(f"skill {self.name!r}: expected indices from 0 in {site}, got {int(index[0])}")
+        if not isinstance(self.knob, int | float) or not abs(self.knob) <= MOST:
+            raise ArgumentError(f"skill {self.name!r}: expected a finite knob, got {self.knob}; 0 removes, 2 doubles")
         object.__setattr__(self, "neurons", {site: index for site, index in neurons.items() if index.numel()})
 
     def __len__(self) -> int:
@@ -62,6 +66,7 @@ class Skill:
             method=self.method,
             settings=dict(self.settings),
             neurons={site: index.tolist() for site, index in self.neurons.items()},
+            knob=None if self.knob == 1 else float(self.knob),
         )
 
 
@@ -164,7 +169,14 @@ def load_skills(directory: str | Path, names: Iterable[str] = ()) -> dict[str, S
     path = path if path.is_file() else path / FILE
     remedy = "write it with save_skills or `skillfast bench`"
     found = records.read(Skills, path, remedy)
-    made = [Skill(**msgspec.structs.asdict(entry), fingerprint=found.fingerprint) for entry in found.skills]
+    made = [
+        Skill(
+            **{name: value for name, value in msgspec.structs.asdict(entry).items() if name != "knob"},
+            fingerprint=found.fingerprint,
+            knob=1.0 if entry.knob is None else entry.knob,
+        )
+        for entry in found.skills
+    ]
     skills = {skill.name: skill for skill in made}
     names = list(names)
     if unknown := [name for name in names if name not in skills]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_vit, one_line
@@ -9,7 +12,7 @@ from tiny_models import save_model
 
 import skillfast
 from skillfast import Skill
-from skillfast.errors import ArgumentError, ModelError
+from skillfast.errors import ArgumentError, DataError, ModelError
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:sites cover")
@@ -104,6 +107,46 @@ def test_what_is_no_knob_is_refused(model):
         assert "training mode" in one_line(ModelError, skillfast.knobs(model, SKILLS).__enter__)
     finally:
         model.eval()
+
+
+def test_knobs_are_saved_with_the_skills_and_start_there(model, tmp_path):
+    with skillfast.knobs(model, SKILLS) as turn:
+        assert {name: skill.knob for name, skill in turn.skills.items()} == {"joy": 1.0, "formal": 1.0}
+        turn["joy"], turn["formal"] = 2, 0.25
+        found, path = logits(model), skillfast.save_skills(tmp_path, turn.skills.values())
+    read = skillfast.load_skills(path)
+    assert {name: skill.knob for name, skill in read.items()} == {"joy": 2.0, "formal": 0.25}
+    assert all(read[name].neurons[site].equal(index) for name in SKILLS for site, index in SKILLS[name].neurons.items())
+    with skillfast.knobs(model, read) as turn:
+        assert dict(turn) == {"joy": 2.0, "formal": 0.25}
+        assert torch.equal(logits(model), found)
+        turn["joy"] = turn["formal"] = 1
+        intact = logits(model)
+    assert torch.equal(intact, logits(model))
+    with skillfast.ablate(model, read["joy"]):  # which takes its own factor
+        removed = logits(model)
+    with skillfast.ablate(model, JOY):
+        assert torch.equal(removed, logits(model))
+    # what was never turned has no key of its own, and a file without it is one of factors 1
+    plain = json.loads(skillfast.save_skills(tmp_path / "plain", [JOY]).read_text())
+    assert "knob" not in plain["skills"][0]
+    assert skillfast.load_skills(tmp_path / "plain")["positive"].knob == 1.0
+
+
+@pytest.mark.parametrize("knob", ["2", True, 1e39, -1e39, [1.0]])
+def test_a_saved_knob_that_is_no_factor_is_refused(tmp_path, knob):
+    path = skillfast.save_skills(tmp_path, [replace(JOY, knob=-2.5)])
+    saved = json.loads(path.read_text())
+    assert saved["skills"][0]["knob"] == -2.5
+    saved["skills"][0]["knob"] = knob
+    path.write_text(json.dumps(saved))
+    assert "at skills[0].knob, got " in one_line(DataError, skillfast.load_skills, path)
+
+
+@pytest.mark.parametrize("knob", [float("nan"), float("inf"), -1e39, "2"])
+def test_a_skill_has_a_finite_knob(knob):
+    text = one_line(ArgumentError, replace, JOY, knob=knob)
+    assert text == f"skill 'positive': expected a finite knob, got {knob}; 0 removes, 2 doubles"
 
 
 def test_export_bakes_each_factor(model, tmp_path):
