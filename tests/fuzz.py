@@ -36,7 +36,9 @@ def fuzz(name: str, first: int, n: int) -> int:
             signal.alarm(LONGEST)
             try:
                 seen["refused" if kind.refuses(folder, kind.change(random.Random(seed), raw)) else "read"] += 1
-            except Exception as error:
+            except BaseException as error:  # a panic of a library's Rust code is no Exception
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    raise
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 at = f"{place.filename}:{place.lineno}"
                 shown[at] += 1

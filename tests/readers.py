@@ -27,7 +27,7 @@ from skillfast.data.transforms import make_transforms
 from skillfast.errors import DataError, SkillfastError
 from skillfast.models import soft_prompt
 from skillfast.models.digits import digits_model
-from skillfast.models.huggingface import load_config, load_language_model
+from skillfast.models.huggingface import encode, load_config, load_language_model
 from skillfast.models.loading import create_model, load_trained, save_trained
 from skillfast.report import read_results, replay_text, summary_table, write_comparison, write_evaluation, write_report
 from skillfast.report.exports import card
@@ -436,7 +436,7 @@ def _exported(folder: Path) -> None:
 
 def _read_exported(folder: Path) -> object:
     loaded = load_language_model(f"hf:{folder}", "causal")
-    batch = loaded.tokenizer(["a good film"], return_tensors="pt", return_token_type_ids=False)
+    batch = encode(loaded.tokenizer, ["a good film"], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         return loaded.model(**batch).logits
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
-from contextlib import contextmanager
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,8 +203,10 @@ def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:
     transformers = _library()
     name = name.removeprefix(HUGGINGFACE)
     source = _source(name)
-    with _from_hub(name, source, "its tokenizer") as where:
+    with _from_hub(name, source, "its tokenizer") as where, _panics():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **where)
+        with contextlib.suppress(Exception):  # of a word that it does not know; a damaged one panics
+            tokenizer("a", "a")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
         raise ModelError(
             f"model '{name}': expected a tokenizer beside it, got none; save it there with "
@@ -222,6 +226,30 @@ def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:
             "masked, so any token serves)"
         )
     return tokenizer
+
+
+def encode(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
+    """Tokenise texts.
+
+    Args:
+        tokenizer: As `load_tokenizer` returns it.
+        texts: A text or several.
+        options: As a tokenizer takes them, such as `truncation` or `add_special_tokens`.
+
+    Returns:
+        What the tokenizer returns: a mapping with `input_ids`.
+
+    Raises:
+        ModelError: A tokenizer that cannot read them.
+    """
+    try:
+        return tokenizer(texts if isinstance(texts, str) else list(texts), **options)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise ModelError(
+            f"tokenizer: expected one that reads the texts, got {first_line(error)}; check the model's tokenizer.json"
+        ) from error
 
 
 def skeleton(config: Any, task: Task = "own") -> torch.nn.Module:
@@ -354,7 +382,7 @@ def _unpacked(transformers: Any, name: str, given: Any) -> Any:
     return given
 
 
-@contextmanager
+@contextlib.contextmanager
 def _from_hub(name: str, source: Source, what: str) -> Iterator[dict[str, Any]]:
     """Arguments that say where to look; a failure in one line, and soon where there is no network."""
     from huggingface_hub import constants
@@ -380,11 +408,37 @@ def _from_hub(name: str, source: Source, what: str) -> Iterator[dict[str, Any]]:
         raise ModelError(f"model '{_prefixed(name)}': expected {what}, got none: {reason}; {remedy}") from error
 
 
+@contextlib.contextmanager
+def _panics() -> Iterator[None]:
+    """Raise a panic of a tokenizer's Rust code as an error, without the lines that it writes to stderr itself."""
+    sys.stderr.flush()
+    stderr, panicked = os.dup(2), False
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error)
+            if panicked:
+                raise ValueError(first_line(error)) from error
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            if not panicked and (said := held.read()):
+                os.write(2, said)
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__module__ == "pyo3_runtime"  # no Exception, and of no module that can be imported
+
+
 def _prefixed(name: str) -> str:
     return name if name.startswith(EMBEDDED) else f"{HUGGINGFACE}{name}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _silent(transformers: Any) -> Iterator[None]:
     """Keep the library's log lines and bars from the user; what matters of them is in our errors."""
     log = transformers.utils.logging

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from skillfast.data.splits import Splits
 from skillfast.errors import ArgumentError, DataError
 from skillfast.metrics import Categorical, Continuous
+from skillfast.models.huggingface import encode
 from skillfast.models.text_classifier import TextClassifier, accepts, first_virtual
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Prompt:
                 f"label words: expected one for each of {', '.join(classes[:5])}, got {len(self.words)}; "
                 "give them in that order"
             )
-        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in self.words]
+        tokens = [encode(tokenizer, word, add_special_tokens=False)["input_ids"] for word in self.words]
         for word, ids in zip(self.words, tokens, strict=True):
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 got = f"{len(ids)} tokens" if len(ids) != 1 else "an unknown one"
@@ -121,11 +122,11 @@ class TokenExamples:
         if prompt is not None:
             prompt.check(table.pairs is not None)
             texts = [prompt.fill(text, pair) for text, pair in zip(table.texts, pairs, strict=True)]
-            encoded = tokenizer(texts, verbose=False)
+            encoded = encode(tokenizer, texts, verbose=False)
         else:
             second = {} if table.pairs is None else {"text_pair": list(table.pairs)}
             cut = {"truncation": True, "max_length": context} if truncate else {}
-            encoded = tokenizer(list(table.texts), verbose=False, **second, **cut)
+            encoded = encode(tokenizer, table.texts, verbose=False, **second, **cut)
         names = accepts(language_model.model, ("input_ids", "token_type_ids"))
         self.encoded: dict[str, list[list[int]]] = {name: encoded[name] for name in names if name in encoded}
         if virtual:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import make_tokenizer, save_model
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import huggingface
-from skillfast.models.huggingface import load_config, load_language_model, load_tokenizer, skeleton
+from skillfast.models.huggingface import encode, load_config, load_language_model, load_tokenizer, skeleton
 from skillfast.models.sites import find_sites
 from skillfast.models.sizes import check_counts, no_more_than
 
@@ -186,3 +187,47 @@ def test_a_skeleton_has_the_sites_and_no_memory(tmp_path):
     assert "by zero; check the file" in one_line(ModelError, load_config, str(tmp_path / "x.json"))
     config.num_attention_heads = 5
     assert "check the configuration" in one_line(ModelError, skeleton, config)
+
+
+def test_a_tokenizer_that_panics_is_told_in_a_line(tmp_path, capfd):
+    """Its library's Rust code writes a backtrace to stderr, and raises what is no Exception."""
+    make_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    values = json.loads(file.read_text())
+    del values["post_processor"]["special_tokens"]["[SEP]"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"^model 'hf:.*': expected its tokenizer, got none: .*; check the folder$"):
+        load_tokenizer(f"hf:{tmp_path}")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_tokenizer_writes_to_stderr_while_it_loads_is_kept(tmp_path, capfd, monkeypatch):
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def saying(*given, **options):
+        os.write(2, b"said\n")
+        return load(*given, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", saying)
+    make_tokenizer().save_pretrained(tmp_path)
+    load_tokenizer(f"hf:{tmp_path}")
+    assert capfd.readouterr().err == "said\n"
+
+
+def test_texts_that_a_tokenizer_cannot_read_are_told_in_a_line(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["unk_token"] = "[NONE]"
+    file.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(f"hf:{tmp_path}")
+    assert encode(tokenizer, "a good film", add_special_tokens=False)["input_ids"] == [4, 15, 12]
+    message = r"^tokenizer: expected one that reads the texts, got WordLevel error.*; check the model's tokenizer.json$"
+    with pytest.raises(ModelError, match=message):
+        encode(tokenizer, ["a good film", "an unknown word"])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(interrupted, ["a"])
