@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,13 +34,14 @@ def described(value: Any) -> str:
 
 
 def call(model: torch.nn.Module, inputs: Inputs) -> Any:
-    """What the model gives.
+    """What the model gives, without a cache of keys and states, which blocks that run again would lengthen.
 
     Raises:
         ModelError: The model's own code has no use for these inputs; what it said is the cause.
     """
+    once = {"use_cache": False} if _may_cache(getattr(model.forward, "__func__", model.forward)) else {}
     try:
-        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        return model(**once | inputs) if isinstance(inputs, dict) else model(inputs, **once)
     except _OF_MODELS as error:
         if isinstance(error, SkillfastError) or out_of_memory(error):
             raise
@@ -49,6 +51,11 @@ def call(model: torch.nn.Module, inputs: Inputs) -> Any:
             f"{type(error).__name__}: {said}; leave out keys that it does not take, name the labels' with label_key=, "
             "or wrap the model"
         ) from error
+
+
+@lru_cache(maxsize=256)
+def _may_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
 
 
 def out_of_memory(error: Exception) -> bool:

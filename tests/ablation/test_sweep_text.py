@@ -54,3 +54,26 @@ def test_a_sweep_equals_one_forward_per_condition(tmp_path, name, lengths):
         sure = (gap > 1e-4 * logits.abs().max()).numpy()
         assert sure.sum() >= 10
         np.testing.assert_array_equal(swept.predictions[i][sure], logits.argmax(1).numpy()[sure])
+
+
+def test_a_decoder_that_keeps_keys_by_default_equals_one_forward_per_condition():
+    """Conditions at experts begin at their block, which would find the keys of the intact forward before its own."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "moe_intermediate_size": 16, "head_dim": 8, "vocab_size": 20}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **settings)).eval()
+    assert model.config.use_cache
+    ids = torch.randint(0, 20, (9, 7), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(5)]
+    skills = [
+        Skill(f"{site} {i}", {site: [i, i + 20]}) for i in range(3) for site in ("blocks.0.experts", "blocks.1.experts")
+    ]
+    swept = skillfast.sweep(model, batches, [*map(Condition, skills)], classes=20, keep_margins=True)
+    for i, skill in enumerate(skills):
+        with skillfast.ablate(model, skill), torch.no_grad():
+            logits = model(ids).logits[:, :-1]
+        own = torch.nn.functional.one_hot(ids[:, 1:], 20).bool()
+        want = logits[own] - logits.masked_fill(own, -torch.inf).amax(-1).flatten()
+        np.testing.assert_allclose(swept.margins[i], want, rtol=1e-4, atol=1e-5)
