@@ -19,6 +19,8 @@ _PUBLIC = {
     "prepare": "tracing.prepared",
     "correlate": "tracing.trace",
     "trace": "tracing.trace",
+    "WindowScores": "tracing.windows",
+    "trace_windows": "tracing.windows",
     "NeuronRanking": "skills.ranking",
     "attribute": "skills.attribution",
     "learn_masks": "skills.learned_mask",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from skillfast.tracing.trace import correlate as correlate
     from skillfast.tracing.trace import trace as trace
     from skillfast.tracing.tracer import Tracer as Tracer
+    from skillfast.tracing.windows import WindowScores as WindowScores
+    from skillfast.tracing.windows import trace_windows as trace_windows
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -171,3 +171,81 @@ def evidence(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(
         [shown + 0.2 * torch.randn(n, 4, generator=generator), torch.randn(n, 4, generator=generator)], 1
     ), labels
+
+
+class Wanders(torch.nn.Module):
+    """A decoder of two classes whose evidence moves from one neuron to another along the text.
+
+    Tokens 1 and 2 speak for class 0 and 1, higher ones for nothing. Neuron 0 carries the evidence at a text's first
+    `TURN` real tokens, neuron 1 behind them, neuron 2 all along; the other 13 carry noise of the tokens' embeddings, as
+    the first three do besides, of which words that speak have none. The logits are those of the mean over real tokens.
+    """
+
+    TURN, WORDS = 6, 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.noise = torch.nn.Embedding(self.WORDS, 16)
+        self.write = torch.nn.Linear(16, 2, bias=False)
+        self.skillfast_sites = {"blocks.0.mlp": "write"}
+        with torch.no_grad():
+            self.noise.weight.copy_(torch.randn(self.WORDS, 16, generator=generator))
+            self.noise.weight[1:3] = 0
+            self.write.weight.zero_()
+            self.write.weight[1, :3], self.write.weight[0, :3] = 1, -1
+        self.eval()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        evidence = (input_ids == 2).float() - (input_ids == 1).float()
+        early = (attention_mask.cumsum(1) <= self.TURN).float()
+        shown = torch.stack([evidence * early, evidence * (1 - early), evidence], -1)
+        neurons = 0.5 * self.noise(input_ids)
+        neurons = torch.cat([neurons[..., :3] + shown, neurons[..., 3:]], -1)
+        real = attention_mask[..., None].float()
+        return (self.write(neurons) * real).sum(1) / real.sum(1)
+
+
+def wandering_texts(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch for `Wanders`: texts of 12 or 18 tokens, padded on the left, and `labels` [n] in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, longest = torch.arange(n) % 2, 3 * Wanders.TURN
+    mask = torch.arange(longest) >= Wanders.TURN * (torch.rand(n, 1, generator=generator) < 0.3)
+    said = torch.where(torch.rand(n, longest, generator=generator) < 0.8, labels[:, None], 1 - labels[:, None]) + 1
+    other = torch.randint(3, Wanders.WORDS, (n, longest), generator=generator)
+    ids = torch.where(torch.rand(n, longest, generator=generator) < 0.3, said, other) * mask
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+class Bilingual(torch.nn.Module):
+    """A classifier of two classes in two languages, with a neuron for each language and one for both.
+
+    Coordinate 0 of the inputs shows the class in one language, 1 in the other, 2 to 9 noise. Neuron 0 reads the first,
+    neuron 1 the second, neuron 2 both; each adds as much to class 1's logit, and class 0's is 0. The other 29 carry
+    noise and write nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(10, 32, bias=False), torch.nn.Linear(32, 2, bias=False)
+        self.skillfast_sites = {"blocks.0.mlp": "write"}
+        with torch.no_grad():
+            self.read.weight.zero_()
+            self.read.weight[[0, 2], 0] = self.read.weight[[1, 2], 1] = 1
+            self.read.weight[3:, 2:] = torch.randn(29, 8, generator=torch.Generator().manual_seed(0))
+            self.write.weight.zero_()
+            self.write.weight[1, :3] = 1
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self.read(x))
+
+
+def spoken(n: int, language: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [n, 10] of `Bilingual` in language 0 or 1, and labels [n] in turn."""
+    generator = torch.Generator().manual_seed(10 * seed + language)
+    labels = torch.arange(n) % 2
+    x = torch.randn(n, 10, generator=generator)
+    x[:, :2] *= 0.1
+    x[:, language] += 2.0 * labels - 1
+    return x, labels

@@ -254,13 +254,14 @@ def _correlations(classes: list[str], sites: list[dict[str, Any]]) -> dict[str, 
         return {
             "select": select, "test": test,
             "sites": {site["name"]: {"select": select, "test": test} for site in sites},
+            "last_block": {"select": select, "test": None if test is None else test - 0.2},
             "neurons": [] if select is None else [
                 {"site": sites[-1]["name"], "unit": i, "column": column, "select": -select, "test": test}
                 for i in range(10)
             ],
         }  # fmt: skip
 
-    return {"statistic": "pearson", "top": 10, "metrics": {
+    return {"statistic": "pearson", "top": 10, "chance": 0.04, "metrics": {
         "label": metric(f"label:{classes[0]}", 0.83), "confidence": metric("confidence", 0.4),
         "loss": metric("loss", None),
     }}  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
+import planted
 import pytest
 from conftest import ROOT
 from tiny_models import WORDS, save_model
 
 import skillfast
+from skillfast.models.sites import Site
 
 FOLDER = ROOT / "examples" / "reproduce"
 
@@ -190,7 +192,7 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
 def test_the_results_are_of_gemma_at_full_size(name):
     module = script(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert module.Sizes(**found["sizes"]) == module.Sizes()
+    assert found["sizes"] == json.loads(json.dumps(asdict(module.Sizes())))
     assert found["model"] == module.GEMMA
 
 
@@ -212,3 +214,102 @@ def test_the_script_on_generation_runs(tmp_path, capsys):
     shown = capsys.readouterr().out
     run(generation, "--table", found)
     assert capsys.readouterr().out.strip() == shown[shown.index("| ten best") :].strip()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_on_layers_runs(tmp_path, capsys):
+    layers, found = script("layers"), tmp_path / "x.json"
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM", max_position_embeddings=64)
+    write_reviews(tmp_path / "train.tsv", 120, 0)
+    write_reviews(tmp_path / "dev.tsv", 40, 1)
+    options = ["--data", tmp_path, "--model", f"hf:{folder}", "--label-words", "bad,good", "--dtype", "float32"]
+    run(layers, *options, "--quick", "--json", found)
+    read = json.loads(found.read_text(encoding="utf-8"))
+    assert (read["blocks"], read["n_test"]) == (2, 2 * layers.QUICK.test)
+    own = [f"blocks.1.{kind}" for kind in ("attn", "mlp")]
+    assert max(read["top_r_by_site"][site]["select"] for site in own) <= read["top_r"]["last block"]["select"]
+    assert read["top_r"]["last block"]["select"] <= read["top_r"]["all layers"]["select"]
+    for place in layers.PLACES:
+        removals = [one for one in read["removals"] if one["place"] == place]
+        assert [one["neurons"] for one in removals] == [int(share * read["neurons"]) for share in layers.QUICK.shares]
+        assert all(len(one["random_changes"]) == layers.QUICK.draws for one in removals)
+    shown = capsys.readouterr().out
+    run(layers, "--table", found)
+    assert capsys.readouterr().out.strip() == shown[shown.index("| ten best") :].strip()
+
+
+def test_the_best_neurons_of_a_block_are_of_it_alone():
+    layers = script("layers")
+    sites = tuple(Site(f"blocks.{i}.mlp", "mlp", i, f"{i}", 4) for i in range(2))
+    values = np.array([[9.0], [8], [7], [6], [1], [4], [3], [2]])
+    ranking = skillfast.NeuronRanking("attribution", ("task",), values, sites, np.ones(1, int))
+    alone, everywhere = layers.best(ranking, 0.375, "a", 1), layers.best(ranking, 0.375, "b")
+    assert {name: index.tolist() for name, index in alone.neurons.items()} == {"blocks.1.mlp": [1, 2, 3]}
+    assert everywhere.neurons["blocks.0.mlp"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def languages():
+    return script("languages")
+
+
+@pytest.mark.parametrize("way", ["pearson", "attribution"])
+def test_a_languages_neuron_and_a_shared_one_are_found_and_nothing_else(languages, way):
+    parts = {
+        name: {part: [planted.spoken(200, i, seed)] for seed, part in enumerate(languages.PARTS)}
+        for i, name in enumerate(languages.LANGUAGES)
+    }
+    found = languages.measured(
+        planted.Bilingual(), parts, draws=4, candidates=[(way, 1 / 32), (way, 2 / 32)], pool="mean"
+    )
+    assert found["skills"] == {"English": {"blocks.0.mlp": [0, 2]}, "German": {"blocks.0.mlp": [1, 2]}}
+    overlap = found["overlap"]
+    assert (overlap["shared"], overlap["of"], overlap["jaccard"]) == (1, [2, 2], pytest.approx(1 / 3))
+    assert overlap["chance"] == {"mean": pytest.approx(1 / 8), "ci95": [0, 1], "p": pytest.approx(61 / 496)}
+    assert found["accuracy"] == {"English": 1, "German": 1}
+    for own, of in found["without"].items():
+        for language, removal in of.items():
+            if language == own:
+                assert removal["change"] == pytest.approx(-0.5, abs=0.1)
+                assert removal["ci95"][1] < -0.3
+            else:
+                assert removal["change"] == 0
+            assert np.abs(removal["random_changes"]).max() < 0.05 or language == own
+    assert "| without English's neurons | -" in languages.table(found)
+
+
+def test_sentences_have_the_same_meanings_and_judgements_of_one_part_alone(languages):
+    made = languages.sentences(languages.Sizes())
+    seen = []
+    for part, n in zip(languages.PARTS, languages.Sizes().judgements, strict=True):
+        (english, labels), (german, again) = (made[language][part] for language in languages.LANGUAGES)
+        assert labels.tolist() == again.tolist()
+        assert (len(english), int(labels.sum())) == (2 * n * 12, n * 12)
+        judged = set()
+        for one, other, label in zip(english, german, labels, strict=True):
+            told = one.removesuffix(".").split()
+            pairs = (languages.BAD, languages.GOOD)[label]
+            (german_word,) = [b for a, b in pairs if a == told[-1]]
+            (subject,) = [b for a, b in languages.SUBJECTS if one.startswith(f"{a} ")]
+            assert other == f"{subject} war {'wirklich ' * ('really' in told)}{german_word}."
+            judged.add(told[-1])
+        seen.append(judged)
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 24
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_on_languages_runs(languages, tmp_path, capsys):
+    found = tmp_path / "x.json"
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM", max_position_embeddings=64)
+    options = ["--model", f"hf:{folder}", "--label-words", "bad,good", "--dtype", "float32", "--quick", "--json", found]
+    run(languages, *options)
+    read = json.loads(found.read_text(encoding="utf-8"))
+    assert read["n_test"] == {"English": 8, "German": 8}
+    assert [one["share"] for one in read["tried"]] == [share for _, share in languages.CANDIDATES]
+    own = [sum(one["changes"].values()) for one in read["tried"]]
+    chosen = own.index(min(own))
+    assert (read["chosen"]["method"], read["chosen"]["share"]) == languages.CANDIDATES[chosen]
+    assert read["overlap"] == read["overlap_of_all_tried"][chosen]
+    shown = capsys.readouterr().out
+    run(languages, "--table", found)
+    assert capsys.readouterr().out.strip() == shown[shown.index("|  | English") :].strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import beta
 
 from skillfast.results.bench import BestNeuron, BothParts, Correlations, MetricCorrelations
 
@@ -29,6 +30,8 @@ def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -
     for index, column in enumerate(select.columns):
         metrics.setdefault(column.partition(":")[0], []).append(index)
     r, held_out = select.statistic("pearson"), test.statistic("pearson")
+    last = max((site.block for site in select.sites if site.block is not None), default=None)
+    of_last = np.repeat([site.block == last for site in select.sites], [site.width for site in select.sites])
     found = {}
     for name, columns in metrics.items():
         sites = {
@@ -38,9 +41,17 @@ def top_correlations(select: NeuronScores, test: NeuronScores, top: int = TOP) -
         found[name] = MetricCorrelations(
             **_best_means(r[:, columns], held_out[:, columns], top),
             sites=sites,
+            last_block=None
+            if last is None
+            else BothParts(**_best_means(r[of_last][:, columns], held_out[of_last][:, columns], top)),
             neurons=_best_neurons(select, r, held_out, columns, top),
         )
-    return Correlations(statistic="pearson", top=top, metrics=found)
+    return Correlations(statistic="pearson", top=top, chance=_by_chance(test.n_observations), metrics=found)
+
+
+def _by_chance(n: int) -> float | None:
+    """Mean |r| of n observations of two variables that have nothing to do with each other; None for fewer than 3."""
+    return float(2 / ((n - 2) * beta(0.5, (n - 2) / 2))) if n > 2 else None
 
 
 def _best_means(r: np.ndarray, held_out: np.ndarray, top: int) -> dict[str, float | None]:

@@ -192,12 +192,14 @@ class MetricCorrelations(Record, frozen=True):
         select: Mean |r| of the best neurons of all sites on the select part.
         test: Mean |r| of the same neurons on the test part.
         sites: Site -> the same of its own best neurons.
+        last_block: Mean |r| of the best neurons of all sites of the last block; null without blocks.
         neurons: The best over all columns of the metric.
     """
 
     select: Fraction | None
     test: Fraction | None
     sites: Annotated[dict[str, BothParts], OF_SITES]
+    last_block: BothParts | None
     neurons: list[BestNeuron]
 
 
@@ -207,11 +209,13 @@ class Correlations(Record, frozen=True):
     Attributes:
         statistic: What they are ranked by.
         top: How many neurons count as the best.
+        chance: Mean |r| on the test part of neurons that do not follow a metric there; null of fewer than 3 examples.
         metrics: By metric.
     """
 
     statistic: Literal["pearson"]
     top: Positive
+    chance: Fraction | None
     metrics: Annotated[dict[str, MetricCorrelations], Meta(min_length=1)]
 
     def __post_init__(self) -> None:

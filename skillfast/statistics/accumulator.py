@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
+    from skillfast.statistics.bootstrap import Replicates
     from skillfast.statistics.scores import NeuronScores
 
 
@@ -88,6 +89,12 @@ class NeuronStatistics(persistence.Kept):
     def state_bytes(self) -> int:
         """Size of the state and the buffer, in bytes."""
         return self.state.nbytes
+
+    @property
+    def replicates(self) -> Replicates | None:
+        """Replicates of all rows so far; None without `n_bootstrap`."""
+        self._settle()
+        return self.state.replicates
 
     def check(self, metrics: Mapping[str, ArrayLike | torch.Tensor], n: int) -> torch.Tensor:
         """The metrics' values for n observations, checked: float64 [n, metrics] on the state's device."""

@@ -7,7 +7,7 @@ columns of the same co-moments (Chamandy et al., 2012, "Estimating uncertainty f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -135,6 +135,7 @@ class Replicates:
         sum_x: float64 [B, D].
         sum_xx: float64 [B, D].
         sum_xy: float64 [B * M, D].
+        leaves_out: Whether replicate b leaves out every B-th group, as a jackknife does, instead of being a resample.
     """
 
     seed: int
@@ -144,6 +145,7 @@ class Replicates:
     sum_x: torch.Tensor
     sum_xx: torch.Tensor
     sum_xy: torch.Tensor
+    leaves_out: bool = False
 
     NAMES = ("count", "sum_y", "sum_yy", "sum_x", "sum_xx", "sum_xy")
 
@@ -154,7 +156,11 @@ class Replicates:
             (replicates,), (replicates, n_columns), (replicates, n_columns), (replicates, n_neurons),
             (replicates, n_neurons), (replicates * n_columns, n_neurons),
         )  # fmt: skip
-        return Replicates(seed, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        zeros = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device)
+            for name, shape in zip(Replicates.NAMES, shapes, strict=True)
+        }
+        return Replicates(seed, **zeros, leaves_out=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by name."""
@@ -162,16 +168,28 @@ class Replicates:
 
     def to(self, device: torch.device) -> Replicates:
         """The sums on a device; tensors that lie there already are shared."""
-        return Replicates(self.seed, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        there = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return Replicates(self.seed, **there, leaves_out=self.leaves_out)
 
     def clear(self) -> None:
         """Forget all rows."""
         for tensor in self.tensors().values():
             tensor.zero_()
 
+    def _weights(self, groups: torch.Tensor) -> torch.Tensor:
+        """How often each replicate has observations of groups int64 [n]: float32 [n, B]."""
+        b = len(self.count)
+        if self.leaves_out:
+            return (groups[:, None] % b != torch.arange(b, device=groups.device)).float()
+        return weights(self.seed, groups, b)
+
+    def squared_error(self, squares: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
+        """The variance of an estimate from the sum of n replicates' squared deviations from their mean."""
+        return squares * (n - 1) / n if self.leaves_out else squares / (n - 1)
+
     def add(self, x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor, groups: torch.Tensor) -> None:
         """Count rows x [n, D] of groups int64 [n], with columns y float64 [n, M] that are shifted already."""
-        w = weights(self.seed, groups, len(self.count))  # [n, B]
+        w = self._weights(groups)  # [n, B]
         wide = w.double()
         self.count += wide.sum(0)
         self.sum_y += wide.T @ y
@@ -192,7 +210,7 @@ class Replicates:
             y: float64 [n, M], columns about the shift.
             groups: int64 [n].
         """
-        w = weights(self.seed, groups, len(self.count)).double()
+        w = self._weights(groups).double()
         x, squares = sums.double()
         many = w * counts[:, None]  # [n, B]
         self.count += many.sum(0)
@@ -214,14 +232,13 @@ class Replicates:
         count, sum_x = self.count[:, None], self.sum_x
         xy = self.sum_xy.view(b, m, -1)
         xy = xy + dy[:, None] * sum_x[:, None] + self.sum_y[:, :, None] * dx + count[:, :, None] * dy[:, None] * dx
-        return Replicates(
-            self.seed,
-            self.count,
-            self.sum_y + count * dy,
-            self.sum_yy + 2 * dy * self.sum_y + count * dy.square(),
-            sum_x + count * dx,
-            self.sum_xx + 2 * dx * sum_x + count * dx.square(),
-            xy.reshape(b * m, -1),
+        return replace(
+            self,
+            sum_y=self.sum_y + count * dy,
+            sum_yy=self.sum_yy + 2 * dy * self.sum_y + count * dy.square(),
+            sum_x=sum_x + count * dx,
+            sum_xx=self.sum_xx + 2 * dx * sum_x + count * dx.square(),
+            sum_xy=xy.reshape(b * m, -1),
         )
 
     def pearson(self, part: slice) -> torch.Tensor:
@@ -242,8 +259,9 @@ class Replicates:
         return r.transpose(1, 2)
 
 
-def _fisher_z(r: torch.Tensor) -> torch.Tensor:
-    return torch.atanh(r.clamp(-1 + 1e-15, 1 - 1e-15))  # finite where r is
+def fisher_z(r: torch.Tensor) -> torch.Tensor:
+    """Fisher's z of correlations, finite where these are."""
+    return torch.atanh(r.clamp(-1 + 1e-15, 1 - 1e-15))
 
 
 def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -257,18 +275,18 @@ def summarise(replicates: Replicates, r: torch.Tensor) -> dict[str, torch.Tensor
         the replicates have an r (a label so rare that resamples miss it).
     """
     b = len(replicates.count)
-    z = _fisher_z(r)
+    z = fisher_z(r)
     error = torch.empty_like(r)
     step = max(1, _SLICE // (b * r.shape[1]))
     for start in range(0, r.shape[0], step):
         part = slice(start, min(start + step, r.shape[0]))
-        found = _fisher_z(replicates.pearson(part))
+        found = fisher_z(replicates.pearson(part))
         finite = torch.isfinite(found)
         count = finite.sum(0)
         values = torch.where(finite, found, 0.0)
         mean = values.sum(0) / count
         squares = torch.where(finite, (found - mean).square(), 0.0).sum(0)
-        error[part] = torch.where(count >= max(2, b // 2), (squares / (count - 1)).sqrt(), torch.nan)
+        error[part] = torch.where(count >= max(2, b // 2), replicates.squared_error(squares, count).sqrt(), torch.nan)
     quantile = float(stats.t.ppf((1 + LEVEL) / 2, b - 1))
     p = 2 * stats.t.sf(np.abs((z / error).cpu().numpy()), b - 1)
     return {

@@ -230,6 +230,8 @@ class State:
         if self.moments.count.dim():
             other.stack(len(self.moments.count))
         other.numbering = self.numbering.shard()
+        if self.replicates is not None and other.replicates is not None:
+            other.replicates.leaves_out = self.replicates.leaves_out
         other.moments.shift_x.copy_(self.moments.shift_x)
         other.moments.shift_y.copy_(self.moments.shift_y)
         other.shifted = self.shifted

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -146,49 +148,112 @@ def trace(
         ArgumentError: An unknown site, pool, statistic or metric.
         ModelError: A model in training mode or without known sites.
     """
-    model = to_run(model)
-    refuse_training(model, "trace")
-    choose_sites(model, sites)  # a model without sites is told so before its classes are asked for
-    warn_incomplete(model)
-    per = TOKENS if pool == "none" else 1
-    most = None if pool == "none" else exact_rows(bins)
-    order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per, most=most)
-    valid = sampling.ValidRows(loader)
-    batches: Iterable[Any] = order.batches
-    if isinstance(metrics, str):
-        if metrics != "classification":
-            raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
-        per_token = False
-        if forward is None:
-            first, batches = _first(order)
-            per_token = first is not None and read_batch(first, label_key, tokens=True).per_token
-        named = pool == "none" and (classes is not None or not predicts_words(model))
-        if not per_token:
-            metrics = classification(classes if classes is not None else classes_of(loader, model))
-        else:
-            metrics = token_classification(
-                (classes if classes is not None else classes_of(loader, model)) if named else None, each=pool == "none"
-            )
-    calibration = order.calibration
-    if forward is None:
-        own = ClassificationForward(metrics, each=pool == "none", label_key=label_key)
-        if mask is None:  # else batches are read by someone else, too
-            device = module_device(model)
-            batches, calibration = (fed_batches(part, device, own.read) for part in (batches, calibration))
-        mask = mask or partial(own.mask, model)
-    tracer = Tracer(model, metrics, sites=sites, pool=pool, statistics=statistics, bins=bins, n_bootstrap=n_bootstrap)
-    counter = _BatchCounter(tracer, model, forward or own, mask)
-    with tracer, torch.inference_mode():
-        if set(statistics) != {"pearson"}:
-            for batch in calibration:
-                counter.count(batch)
-            if tracer.n_observations:
-                tracer.calibrate()
-        for batch in track(batches, "trace", total=length_of(loader), quiet=quiet):
-            counter.count(batch, valid)
-    if order.distributed:
-        tracer.all_reduce()
+    planned = Pass.of(
+        model, loader, metrics, sites=sites, pool=pool, bins=bins, classes=classes, label_key=label_key,
+        forward=forward, mask=mask,
+    )  # fmt: skip
+    tracer = Tracer(
+        planned.model, planned.metrics, sites=sites, pool=pool, statistics=statistics, bins=bins,
+        n_bootstrap=n_bootstrap,
+    )  # fmt: skip
+    planned.count([tracer], _BatchCounter(tracer, planned), quiet=quiet)
     return tracer.compute()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a loader's batches are run, read and counted.
+
+    Attributes:
+        model: What runs.
+        loader: What was given.
+        metrics: What each forward gives.
+        forward: Runs a batch: its output and the values of the metrics.
+        mask: Which tokens of a batch are real; None where nobody says so.
+        order: How the loader is read.
+        batches: What is counted.
+        calibration: What sets the edges of bins before it.
+    """
+
+    model: torch.nn.Module
+    loader: Iterable[Any]
+    metrics: Mapping[str, Metric]
+    forward: Forward
+    mask: Callable[[Any], torch.Tensor | None] | None
+    order: sampling.Order
+    batches: Iterable[Any]
+    calibration: Iterable[Any]
+
+    @staticmethod
+    def of(
+        model: torch.nn.Module,
+        loader: Iterable[Any],
+        metrics: Mapping[str, Metric] | Literal["classification"],
+        *,
+        sites: Sequence[str] | None,
+        pool: Pool,
+        bins: int,
+        classes: Sequence[str] | int | None,
+        label_key: str | None,
+        forward: Forward | None,
+        mask: Callable[[Any], torch.Tensor | None] | None,
+        windows: bool = False,
+    ) -> Pass:
+        """Plan what `trace` is asked for; `windows`: observations are windows of a text, each with values of its own.
+
+        Raises:
+            ArgumentError: An unknown site or metric.
+            ModelError: A model in training mode or without known sites.
+        """
+        model = to_run(model)
+        refuse_training(model, "trace")
+        choose_sites(model, sites)  # a model without sites is told so before its classes are asked for
+        warn_incomplete(model)
+        each = pool == "none"
+        per = TOKENS if each else 1
+        most = None if each else exact_rows(bins)
+        order = sampling.plan(loader, calibration_rows(bins) // per, exact_rows(bins) // per, most=most)
+        batches: Iterable[Any] = order.batches
+        if isinstance(metrics, str):
+            if metrics != "classification":
+                raise ArgumentError(f"metrics: expected 'classification' or a mapping of metrics, got {metrics!r}")
+            per_token = False
+            if forward is None:
+                first, batches = _first(order)
+                per_token = first is not None and read_batch(first, label_key, tokens=True).per_token
+            named = each and (classes is not None or not predicts_words(model))
+            if not per_token:
+                metrics = classification(classes if classes is not None else classes_of(loader, model))
+            else:
+                metrics = token_classification(
+                    (classes if classes is not None else classes_of(loader, model)) if named else None, each=each
+                )
+        calibration = order.calibration
+        if forward is None:
+            own = ClassificationForward(metrics, each=each or windows, label_key=label_key)
+            if mask is None and not windows:  # else batches are read by someone else, too
+                device = module_device(model)
+                batches, calibration = (fed_batches(part, device, own.read) for part in (batches, calibration))
+            forward, mask = own, mask or partial(own.mask, model)
+        return Pass(model, loader, metrics, forward, mask, order, batches, calibration)
+
+    def count(self, tracers: Sequence[Tracer], counter: Counter, *, quiet: bool) -> None:
+        """Run and count everything, in this process and in others that share the data."""
+        valid = sampling.ValidRows(self.loader)
+        with ExitStack() as stack, torch.inference_mode():
+            for tracer in tracers:
+                stack.enter_context(tracer)
+            if any(tracer.ranks for tracer in tracers):
+                for batch in self.calibration:
+                    counter.count(batch)
+                for tracer in tracers:
+                    if tracer.n_observations:
+                        tracer.calibrate()
+            for batch in track(self.batches, "trace", total=length_of(self.loader), quiet=quiet):
+                counter.count(batch, valid)
+        if self.order.distributed:
+            for tracer in tracers:
+                tracer.all_reduce()
 
 
 def _first(order: sampling.Order) -> tuple[Any, Iterable[Any]]:
@@ -201,26 +266,33 @@ def _first(order: sampling.Order) -> tuple[Any, Iterable[Any]]:
     return first, chain([first], batches)
 
 
-class _BatchCounter:
-    """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
-
-    def __init__(
-        self, tracer: Tracer, model: torch.nn.Module, run: Forward, mask: Callable[[Any], torch.Tensor | None] | None
-    ) -> None:
-        self.tracer = tracer
-        self.model = model
-        self.run = run
-        self.mask = mask
+class Counter(Protocol):
+    """Runs and counts one batch at a time."""
 
     def count(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
         """Run and count one batch, of it the rows that are this process's own."""
-        mask = None if self.mask is None else self.mask(batch)
+
+
+def run(planned: Pass, batch: Any) -> Mapping[str, torch.Tensor]:
+    """Run a batch; the values of its metrics."""
+    _, values = planned.forward(planned.model, batch)
+    if not values:
+        raise ArgumentError("forward: expected (output, {metric: values}), got no metrics; return each one's values")
+    return values
+
+
+class _BatchCounter:
+    """Counts batches: a forward, what it tells, and a second one where it tells something of each token."""
+
+    def __init__(self, tracer: Tracer, planned: Pass) -> None:
+        self.tracer = tracer
+        self.planned = planned
+
+    def count(self, batch: Any, valid: sampling.ValidRows | None = None) -> None:
+        """Run and count one batch, of it the rows that are this process's own."""
+        mask = None if self.planned.mask is None else self.planned.mask(batch)
         self.tracer.expect(mask)
-        _, values = self.run(self.model, batch)
-        if not values:
-            raise ArgumentError(
-                "forward: expected (output, {metric: values}), got no metrics; return each one's values"
-            )
+        values = run(self.planned, batch)
         n = len(next(iter(values.values())))
         rows = None if valid is None else valid.next(n)
         if any(value.dim() > 1 for value in map(as_tensor, values.values())):
@@ -238,7 +310,7 @@ class _BatchCounter:
             shape = next(value.shape for value in values.values() if value.dim() > 1)
             mask = (torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu() != 0) & own.cpu()[:, None]
         self.tracer.expect(mask, **values)
-        self.run(self.model, batch)
+        run(self.planned, batch)
         self.tracer.step()
 
 

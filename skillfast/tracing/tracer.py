@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from skillfast.metrics import Metric
+    from skillfast.statistics.bootstrap import Replicates
     from skillfast.statistics.scores import NeuronScores
 
 
@@ -207,6 +208,11 @@ class Tracer:
     def n_observations(self) -> int:
         """Observations counted so far."""
         return self._groups()[0].statistics.n_observations
+
+    @property
+    def ranks(self) -> bool:
+        """Whether any statistic comes from ranks, whose bins need edges."""
+        return needs_bins(self._counting.statistics)
 
     @property
     def state_bytes(self) -> int:
@@ -485,6 +491,21 @@ class Tracer:
         """
         remedy = "write it with Tracer.save"
         return persistence.read(Path(directory) / FILE, SCHEMA, remedy, lambda s: Tracer.from_state_dict(s, model))
+
+    def replicated(self) -> dict[str, tuple[Replicates, slice]]:
+        """Site -> replicates of all counted so far, and where in them its neurons stand.
+
+        Raises:
+            ModelError: A forward waits for its step, or there are no replicates of pooled rows (`n_bootstrap`).
+        """
+        self._require_step("replicated")
+        found: dict[str, tuple[Replicates, slice]] = {}
+        for group in self._groups():
+            replicates = group.statistics.replicates if isinstance(group, PooledRows) else None
+            if replicates is None:
+                raise ModelError("replicated: expected a tracer of pooled rows with n_bootstrap, got another")
+            found |= {site.name: (replicates, group.columns[site.name]) for site in group.sites}
+        return found
 
     def compute(self) -> NeuronScores:
         """The scores of everything counted; warns once about neurons or metrics that have none.

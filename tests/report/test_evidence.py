@@ -10,7 +10,7 @@ import report_sample as sample
 from rich.console import Console
 
 from skillfast import report
-from skillfast.report.bench import evidence, tradeoff
+from skillfast.report.bench import evidence, figures, tradeoff
 from skillfast.report.formatting import MINUS, UNDEFINED, data_name, model_name, percent, points
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
@@ -52,11 +52,38 @@ def test_the_page_says_what_a_removal_costs_over_all_examples():
     assert "a change of -37.5 points, the largest of the 2 removals" in text
     assert "between -2.00 and +1.00 in 3 draws" in text
     assert "a mean |r| (Pearson) of 0.78 with label, 0.35 with confidence." in text
+    assert "Those of the last block alone have 0.58 with label, 0.15 with confidence." in text
+    assert "Neurons that follow nothing have 0.04 on as many examples." in text
+    assert "the last block 0.58 (0.83)" in text
     assert "loss is the same for all examples that skills are chosen from, so nothing follows it." in text
     assert "confidence is the same" not in text
     assert "0.78 (0.83)" in text
     assert "label:airplane head 0 -0.83 +0.78" in text
     assert "not defined (not defined)" not in text
+
+
+def test_the_last_block_is_drawn_beside_all():
+    """Bars by block and kind of the first metric that is followed; lines of all places, the last block and chance."""
+    results = sample.sample_results(2)
+    results["correlations"]["metrics"]["label"]["select"] = results["correlations"]["metrics"]["label"]["test"] = None
+    results["correlations"]["metrics"]["confidence"]["sites"]["blocks.1.mlp"]["test"] = 0.25
+    results["correlations"]["metrics"]["confidence"]["sites"]["head"]["test"] = 0.354
+    made = typed(results)
+    assert evidence.drawn_metric(made) == "confidence"
+    figure = figures.correlation_by_block(made, "confidence")
+    data = {trace["name"]: trace for trace in figure["data"]}
+    assert list(data) == ["attention", "MLP", "classifier head", "all places", "the last block", "by chance"]
+    assert data["MLP"]["x"] == ["0", "1", "2", "3"]
+    assert data["MLP"]["y"] == [0.35, 0.25, 0.35, 0.35]
+    assert data["classifier head"]["x"] == ["head"]
+    levels = [data[name]["y"] for name in ("all places", "the last block", "by chance")]
+    assert levels == [[0.35] * 5, [0.15] * 5, [0.04] * 5]
+    heard = "all places 0.35, the last block 0.15, by chance 0.04, most at head, 0.35"
+    assert figure["layout"]["meta"]["told"] == heard
+    assert "correlation-blocks" in rendered(results)
+    for values in results["correlations"]["metrics"].values():
+        values["test"] = None
+    assert 'id="correlation-blocks"' not in rendered(results)
 
 
 def test_a_run_without_these_keys_has_a_page_without_them():

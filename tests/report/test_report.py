@@ -619,7 +619,7 @@ def saved(folder, *found):
 def test_page_opens_and_steps(browser, tmp_path, n_classes, blocks, width):
     results, skills = both(n_classes, blocks=blocks, names={1: HOSTILE})
     told = browser.visit(saved(tmp_path, results, skills), steps_of, fragment="#step=2", width=width)
-    assert told["drawn"] == 13
+    assert told["drawn"] == 14
     assert told["opened"] == 2
     step = 2 % n_classes
     assert told["pressed"] == step + 1

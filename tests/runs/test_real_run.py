@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -33,6 +34,12 @@ SITES = (
     Site("blocks.0.mlp", "mlp", 0, "a", 3),
     Site("head", "head", None, "b", 2),
 )
+BLOCKS = (
+    Site("blocks.0.mlp", "mlp", 0, "a", 2),
+    Site("blocks.1.attn", "attn", 1, "b", 1),
+    Site("blocks.1.mlp", "mlp", 1, "c", 2),
+)
+
 COLUMNS = ("label:bad", "label:good", "loss")
 
 
@@ -58,6 +65,20 @@ def test_the_best_neurons_are_ranked_on_the_select_part():
     assert loss["test"] == pytest.approx(0.5)  # the other has no r there
     assert [neuron["unit"] for neuron in loss["neurons"]] == [2, 1]
     assert loss["neurons"][1]["test"] is None
+
+
+def test_the_last_block_stands_beside_all_and_beside_chance():
+    r = [[0.9, -0.9, 0.1], [0.5, -0.5, 0.0], [0.6, -0.6, 0.2], [-0.7, 0.7, 0.2], [0.1, 0.1, 0.3]]
+    both = replace(scores(r), sites=BLOCKS)
+    found = to_json(top_correlations(both, replace(both, pearson=both.pearson / 2), top=2))
+    assert found["metrics"]["label"]["last_block"] == {"select": pytest.approx(0.65), "test": pytest.approx(0.325)}
+    drawn = np.random.default_rng(0).normal(size=(2, 20_000, 10))
+    x, y = drawn - drawn.mean(-1, keepdims=True)
+    r = (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    assert found["chance"] == pytest.approx(np.abs(r).mean(), abs=0.005)
+    few = replace(both, n_observations=2, sites=(Site("head", "head", None, "b", 5),))
+    alone = to_json(top_correlations(few, few))
+    assert (alone["chance"], alone["metrics"]["label"]["last_block"]) == (None, None)
 
 
 def test_neurons_without_a_correlation_are_null():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent, plain, points
 
 if TYPE_CHECKING:
-    from skillfast.results.bench import BenchResults, BothParts, MetricCorrelations, Trained
+    from skillfast.results.bench import BenchResults, BothParts, Correlations, MetricCorrelations, Trained
     from skillfast.results.provenance import UsedPrompt
 
 FROM = {
@@ -78,10 +78,17 @@ def correlated(results: BenchResults) -> dict[str, Any]:
                 f"examples a mean |r| (Pearson) of {', '.join(written) or UNDEFINED}."
             ),
             f"{flat} is the same for all examples that skills are chosen from, so nothing follows it." if flat else "",
+            _last_say(found),
+            _chance_say(found),
             "A neuron that follows a metric need not cause it: only a removal tells.",
         ],
         "places": [
             ["all places", *(_both(values) for values in metrics.values())],
+            *(
+                [["the last block", *(_both(values.last_block) for values in metrics.values() if values.last_block)]]
+                if all(values.last_block for values in metrics.values())
+                else []
+            ),
             *(
                 [site, *(_both(values.sites[site]) for values in metrics.values())]
                 for site in next(iter(metrics.values())).sites
@@ -93,6 +100,29 @@ def correlated(results: BenchResults) -> dict[str, Any]:
             for neuron in values.neurons
         ],
     }
+
+
+def drawn_metric(results: BenchResults) -> str | None:
+    """The metric that the figure by block is of: the first that any neuron follows."""
+    found = results.correlations
+    named = {} if found is None else found.metrics
+    return next((name for name, values in named.items() if finite(values.test) is not None), None)
+
+
+def _last_say(found: Correlations) -> str:
+    """How closely the best neurons of the last block follow the metrics; empty without blocks."""
+    told = [
+        f"{_size(values.last_block.test)} with {name}"
+        for name, values in found.metrics.items()
+        if values.last_block is not None and finite(values.last_block.test) is not None
+    ]
+    return f"Those of the last block alone have {', '.join(told)}." if told else ""
+
+
+def _chance_say(found: Correlations) -> str:
+    """What is seen of neurons that follow nothing; empty where that is not known."""
+    chance = finite(found.chance)
+    return "" if chance is None else f"Neurons that follow nothing have {_size(chance)} on as many examples."
 
 
 def _prompt_say(prompt: UsedPrompt | None) -> str:

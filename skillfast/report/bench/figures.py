@@ -412,6 +412,46 @@ def contribution_by_block(results: BenchResults) -> Figure:
     return {"data": [bars], "layout": layout}
 
 
+def correlation_by_block(results: BenchResults, metric: str) -> Figure:
+    """Mean |r| with a metric of the best of each block and kind; lines of all places, the last block and chance."""
+    assert results.correlations is not None
+    values = results.correlations.metrics[metric]
+    sites = results.model.sites
+    places = list(dict.fromkeys(_place(site) for site in sites))
+    data: list[dict[str, Any]] = []
+    for kind, name, hue in KINDS:
+        own = [(_place(site), finite(values.sites[site.name].test)) for site in sites if site.kind == kind]
+        if own:
+            x, y = [place for place, _ in own], [rounded(value, 4) for _, value in own]
+            data.append(_bars(name, x, y, hue, "block %{x}: %{y:.2f}"))
+    last = None if values.last_block is None else values.last_block.test
+    most = max(((v, name) for name, both in values.sites.items() if (v := finite(both.test)) is not None), default=None)
+    lines = (
+        ("all places", values.test, "--ink", "solid"),
+        ("the last block", last, "--skill", "dash"),
+        ("by chance", results.correlations.chance, "--random", "dot"),
+    )
+    data += [
+        {
+            "type": "scatter", "mode": "lines", "name": name, "x": places, "y": [rounded(level, 4)] * len(places),
+            "line": {"color": colour(hue), "dash": dash, "width": 1.5},
+            "hovertemplate": f"{name}: %{{y:.2f}}<extra></extra>",
+        }
+        for name, level, hue, dash in lines
+        if finite(level) is not None
+    ]  # fmt: skip
+    told = [f"{name} {found:.2f}" for name, level, _, _ in lines if (found := finite(level)) is not None]
+    told += [f"most at {most[1]}, {most[0]:.2f}"] if most else []
+    layout = base(
+        barmode="group",
+        bargap=0.25,
+        xaxis=across(places, "block", tickangle=0),
+        yaxis=amounts("mean size of r", rangemode="tozero"),
+        meta={"told": ", ".join(told)},
+    )
+    return {"data": data, "layout": layout}
+
+
 def overlap(results: BenchResults) -> Figure:
     """Jaccard overlap of every two skills' neurons; the diagonal, always 1, is left empty."""
     names = labels(results.dataset.classes)

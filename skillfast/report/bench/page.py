@@ -34,6 +34,8 @@ def make_figures(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "location-matrix": figures.location_matrix(results, skills),
         "location-steps": figures.location_steps(results, skills),
     }
+    if (followed := evidence.drawn_metric(results)) is not None:
+        made["correlation-blocks"] = figures.correlation_by_block(results, followed)
     if results.layer_contribution:
         made["contribution"] = figures.contribution(results)
         if results.layer_contribution.per_block:
@@ -93,6 +95,7 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if results.selection else None,
         "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.overall else None,
         "correlated": evidence.correlated(results) if results.correlations else None,
+        "followed": evidence.drawn_metric(results),
         "model_name": model_name(results),
         "data_name": data_name(results),
         "percent": percent,
