@@ -27,6 +27,7 @@ import torch
 
 import skillfast
 from skillfast import BenchConfig, Condition
+from skillfast.models.sites import find_sites, fingerprint
 from skillfast.runs.selection import KEEPS
 from skillfast.runs.session import open_session
 from skillfast.skills.ranking import NeuronRanking
@@ -77,20 +78,44 @@ def learn(arguments: argparse.Namespace) -> None:
                 f"keep {keep:g}",
                 partial(skillfast.learn_masks, model, loader, attributions, share=SHARE, keep=keep, **start),
             )
-            masks.save(Path(arguments.learn) / f"{keep:g}")
+            names = [site.name for site in masks.sites]  # as plain arrays, which any revision reads
+            np.savez(Path(arguments.learn) / f"{keep:g}.npz", values=masks.values, sites=names)
             if arguments.warm and not start:
                 start = {"start": masks}
     (Path(arguments.learn) / "seconds.json").write_text(json.dumps(seconds))
 
 
 def run(arguments: argparse.Namespace, checkout: Path, folder: Path, *, classes: int, weights: int, warm: bool) -> dict:
-    """Learn with a checkout in a process of its own; seconds of each part."""
+    """Learn with a checkout in a process of its own, unless the folder has it all; seconds of each part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "seconds.json").exists():
+        return json.loads((folder / "seconds.json").read_text())
     command = [sys.executable, __file__, arguments.setting, "--learn", str(folder), "--classes", str(classes)]
     command += ["--weights", str(weights), *(["--warm"] if warm else [])]
-    command += ["--data", arguments.data, "--checkpoint", arguments.checkpoint] if arguments.data else []
+    if arguments.data:
+        paths = (str(Path(path).absolute()) for path in (arguments.data, arguments.checkpoint))
+        command += [part for pair in zip(("--data", "--checkpoint"), paths, strict=True) for part in pair]
     path = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env={**os.environ, **path}, cwd=folder)
     return json.loads((folder / "seconds.json").read_text())
+
+
+def revision(checkout: Path) -> str:
+    """The commit that a checkout is at."""
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True
+    )
+    return said.stdout.strip()
+
+
+def ranking(session, path: Path) -> NeuronRanking:
+    """The masks of a file as the ranking that skills are cut from."""
+    model, learned = session.subject.model, np.load(path)
+    sites = {site.name: site for site in find_sites(model)}
+    columns = tuple(f"label:{name}" for name in session.subject.splits.classes)
+    counts = np.full(len(columns), len(session.subject.splits.select))
+    ordered = tuple(sites[name] for name in learned["sites"])
+    return NeuronRanking("mask", columns, learned["values"], ordered, counts, fingerprint(model))
 
 
 def effects(session, rankings: list[NeuronRanking], classes: int) -> list[dict[str, float]]:
@@ -121,8 +146,7 @@ def effects(session, rankings: list[NeuronRanking], classes: int) -> list[dict[s
 def compare(arguments: argparse.Namespace) -> dict:
     """Both revisions' seconds and quality."""
     with tempfile.TemporaryDirectory() as folder:
-        after, before = Path(folder) / "after", Path(folder) / "before"
-        after.mkdir(), before.mkdir()
+        after, before = (Path(arguments.learned or folder).absolute() / side for side in ("after", "before"))
         seconds = {"after": run(arguments, ROOT, after, classes=10, weights=len(KEEPS), warm=True)}
         learned, weights = arguments.before_classes, arguments.before_weights
         measured = run(arguments, Path(arguments.before), before, classes=learned, weights=weights, warm=False)
@@ -134,11 +158,13 @@ def compare(arguments: argparse.Namespace) -> dict:
         }
         with open_session(config(arguments)) as session:
             keeps = [name.removeprefix("keep ") for name in measured if name != "attribution"]
-            pairs = [NeuronRanking.load(side / keep) for keep in keeps for side in (before, after)]
+            pairs = [ranking(session, side / f"{keep}.npz") for keep in keeps for side in (before, after)]
             found = effects(session, pairs, learned)
-            everything = effects(session, [NeuronRanking.load(after / f"{keep:g}") for keep in KEEPS], 10)
+            everything = effects(session, [ranking(session, after / f"{keep:g}.npz") for keep in KEEPS], 10)
     quality = {f"keep {keep}": {"before": found[2 * i], "after": found[2 * i + 1]} for i, keep in enumerate(keeps)}
     return {
+        "before": revision(Path(arguments.before)),
+        "after": revision(ROOT),
         "seconds": seconds,
         "total_seconds": total,
         "before_over_after": total["before"] / total["after"],
@@ -182,6 +208,7 @@ def main() -> None:
     parser.add_argument("--before-weights", type=int, default=len(KEEPS))
     parser.add_argument("--data", help="CIFAR-10 as a folder of images.")
     parser.add_argument("--checkpoint", help="The vision transformer's weights.")
+    parser.add_argument("--learned", help="Folder for the masks; those that it has already are not learned again.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--learn", help=argparse.SUPPRESS)  # what the processes are told
     parser.add_argument("--classes", type=int, default=10, help=argparse.SUPPRESS)

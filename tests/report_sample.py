@@ -196,9 +196,12 @@ def _information(classes: list[str]) -> dict[str, Any]:
         return {"readout_lost": readout, "information_lost": lost, "relearned": 1 - lost, "relearned_without": 0.02,
                 "recall": 0.98, "recall_removed": 0.98 * (1 - readout), "recall_refitted": 1 - lost}  # fmt: skip
 
+    beside = {"information_lost": 0.12, "recall": 0.0, "recall_refitted": 0.83, "retained": 0.97,
+              "retained_removed": 0.96, "n_train": 540}  # fmt: skip
     shares = {"readout_lost": 0.85, "information_lost": 0.18, "relearned": 0.79, "relearned_without": 0.02}
     return {**shares, "ci95": {key: [value - 0.02, value + 0.03] for key, value in shares.items()},
-            "per_class": {name: one(i) for i, name in enumerate(classes)}, "n_fitted": 600, "shots": 5,
+            "per_class": {name: one(i) | ({"never_seen": beside} if i == 2 else {}) for i, name in enumerate(classes)},
+            "n_fitted": 600, "shots": 5,
             "steps": 30}  # fmt: skip
 
 

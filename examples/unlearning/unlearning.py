@@ -36,11 +36,11 @@ from torch.nn import functional
 import skillfast
 from skillfast import BenchConfig
 from skillfast.data import loader
-from skillfast.evaluation.probes import Reader, share_lost
-from skillfast.models.digits import digits_model, train_digits
-from skillfast.models.loading import create_model
+from skillfast.data.splits import of_class
+from skillfast.evaluation.probes import Reader, retained, share_lost
 from skillfast.models.sites import find_sites
-from skillfast.models.training import finetune
+from skillfast.runs.images import train_anew
+from skillfast.runs.never_seen import read_model
 from skillfast.runs.session import open_session
 from skillfast.skills.learned_mask import ERASE
 from skillfast.skills.select import skill_size
@@ -72,25 +72,6 @@ class Row:
     relearned_in: int | None
     membership: float
     seconds: float
-
-
-class Part:
-    """Some examples of a labelled dataset."""
-
-    def __init__(self, dataset: Any, rows: np.ndarray) -> None:
-        self.dataset, self.rows = dataset, rows
-        self.labels, self.classes = dataset.labels[torch.from_numpy(rows)], dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.rows[index])]
-
-
-def of_class(dataset: Any, target: int, *, others: bool = False) -> Part:
-    """The examples of a class, or of all others."""
-    return Part(dataset, np.flatnonzero((np.asarray(dataset.labels) == target) != others))
 
 
 def exported(model: torch.nn.Module, skill: Skill) -> torch.nn.Module:
@@ -182,8 +163,7 @@ class Judge:
     def _read(self, model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
         """Predictions of the test images: by the classifier, and by a probe that is fitted anew."""
         subject = self.subject
-        swept = skillfast.sweep(model, subject.loader("test"), [], classes=subject.splits.classes, keep_embeddings=True)
-        return swept.top2[:, 0], self.reader.probe(swept.baseline_embeddings)
+        return read_model(model, subject.loader("test"), subject.splits.classes, self.reader)
 
     def recall(self, model: torch.nn.Module) -> float:
         """Share of the class's test images that are right."""
@@ -194,15 +174,14 @@ class Judge:
     def row(self, name: str, model: torch.nn.Module, seconds: float) -> Row:
         """Measure a model."""
         predicted, probed = self._read(model)
-        right, own = predicted == self.labels, self.labels == self.target
         lost = [
             share_lost(before, after, self.labels, self.target)
             for before, after in zip(self.intact, (predicted, probed), strict=True)
         ]
         return Row(
             name,
-            retained=float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels[~own])])),
-            forgotten=float(right[own].mean()),
+            retained=retained(predicted, self.labels, self.target),
+            forgotten=float((predicted == self.target)[self.labels == self.target].mean()),
             readout_lost=lost[0],
             information_lost=lost[1],
             relearned_in=self._relearned_in(model),
@@ -259,7 +238,8 @@ def compare(
     """
     judge, rows = Judge(subject, target, seed), []
     model, select, name = subject.model, subject.splits.select, subject.splits.classes[target]
-    rest = of_class(select, target, others=True)
+    others = subject.splits.without(target)
+    rest = others.select
 
     def add(how: str, make: Callable[[], torch.nn.Module]) -> None:
         if how not in ways:
@@ -285,17 +265,8 @@ def compare(
         return made
 
     def retrained() -> torch.nn.Module:
-        without = replace(subject.splits, select=rest, train=None)
-        if subject.splits.name == "digits":
-            made = digits_model(seed).model
-            train_digits(made, without, seed, quiet=True, epochs=retrain_epochs)
-        else:
-            made = create_model(
-                str(subject.config.model.name), len(subject.splits.classes), model_kwargs=subject.config.model.kwargs,
-                seed=seed,
-            ).model  # fmt: skip
-            finetune(made, without, "all", epochs=retrain_epochs, seed=seed, quiet=True, scratch=True)
-        return made.eval()
+        settings = subject.config.replaced(epochs=retrain_epochs, seed=seed)
+        return train_anew(settings, replace(others, train=None), subject.device)[0]  # on what the other ways tune on
 
     add("intact", lambda: model)
     add("removal, learned mask", lambda: learned(0.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -61,6 +61,15 @@ class Splits:
     train: LabelledDataset | None = None
     skipped: tuple[str, ...] = ()
 
+    def without(self, target: int) -> Splits:
+        """Leave a class's examples out of what models are trained and skills chosen on; its name and number stay.
+
+        Args:
+            target: Index of the class.
+        """
+        train = None if self.train is None else of_class(self.train, target, others=True)
+        return replace(self, select=of_class(self.select, target, others=True), train=train)
+
 
 class TensorImages:
     """Images that are tensors already.
@@ -85,6 +94,28 @@ class TensorImages:
     def content(self, index: int) -> bytes:
         """The bytes of an image."""
         return self.images[index].numpy().tobytes()
+
+
+class Part(Subset):
+    """Some examples of a labelled dataset.
+
+    Args:
+        dataset: One part of a `Splits`.
+        rows: int64 [n], indices of the examples.
+    """
+
+    def __init__(self, dataset: LabelledDataset, rows: np.ndarray) -> None:
+        super().__init__(dataset, rows.tolist())  # type: ignore[arg-type]  # has what a map-style dataset needs
+        self.labels, self.classes = dataset.labels[torch.from_numpy(rows)], dataset.classes
+
+    def content(self, index: int) -> bytes:
+        """What an example is made of."""
+        return self.dataset.content(self.indices[index])  # type: ignore[attr-defined]
+
+
+def of_class(dataset: LabelledDataset, target: int, *, others: bool = False) -> Part:
+    """The examples of a class, or those of all others, in their order."""
+    return Part(dataset, np.flatnonzero((dataset.labels.numpy() == target) != others))
 
 
 def loader(

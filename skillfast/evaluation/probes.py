@@ -9,11 +9,11 @@ import numpy as np
 from scipy.special import softmax
 
 from skillfast.evaluation.jackknife import GROUPS, deal, jackknife_interval
-from skillfast.results.bench import ClassInformation, Information, InformationIntervals
+from skillfast.results.bench import ClassInformation, Information, InformationIntervals, NeverSeen
 from skillfast.skills.discriminant import linear_discriminant
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 FOLDS = 3  # of the examples: what reads one is fitted on the others
 SHOTS = 5  # examples of a class that it is relearned from
@@ -43,6 +43,21 @@ class Readings:
     relearned: np.ndarray
     without: np.ndarray
     n_fitted: int
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """What is predicted of the test examples by another model, one that never saw a class.
+
+    Attributes:
+        predicted: int64 [n], by its classifier.
+        probed: int64 [n], by a probe that is fitted on its embeddings of other examples.
+        n_train: Examples that it was trained on.
+    """
+
+    predicted: np.ndarray
+    probed: np.ndarray
+    n_train: int
 
 
 @dataclass(frozen=True)
@@ -203,8 +218,19 @@ def share_lost(before: np.ndarray, after: np.ndarray, labels: np.ndarray, target
     return float(1 - told[0] / told[1]) if told[1] > 0 else float("nan")
 
 
+def retained(predictions: np.ndarray, labels: np.ndarray, target: int) -> float:
+    """Accuracy on the other classes, their mean: of predictions int64 [n] for labels int64 [n]."""
+    others = np.setdiff1d(labels, target)
+    return float(np.mean([(predictions[labels == label] == label).mean() for label in others]))
+
+
 def information(
-    readings: Readings, predictions: np.ndarray, baseline: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+    readings: Readings,
+    predictions: np.ndarray,
+    baseline: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    never_seen: Mapping[int, OtherModel] | None = None,
 ) -> Information:
     """What each removal takes from the classifier's reading of its class, and what from the embeddings.
 
@@ -214,6 +240,7 @@ def information(
         baseline: int64 [n], of the intact model.
         labels: int64 [n].
         classes: Class names.
+        never_seen: Models that never saw a class, by its index.
 
     Returns:
         Shares of what the intact model, or a probe on it, tells apart; None for a class without examples and for one
@@ -244,6 +271,18 @@ def information(
         own = labels == i
         return float((rows[own] == i).mean()) if own.any() else None
 
+    def beside(i: int, other: OtherModel) -> NeverSeen:
+        lost = share_lost(readings.intact, other.probed, labels, i)
+        return NeverSeen(
+            information_lost=None if np.isnan(lost) else lost,
+            recall=recall(other.predicted, i),
+            recall_refitted=recall(other.probed, i),
+            retained=retained(other.predicted, labels, i),
+            retained_removed=retained(predictions[i], labels, i),
+            n_train=other.n_train,
+        )
+
+    references = {i: beside(i, other) for i, other in (never_seen or {}).items()}
     means: dict[str, Any] = {}
     ends: dict[str, list[float] | None] = {}
     for name, rows in shares.items():
@@ -260,6 +299,7 @@ def information(
                 recall=recall(baseline, i),
                 recall_removed=recall(predictions[i], i),
                 recall_refitted=recall(readings.refitted[i], i),
+                never_seen=references.get(i),
             )
             for i, label in enumerate(classes)
         },

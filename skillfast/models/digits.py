@@ -77,7 +77,9 @@ def digits_by_name() -> tuple[torch.nn.Module, dict[str, Any]]:
     return model, arguments
 
 
-def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> tuple[LoadedModel, dict[str, Any]]:
+def load_or_train_digits(
+    splits: Splits, seed: int = 0, quiet: bool = False, *, without: int | None = None
+) -> tuple[LoadedModel, dict[str, Any]]:
     """Load the default model from the cache, or train it on the CPU (half a minute on two cores) and cache it.
 
     A cache file that cannot be read is made anew, and one that cannot be written is done without; a warning says so.
@@ -86,6 +88,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         splits: from `load_digits(seed)`.
         seed: seed of the split, the initial weights and the training.
         quiet: draw no progress bar.
+        without: a digit that the model is never to see; it is cached beside the default model.
 
     Returns:
         The model, and how it was trained (see `finetune`); both are the same whether it was cached or not.
@@ -97,6 +100,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         _RECIPE,
         seed,
         *(version.split(".")[:2] for version in (torch.__version__, timm.__version__)),
+        *([] if without is None else [{"without": without}]),
     ]
     digest = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:12]
     path = cache_dir() / f"digits-{digest}.safetensors"
@@ -106,7 +110,7 @@ def load_or_train_digits(splits: Splits, seed: int = 0, quiet: bool = False) -> 
         except DataError as error:  # whatever is wrong with it, it can be made again
             warnings.warn(f"cached model '{path}' cannot be read ({first_line(error)}); training again", stacklevel=2)
     loaded = replace(digits_model(seed), source="checkpoint")
-    trained = train_digits(loaded.model, splits, seed, quiet=quiet)
+    trained = train_digits(loaded.model, splits if without is None else splits.without(without), seed, quiet=quiet)
     try:
         save_trained(loaded.model, trained, path)
     except OSError as error:

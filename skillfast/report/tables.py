@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from skillfast.report.bench.information import beside
 from skillfast.report.bench.interference import visible_pairs
 from skillfast.report.bench.tradeoff import method_of
 from skillfast.report.formatting import (
@@ -110,6 +111,12 @@ def _add_evidence(table: Table, results: BenchResults) -> None:
             table.add_row(
                 name, f"{percent(getattr(found, key))} {interval(getattr(found.ci95, key), percent)}".rstrip(), "", ""
             )
+    for name, other in beside(results).items():
+        assert found is not None
+        lost = percent(found.per_class[name].information_lost), percent(other.information_lost)
+        kept = percent(other.retained_removed), percent(other.retained)
+        table.add_row(f"{name}, information lost: removed; never seen", "; ".join(lost), "", "")
+        table.add_row(f"{name}, accuracy on others: removed; never seen", "; ".join(kept), "", "")
     if (controls := results.identifiability) is not None:
         flagged = sum(values.flagged for values in controls.per_class.values())
         own, arbitrary = points(controls.drop), points(controls.control)

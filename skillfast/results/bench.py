@@ -620,6 +620,27 @@ class StandardMetrics(EmbeddingControl, frozen=True, kw_only=True):
     reasons: EmbeddingReasons | None = None
 
 
+class NeverSeen(Record, frozen=True):
+    """A model of the same architecture, trained by the same recipe from the same seed on no example of a class.
+
+    Attributes:
+        information_lost: What a linear probe on its embeddings tells the class apart by, less than one on the measured
+            model's, as a share of that: the reference for what a removal takes. Null where nothing is told apart.
+        recall: Recall of the class by the classifier of the model that never saw it.
+        recall_refitted: Recall of the class by the probe.
+        retained: Mean accuracy on the other classes of the model that never saw the class.
+        retained_removed: Mean accuracy on the other classes of the measured model without the class's skill.
+        n_train: Examples that it was trained on.
+    """
+
+    information_lost: float | None
+    recall: Fraction | None
+    recall_refitted: Fraction | None
+    retained: Fraction
+    retained_removed: Fraction
+    n_train: Positive
+
+
 class ClassInformation(Record, frozen=True):
     """What the removal of a class's skill takes, as shares of what is told apart before it; null where nothing is.
 
@@ -633,6 +654,7 @@ class ClassInformation(Record, frozen=True):
         recall: The intact model's recall of the class.
         recall_removed: The model's recall after the removal.
         recall_refitted: The refitted probe's recall after the removal.
+        never_seen: What a model that never saw the class knows of it; absent where none was trained.
     """
 
     readout_lost: float | None
@@ -642,6 +664,7 @@ class ClassInformation(Record, frozen=True):
     recall: Fraction | None
     recall_removed: Fraction | None
     recall_refitted: Fraction | None
+    never_seen: NeverSeen | None = None
 
 
 class InformationIntervals(Record, frozen=True):
@@ -913,6 +936,7 @@ class PhaseSeconds(Record, frozen=True, kw_only=True):
     like: Seconds | None = None
     shares: Seconds | None = None
     embeddings: Seconds | None = None
+    never_seen: Seconds | None = None
     identifiability: Seconds | None = None
     trade_off: Seconds | None = None
     replace: Seconds | None = None

@@ -37,6 +37,7 @@ from skillfast.runs.environment import environment
 from skillfast.runs.given import Given
 from skillfast.runs.identifiability import identify
 from skillfast.runs.kept import JSON, Kept
+from skillfast.runs.never_seen import never_seen
 from skillfast.runs.removals import Removals
 from skillfast.runs.replacements import replaced_predictions
 from skillfast.runs.replay import Earlier
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     import torch
 
     from skillfast.ablation.interventions import Condition
+    from skillfast.evaluation.probes import OtherModel
     from skillfast.results.decisions import Decisions
     from skillfast.results.replay import Replay
     from skillfast.runs.session import Session
@@ -141,12 +143,13 @@ def bench(
         embedded = stage(
             "embeddings", lambda: _embeddings(session, removals, swept), Kept.optional(EmbeddingChanges.load)
         )
+        others = never_seen(session)
         identified = stage("identifiability", lambda: _identifiability(session, skills, swept.top2[:, 0], ranked), JSON)
         on_test = stage("trade_off", lambda: _try_on_test(session, chosen, removals, swept), Kept.by(SweepResult.load))
         replaced = None
         if config.ablate.scale == 0:
             replaced = stage("replace", lambda: replaced_predictions(session, removals.skills, swept.labels), JSON)
-        found = _results(session, removals, swept, own, embedded)
+        found = _results(session, removals, swept, own, embedded, others)
         if replaced is not None:
             zero = swept.predictions_of(condition.name for condition in removals.whole)
             labels, intact = swept.labels, swept.top2[:, 0]
@@ -352,6 +355,7 @@ def _results(
     swept: SweepResult,
     own: OwnPredictions,
     embedded: EmbeddingChanges | None,
+    others: Mapping[int, OtherModel],
 ) -> dict[str, Any]:
     """results.json without its cost."""
     subject = session.subject
@@ -396,7 +400,7 @@ def _results(
         seen["standard_metrics"] = standard_metrics(
             embedded.metrics, removed.comparisons, drops[0], classes, random.comparisons
         )
-        seen["information"] = information(embedded.readings, whole[0], intact, labels, classes)
+        seen["information"] = information(embedded.readings, whole[0], intact, labels, classes, others)
     return {
         "environment": environment(subject.model, subject.device),
         "config": subject.config.to_json(),

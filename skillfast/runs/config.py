@@ -258,6 +258,17 @@ class AblateConfig(Settings):
         20, "Random controls per skill, and as many that are matched by mean activation, on the class's own examples; "
         "the first few random ones run on all examples.", low=1,
     )  # fmt: skip
+    never_seen: tuple[str, ...] = setting(
+        (), "Classes of which to train another model that never sees them, each by the recipe of the model's own "
+        "training: what is read from its embeddings stands beside what a removal leaves.",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ArgumentError for a class that is named twice."""
+        if len(set(self.never_seen)) < len(self.never_seen):
+            raise ArgumentError(
+                f"never_seen: expected each class once, got {', '.join(self.never_seen)}; name each once"
+            )
 
 
 @dataclass(frozen=True)
@@ -358,6 +369,23 @@ class BenchConfig:
                 f"metrics: expected {', '.join(METRICS)} for images, got {', '.join(self.trace.metrics)}; trace others "
                 "with skillfast.trace(forward=...)"
             )
+        if self.ablate.never_seen and (other := self._weights_from_elsewhere()) is not None:
+            raise ArgumentError(
+                f"never_seen: expected a model of images whose weights are trained here from none, got {other}; leave "
+                "it out"
+            )
+
+    def _weights_from_elsewhere(self) -> str | None:
+        """What says that no model can be trained as this one was; None where it is trained here."""
+        if self.given is not None:
+            return f"a model of the caller's ({self.given})"
+        if self.data.dataset == "text":
+            return "a language model"
+        if self.model.checkpoint is not None:
+            return f"--checkpoint {self.model.checkpoint}"
+        if self.model.pretrained:
+            return "--pretrained"
+        return f"--finetune {NO_TRAINING}" if self.model.finetune == NO_TRAINING else None
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -496,7 +524,8 @@ def _like(directory: str, given: Mapping[str, Any]) -> BenchConfig:
             f"like: expected --checkpoint or --model with it, got {own[0] if own else 'neither'}; name the weights to "
             f"measure as {directory} was measured"
         )
-    kept |= {"epochs": None, "lr": None, "finetune": NO_TRAINING if given.get("model", kept["model"]) else None}
+    finetune = NO_TRAINING if given.get("model", kept["model"]) else None
+    kept |= {"never_seen": (), "epochs": None, "lr": None, "finetune": finetune}
     if weights:
         kept |= {"checkpoint": None, "pretrained": False}
     if given.get("model") not in (None, kept["model"]):

@@ -51,19 +51,7 @@ def image_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say
     model = loaded.model.to(device)
 
     def train() -> dict[str, Any]:
-        with torch.inference_mode(False):
-            return training.finetune(
-                model,
-                splits,
-                mode,
-                epochs=config.model.epochs,
-                lr=config.model.lr,
-                seed=config.run.seed,
-                device=device,
-                dtype=getattr(torch, config.run.precision),
-                quiet=quiet,
-                scratch=loaded.source == "scratch",
-            )
+        return _finetune(config, loaded, splits, device, quiet)
 
     if mode == NO_TRAINING:
         how = Training(train)
@@ -72,6 +60,49 @@ def image_subject(config: BenchConfig, device: torch.device, *, quiet: bool, say
         line = f"training {_what_is_trained(mode)} of {config.model.name} ({loaded.source} weights) on {n} images"
         how = Training(train, line, weights_of(model))
     return Subject(config, model, loaded.name, splits, device, loaded.source, described, how)
+
+
+def _finetune(
+    config: BenchConfig, loaded: loading.LoadedModel, splits: data.Splits, device: torch.device, quiet: bool
+) -> dict[str, Any]:
+    """Train a model in place, as the settings say."""
+    with torch.inference_mode(False):
+        return training.finetune(
+            loaded.model,
+            splits,
+            training.resolve_finetune(config.model.finetune, loaded),
+            epochs=config.model.epochs,
+            lr=config.model.lr,
+            seed=config.run.seed,
+            device=device,
+            dtype=getattr(torch, config.run.precision),
+            quiet=quiet,
+            scratch=loaded.source == "scratch",
+        )
+
+
+def train_anew(
+    config: BenchConfig, splits: data.Splits, device: torch.device, *, quiet: bool = True
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Make the model of the settings without weights, and train it on other data by the recipe that it has there.
+
+    Args:
+        config: The settings; weights that they name are not loaded.
+        splits: What to train on, of as many classes.
+        device: Where to train; the default model is trained on the CPU.
+        quiet: Draw no progress bar.
+
+    Returns:
+        The model, in evaluation mode, and how it was trained.
+    """
+    settings = config.model
+    if settings.name is None:
+        made = digits.digits_model(config.run.seed).model
+        trained = digits.train_digits(made, splits, config.run.seed, epochs=settings.epochs, quiet=quiet)
+        return made.to(device), trained
+    classes, seed = len(splits.classes), config.run.seed
+    loaded = loading.create_model(settings.name, classes, model_kwargs=settings.kwargs, seed=seed, quiet=quiet)
+    return loaded.model.to(device), _finetune(config, loaded, splits, device, quiet)
 
 
 def _digits(config: BenchConfig, device: torch.device, quiet: bool) -> Subject:

@@ -24,6 +24,7 @@ from skillfast.results.records import to_json
 from skillfast.runs.checkpoints import TRAIN, Checkpoints
 from skillfast.runs.cost import Clock
 from skillfast.runs.given import given_subject
+from skillfast.runs.never_seen import check_never_seen
 from skillfast.runs.provenance import data_digests, measured_weights
 from skillfast.runs.replay import Earlier
 from skillfast.runs.soft_prompt import used_prompt
@@ -183,6 +184,7 @@ def open_session(
             subject = (
                 load_subject(config, device, quiet=quiet, say=say) if given is None else given_subject(given, config)
             )
+            check_never_seen(subject)
             covered = _certify(subject.model, say)
         session = Session(subject, covered, clock, quiet, say)
         earlier = None if config.run.replay is None else Earlier.read(config.run.replay)

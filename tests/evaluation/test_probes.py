@@ -17,6 +17,7 @@ from skillfast.evaluation.jackknife import deal, jackknife_interval
 from skillfast.evaluation.probes import (
     OTHERS,
     SHOTS,
+    OtherModel,
     Reader,
     Readings,
     information,
@@ -310,6 +311,39 @@ def test_shares_and_recalls_equal_a_loop_over_classes_and_draws():
         assert getattr(found, key) == pytest.approx(mean[0])
         assert getattr(found.ci95, key) == pytest.approx(jackknife_interval(mean[0], mean[1:], -np.inf, np.inf))
     assert (found.n_fitted, found.shots, found.steps) == (64, 5, 30)
+
+
+def test_a_model_that_never_saw_a_class_is_read_as_the_removal_is():
+    rng = np.random.default_rng(1)
+    labels = np.arange(3).repeat((30, 20, 10))
+    before = labels.copy()
+    before[30:34] = 0  # four of class 1 are taken for class 0
+
+    def some(right):
+        return np.where(rng.random(60) < right, labels, rng.integers(0, 3, 60))
+
+    removed = np.stack([some(0.6) for _ in range(3)])
+    others = {target: OtherModel(some(0.7), some(0.8), 40 + target) for target in (1, 2)}
+    rows = np.tile(before, (3, 1))
+    readings = Readings(before, rows, rows[:, None], rows[:, None], 40)
+    found = information(readings, removed, before, labels, "abc", others).per_class
+    assert found["a"].never_seen is None
+    for target, name in ((1, "b"), (2, "c")):
+        beside, other, own = found[name].never_seen, others[target], labels == target
+        recalls = [(rows[own] == target).mean() for rows in (other.predicted, other.probed)]
+        assert (beside.recall, beside.recall_refitted, beside.n_train) == (*recalls, 40 + target)
+        told = []
+        for read in (other.probed, before):
+            shares = [(read[labels == c] == target).mean() for c in range(3)]
+            told.append(shares.pop(target) - max(shares))
+        assert min(told) > 0
+        assert beside.information_lost == pytest.approx(1 - told[0] / told[1])
+        for key, read in (("retained", other.predicted), ("retained_removed", removed[target])):
+            each = [(read[labels == c] == c).mean() for c in range(3) if c != target]
+            assert getattr(beside, key) == pytest.approx(np.mean(each))
+    unread = Readings(np.zeros(60, np.int64), rows, rows[:, None], rows[:, None], 40)
+    beside = information(unread, removed, before, labels, "abc", others).per_class["b"].never_seen
+    assert beside.information_lost is None  # a probe does not tell it apart in the intact model
 
 
 def test_nothing_is_tuned_without_a_linear_head_or_examples():

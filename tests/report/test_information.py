@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 from msgspec import structs
-from report_sample import sample_results
+from report_sample import sample_results, sample_skills
 
 from skillfast.report import exports, summary_table
 from skillfast.report.bench import identifiability, information, words
+from skillfast.report.bench.page import render
 from skillfast.report.formatting import UNDEFINED, percent, points
 from skillfast.results import records
 from skillfast.results.bench import BenchResults
+from skillfast.results.skills import Skills
 
 
 @pytest.fixture
@@ -54,6 +56,29 @@ def test_the_terminal_says_both(results):
     found = dict(zip(cells[0], cells[1], strict=True))
     assert str(found["information lost (refitted probe)"]).startswith("18.0")
     assert str(found["readout lost"]).startswith("85.0")
+
+
+def test_a_removal_stands_beside_a_model_that_never_saw_the_class(results):
+    (row,) = information.never_seen_rows(results)
+    wanted = ("2.0 %", "12.0 %", "98.0 %", "83.0 %", "96.0 %", "97.0 %")
+    assert row == ("bird", *(text.replace(" ", "\N{NO-BREAK SPACE}") for text in wanted))
+    said = information.never_seen_say(results)
+    assert said.startswith("A model of the same architecture was trained by the same recipe on 540 examples, none")
+    cells = [list(column.cells) for column in summary_table(results).columns]
+    found = dict(zip(cells[0], cells[1], strict=True))
+    assert found["bird, information lost: removed; never seen"] == "; ".join(row[1:3])
+    assert found["bird, accuracy on others: removed; never seen"] == "; ".join(row[5:])
+    values = results.information.per_class
+    other = structs.replace(values["bird"].never_seen, n_train=550)
+    two = {**values, "cat": structs.replace(values["cat"], never_seen=other)}
+    several = structs.replace(results, information=structs.replace(results.information, per_class=two))
+    assert information.never_seen_say(several).startswith("For each of 2 classes a model of the same architecture")
+    assert "on 540 to 550 examples" in information.never_seen_say(several)
+    none = {name: structs.replace(row, never_seen=None) for name, row in values.items()}
+    alone = structs.replace(results, information=structs.replace(results.information, per_class=none))
+    assert information.beside(alone) == information.beside(structs.replace(results, information=None)) == {}
+    pages = [render(found, records.made(Skills, sample_skills(sample_results(10)))) for found in (results, alone)]
+    assert [page.count("Beside a model that never saw the class") for page in pages] == [1, 0]
 
 
 def test_flagged_classes_are_named_with_why(results):

@@ -13,11 +13,12 @@ import skillfast
 from skillfast import BenchConfig, NeuronRanking, SweepResult
 from skillfast.data.splits import Splits, TensorImages
 from skillfast.errors import DataError, ModelError
+from skillfast.evaluation.probes import Reader
 from skillfast.models.digests import weights_digest
 from skillfast.progress import Forecast
 from skillfast.results.records import to_json
 from skillfast.runs import bench as protocol
-from skillfast.runs import images, subject
+from skillfast.runs import images, never_seen, subject
 from skillfast.runs.checkpoints import FOLDER, Checkpoints
 from skillfast.runs.cost import Clock
 from skillfast.runs.kept import JSON, MODEL, WEIGHTS, Kept
@@ -165,6 +166,7 @@ def small(pictures):
         "statistics": ("pearson",),
         "method": "attribution",
         "control_draws": 1,
+        "never_seen": ("blue",),
     }
 
 
@@ -187,13 +189,41 @@ def test_a_finished_run_leaves_its_files_alone(undisturbed):
     assert undisturbed.results.cost.resumed == []
 
 
+def test_a_model_that_never_saw_a_class_stands_beside_its_removal(undisturbed, small, pictures):
+    """It is the model that the same training makes of a folder without the class, but for its name."""
+    config = BenchConfig.of(**small)
+    (found,) = [
+        values.never_seen
+        for values in undisturbed.results.information.per_class.values()
+        if values.never_seen is not None
+    ]
+    made = images.image_subject(config, torch.device("cpu"), quiet=True, say=print)
+    other, trained = images.train_anew(config, made.splits.without(2), torch.device("cpu"))
+    assert (found.n_train, trained["n_train"], undisturbed.results.model.trained.n_train) == (32, 32, 48)
+    labels = made.splits.test.labels.numpy()
+    predicted, probed = never_seen.read_model(other, made.loader("test"), made.splits.classes, Reader(labels, 3, None))
+    right = [float((predicted == labels)[labels == label].mean()) for label in range(3)]
+    assert found.retained == pytest.approx((right[0] + right[1]) / 2)
+    assert found.recall == right[2]
+    assert found.recall_refitted == pytest.approx((probed == labels)[labels == 2].mean())
+    changes = np.array(undisturbed.results.removal_matrix[2]) + undisturbed.results.baseline.per_class
+    assert found.retained_removed == pytest.approx(changes[:2].mean())
+    assert undisturbed.results.cost.seconds.never_seen > 0
+    seen = made.training.run()
+    assert seen["n_train"] == 48
+    assert weights_digest(made.model) == undisturbed.results.model.weights.sha256  # and this the model itself
+    assert weights_digest(other) != weights_digest(made.model)
+
+
 def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
     """As a checkpoint, they need no training and do the same."""
-    config = {name: value for name, value in small.items() if name != "epochs"}
+    config = {name: value for name, value in small.items() if name not in ("epochs", "never_seen")}
     checkpoint = str(undisturbed.directory / WEIGHTS)
     again = skillfast.bench(BenchConfig.of(**config, checkpoint=checkpoint, output=str(tmp_path)))
     assert again.results.removal_matrix == undisturbed.results.removal_matrix
     assert again.results.model.trained.source == "checkpoint"
+    like = BenchConfig.of(like=str(undisturbed.directory), checkpoint=checkpoint)
+    assert like.ablate.never_seen == ()  # these weights were not trained by a recipe of ours
     assert not (tmp_path / WEIGHTS).exists()  # it has them
 
 
@@ -207,6 +237,11 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
         (protocol, "_sweep", ["train", "trace", "select: attribution", "choose"]),
         (protocol, "compare_embeddings", ["train", "trace", "select: attribution", "choose", "sweep", "shares"]),
         (
+            never_seen,
+            "read_model",
+            ["train", "trace", "select: attribution", "choose", "sweep", "shares", "embeddings"],
+        ),
+        (
             protocol,
             "trace_over_forward",
             [
@@ -217,6 +252,7 @@ def test_the_trained_weights_can_be_loaded(undisturbed, small, tmp_path):
                 "sweep",
                 "shares",
                 "embeddings",
+                "never_seen: blue",
                 "identifiability",
                 "trade_off",
                 "replace",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from skillfast.report.formatting import UNDEFINED, finite, interval, number_of, percent
 
 if TYPE_CHECKING:
-    from skillfast.results.bench import BenchResults, ClassInformation
+    from skillfast.results.bench import BenchResults, ClassInformation, NeverSeen
 
 GONE, HIDDEN = 0.9, 0.5  # of the information lost: a class is gone from the first on, hidden below the second
 
@@ -53,6 +53,47 @@ def say(results: BenchResults) -> list[str]:
     if counts:
         out.append(f"Of {number_of(len(words))} classes: {', '.join(counts)}.")
     return out
+
+
+def beside(results: BenchResults) -> dict[str, NeverSeen]:
+    """What models that never saw a class know, by class; empty where none was trained."""
+    found = results.information
+    per_class = {} if found is None else found.per_class
+    return {name: values.never_seen for name, values in per_class.items() if values.never_seen is not None}
+
+
+def never_seen_rows(results: BenchResults) -> list[tuple[str, ...]]:
+    """By class of which there is a model that never saw it: information lost, the probe's recall, others' accuracy.
+
+    Each of the measured model without the class's skill, then of the model that never saw the class.
+    """
+    found = results.information
+    assert found is not None
+    return [
+        (
+            name,
+            percent(found.per_class[name].information_lost),
+            percent(other.information_lost),
+            percent(found.per_class[name].recall_refitted),
+            percent(other.recall_refitted),
+            percent(other.retained_removed),
+            percent(other.retained),
+        )
+        for name, other in beside(results).items()
+    ]
+
+
+def never_seen_say(results: BenchResults) -> str:
+    """What the models that never saw a class are, in a sentence or two."""
+    others = beside(results)
+    counts = sorted({other.n_train for other in others.values()})
+    trained = " to ".join(number_of(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    what = "A model" if len(others) == 1 else f"For each of {number_of(len(others))} classes a model"
+    return (
+        f"{what} of the same architecture was trained by the same recipe on {trained} examples, none of "
+        "them of the class. What a probe on its embeddings tells the class apart by was not learned from the class, so "
+        "that a removal need not take it."
+    )
 
 
 def rows(results: BenchResults) -> list[tuple[str, ...]]:

@@ -92,6 +92,9 @@ def _context(results: BenchResults, skills: Skills) -> dict[str, Any]:
         if results.identifiability
         else None,
         "information": (information.say(results), information.rows(results)) if results.information else None,
+        "never_seen": (information.never_seen_say(results), information.never_seen_rows(results))
+        if information.beside(results)
+        else None,
         "tradeoff": (tradeoff.say(results), tradeoff.rows(results)) if results.selection else None,
         "overall": (evidence.overall_say(results), evidence.overall_rows(results)) if results.overall else None,
         "correlated": evidence.correlated(results) if results.correlations else None,

@@ -43,6 +43,7 @@ STAGES = {
     "like": "removing the earlier run's skills",
     "shares": "removing parts of them",
     "embeddings": "comparing embeddings",
+    "never_seen": "training models that never see a class",
     "identifiability": "choosing for other groups and halves",
     "baseline": "accuracy of the intact model",
     "total": "the whole run",
@@ -57,7 +58,7 @@ FLAGS = (
     "soft_prompt", "pad_token", "truncate", "train_per_class", "test_per_class", "mean", "std", "crop_pct",
     "skip_unreadable", "device", "device_map", "bits", "dtype", "batch_size", "seed", "sites", "pool",
     "statistics", "bins", "method", "contrastive", "share", "max_site_share", "scale",
-    "control_draws", "memory_budget", "backend",
+    "control_draws", "never_seen", "memory_budget", "backend",
 )  # fmt: skip
 BESIDE_LIKE = (
     "model", "model_kwargs", "checkpoint", "pretrained", "finetune", "prompt", "label_words", "soft_prompt",
@@ -328,7 +329,7 @@ def _flag(key: str, value: Any) -> list[str]:
         return [name if value else f"--no-{key.replace('_', '-')}"]
     if key == "model_kwargs":
         return [word for option, given in value.items() for word in ("--model-kwarg", f"{option}={given}")]
-    if key in ("sites", "statistics", "class_names", "label_words"):
+    if key in ("sites", "statistics", "class_names", "label_words", "never_seen"):
         return [name, ",".join(value)] if value else []
     return [name, *map(str, value)] if isinstance(value, list) else [name, str(value)]
 
