@@ -63,7 +63,8 @@ def _train_and_read(session: Session, target: int) -> dict[str, Any]:
     subject, config, quiet = session.subject, session.config, session.quiet
     splits = subject.splits
     session.say(f"training a model that never sees {splits.classes[target]}, as {subject.name} was trained")
-    with torch.autocast(subject.device.type, enabled=False):  # training has its own
+    # the run's own context would keep low-precision copies of weights from one training step to the next
+    with torch.autocast(subject.device.type, enabled=False, cache_enabled=False):
         if config.model.name is None:
             loaded, trained = load_or_train_digits(splits, config.run.seed, quiet=quiet, without=target)
             model = loaded.model.to(subject.device)

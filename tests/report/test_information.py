@@ -74,6 +74,8 @@ def test_a_removal_stands_beside_a_model_that_never_saw_the_class(results):
     several = structs.replace(results, information=structs.replace(results.information, per_class=two))
     assert information.never_seen_say(several).startswith("For each of 2 classes a model of the same architecture")
     assert "on 540 to 550 examples" in information.never_seen_say(several)
+    asked = structs.replace(results, config={**results.config, "never_seen": ["bird", "cat"]})
+    assert "--never-seen bird,cat" in words.command(asked)
     none = {name: structs.replace(row, never_seen=None) for name, row in values.items()}
     alone = structs.replace(results, information=structs.replace(results.information, per_class=none))
     assert information.beside(alone) == information.beside(structs.replace(results, information=None)) == {}

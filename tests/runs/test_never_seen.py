@@ -19,7 +19,9 @@ from skillfast.data.splits import TensorImages, of_class
 from skillfast.errors import ArgumentError
 from skillfast.models import training
 from skillfast.runs import images
-from skillfast.runs.never_seen import check_never_seen
+from skillfast.runs.cost import Clock
+from skillfast.runs.never_seen import check_never_seen, never_seen
+from skillfast.runs.session import Session
 
 TINY = {
     "model": "vit_tiny_patch16_224", "dataset": "imagefolder",
@@ -98,6 +100,27 @@ def test_only_what_is_trained_on_lacks_the_class(pictures):
     own = of_class(splits.select, 1)
     assert own.labels.tolist() == [1] * 16
     assert replace(splits, train=None).without(0).train is None
+
+
+def test_training_is_not_under_the_precision_of_the_run(pictures, monkeypatch):
+    """Autocast keeps copies of weights until its outermost context ends, which training changes under it."""
+    config = BenchConfig.of(**TINY, data_dir=str(pictures), never_seen=("red",), epochs=1)
+    made = images.image_subject(config, torch.device("cpu"), quiet=True, say=print)
+    seen, train = [], images.train_anew
+
+    def watched(*args, **kwargs):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(images, "train_anew", watched)
+    said = []
+    session = Session(made, None, Clock(), True, said.append)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = never_seen(session)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [(False, False)]
+    assert found[2].n_train == 32
+    assert said[0] == "training a model that never sees red, as vit_tiny_patch16_224 was trained"
 
 
 def test_the_default_model_without_a_digit_has_a_cache_of_its_own(tmp_path, monkeypatch):
