@@ -75,6 +75,9 @@ def test_bench_and_ablation_of_a_decoder_with_a_prompt(data, tmp_path, monkeypat
     options = [*text_options(data, folder, tmp_path / "out"), *prompt, "--share", "0.05"]
     result = run("bench", *options, "--pool", "last", "--control-draws", 1, "--method", "pearson")
     assert result.exit_code == 0, result.output
+    again = run("bench", "--replay", tmp_path / "out", "--output", tmp_path / "again", "--quiet")
+    assert again.exit_code == 0, again.output
+    assert f"replay of {tmp_path / 'out'}: all " in again.output
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     told = found["model"]["soft_prompt"]
     assert (told["tokens"], told["origin"], told["steps"]) == (3, "tuned", 3)
@@ -113,6 +116,7 @@ def test_bench_and_ablation_of_a_mixture_of_experts(data, tmp_path):
     small = ["--share", "0.1", "--control-draws", 1, "--method", "attribution", "--pool", "last"]
     result = run("bench", *options, *small)
     assert result.exit_code == 0, result.output
+    assert "check the weights, and --prompt, --label-words (" in result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [site["kind"] for site in found["model"]["sites"]] == ["attn", "router", "expert", "head"]
     assert found["model"]["neurons"] == 32 + 4 + 4 * 8 + 24

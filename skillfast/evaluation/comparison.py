@@ -314,6 +314,8 @@ def interferences(
             float((side.removed[i, members[j]] == j).mean() - (side.intact[members[j]] == j).mean())
             for side in (base, new)
         )
+        if new_change >= 0:
+            continue  # it helps the other class, if less than it did
         found.append(
             NewInterference(
                 removed=classes[i], harmed=classes[j], base=base_change, new=new_change,

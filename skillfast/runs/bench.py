@@ -47,6 +47,7 @@ from skillfast.runs.soft_prompt import used_prompt
 from skillfast.skills.ranking import NeuronRanking
 from skillfast.skills.skill import Skill, load_skills, overlap, save_skills
 from skillfast.statistics.scores import NeuronScores
+from skillfast.vocabulary import GIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,9 +193,10 @@ def _announce_baseline(session: Session) -> None:
         )
     noise = 2 * math.sqrt(chance * (1 - chance) / len(intact.labels))  # two standard errors of guessing
     if accuracy < chance + max(noise, 0.1 * (1 - chance)):
+        read = {"text": "--prompt, --label-words", GIVEN: "what the loader gives"}
         say(
             f"warning: the baseline is near chance ({chance:.1%}), so there is little to remove; check the weights, "
-            f"and --mean, --std, --crop-pct ({subject.described})"
+            f"and {read.get(subject.config.data.dataset, '--mean, --std, --crop-pct')} ({subject.described})"
         )
 
 

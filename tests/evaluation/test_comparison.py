@@ -473,6 +473,17 @@ def test_q_of_the_level_itself_is_a_finding(monkeypatch):
         assert len(interferences(base, new, labels, "ab")[0]) == found
 
 
+@pytest.mark.parametrize(("taken", "found"), [(0, 0), (1, 1)])
+def test_a_removal_that_helps_another_class_less_than_it_did_is_no_interference(taken, found):
+    """In BASE it gives the class its 24 examples; in NEW these are right anyway, or one fewer after it."""
+    labels = np.arange(2).repeat(24)
+    intact = np.where(labels == 1, 0, labels)
+    base = Measured(intact, np.stack([labels, intact]), None)
+    removed = np.stack([labels, labels])
+    removed[0, 24 : 24 + taken] = 2
+    assert len(interferences(base, Measured(labels, removed, None), labels, "ab")[0]) == found
+
+
 def test_half_of_what_a_class_had_is_enough_to_merge():
     labels = np.arange(2).repeat(24)
     intact = np.where(np.arange(48) % 24 < 20, labels, 2)

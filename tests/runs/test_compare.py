@@ -718,6 +718,14 @@ def test_what_a_replay_takes_no_option_of(audited):
     )
     done = run("bench", "--replay", base, "--model-kwarg", "depth=3", "--output", audited[0] / "never")
     assert (done.exit_code, "model_kwargs: expected with a run of its own" in done.output) == (2, True)
+    elsewhere = audited[0] / "elsewhere"
+    shutil.copytree(base, elsewhere)
+    text = json.loads((elsewhere / "results.json").read_text())
+    text["config"]["device"] = "cuda:99"  # that of another machine
+    (elsewhere / "results.json").write_text(json.dumps(text))
+    done = run("bench", "--replay", elsewhere, "--output", audited[0] / "never")
+    assert done.exit_code == 2
+    assert re.fullmatch(r"Error: device 'cuda:99': expected one that is there, got .*; use --device cpu\n", done.output)
     config = BenchConfig.of(replay=base, device="cpu", output="elsewhere")
     assert config.to_json() == {**audited[1].results.config, "device": "cpu"}
     other = config.replaced(share=0.1)
