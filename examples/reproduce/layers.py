@@ -54,10 +54,10 @@ class Sizes:
         least_words: Of a phrase of the training file, which has many of one or two.
     """
 
-    train: int = 150
-    test: int = 150
+    train: int = 100
+    test: int = 100
     draws: int = 2
-    shares: tuple[float, ...] = (0.003, 0.01)
+    shares: tuple[float, ...] = (0.01,)
     least_words: int = 6
 
 
