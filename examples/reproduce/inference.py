@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from skillfast import NeuronRanking, NeuronScores, Skill
     from skillfast.runs.evaluate import Evaluation
 
+PUBLISHED = {"top_r": 0.64, "f1_change": -0.22}
+"""Read at second hand: orientation, from another model and other data, nothing that is compared by a test."""
 NOUNS = (
     "judge", "doctor", "lawyer", "artist", "actor", "baker", "author", "banker", "farmer", "pilot", "nurse", "student",
     "singer", "tailor", "writer", "soldier",
@@ -398,7 +400,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for seed in range(given.seed, given.seed + settings.models):
         models.append(measured(settings, seed))
         print(line(models[-1]), flush=True)
-    return {"settings": asdict(settings), "models": models}
+    return {"settings": asdict(settings), "published_second_hand": PUBLISHED, "models": models}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
