@@ -6,7 +6,7 @@ import inspect
 import math
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from skillfast.models.batches import LABELS
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import without_experts
 from skillfast.models.inputs import described, examples_in
+from skillfast.models.shards import refuse_spread, shards_of
 from skillfast.models.sites import (
     Site,
     check_neurons,
@@ -130,6 +131,14 @@ class SiteChange:
     places: torch.Tensor | None = None
     masked: bool = False
 
+    def within(self, held: torch.Tensor) -> SiteChange:
+        """The change of those neurons that are held, int64 ascending, which are counted from 0 then."""
+        at = torch.searchsorted(held, self.neurons)
+        here = (at < len(held)) & (held[at.clamp(max=len(held) - 1)] == self.neurons)
+        parts = {name: getattr(self, name) for name in ("mean", "places")}
+        kept = {name: None if part is None else part[here] for name, part in parts.items()}
+        return replace(self, neurons=at[here], **kept)
+
     def donated(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Activations [batch, ..., S] of each example's donor, by its row int64 [batch]; None in other modes."""
         if self.donors is None or self.places is None:
@@ -169,6 +178,7 @@ class Interventions:
         conditions: As given.
         sites: The sites that any condition changes, in the model's order.
         donors: The bank of those whose activations `mode="resample"` leaves; None where no condition does.
+        shards: How the neurons of these sites are spread over processes; None where this one holds all of them.
     """
 
     def __init__(
@@ -197,6 +207,7 @@ class Interventions:
                     elif condition.constants is not None:
                         changes[i] = SiteChange(neurons, scale, mean=condition.constants[site.name].double().cpu())
                     elif condition.mode == "resample":
+                        refuse_spread(model, "mode 'resample'")
                         kept, places = _of_donors(donors, condition.skill, site, neurons, fingerprint_of_model)
                         changes[i] = SiteChange(neurons, scale, donors=kept, places=places)
                     elif condition.mode == "reroute" and site.kind == "router":
@@ -206,6 +217,12 @@ class Interventions:
             if changes:
                 self._changes[site.name] = changes
         self.sites = [site for site in sites.values() if site.name in self._changes]
+        self._widths = {site.name: site.width for site in self.sites}
+        self.shards = shards_of(model, self.sites)
+        if self.shards is not None:
+            for name, held in self.shards.held.items():
+                self._widths[name] = len(held)
+                self._changes[name] = {i: change.within(held) for i, change in self._changes[name].items()}
         self._kept: dict[tuple[Any, ...], _Tables] = {}
         resamples = any(change.donors is not None for site in self._changes.values() for change in site.values())
         self.donors = donors if resamples else None
@@ -325,7 +342,7 @@ class Interventions:
                     "mode 'reroute': expected another mode for a prepared model, got a router's logits to mask, which "
                     "are inside its own code, where no gate stands; use mode 'zero', or the model that was not prepared"
                 )
-            tables = _Tables.of([change], site.width, torch.float64, torch.device("cpu"))
+            tables = _Tables.of([change], self._widths[site.name], torch.float64, torch.device("cpu"))
             found[site] = (tables.scale, torch.zeros_like(tables.scale) if tables.shift is None else tables.shift)
         return found
 
@@ -359,7 +376,9 @@ class Interventions:
                 self._kept.clear()
             changes = self._changes[site.name]
             with torch.inference_mode(False):
-                self._kept[key] = _Tables.of([changes.get(i) for i in conditions], site.width, dtype, x.device)
+                self._kept[key] = _Tables.of(
+                    [changes.get(i) for i in conditions], self._widths[site.name], dtype, x.device
+                )
         return self._kept[key]
 
 

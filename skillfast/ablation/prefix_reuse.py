@@ -26,6 +26,7 @@ from skillfast.errors import ModelError
 from skillfast.models.activations import Activations, RoutedActivations
 from skillfast.models.batches import logits_of
 from skillfast.models.inputs import Inputs, call, examples_in, repeated, taken
+from skillfast.models.shards import local_part
 from skillfast.models.watching import watched
 from skillfast.transfer import moved
 
@@ -444,11 +445,14 @@ class PrefixReuse:
         stacked = _repeat(base, n)
         if not changed:
             return with_first_tensor(kept, stacked)
-        weight = self.model.get_parameter(f"{site.path}.weight")
+        shards = self.interventions.shards
+        spread = shards is not None and site.name in shards.held
+        difference = torch.zeros_like(stacked) if spread else stacked  # other processes add what their neurons change
+        weight = local_part(self.model.get_parameter(f"{site.path}.weight"))
         neurons = cache.neurons[site.name][:, : base.shape[1]]  # [batch, tokens, S], of all conditions
         changed_neurons = self._changed[site.name]
         with torch.autocast(base.device.type, enabled=False):
-            for out, i in zip(stacked.view(n, -1, stacked.shape[-1]), conditions, strict=True):
+            for out, i in zip(difference.view(n, -1, stacked.shape[-1]), conditions, strict=True):
                 change = self._change(site, i)
                 where = moved(torch.searchsorted(changed_neurons, change.neurons), base.device)
                 x = neurons.index_select(-1, where)
@@ -459,6 +463,8 @@ class PrefixReuse:
                 at = moved(change.neurons, weight.device)
                 columns = weight.index_select(1, at).to(base.dtype)  # [E, S]
                 out.addmm_(x.flatten(0, -2).to(base.dtype), columns.T, alpha=change.scale - 1)
+        if shards is not None and spread:
+            stacked += shards.sum(difference)
         return with_first_tensor(kept, stacked)
 
     def _narrow(self, stack: ExitStack, last: str) -> None:

@@ -417,6 +417,7 @@ class BatchRunner:
         self.kept_bytes = 0.0  # per sample, once the first batch has run
         self.memory_budget = memory_budget
         self.samples = samples
+        self._fits: tuple[int, float, float] | None = None  # budget, bytes kept and running of a sample
         self._forecast: Forecast | None = None
         self._most_rows: int | None = None  # halved when memory ran out
 
@@ -479,12 +480,15 @@ class BatchRunner:
     def _sizes(self, inputs: Inputs) -> tuple[int, int]:
         """Samples at a time, and stacked rows."""
         assert self.reuse is not None
-        if self.memory_budget is None:
-            self.memory_budget = memory_limit(self.device)
         known = self.reuse.trace
-        return rows_that_fit(
-            self.memory_budget, self.kept_bytes, known.running_bytes, known.tokens, examples_in(inputs), self.device
-        )
+        if self._fits is None:
+            fits = self.memory_budget or memory_limit(self.device), self.kept_bytes, known.running_bytes
+            shards = self.interventions.shards
+            if shards is not None:  # all run the same stacks, which fit in the one with the least memory
+                budgets, *needs = zip(*shards.gather(fits), strict=True)
+                fits = min(budgets), *map(max, needs)
+            self._fits = fits
+        return rows_that_fit(*self._fits, known.tokens, examples_in(inputs), self.device)
 
     def _chunk(
         self, reuse: PrefixReuse, batch: Batch, rows: int, keep_embeddings: bool, keep_logits: bool
@@ -523,8 +527,8 @@ class BatchRunner:
             try:
                 found = reuse.run(cache, point, some)
             except RuntimeError as error:
-                if not out_of_memory(error) or len(some) == 1:
-                    raise
+                if not out_of_memory(error) or len(some) == 1 or self.interventions.shards is not None:
+                    raise  # where processes run a forward together the others wait for this one
                 self._most_rows = len(some) // 2 * examples_in(cache.inputs)
                 continue
             yield some, *found

@@ -14,6 +14,7 @@ from skillfast.memory.usage import free_bytes
 from skillfast.metrics import Categorical
 from skillfast.models.batches import Batch, classes_of, fed_batches, read_batch
 from skillfast.models.inputs import mapped
+from skillfast.models.shards import shards_of
 from skillfast.models.sites import Site, choose_sites, fingerprint, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
 from skillfast.progress import length_of, track
@@ -118,7 +119,9 @@ def _attributed(
     with torch.inference_mode(False), torch.enable_grad():
         device = next(model.parameters()).device
         _refuse_too_many(chosen, len(columns), device)
-        total = torch.zeros(sum(site.width for site in chosen), len(columns), dtype=torch.float64, device=device)
+        shards = shards_of(model, chosen)
+        own_sites = chosen if shards is None else tuple(map(shards.local, chosen))
+        total = torch.zeros(sum(site.width for site in own_sites), len(columns), dtype=torch.float64, device=device)
         counts = torch.zeros(len(columns), dtype=torch.int64, device=device)
         done = 0
         batches = fed_batches(loader, device, partial(class_batch, n_classes=n_classes, key=label_key))
@@ -148,6 +151,8 @@ def _attributed(
             total += rows.T @ member.to(rows)
             counts += member.sum(0)
     total, counts = total.cpu(), counts.cpu()
+    if shards is not None:
+        total = shards.whole(total, chosen)
     if not int(counts.sum()):
         raise ArgumentError("attribute: expected at least one image, got an empty loader; check its batches")
     if members is not None and done != len(members):

@@ -16,6 +16,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.memory.state import state_bytes, warn_of_state
 from skillfast.metrics import to_json
 from skillfast.models.digests import sampled_digest
+from skillfast.models.shards import shards_of
 from skillfast.models.sites import (
     Site,
     choose_sites,
@@ -136,7 +137,7 @@ class Tracer:
             model, sites, _Counting(dict(metrics), pool, tuple(statistics), bins, n_bootstrap, seed, buffer_rows)
         )
         by_group: dict[tuple[torch.device, str], list[Site]] = {}
-        for site in self.sites:
+        for site in self._counted:
             device = module_device(self._model.get_submodule(site.path))
             # A classifier may see one row of an example whose blocks see many tokens, an expert some of the tokens.
             apart = "" if pool != "none" or not (site.kind == "head" or site.experts) else site.name
@@ -163,6 +164,8 @@ class Tracer:
         self._model = model
         self._counting = counting
         self.sites = choose_sites(model, sites) if self._prepared is None else self._prepared.chosen(model, sites, pool)
+        self._shards = None if self._prepared is not None else shards_of(model, self.sites)
+        self._counted = self.sites if self._shards is None else self._shards.counted(self.sites)
         self._forwards: dict[str, tuple[int, int, int, int]] = {}  # of a prepared model, those that were counted
         self._seen: set[str] = set()
         self._stack = ExitStack()
@@ -189,7 +192,7 @@ class Tracer:
             return self
         with ExitStack() as stack:  # undoes what was done where a later site fails
             stack.callback(on_samples(self._model, self._expected.begin).remove)
-            for site in self.sites:
+            for site in self._counted:
                 rows = self._rows[site.name]
                 if site.experts is not None:
                     assert not isinstance(rows, TokenRows)
@@ -515,8 +518,15 @@ class Tracer:
         """
         self._require_step("compute")
         computed = {id(group): group.scores() for group in self._groups()}
-        parts = [self._site_scores(site, computed) for site in self.sites]
-        silent = tuple(site.name for site in self.sites if site.name not in self._seen)
+        by_site: Mapping[str, NeuronScores] = {
+            site.name: self._site_scores(site, computed) for site in self._counted
+        }
+        seen = self._seen
+        if self._shards is not None:
+            whole = _whole(self.sites, self._shards.gather(_Part(by_site, self._shards.held, seen)))
+            by_site, seen = whole.scores, whole.seen
+        parts = [by_site[site.name] for site in self.sites]
+        silent = tuple(site.name for site in self.sites if site.name not in seen)
         routed = [part for group in self._groups() if (part := _routed(group, computed[id(group)])) is not None]
         scores = replace(self._joined(parts, silent), routed=self._joined(routed, ()) if routed else None)
         warn_of_reasons(scores)
@@ -560,6 +570,49 @@ class Tracer:
     def _site_scores(self, site: Site, computed: Mapping[int, NeuronScores]) -> NeuronScores:
         group = self._rows[site.name]
         return replace(computed[id(group)], sites=group.sites)[site.name]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one of the processes that hold a model together has counted.
+
+    Attributes:
+        scores: Site -> scores of the neurons that it counted there.
+        held: Site -> these neurons' indices, int64; of a site that it holds whole is none.
+        seen: Sites that fired there.
+    """
+
+    scores: Mapping[str, NeuronScores]
+    held: Mapping[str, torch.Tensor]
+    seen: set[str]
+
+
+def _whole(sites: Sequence[Site], parts: Sequence[_Part]) -> _Part:
+    """What all processes that hold a model together have counted: the scores of all neurons of each site."""
+    counts = {scores.n_observations for part in parts for scores in part.scores.values() if scores.n_routed is None}
+    if len(counts) > 1:
+        raise ArgumentError(
+            f"compute: expected the same batches in the {len(parts)} processes that hold a model together, got "
+            f"{min(counts):,} to {max(counts):,} observations; give each of them all data in one order"
+        )
+    return _Part({site.name: _whole_site(site, parts) for site in sites}, {}, set().union(*(p.seen for p in parts)))
+
+
+def _whole_site(site: Site, parts: Sequence[_Part]) -> NeuronScores:
+    found = [(part.scores[site.name], part.held.get(site.name)) for part in parts if site.name in part.scores]
+    first, held = found[0]
+    if held is None:
+        return first
+    index = np.concatenate([at.numpy() for _, at in found if at is not None])
+    order = np.argsort(index)
+    reasons: dict[str, tuple[Any, ...]] = dict(first.reasons)
+    for name in OF_NEURONS:
+        where = [int(at[i]) for scores, at in found if at is not None for i in scores.reasons.get(name, ())]
+        reasons[name] = tuple(sorted(where))
+    arrays: dict[str, Any] = {
+        name: np.concatenate([scores.arrays()[name] for scores, _ in found])[order] for name in first.arrays()
+    }
+    return replace(first, sites=(site,), reasons={k: v for k, v in reasons.items() if v}, **arrays)
 
 
 def _routed(group: Rows, scores: NeuronScores) -> NeuronScores | None:
