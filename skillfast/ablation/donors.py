@@ -33,6 +33,7 @@ from skillfast.models.inputs import (
     tensors_in,
     unpadded,
 )
+from skillfast.models.shards import refuse_spread
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
 from skillfast.progress import track
@@ -133,6 +134,7 @@ def donors(
     """
     model = unwrap_compiled(model)
     refuse_training(model, "donors")
+    refuse_spread(model, "donors")
     if n_donors < 2:
         raise ArgumentError(f"n_donors: expected at least 2, got {n_donors}; 256 are usual")
     sites = find_sites(model)

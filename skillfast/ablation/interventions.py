@@ -135,9 +135,8 @@ class SiteChange:
         """The change of those neurons that are held, int64 ascending, which are counted from 0 then."""
         at = torch.searchsorted(held, self.neurons)
         here = (at < len(held)) & (held[at.clamp(max=len(held) - 1)] == self.neurons)
-        parts = {name: getattr(self, name) for name in ("mean", "places")}
-        kept = {name: None if part is None else part[here] for name, part in parts.items()}
-        return replace(self, neurons=at[here], **kept)
+        mean = None if self.mean is None else self.mean[here]
+        return replace(self, neurons=at[here], mean=mean, places=None if self.places is None else self.places[here])
 
     def donated(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Activations [batch, ..., S] of each example's donor, by its row int64 [batch]; None in other modes."""

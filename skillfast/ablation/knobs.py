@@ -13,6 +13,7 @@ import torch
 from skillfast.ablation.interventions import Condition, Interventions
 from skillfast.errors import ArgumentError
 from skillfast.models.coverage import warn_incomplete
+from skillfast.models.shards import refuse_spread
 from skillfast.models.sites import refuse_compiled, refuse_training
 from skillfast.models.watching import watched
 from skillfast.tracing.prepared import prepared
@@ -105,6 +106,7 @@ def knobs(model: torch.nn.Module, skills: Mapping[str, Skill], *, components: Se
     """
     refuse_compiled(model)
     refuse_training(model, "knobs")
+    refuse_spread(model, "knobs")
     if prepared(model) is not None:
         raise ArgumentError(
             "knobs: expected a model that was not prepared, got one with gates; use skillfast.ablate, which sets them"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from skillfast.errors import ModelError
+from skillfast.models.shards import is_spread
 from skillfast.models.text_classifier import TextClassifier
 
 
@@ -19,13 +20,14 @@ def weights_digest(model: nn.Module) -> str:
     model.
 
     Raises:
-        ModelError: A tensor without values, on the meta device.
+        ModelError: A tensor without values, on the meta device, or one of which other processes hold parts.
     """
     if isinstance(model, TextClassifier):
         model = model.language_model
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        _refuse_parts(name, tensor)
         values = _loaded(model, name) if tensor.is_meta else tensor.detach()
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -36,6 +38,9 @@ def sampled_digest(model: nn.Module) -> str:
 
     Training changes it, being moved to another device does not. Of parameters on the meta device (offloaded ones)
     only name and shape enter.
+
+    Raises:
+        ModelError: A tensor of which other processes hold parts.
     """
     if isinstance(model, TextClassifier):
         model = model.language_model
@@ -43,6 +48,7 @@ def sampled_digest(model: nn.Module) -> str:
     values: dict[torch.device, list[Tensor]] = {}
     order: list[torch.device] = []
     for name, parameter in sorted(model.named_parameters()):
+        _refuse_parts(name, parameter)
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         if n := 0 if parameter.is_meta else parameter.numel():
             at = torch.arange(min(n, 32), device=parameter.device) * n // min(n, 32)
@@ -55,6 +61,14 @@ def sampled_digest(model: nn.Module) -> str:
     for device in order:
         digest.update(next(here[device]).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _refuse_parts(name: str, tensor: Tensor) -> None:
+    if is_spread(tensor):
+        raise ModelError(
+            f"weights: expected those of {name} whole in this process, got a part of them (DTensor); load the model in "
+            "one process"
+        )
 
 
 def _loaded(model: nn.Module, name: str) -> Tensor:

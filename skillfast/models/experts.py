@@ -46,7 +46,7 @@ def experts_of(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tu
     weight = down_projections(module)
     if weight is None:
         return None
-    takes = len(inspect.signature(module.forward).parameters)
+    takes = len(_signature(module).parameters)
     all_of_one = takes == 1 and getattr(module, "num_experts", None) == len(weight)
     if takes != 3 and not all_of_one and _sorting_router(model, path) is None:
         return None
@@ -55,8 +55,10 @@ def experts_of(model: torch.nn.Module, path: str, module: torch.nn.Module) -> tu
             f"{path}: expected experts in floating point, got packed ones ({weight.dtype}); load the model without "
             "quantisation, of a GGUF file with GgufConfig(dequantize=True)"
         )
-    experts, units, *_ = by_unit(module, weight).shape
-    return experts, units
+    if weight.dim() == 2:
+        experts, units, _ = by_unit(module, weight).shape
+        return experts, units
+    return weight.shape[0], weight.shape[1 if units_first(module) else 2]
 
 
 def by_unit(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -103,7 +105,12 @@ def _sorting_router(model: torch.nn.Module, path: str) -> torch.nn.Module | None
 
 def takes_gates(module: torch.nn.Module) -> bool:
     """Whether experts have gates that weigh their outputs; those of Llama 4 get inputs that are scaled already."""
-    return len(inspect.signature(module.forward).parameters) != 1
+    return len(_signature(module).parameters) != 1
+
+
+def _signature(module: torch.nn.Module) -> inspect.Signature:
+    """What a module's own forward takes; one that stands before it, where processes share the work, takes anything."""
+    return inspect.signature(type(module).forward.__get__(module))
 
 
 @contextmanager
@@ -249,7 +256,7 @@ class _Seam:
             self._routings.pop().__exit__(None, None, None)
 
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound = _signature(module).bind(*args, **kwargs)
         if len(bound.arguments) == 1:
             self._enter(module, self._ungated(*bound.arguments.values()), 1)
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from skillfast.errors import ModelError
+from skillfast.models.experts import down_projections, units_first
 from skillfast.models.sites import find_sites, site_slices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import DeviceMesh
 
     from skillfast.models.sites import Site
 
@@ -33,13 +35,16 @@ class Shards:
 
     Attributes:
         group: The processes that hold a model together.
-        rank: This process's place among them.
+        alike: Processes that hold the same neurons and run other batches; None where there are none, or where their
+            mesh does not tell.
+        rank: This process's place among those of `group`.
         size: How many they are.
         held: Site -> its neurons that this process holds, int64 [held], ascending; of a site that is not spread there
             is none.
     """
 
     group: ProcessGroup
+    alike: ProcessGroup | None
     rank: int
     size: int
     held: Mapping[str, torch.Tensor]
@@ -94,75 +99,92 @@ def shards_of(model: torch.nn.Module, sites: Sequence[Site]) -> Shards | None:
     """
     if "torch.distributed.tensor" not in sys.modules:  # nobody has made such a weight
         return None
+    gathered = _gathers(model)
     held: dict[str, torch.Tensor] = {}
     found: tuple[Any, int] | None = None
     for site in sites:
         module = model.get_submodule(site.path)
-        _refuse_old(module, site)
-        weight = getattr(module, "weight", None)
-        if not _is_spread(weight):
+        weight, along = _projection(module, site)
+        if not is_spread(weight):
+            if getattr(module, "_hf_tp_plan", None) is not None:
+                raise ModelError(
+                    f"{site.name}: expected weights that say how they are spread over processes (DTensor), got parts; "
+                    "load the model with transformers 5.24 or newer"
+                )
             continue
-        along = 0 if type(module).__name__ == "Conv1D" else 1
         mesh, placements = weight.device_mesh, weight.placements
-        dims = [i for i in range(mesh.ndim) if placements[i].is_shard(along) and _is_tensor_dim(weight, i)]
+        dims = [i for i in range(mesh.ndim) if placements[i].is_shard() and not (gathered and _name(mesh, i) != TENSOR)]
+        if any(placements[i].is_shard(0) for i in dims) and site.experts is not None:
+            raise ModelError(
+                f"{site.name}: expected experts that each process holds a part of, got whole ones in several (expert "
+                "parallelism); load the model with tp_plan='auto' alone"
+            )
+        dims = [i for i in dims if placements[i].is_shard(along) and not _splits_inputs(model, site.path)]
         if not dims:
             continue
-        plain = len(dims) == 1 and type(placements[dims[0]]).__name__ == "Shard"
-        if not plain or found not in (None, (mesh, dims[0])):
+        if len(dims) > 1 or type(placements[dims[0]]).__name__ != "Shard" or found not in (None, (mesh, dims[0])):
             raise ModelError(
                 f"{site.name}: expected a projection that is spread along one dimension of one mesh, got "
                 f"{placements} of {mesh}; trace the model with one tp_plan"
             )
         found = mesh, dims[0]
         size, rank = mesh.size(dims[0]), mesh.get_local_rank(dims[0])
-        each = -(-site.width // size)
-        start = min(site.width, rank * each)
-        held[site.name] = torch.arange(start, min(site.width, start + each))
-        if not len(held[site.name]) or len(held[site.name]) != weight.to_local().shape[along]:
+        units = site.width // (site.experts or 1)
+        each = -(-units // size)  # as torch.chunk divides
+        own = torch.arange(min(units, rank * each), min(units, (rank + 1) * each))
+        here = weight.to_local().shape[along]
+        if not len(own) or len(own) != here or (site.heads and len(own) % (units // site.heads)):
+            what = f"{site.heads} heads" if site.heads else f"{units} neurons"
             raise ModelError(
-                f"{site.name}: expected {site.width} neurons in {size} parts of {each}, got "
-                f"{weight.to_local().shape[along]} in process {rank}; use a number of processes that divides them"
+                f"{site.name}: expected {what} to lie in {size} processes alike, got {here} of {units} neurons in "
+                f"process {rank}; use a number of processes that divides them"
             )
-        if site.heads and len(held[site.name]) % (site.width // site.heads):
-            raise ModelError(
-                f"{site.name}: expected whole heads in every process, got {site.heads} of them in {size} parts; use a "
-                "number of processes that divides them"
-            )
+        held[site.name] = (torch.arange(site.experts or 1)[:, None] * units + own).flatten()
     if found is None:
         return None
     mesh, dim = found
-    return Shards(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim), held)
+    others = [i for i in range(mesh.ndim) if i != dim and mesh.size(i) > 1]
+    alike = mesh.get_group(others[0]) if len(others) == 1 else None
+    return Shards(mesh.get_group(dim), alike, mesh.get_local_rank(dim), mesh.size(dim), held)
 
 
 def local_part(x: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be spread over several."""
-    return x.to_local() if _is_spread(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if is_spread(x) else x  # type: ignore[attr-defined]
 
 
 def refuse_spread(model: torch.nn.Module, what: str) -> None:
     """Raises ModelError where weights of projections are spread over processes."""
     if shards_of(model, find_sites(model)) is not None:
-        raise ModelError(f"{what}: expected a model that one process holds, got one spread over several; load it whole")
+        raise ModelError(f"{what}: expected a model that one process holds, got parts of one (DTensor); load it whole")
 
 
-def _is_spread(weight: Any) -> bool:
-    if "torch.distributed.tensor" not in sys.modules:  # nobody has made one
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)
+def is_spread(weight: Any) -> bool:
+    """Whether a tensor is held in parts by several processes (a DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
+    return module is not None and isinstance(weight, module.DTensor)
 
 
-def _is_tensor_dim(weight: DTensor, dim: int) -> bool:
-    """Whether weights lie in parts along a dimension of the mesh while they are used, and not only in between."""
-    mesh = weight.device_mesh
-    return mesh.mesh_dim_names is None or mesh.mesh_dim_names[dim] == TENSOR
+def _projection(module: torch.nn.Module, site: Site) -> tuple[Any, int]:
+    """The weights whose inputs the neurons of a site are, and the dimension along which these lie."""
+    if site.kind == "expert":
+        return down_projections(module), 1 if units_first(module) else 2
+    if site.kind == "router":
+        return None, 0  # what is weighed is spread, the gates are not
+    return getattr(module, "weight", None), 0 if type(module).__name__ == "Conv1D" else 1
 
 
-def _refuse_old(module: torch.nn.Module, site: Site) -> None:
-    weight = getattr(module, "weight", None)
-    if getattr(module, "_hf_tp_plan", None) is not None and not _is_spread(weight):
-        raise ModelError(
-            f"{site.name}: expected weights that say how they are spread over processes (DTensor), got parts without; "
-            "load the model with transformers 5.24 or newer"
-        )
+def _name(mesh: DeviceMesh, dim: int) -> str | None:
+    return mesh.mesh_dim_names[dim] if mesh.mesh_dim_names else None
+
+
+def _gathers(model: torch.nn.Module) -> bool:
+    """Whether some weights are whole while they are used and in parts only in between (FSDP2)."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(part, module.FSDPModule) for part in model.modules())
+
+
+def _splits_inputs(model: torch.nn.Module, path: str) -> bool:
+    """Whether a projection gets all inputs and takes its part of them itself, behind where neurons are read."""
+    plan = getattr(model, "tp_plan", None) or {}
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path)) in ("rowwise_split_input", "rowwise_rep")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -364,6 +365,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     A class with an attribute `FINGERPRINT` shares its neurons with the class of that name, and so their skills.
     """
     model = unwrap_compiled(model)
-    name = getattr(type(model), FINGERPRINT, type(model).__name__)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whose fully_shard gives a model a class of its own
+    own = type(model) if fsdp is None else next(c for c in type(model).__mro__ if not issubclass(c, fsdp.FSDPModule))
+    name = getattr(own, FINGERPRINT, own.__name__)
     text = "\n".join([name, *(repr(site) for site in find_sites(model))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

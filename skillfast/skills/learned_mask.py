@@ -17,6 +17,7 @@ from skillfast.metrics import margin
 from skillfast.models.adam import Adam
 from skillfast.models.batches import IGNORED, LABELS, logits_of
 from skillfast.models.inputs import Inputs, bytes_of, call, joined, mapped, mask_of, split, taken, trimmed
+from skillfast.models.shards import refuse_spread
 from skillfast.models.sites import find_sites, fingerprint, module_device, refuse_training, unwrap_compiled
 from skillfast.models.watching import watched
 from skillfast.progress import Forecast, track
@@ -118,6 +119,7 @@ def learn_masks(
     """
     model = unwrap_compiled(model)
     refuse_training(model, "learn_masks")
+    refuse_spread(model, "learn_masks")
     steps = steps if steps is not None else STEPS if start is None else STEPS_FROM_MASKS
     _check(model, attributions, share=share, max_site_share=max_site_share, steps=steps, batch_size=batch_size)
     if erase < 0:

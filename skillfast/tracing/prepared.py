@@ -17,6 +17,7 @@ from torch import nn
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.coverage import warn_incomplete
 from skillfast.models.experts import AT_ONCE, implementation_of
+from skillfast.models.shards import refuse_spread
 from skillfast.models.sites import choose_sites, refuse_training, unwrap_compiled
 from skillfast.tracing.gates import RoutedGate, SiteGate, at_once, gate_name, install, tell_samples, uninstall
 from skillfast.transfer import moved
@@ -288,6 +289,7 @@ def prepare(
     """
     inner = unwrap_compiled(model)
     refuse_training(inner, "prepare")
+    refuse_spread(inner, "prepare")
     if pool not in POOLS:
         raise ArgumentError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}; mean is usual")
     if rows < 1 or (tokens is not None and tokens < 1):

@@ -343,8 +343,19 @@ class Tracer:
             group.calibrate()
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`."""
+        """Sum over the processes of a `torch.distributed` group; see `NeuronStatistics.all_reduce`.
+
+        Of a model whose weights are spread over processes (`tp_plan`) those that hold the same neurons add theirs up,
+        by default those along the other dimension of the model's device mesh.
+        """
         self._require_step("all_reduce")
+        if self._shards is not None and group is None:
+            group = self._shards.alike
+            if group is None:
+                raise ArgumentError(
+                    "all_reduce: expected the group of processes that hold the same neurons, got none, and a model "
+                    "whose mesh has no dimension of them; give group="
+                )
         for rows in self._groups():
             rows.statistics.all_reduce(group)
         self._seen = set().union(*distributed.gather(self._seen, group))
@@ -518,9 +529,7 @@ class Tracer:
         """
         self._require_step("compute")
         computed = {id(group): group.scores() for group in self._groups()}
-        by_site: Mapping[str, NeuronScores] = {
-            site.name: self._site_scores(site, computed) for site in self._counted
-        }
+        by_site: Mapping[str, NeuronScores] = {site.name: self._site_scores(site, computed) for site in self._counted}
         seen = self._seen
         if self._shards is not None:
             whole = _whole(self.sites, self._shards.gather(_Part(by_site, self._shards.held, seen)))
