@@ -37,7 +37,7 @@ class Shards:
         group: The processes that hold a model together.
         alike: Processes that hold the same neurons and run other batches; None where there are none, or where their
             mesh does not tell.
-        rank: This process's place among those of `group`.
+        rank: Place of this process in `group`.
         size: How many they are.
         held: Site -> its neurons that this process holds, int64 [held], ascending; of a site that is not spread there
             is none.
