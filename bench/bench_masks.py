@@ -67,6 +67,7 @@ def learn(arguments: argparse.Namespace) -> None:
     with open_session(config(arguments)) as session:
         subject = session.subject
         model, loader, classes = subject.model, subject.loader("select"), subject.splits.classes
+        model.load_state_dict(torch.load(arguments.state, weights_only=True))  # other revisions train another default
         attributions = timed("attribution", lambda: skillfast.attribute(model, loader, classes=classes))
         values = attributions.values.copy()
         values[:, arguments.classes :] = np.nan
@@ -85,13 +86,15 @@ def learn(arguments: argparse.Namespace) -> None:
     (Path(arguments.learn) / "seconds.json").write_text(json.dumps(seconds))
 
 
-def run(arguments: argparse.Namespace, checkout: Path, folder: Path, *, classes: int, weights: int, warm: bool) -> dict:
+def run(
+    arguments: argparse.Namespace, checkout: Path, folder: Path, state: Path, *, classes: int, weights: int, warm: bool
+) -> dict:
     """Learn with a checkout in a process of its own, unless the folder has it all; seconds of each part."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "seconds.json").exists():
         return json.loads((folder / "seconds.json").read_text())
-    command = [sys.executable, __file__, arguments.setting, "--learn", str(folder), "--classes", str(classes)]
-    command += ["--weights", str(weights), *(["--warm"] if warm else [])]
+    command = [sys.executable, __file__, arguments.setting, "--learn", str(folder), "--state", str(state)]
+    command += ["--classes", str(classes), "--weights", str(weights), *(["--warm"] if warm else [])]
     if arguments.data:
         paths = (str(Path(path).absolute()) for path in (arguments.data, arguments.checkpoint))
         command += [part for pair in zip(("--data", "--checkpoint"), paths, strict=True) for part in pair]
@@ -147,9 +150,12 @@ def compare(arguments: argparse.Namespace) -> dict:
     """Both revisions' seconds and quality."""
     with tempfile.TemporaryDirectory() as folder:
         after, before = (Path(arguments.learned or folder).absolute() / side for side in ("after", "before"))
-        seconds = {"after": run(arguments, ROOT, after, classes=10, weights=len(KEEPS), warm=True)}
+        state = Path(folder) / "state.pt"
+        with open_session(config(arguments)) as session:
+            torch.save(session.subject.model.state_dict(), state)
+        seconds = {"after": run(arguments, ROOT, after, state, classes=10, weights=len(KEEPS), warm=True)}
         learned, weights = arguments.before_classes, arguments.before_weights
-        measured = run(arguments, Path(arguments.before), before, classes=learned, weights=weights, warm=False)
+        measured = run(arguments, Path(arguments.before), before, state, classes=learned, weights=weights, warm=False)
         masks = [value for name, value in measured.items() if name != "attribution"]
         seconds["before"] = measured
         total = {
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--learned", help="Folder for the masks; those that it has already are not learned again.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--learn", help=argparse.SUPPRESS)  # what the processes are told
+    parser.add_argument("--state", help=argparse.SUPPRESS)
     parser.add_argument("--classes", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=int, default=len(KEEPS), help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
