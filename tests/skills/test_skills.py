@@ -149,6 +149,13 @@ def test_skills_by_hand_are_tidied():
         skillfast.Skill("mine", {"head": [-1]})
 
 
+@pytest.mark.parametrize("knob", [float("nan"), float("inf"), -1e39, "2"])
+def test_a_skill_has_a_finite_knob(knob):
+    with pytest.raises(ArgumentError) as refused:
+        skillfast.Skill("mine", {"head": [1]}, knob=knob)
+    assert str(refused.value) == f"skill 'mine': expected a finite knob, got {knob}; 0 removes, 2 doubles"
+
+
 def test_skills_are_saved_and_loaded(tmp_path):
     made = skillfast.select(scores(np.random.default_rng(0).normal(size=(12, 3))))
     path = skillfast.save_skills(tmp_path, made.values())
