@@ -26,6 +26,15 @@ TOWERS = {  # of models that are in no table of transformers that is read here
     "sam2_hiera_det_model": "Sam2HieraDetModel", "sam_hq_vision_model": "SamHQVisionModel",
     "sam_vision_model": "SamVisionModel", "vit_mae": "ViTMAEModel",
 }  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {  # without which a default configuration gives no model
+    "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 5e5, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6}, "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16}, "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}  # fmt: skip
 NO_SITES = "expected blocks named as in a known family"
 
 
@@ -51,7 +60,7 @@ def build_of_transformers(family: str, name: str) -> tuple[Any, None]:
     with torch.device("meta"):
         made = getattr(transformers, name)
         config = made.config_class if family in TOWERS else transformers.CONFIG_MAPPING[family]
-        return made(config()).eval(), None
+        return made(config(**SETTINGS.get(family, {}))).eval(), None
 
 
 def build_of_timm(family: str, _: str) -> tuple[Any, torch.Tensor]:

@@ -42,6 +42,7 @@ class ForwardTrace:
         feeds: Path of such a module -> path of its sibling (a norm) whose output is its input.
         batched: Block -> for each leaf of its arguments, whether it has a row per sample; None where another batch may
             tell otherwise: a mask is made where there is padding only.
+        parts: Block -> how many parts its output has; None for one that is a tensor.
         head: The classifier's site, or None.
         head_is_last: Whether the classifier's output is the model's.
         sequential: Whether each block and site ran once, and each block was given a hidden state first. A model that
@@ -57,6 +58,7 @@ class ForwardTrace:
     parents: Mapping[str, str]
     feeds: Mapping[str, str]
     batched: Mapping[str, list[bool | None]]
+    parts: Mapping[str, int | None]
     head: Site | None
     head_is_last: bool
     sequential: bool
@@ -106,6 +108,7 @@ def trace_forward(model: torch.nn.Module, inputs: Inputs) -> ForwardTrace:
         parents=parents,
         feeds={parent: feed for parent in parents.values() if (feed := watch.feed(parent)) is not None},
         batched=watch.batched,
+        parts=watch.parts,
         head=head if head is not None and head.name in watch.fired else None,
         head_is_last=head is not None and watch.same(watch.outputs.get(head.path), output),
         sequential=len(watch.fired) == len(set(watch.fired)) and [*watch.batched] == watch.entered == [*blocks],
@@ -133,6 +136,7 @@ class _Watch:
         self.batched: dict[str, list[bool | None]] = {}
         self.outputs: dict[str, Any] = {}  # path -> output, of projections, parents and the blocks' own modules
         self.inputs: dict[str, list[Any]] = {}  # path -> argument leaves, of parents
+        self.parts: dict[str, int | None] = {}
         self.tokens = 1
         self._stack = ExitStack()
 
@@ -140,6 +144,8 @@ class _Watch:
         modules = dict(self.model.named_modules())
         for block in dict.fromkeys(block_path(site) for site in self.sites if site.kind != "head"):
             self._on_call(modules[block], lambda args, kwargs, block=block: self._enter_block(block, (args, kwargs)))
+            leave = modules[block].register_forward_hook(lambda _, __, out, block=block: self._leave_block(block, out))
+            self._stack.callback(leave.remove)
             for name, child in modules[block].named_children():
                 self._on_output(f"{block}.{name}", child)
         for site in self.sites:
@@ -173,6 +179,9 @@ class _Watch:
         first = leaves[0] if leaves else None
         if isinstance(first, torch.Tensor) and first.dim():
             self.batched[block] = [_by_sample(leaf, len(first)) for leaf in leaves]
+
+    def _leave_block(self, block: str, output: Any) -> None:
+        self.parts[block] = len(output) if isinstance(output, tuple | list) else None
 
     def _fire(self, site: Site, x: torch.Tensor) -> None:
         self.fired.append(site.name)

@@ -141,6 +141,11 @@ def _identity(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
+def _passing(parts: int | None) -> Callable[..., Any]:
+    """A forward that returns its input as a block does: as the first of several parts, where it returns those."""
+    return _identity if parts is None else lambda x, *_, **__: (x, *(None,) * (parts - 1))
+
+
 class PrefixReuse:
     """Runs each condition's forward from the first site that it changes.
 
@@ -384,7 +389,7 @@ class PrefixReuse:
             self.trace.blocks[point.block + 1 :],
         )
         for path in before:
-            stack.enter_context(replaced_forward(module(path), _identity))
+            stack.enter_context(replaced_forward(module(path), _passing(self.trace.parts[path])))
         last = self.trace.blocks[-1]
         narrow = route.narrow and block == last and point.site is not None  # the cache holds the first token alone
         self._inject(stack, cache, block, len(conditions), hidden=True, narrow=narrow)

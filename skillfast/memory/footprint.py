@@ -120,17 +120,21 @@ def _run(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str
             if path in blocks:
                 stack.callback(module.register_forward_pre_hook(lambda *_, part=path: live.enter(part)).remove)
                 stack.callback(module.register_forward_hook(lambda *_: live.enter(LAST)).remove)
-        for context in (torch.no_grad(), _FusedAttention(), live):
+        for context in (torch.no_grad(), _OutputsAlone(), live):
             stack.enter_context(context)
         model(**inputs)
     return live.peaks
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention that makes its output and nothing else."""
+class _OutputsAlone(TorchFunctionMode):
+    """Attention and products of experts' rows make their output and nothing else, whatever the widths are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (*args, *(kwargs or {}).values())
         if func is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = (*args, *(kwargs or {}).values())[:3]
+            query, _, value = given[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):  # wants strides of 16 bytes on meta, too
+            rows, weights = given[:2]
+            return rows.new_empty(*rows.shape[:-1], weights.shape[-1])
         return func(*args, **(kwargs or {}))

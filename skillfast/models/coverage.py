@@ -306,16 +306,28 @@ def warm_up(model: torch.nn.Module, batch: Any) -> None:
 
 @contextmanager
 def graph_of(model: torch.nn.Module, batch: Any) -> Iterator[tuple[list[torch.Tensor], torch.Tensor | None]]:
-    """The outputs of a forward with the graph of all weights, and the embedding that it begins with."""
+    """The outputs of a forward with the graph of all weights, and the embedding that it begins with.
+
+    The residual stream that ends in the output of an encoder and a decoder begins with the decoder's tokens.
+    """
     everything = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
     with _learnable(model, everything), torch.inference_mode(False), torch.enable_grad():
         outputs = [output for output in _tensors(_run(model, _differentiable(batch))) if output.requires_grad]
-        embeddings = getattr(model, "get_input_embeddings", None)
-        try:
-            embedding = embeddings() if callable(embeddings) else None
-        except (NotImplementedError, AttributeError):  # of models that take no tokens
-            embedding = None
-        yield outputs, embedding.weight if isinstance(embedding, torch.nn.Embedding) else None
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        decoder = _asked(model, "get_decoder") if decodes else None
+        tables = [_asked(part, "get_input_embeddings") for part in (decoder, model) if part is not None]
+        tables.insert(1, getattr(decoder, "embed_tokens", None))  # of FSMT's decoder, which is asked for none
+        table = next((table for table in tables if isinstance(table, torch.nn.Embedding)), None)
+        yield outputs, None if table is None else table.weight
+
+
+def _asked(model: torch.nn.Module, name: str) -> Any:
+    """What a method of a model gives; None for a model without it, or that has nothing of the sort."""
+    method = getattr(model, name, None)
+    try:
+        return method() if callable(method) else None
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _differentiable(batch: Any) -> Any:

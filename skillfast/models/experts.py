@@ -295,6 +295,7 @@ class _Seam:
                 "take, got tokens at experts that are masked; remove the experts' outputs with mode='zero'"
             )
         one = torch.ones_like(weights).flatten()
+        expert = expert.masked_fill(weights.flatten() == 0, self.site.experts)  # a token that passes an expert by
         found = RoutedActivations(weights.reshape(-1, 1), expert, token, one, self.site.experts, shape)
         return _passed(self.gates, found)
 

@@ -56,7 +56,11 @@ def _patterns(family: Family) -> tuple[tuple[str, Kind, re.Pattern[str]], ...]:
 
 FAMILIES: tuple[Family, ...] = (
     Family("timm: ViT, DeiT, BEiT, EVA", r"attn\.proj", r"mlp\.fc2"),
-    Family("BERT, RoBERTa, ELECTRA, DeBERTa, ViT before transformers 5", r"attention\.output\.dense", r"output\.dense"),
+    Family(
+        "BERT, RoBERTa, ELECTRA, DeBERTa, ViT before transformers 5; BLIP-2's queries",
+        r"attention\.output\.dense",
+        r"output(?:_query)?\.dense",
+    ),
     Family("DistilBERT", r"attention\.out_lin", r"ffn\.lin2"),
     Family("MPNet", r"attention\.attn\.o", r"output\.dense"),
     Family("ModernBERT", r"attn\.Wo", r"mlp\.Wo"),
@@ -69,12 +73,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("Phi", r"self_attn\.dense", r"mlp\.fc2"),
     Family("BART", r"self_attn\.out_proj", r"fc2", block=r"\blayers\.\d+"),
     Family("T5", r"layer\.0\.SelfAttention\.o", r"layer\.[12]\.DenseReluDense\.wo"),
-    Family("MPT", r"attn\.out_proj", r"ffn\.down_proj"),
+    Family("MPT, DBRX", r"(?:norm_attn_norm\.)?attn\.out_proj", r"ffn\.down_proj"),
     Family("Jamba, Bamba, Llama 4", r"self_attn\.o_proj", r"feed_forward\.down_proj"),
     Family(
         "Qwen3-Next, Qwen3.5, OLMo hybrid: linear attention; shared experts",
         r"linear_attn\.(?:out_proj|o_proj)",
-        r"(?:mlp|feed_forward)\.shared_experts?\.down_proj",
+        r"(?:mlp|feed_forward)\.shared_(?:experts?|mlp)\.down_proj",
     ),
     Family("LFM2", r"self_attn\.out_proj", r"feed_forward\.w2", block=r"\blayers\.\d+"),
     Family(
@@ -156,6 +160,7 @@ FAMILIES: tuple[Family, ...] = (
         cross_attn=r"(?:encoder_attn|cross_attn)\.(?:out_proj|o_proj)",
         block=r"\blayers\.\d+",
     ),
+    Family("Wav2Vec2, OmniASR", r"attention\.out_proj", r"feed_forward\.output_dense", block=r"\blayers\.\d+"),
     Family("BLIP, InstructBLIP: towers", r"self_attn\.projection", r"mlp\.fc2"),
     Family(
         "SeamlessM4T; the dense layers of NLLB-MoE",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skillfast.errors import ModelError
+from skillfast.models.towers import with_towers
 from skillfast.models.weights import first_line
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ _SIZES: dict[str, int] = {
     "linear_num_heads": 4, "linear_head_dim": 16, "qk_head_dim": 32, "chunk_size": 16, "mamba_chunk_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "hidden_size_per_layer_input": 8, "mamba_n_groups": 1, "n_groups": 1, "embedding_size": HIDDEN,
-    "embedding_dim": HIDDEN, "num_kv_shared_layers": 1,
+    "embedding_dim": HIDDEN, "num_kv_shared_layers": 1, "cross_attention_hidden_size": HIDDEN,
+    "encoder_hidden_size": HIDDEN, "max_source_positions": 24, "mm_tokens_per_image": 1,
+    "pixel_shuffle_factor": 2, "output_dim": HIDDEN,
 }  # fmt: skip
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 _STAGES: dict[str, int] = {  # lists with a number for each stage of a vision model
@@ -74,6 +77,7 @@ _STATE_HEADS = (
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "multi_query_group_num")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_PLACES = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")  # of images and sound
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id")
 
 
@@ -143,6 +147,9 @@ def _small(config: Any, narrow: bool) -> Any:
             part.use_cache = False  # no layer's keys are an output, nor is a state changed in place
         if isinstance(languages := _get(part, "languages"), list | tuple) and hasattr(part, "default_language"):
             part.default_language = part.default_language or languages[0]
+        for name in _PLACES:
+            if hasattr(part, name) and (_get(part, name) or VOCABULARY) >= VOCABULARY:
+                _set(part, name, VOCABULARY - 1)
         if hasattr(part, "vocab_size"):
             for name in _TOKENS:
                 if isinstance(value := getattr(part, name, None), int) and value >= VOCABULARY:
@@ -173,7 +180,8 @@ def _fewer_layers(config: Any) -> None:
         }
         kept = min(count, LAYERS)
         for value in lists.values():
-            if not any(isinstance(item, list | dict) for item in value):
+            numbered = list(value) == list(range(count))  # the layers themselves, no types of them
+            if not numbered and not any(isinstance(item, list | dict) for item in value):
                 kept = max(kept, max(_met(list(value), item) for item in set(value)) + 1)
         kept = max(kept, min(count, _period(config)))
         for key, value in lists.items():
@@ -214,9 +222,14 @@ def _narrow(config: Any) -> None:
         if isinstance(value := _get(config, name), int) and heads is not None:
             _set(config, name, HEADS if value == heads else 1 if value == 1 else 2)
     attention, hidden = (_get(config, name) for name in ("attention_hidden_size", "hidden_size"))
+    rotated, of_head = (_get(config, name) for name in ("qk_rope_head_dim", "head_dim"))
     for name, size in _SIZES.items():
         if _is_count(config, name):
             _set(config, name, min(size, getattr(config, name)))
+    if (
+        isinstance(rotated, int) and isinstance(of_head, int) and of_head > rotated
+    ):  # the share of a head that is turned
+        _set(config, "qk_rope_head_dim", max(2, config.head_dim * rotated // of_head))
     if isinstance(attention, int) and isinstance(hidden, int):
         _set(config, "attention_hidden_size", max(1, attention // hidden) * config.hidden_size)
         if _is_count(config, "attention_head_dim"):
@@ -310,6 +323,14 @@ def random_inputs(model: Any) -> dict[str, Any]:
         path.rpartition(".")[2] for path, _ in model.named_modules()
     }:
         inputs["encoder_outputs"] = (torch.randn(EXAMPLES, ENCODED, config.d_model, generator=generator),)
+    if "cross_attention_states" in takes:  # what a tower made of an image, for a decoder alone
+        inputs["cross_attention_states"] = torch.randn(EXAMPLES, ENCODED, config.hidden_size, generator=generator)
+    if "entity_ids" in takes:  # of LUKE, whose queries between words and entities have nothing to do else
+        inputs["entity_ids"] = torch.randint(1, config.entity_vocab_size, (EXAMPLES, ENCODED), generator=generator)
+        inputs["entity_position_ids"] = torch.arange(ENCODED).view(1, -1, 1).expand(EXAMPLES, -1, -1)
+        inputs["entity_attention_mask"] = torch.ones(EXAMPLES, ENCODED).long()
+    if {"pixel_values", "input_features", "input_values"} & takes.keys() and max(image_shape(model)[1:]) <= 4 * IMAGE:
+        return with_towers(model, inputs, [*_parts(config)], image_shape(model), generator) or inputs
     return inputs
 
 

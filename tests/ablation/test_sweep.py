@@ -707,3 +707,47 @@ def test_outputs_are_corrected_where_a_parent_returns_its_projections():
         trace = forward_trace.trace_forward(model, torch.randn(2, 4))
         assert dict(trace.parents) == parents
         assert dict(trace.feeds) == ({"0.inner": "0.norm"} if parents else {})
+
+
+class Handing(torch.nn.Module):
+    """Three blocks that hand something to the next one beside the hidden state."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)
+
+        def forward(self, x, handed):
+            inner = self.up(x).relu() if handed is None else self.up(x + handed).relu()
+            return x + self.down(inner), inner[..., :4]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.out = torch.nn.ModuleList(self.Block() for _ in range(3)), torch.nn.Linear(4, 3)
+        self.num_classes = 3
+        self.skillfast_sites = {f"blocks.{i}.mlp": f"blocks.{i}.down" for i in range(3)} | {"head": "out"}
+
+    def forward(self, x):
+        handed = None
+        for block in self.blocks:
+            x, handed = block(x, handed)
+        return self.out(x)
+
+
+def test_blocks_that_are_left_out_return_as_many_parts_as_they_do():
+    """Three samples: of two a block's input alone would be taken apart into as many parts as its output has."""
+    torch.manual_seed(0)
+    model, x = Handing().eval(), torch.randn(3, 4)
+    conditions = [Condition(Skill(f"{i}", {f"blocks.{i}.mlp": [0, 2]}), name=f"{i}") for i in range(3)]
+    with torch.no_grad():
+        interventions = Interventions(model, conditions)
+        runner = BatchRunner(model, interventions, None)
+        ready = runner._prepared(x)
+        assert [route.point.block for route in ready.routes.values()] == [0, 1, 2]
+        assert dict(forward_trace.trace_forward(model, x[:2]).parts) == {f"blocks.{i}": 2 for i in range(3)}
+    found = sweep.sweep(model, [(x, torch.arange(3))], conditions, keep_margins=True)
+    for condition in conditions:
+        with torch.no_grad(), skillfast.ablate(model, condition.skill):
+            logits = model(x)
+        margins = skillfast.metrics.margin(logits, torch.arange(3)).numpy()
+        np.testing.assert_allclose(found.margins_of([condition.name])[0], margins, rtol=1e-4, atol=1e-5)

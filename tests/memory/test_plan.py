@@ -223,6 +223,19 @@ def test_a_model_of_images_is_planned_by_the_size_that_its_configuration_tells(t
     assert 4 * 2 * tokens * widths * 0.5 < one.devices[0].forward < 4 * 2 * tokens * widths * 2
 
 
+def test_experts_of_any_width_are_planned(tmp_path):
+    """torch's product of experts' rows wants them to be whole multiples of 16 bytes, without memory, too."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers.Qwen3MoeConfig(
+        hidden_size=24, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, vocab_size=99,
+        architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = plan(str(tmp_path))
+    assert sum(site.width for site in found.sites if site.kind == "expert") == 2 * 4 * 12
+    assert found.devices[0].forward > 0
+
+
 def test_a_model_of_no_family_cannot_be_planned(tmp_path):
     name = config_file(tmp_path, "albert", "AlbertForMaskedLM")
     assert "skillfast.discover(model, batch)" in one_line(ModelError, plan, name)

@@ -184,3 +184,24 @@ def test_a_run_says_what_its_sites_miss(tmp_path):
     declare_sites(plain := Plain(), {"blocks.0.mlp": "blocks.0.2"})
     assert _certify(plain, said.append) is None
     assert said[1].startswith("warning: not certified that the sites hold all that the blocks do: batch: expected")
+
+
+def test_a_list_of_the_layers_themselves_keeps_few_of_them():
+    """Llama 4's `moe_layers` has a number for each layer, of which none is a type of its own."""
+    config = transformers.Llama4TextConfig()
+    assert config.moe_layers == list(range(48))
+    assert shrink._small(config, narrow=True).num_hidden_layers <= 2 * shrink.LAYERS
+
+
+@pytest.mark.parametrize("side", [32, 2048])
+def test_an_image_takes_the_places_of_as_many_tokens_as_its_features(side):
+    """Unless it is large: its tokens would attend to one another by the gigabyte."""
+    config = transformers.Gemma3Config()
+    small = shrink._small(config, narrow=True)
+    small.vision_config.image_size = side
+    model = transformers.Gemma3ForConditionalGeneration(small).eval()
+    inputs = shrink.random_inputs(model)
+    places = (inputs["input_ids"] == small.image_token_id).sum(1).tolist()
+    assert places == [1 if side == 32 else 0] * 4
+    assert ("pixel_values" in inputs) == (side == 32)
+    assert inputs["attention_mask"].shape == inputs["input_ids"].shape

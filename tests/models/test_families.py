@@ -169,6 +169,7 @@ def test_the_table_has_every_family():
             paths += dict(getattr(transformers, TABLE[family])(shrink._small(config, narrow=True)).named_modules())
         tower = transformers.Qwen3VLVisionModel
         paths += dict(tower(shrink._small(tower.config_class(), narrow=True)).named_modules())
+        paths += dict(transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(num_hidden_layers=1)).named_modules())
         paths += dict(torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(8, 2), 1).named_modules())
         paths += ["encoder.layers.encoder_layer_0.self_attention.out_proj", "encoder.layers.encoder_layer_0.mlp.3"]
         paths += ["bert.encoder.layer.0.crossattention.output.dense"]
