@@ -206,6 +206,7 @@ def load_tokenizer(name: str, *, pad_token: str | None = None) -> Any:
     with _from_hub(name, source, "its tokenizer") as where, _panics():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **where)
         with contextlib.suppress(Exception):  # of a word that it does not know; a damaged one panics
+            tokenizer("a")
             tokenizer("a", "a")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
         raise ModelError(
