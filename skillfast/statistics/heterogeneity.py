@@ -43,7 +43,7 @@ def heterogeneity(z: torch.Tensor, left_out: torch.Tensor) -> tuple[np.ndarray, 
     q = _solved(factor, torch.where(safe, apart / scale, 0.0))[..., 0]
     spread = _solved(factor, unit) * (groups - 1)  # their mean is p
     kurtosis = spread.square().mean(-1) / (p * (p + 2))  # 1 for normal changes
-    freedom = (2 * groups / (3 * kurtosis - 1)).clamp(p + 0.5, groups - 1)
+    freedom = 2 * groups / (3 * kurtosis - 1).clamp(2 * groups / (groups - 1), 2 * groups / (p + 0.5))
     found = q.masked_fill(~defined, torch.nan).numpy()
     rest = freedom.numpy() - p + 1
     return found, stats.f.sf(found * rest / (p * freedom.numpy()), p, rest)

@@ -6,6 +6,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+from scipy import stats
 
 import skillfast
 from skillfast.metrics import Categorical, Continuous
@@ -184,6 +185,26 @@ def test_q_is_the_plain_one_of_independent_windows():
     assert float(q) == pytest.approx(expected)
     q, p = heterogeneity(torch.tensor([0.1, 0.2]), torch.zeros(40, 2, dtype=torch.float64))
     assert np.isnan([q, p]).all()  # nothing tells how far they scatter
+
+
+def test_a_covariance_that_few_groups_make_up_counts_for_less():
+    """Of two windows Q is a squared t, whose degrees of freedom are 2 G / (kurtosis - 1), at most G - 1."""
+    changes = np.zeros(40)
+    changes[:4] = [0.3, -0.1, 0.2, 0.05]
+    z, left = torch.tensor([0.2, 0.9], dtype=torch.float64), torch.zeros(40, 2, dtype=torch.float64)
+    left[:, 1] = torch.from_numpy(changes)
+    apart = changes - changes.mean()
+    variance = 39 / 40 * (apart**2).sum()
+    freedom = 80 / ((apart**4).mean() / (apart**2).mean() ** 2 - 1)
+    q, p = heterogeneity(z, left)
+    assert float(q) == pytest.approx(0.49 / variance)
+    assert freedom < 5
+    assert float(p) == pytest.approx(2 * stats.t.sf(np.sqrt(0.49 / variance), freedom))
+    left[:, 1] = torch.tensor([0.1, -0.1]).repeat(20)
+    q, p = heterogeneity(z, left)
+    assert float(p) == pytest.approx(2 * stats.t.sf(np.sqrt(float(q)), 39))
+    three = torch.stack([left[:, 0], left[:, 1], left[:, 1]], 1)  # nothing tells how two of them scatter apart
+    assert np.isnan(heterogeneity(torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), three)).all()
 
 
 def test_the_jackknife_leaves_groups_out():
