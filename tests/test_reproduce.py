@@ -201,7 +201,7 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == said[said.index("|  | held out") :].strip()
 
 
-@pytest.mark.parametrize("name", ["sentiment", "generation", "languages"])
+@pytest.mark.parametrize("name", ["sentiment", "generation", "languages", "layers"])
 def test_the_results_are_of_gemma_at_full_size(name):
     module = script(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from skillfast.statistics.overlaps import shared_by_chance
 
@@ -25,6 +26,11 @@ def test_shared_by_chance_is_that_of_draws():
     tail = found.probabilities[: found.low].sum(), found.probabilities[found.high + 1 :].sum()
     assert inside >= 0.95
     assert max(tail) <= 0.025
+
+
+def test_the_interval_is_the_central_95_percent():
+    found, exact = shared_by_chance((50,), (60,), (400,)), stats.hypergeom(400, 50, 60)
+    assert (found.low, found.high) == (exact.ppf(0.025), exact.ppf(0.975)) != (exact.ppf(0.05), exact.ppf(0.95))
 
 
 def test_sets_that_are_whole_share_all():

@@ -12,7 +12,8 @@ import skillfast
 from skillfast.metrics import Categorical, Continuous
 from skillfast.statistics.bootstrap import fisher_z
 from skillfast.statistics.heterogeneity import heterogeneity
-from skillfast.tracing import sampling
+from skillfast.tracing import sampling, windows
+from skillfast.tracing.windows import Changes
 
 LABEL = {"label": Categorical(["bad", "good"])}
 
@@ -97,6 +98,29 @@ def test_of_several_processes_each_counts_its_own_rows(model, monkeypatch):
     assert [scores.n_observations for scores in found.scores] == [128, 128]
     assert found.scores[1].pearson == pytest.approx(alone.scores[1].pearson, abs=1e-6)
     assert found.p == pytest.approx(alone.p, abs=1e-4)
+
+
+def test_the_same_texts_are_left_out_of_every_window(model, monkeypatch):
+    """A text's group is by its place in the data, also in a window that others before it lack."""
+    seen = []
+
+    def keep(z, left_out):
+        seen.append(left_out)
+        return heterogeneity(z, left_out)
+
+    monkeypatch.setattr(windows, "heterogeneity", keep)
+    skillfast.trace_windows(model, batches(96), (0, 12), LABEL, groups=8)
+    (whole,), neurons = batches(96, size=96), []
+    with model.write.register_forward_pre_hook(lambda _, args: neurons.append(args[0].detach())):
+        model(whole["input_ids"], whole["attention_mask"])
+    last = (whole["attention_mask"].cumsum(1) > 12) & (whole["attention_mask"] == 1)
+    there = last.any(1).nonzero()[:, 0]
+    assert len(there) < 96
+    rows = np.array([neurons[0][i][last[i]].mean(0).numpy() for i in there])
+    for group in range(8):
+        kept = there.numpy() % 8 != group
+        r = np.corrcoef(rows[kept, 1], whole["labels"][there].numpy()[kept])[0, 1]
+        assert float(seen[0][group, 1, 1, 1]) == pytest.approx(np.arctanh(r), abs=1e-5)
 
 
 def test_windows_of_a_function_and_metrics_per_token(model):
@@ -203,7 +227,9 @@ def test_a_covariance_that_few_groups_make_up_counts_for_less():
     left[:, 1] = torch.tensor([0.1, -0.1]).repeat(20)
     q, p = heterogeneity(z, left)
     assert float(p) == pytest.approx(2 * stats.t.sf(np.sqrt(float(q)), 39))
-    three = torch.stack([left[:, 0], left[:, 1], left[:, 1]], 1)  # nothing tells how two of them scatter apart
+    three = torch.stack(
+        [left[:, 0], left[:, 1], (1 + 1e-7 * torch.arange(40)) * left[:, 1]], 1
+    )  # nothing tells how two of them scatter apart
     assert np.isnan(heterogeneity(torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), three)).all()
 
 
@@ -258,6 +284,32 @@ def test_unknown_names_are_refused(traced):
     ):
         with pytest.raises(skillfast.SkillfastError, match=message):
             call()
+
+
+def test_changes_at_the_level_itself_are_found():
+    changes = Changes(
+        "y", ("a", "b"), ("s", "s", "s"), np.arange(3), *[np.zeros(3)] * 3, np.array([0.05, 0.051, np.nan])
+    )
+    assert changes.found() == {"s": [0]}
+    assert changes.found(0.06) == {"s": [0, 1]}
+
+
+def test_each_site_is_tested_with_its_own_neurons(monkeypatch):
+    """Of several sites in one accumulator, and in slices of one: p is that of each site traced alone."""
+    vit, (images, labels) = planted.model(), planted.images(48)
+    read = [(images[i : i + 16], labels[i : i + 16]) for i in range(0, 48, 16)]
+    number = torch.tensor([[0, 0, 1, 1]]).expand(16, -1)
+
+    def traced(sites):
+        return skillfast.trace_windows(
+            vit, read, lambda batch: number, {"label": Categorical(6)}, names=["top", "bottom"], sites=sites, groups=8
+        )
+
+    alone = traced(["blocks.1.mlp"])
+    monkeypatch.setattr(windows, "_SLICE", 8 * 6 * 2 * 100)
+    both = traced(["blocks.0.mlp", "blocks.1.mlp"])
+    assert np.isfinite(alone.p).mean() > 0.5
+    assert both.p[256:] == pytest.approx(alone.p, rel=1e-3, nan_ok=True)
 
 
 def test_ranks_by_window(model):
