@@ -27,7 +27,7 @@ from skillfast.data.transforms import make_transforms
 from skillfast.errors import DataError, SkillfastError
 from skillfast.models import soft_prompt
 from skillfast.models.digits import digits_model
-from skillfast.models.huggingface import encode, load_config, load_language_model
+from skillfast.models.huggingface import check_ids, encode, load_config, load_language_model
 from skillfast.models.loading import create_model, load_trained, save_trained
 from skillfast.report import read_results, replay_text, summary_table, write_comparison, write_evaluation, write_report
 from skillfast.report.exports import card
@@ -437,6 +437,7 @@ def _exported(folder: Path) -> None:
 def _read_exported(folder: Path) -> object:
     loaded = load_language_model(f"hf:{folder}", "causal")
     batch = encode(loaded.tokenizer, ["a good film"], return_tensors="pt", return_token_type_ids=False)
+    check_ids(loaded, batch["input_ids"].tolist())
     with torch.no_grad():
         return loaded.model(**batch).logits
 

@@ -253,6 +253,24 @@ def encode(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
         ) from error
 
 
+def check_ids(language_model: LanguageModel, texts: Sequence[Sequence[int]]) -> None:
+    """Raise ModelError for a text without a token, or with one that the model has no embedding of.
+
+    Args:
+        language_model: The model, with its tokenizer.
+        texts: The tokens of each text.
+    """
+    embeddings: Any = language_model.model.get_input_embeddings()  # type: ignore[operator]
+    rows = embeddings.num_embeddings
+    for ids in texts:
+        if not len(ids) or not 0 <= min(ids) <= max(ids) < rows:
+            got = f"{max(ids)}" if len(ids) else "a text without any"
+            raise ModelError(
+                f"tokenizer: expected tokens from 0 to {rows - 1}, which the model has embeddings of, got {got}; check "
+                "the model's tokenizer.json"
+            )
+
+
 def skeleton(config: Any, task: Task = "own") -> torch.nn.Module:
     """A model without weights, on torch's `meta` device: its modules and their sizes, and no memory.
 

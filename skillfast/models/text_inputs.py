@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from skillfast.data.splits import Splits
 from skillfast.errors import ArgumentError, DataError
 from skillfast.metrics import Categorical, Continuous
-from skillfast.models.huggingface import encode
+from skillfast.models.huggingface import check_ids, encode
 from skillfast.models.text_classifier import TextClassifier, accepts, first_virtual
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class TokenExamples:
             encoded = encode(tokenizer, table.texts, verbose=False, **second, **cut)
         names = accepts(language_model.model, ("input_ids", "token_type_ids"))
         self.encoded: dict[str, list[list[int]]] = {name: encoded[name] for name in names if name in encoded}
+        check_ids(language_model, self.encoded["input_ids"])
         if virtual:
             first = first_virtual(language_model.model)
             before = {"input_ids": list(range(first, first + virtual)), "token_type_ids": [0] * virtual}

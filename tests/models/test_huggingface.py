@@ -14,7 +14,7 @@ from tiny_models import make_tokenizer, save_model
 
 from skillfast.errors import ArgumentError, ModelError
 from skillfast.models import huggingface
-from skillfast.models.huggingface import encode, load_config, load_language_model, load_tokenizer, skeleton
+from skillfast.models.huggingface import check_ids, encode, load_config, load_language_model, load_tokenizer, skeleton
 from skillfast.models.sites import find_sites
 from skillfast.models.sizes import check_counts, no_more_than
 
@@ -225,6 +225,13 @@ def test_texts_that_a_tokenizer_cannot_read_are_told_in_a_line(tmp_path):
     message = r"^tokenizer: expected one that reads the texts, got WordLevel error.*; check the model's tokenizer.json$"
     with pytest.raises(ModelError, match=message):
         encode(tokenizer, ["a good film", "an unknown word"])
+
+    save_model(tmp_path / "model", "LlamaForCausalLM")
+    loaded = load_language_model(str(tmp_path / "model"), "causal")
+    check_ids(loaded, [[0], [32, 4]])
+    for ids, got in (([33, 1], "33"), ([5, -1], "5"), ([], "a text without any")):
+        told = one_line(ModelError, check_ids, loaded, [[1], ids])
+        assert f"expected tokens from 0 to 32, which the model has embeddings of, got {got}; check" in told
 
     def interrupted(*_):
         raise KeyboardInterrupt
