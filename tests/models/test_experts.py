@@ -648,6 +648,19 @@ def test_a_sweep_says_how_many_tokens_were_routed_otherwise():
     assert skillfast.sweep(classifier, loader, conditions[:1]).renamed({conditions[0].name: "a"}).rerouted.shape == (1,)
 
 
+def test_tokens_that_skip_all_experts_are_counted_at_none():
+    """ZAYA's code hands them to the first expert with a gate of 0."""
+    model = copy.deepcopy(made("zaya")[0])
+    for name, biases in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            biases[-1] = 1
+    with torch.no_grad(), skillfast.Tracer(model, {"y": Continuous()}, sites=["expert"]) as tracer:
+        model(**made("zaya")[1])
+        tracer.step(y=torch.arange(4.0))
+    scores = tracer.compute()
+    assert all((scores.routed[f"blocks.{site.block}.router"].mean == 0).all() for site in scores.sites)
+
+
 def test_a_router_with_no_other_experts_says_so():
     model, inputs = made("qwen3_moe")
     skill = Skill("s", {"blocks.0.router": range(3)})  # of 4, of which each token takes 2
