@@ -156,7 +156,8 @@ class Tracer:
         reserved = {"self", "valid", "groups", "mask"} & set(counting.metrics)
         if reserved:
             raise ArgumentError(
-                f"metrics: expected other names than step() has of its own, got {', '.join(sorted(reserved))}"
+                f"metrics: expected other names than step() has of its own, got {', '.join(sorted(reserved))}; "
+                "rename them"
             )
         pool = counting.pool
         if pool not in POOLS:

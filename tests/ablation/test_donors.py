@@ -10,6 +10,7 @@ from tiny_models import save_model
 
 import skillfast
 from skillfast import Condition, Skill
+from skillfast.ablation.donors import example_digests
 from skillfast.ablation.interventions import _rows_of_calls
 from skillfast.data import load_digits, loader
 from skillfast.errors import ArgumentError, ModelError
@@ -238,6 +239,13 @@ def test_a_call_tells_examples_apart_by_its_arguments_but_labels():
     assert seen[1] == {"x": x, "attention_mask": mask}
     assert seen[2] == {"x": x}
     assert not model._forward_pre_hooks
+
+
+def test_an_example_is_the_same_with_a_mask_of_all_tokens_and_without(vit):
+    ids = torch.arange(12).view(3, 4)
+    bare, real = {"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert [*example_digests(vit, bare, 0)] == [*example_digests(vit, real, 0)]
+    assert [*example_digests(vit, bare, 0)] != [*example_digests(vit, bare, 1)]
 
 
 def test_donors_run_a_few_at_a_time_and_keep_what_a_plain_forward_gives(vit, batches):

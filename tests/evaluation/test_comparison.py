@@ -627,6 +627,15 @@ def test_values_and_ends_of_every_check(several):
             assert (check.low, check.high) == pytest.approx((limits(z[0])[0], limits(z[1])[1]), abs=1e-12)
 
 
+def test_runs_that_cannot_be_compared_decide_nothing(rng):
+    labels, base, _ = planted(rng, n=100)
+    lost = np.where((labels == 0) & (np.arange(1000) % 2 == 0), 1, base.intact)
+    new = Measured(lost, np.where(lost == base.intact, base.removed, lost), None)
+    for limits in ({"max_weakening": 0.05}, {"max_weakening": 0.99}):
+        assert decision(labels, base, new, limits).decision in ("regression", "passed")
+        assert decision(labels, base, new, limits, comparable=False).decision == "not comparable"
+
+
 def test_a_limit_itself_passes_and_beyond_it_fails():
     def outcome(name, low, high, **more):
         found = SimpleNamespace(of=lambda _: Quantity(0.5, lambda _: (low, high)))

@@ -611,3 +611,13 @@ def test_what_a_sample_is_off_comes_on_top():
         )
         torch.testing.assert_close(sampled, torch.where(whole < 0, whole, whole + rows), rtol=1e-9, atol=1e-9)
         assert (rows[:, :2] > 0.01).all()
+
+
+@pytest.mark.parametrize("n", [20, 600])
+def test_a_constant_neuron_has_no_area(n):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 2.5
+    with pytest.warns(RuntimeWarning, match="constant_neuron"):
+        found = skillfast.correlate(x, {"label": torch.arange(n) % 2}, statistics=["auroc", "spearman"], bins=16)
+    for array in (found.auroc, found.auroc_bound, found.spearman):
+        assert np.isnan(array).any(1).tolist() == [False, True, False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import one_line
 import skillfast
 from skillfast.errors import ArgumentError
 from skillfast.metrics import Categorical, Continuous
+from skillfast.models.sites import Site
 from skillfast.statistics.partial import partial_correlations
 
 N, D, CLASSES = 3000, 9, 4
@@ -209,3 +212,16 @@ def test_ranks_alone_have_no_partial_correlation():
     found = skillfast.correlate(X[:100, :2], {"a": LENGTH[:100], "b": LOSS[:100]}, statistics=("auroc", "spearman"))
     assert found.between is None
     assert "trace with pearson" in one_line(ArgumentError, found.given, "a")
+
+
+def test_units_of_experts_whose_tokens_differ_have_no_partial_correlation():
+    """The columns correlate over all tokens, and over those that an expert got in another way."""
+    x, values = made()
+    with pytest.warns(RuntimeWarning, match="constant_neuron"):
+        whole = skillfast.correlate(x, values, METRICS, statistics=["pearson"])
+    mlp, experts = Site("blocks.0.mlp", "mlp", 0, "a", 3), Site("blocks.0.experts", "expert", 0, "b", 6, experts=2)
+    sites = dataclasses.replace(whole, sites=(mlp, experts))
+    known, routed = (each.given("label") for each in (sites, dataclasses.replace(sites, n_routed=np.full(D, N))))
+    assert np.isfinite(known.pearson[[0, 1, 2, 5, 6, 7, 8]]).all()
+    np.testing.assert_array_equal(routed.pearson[:3], known.pearson[:3])
+    assert np.isnan(routed.pearson[3:]).all()

@@ -9,7 +9,7 @@ import torch
 from conftest import one_line
 from safetensors.torch import save_file
 
-from skillfast import Categorical, NeuronStatistics
+from skillfast import Categorical, Continuous, NeuronStatistics
 from skillfast.errors import ArgumentError, DataError
 from skillfast.files import metadata, read_nested
 from skillfast.models.sites import Site
@@ -62,6 +62,23 @@ def test_tokens_without_a_statistic_are_refused():
     saved = TokenStatistics(2, METRICS, ["pearson"], **SETTINGS).state_dict() | {"pearson": False}
     told = one_line(ArgumentError, TokenStatistics.from_state_dict, saved)
     assert told == "state_dict: expected at least one statistic, got none; it is damaged, start again"
+
+
+def test_groups_and_types_of_tables_are_checked():
+    metrics = {"label": Categorical(2), "loss": Continuous()}
+    acc = NeuronStatistics(2, metrics, bins=2)
+    values = {"label": torch.arange(40) % 2, "loss": torch.arange(40.0)}
+    acc.update(torch.arange(80.0).view(40, 2)[:9], {name: value[:9] for name, value in values.items()})
+    saved = acc.state_dict()
+    saved["kept"]["values"][3, -1] = torch.nan
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert told == "state_dict: expected a state of 9 rows, got groups that are not finite; it is damaged, start again"
+    acc = NeuronStatistics(2, metrics, bins=2)
+    acc.calibrate(torch.arange(80.0).view(40, 2), values)
+    saved = acc.state_dict()
+    saved["table"]["dtype"] = "int8"
+    told = one_line(ArgumentError, NeuronStatistics.from_state_dict, saved)
+    assert "at table.dtype, got 'int8'" in told
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

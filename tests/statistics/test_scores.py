@@ -100,6 +100,7 @@ def test_every_row_of_the_table_is_one_value(routed, sites):
     pytest.importorskip("pandas")
     whole = scores(sites=sites, **({} if routed else {"n_routed": None}))
     frame = whole.to_dataframe()
+    assert frame.index.tolist() == list(range(len(frame)))
     assert len(frame) == 12 * 3 * 10
     where = [(site, unit) for site in sites for unit in range(site.width)] or [(None, unit) for unit in range(12)]
     for (column, statistic), part in frame.groupby(["metric", "statistic"]):

@@ -481,6 +481,18 @@ def moe(implementation):
     return model
 
 
+def test_routers_are_prepared_without_their_experts():
+    plain, model = moe("grouped_mm"), skillfast.prepare(moe("grouped_mm"), sites=["router"], rows=4, tokens=5)
+    ids = torch.randint(3, 50, (4, 5), generator=torch.Generator().manual_seed(0))
+    found = []
+    for each in (plain, model):
+        with skillfast.Tracer(each, {"y": Continuous()}, sites=["router"], bins=8) as tracer, torch.no_grad():
+            each(ids)
+            tracer.step(y=torch.arange(4.0))
+        found.append(tracer.compute())
+    np.testing.assert_allclose(found[0].pearson, found[1].pearson, atol=1e-6)
+
+
 @pytest.mark.parametrize(("implementation", "pool"), [("grouped_mm", "mean"), ("batched_mm", "none")])
 def test_experts_are_prepared(implementation, pool):
     plain, model = moe(implementation), moe(implementation)

@@ -266,6 +266,26 @@ def test_trace_takes_a_second_forward_for_metrics_of_tokens(vit, batches):
     np.testing.assert_allclose(scores.pearson[steady], pearson(x, values)[steady], atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["self", "valid", "groups", "mask"])
+def test_a_metric_has_a_name_that_step_has_not(vit, name):
+    told = one_line(ArgumentError, Tracer, vit, {name: Continuous(), "label": Continuous()})
+    assert told == f"metrics: expected other names than step() has of its own, got {name}; rename them"
+
+
+def test_metrics_of_tokens_far_from_0_lose_nothing(vit, batches):
+    images, _, _ = data(batches)
+    values = 1e9 + torch.randn(len(images), 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for offset in (0, 1e9):
+        tracer = Tracer(vit, {"y": Continuous()}, sites=BLOCKS, pool="none", statistics=("pearson",))
+        with tracer, torch.no_grad():
+            tracer.expect(y=values - offset)
+            vit(images)
+            tracer.step()
+        found.append(tracer.compute().pearson)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
 def test_what_cannot_be_counted_is_told(vit, batches):
     images, labels, loss = data(batches)
     tracer = Tracer(vit, METRICS, sites=BLOCKS, pool="none")
@@ -279,6 +299,11 @@ def test_what_cannot_be_counted_is_told(vit, batches):
         tracer.expect(label=labels, loss=per_token)
         vit(images)
         assert "expected no values after expect()" in one_line(ArgumentError, tracer.step, label=labels)
+        tracer.discard()
+        tracer.expect(label=labels, loss=per_token)
+        vit(images)
+        valid = torch.ones(len(images), dtype=torch.bool)
+        assert "expected no values after expect()" in one_line(ArgumentError, tracer.step, valid=valid)
         tracer.discard()
         tracer.expect(label=labels, loss=loss[:3])
         assert "metric 'loss': expected values [37] or [37, 17]" in one_line(ArgumentError, vit, images)
