@@ -308,7 +308,7 @@ class PrefixReuse:
         changed_neurons, name = self._changed[point.site.name], point.site.name
 
         def keep_neurons(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0][:, :1] if narrow else args[0]
+            x = local_part(args[0])[:, :1] if narrow else local_part(args[0])
             cache.neurons[name] = x.index_select(-1, moved(changed_neurons, x.device))
 
         stack.callback(self.model.get_submodule(point.site.path).register_forward_pre_hook(keep_neurons).remove)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
     from skillfast.models.sites import Site
 
@@ -151,6 +152,15 @@ def shards_of(model: torch.nn.Module, sites: Sequence[Site]) -> Shards | None:
 def local_part(x: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be spread over several."""
     return x.to_local() if is_spread(x) else x  # type: ignore[attr-defined]
+
+
+def spread_as(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over processes as another is, from this process's part; the part if that is not."""
+    if not is_spread(like):
+        return part
+    spread: DTensor = like  # type: ignore[assignment]
+    made: torch.Tensor = type(spread).from_local(part, spread.device_mesh, spread.placements, run_check=False)
+    return made
 
 
 def refuse_spread(model: torch.nn.Module, what: str) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from skillfast.models.activations import Activations
 from skillfast.models.experts import routed
 from skillfast.models.projections import parent_of
+from skillfast.models.shards import local_part, spread_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,8 +54,10 @@ def watched(
     def before_projection(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not wanted():
             return None
-        replaced = see(Activations(turned(args[0], site.layout)))
-        return None if replaced is None else (turned(replaced, site.layout, back=True), *args[1:])
+        replaced = see(Activations(turned(local_part(args[0]), site.layout)))
+        if replaced is None:
+            return None
+        return spread_as(args[0], turned(replaced, site.layout, back=True)), *args[1:]
 
     with projecting(model, site):
         handle = model.get_submodule(site.path).register_forward_pre_hook(before_projection)

@@ -15,9 +15,10 @@ pytest.importorskip("transformers", minversion="5.24", reason="needs transformer
 SCRIPT = """
 import sys, warnings
 warnings.filterwarnings("ignore")
-import numpy as np, torch, torch.distributed as dist
+import numpy as np, timm, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 import skillfast
 from skillfast import Condition, Continuous, Skill
@@ -25,6 +26,7 @@ from skillfast.errors import ArgumentError, ModelError
 from skillfast.models.sites import find_sites, fingerprint
 
 torch.set_num_threads(1)
+STYLES = {"fc1": ColwiseParallel, "fc2": RowwiseParallel}
 ids = torch.randint(0, 64, (22, 9), generator=torch.Generator().manual_seed(1))
 mask = torch.arange(9) < torch.randint(4, 10, (22, 1), generator=torch.Generator().manual_seed(2))
 values = torch.randn(22, generator=torch.Generator().manual_seed(3))
@@ -117,6 +119,29 @@ for folder in sys.argv[1:]:
         logits = plain(input_ids=ids).logits
     with skillfast.ablate(model, skill), torch.no_grad():
         np.testing.assert_allclose(logits, model(input_ids=ids).logits, atol=2e-6)
+
+# a vision transformer whose MLPs torch has spread; their inputs are DTensors
+images, classes = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
+torch.manual_seed(0)
+plain, model = (timm.create_model("vit_tiny_patch16_224", **sizes).eval() for _ in range(2))
+model.load_state_dict(plain.state_dict())
+plan = {f"blocks.{i}.mlp.{name}": style() for i in range(2) for name, style in STYLES.items()}
+parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+assert model.blocks[0].mlp.fc2.weight.to_local().shape[1] == 48
+loader = [(images[:12], classes[:12]), (images[12:], classes[12:])]
+want, got = (skillfast.trace(each, loader, classes=3, statistics=["pearson"]) for each in (plain, model))
+same(got, want)
+skill = Skill("both", {"blocks.0.mlp": [1, 50, 95], "blocks.1.mlp": [0, 60], "blocks.1.attn": [4]})
+found = []
+for each in (plain, model):
+    with skillfast.ablate(each, skill), torch.no_grad():
+        found.append(each(images))
+np.testing.assert_allclose(found[1], found[0], atol=2e-6)
+ranking, want = (skillfast.attribute(each, loader, classes=3) for each in (model, plain))
+np.testing.assert_allclose(ranking.values, want.values, atol=1e-6)
+swept = [skillfast.sweep(each, loader, [Condition(skill)], classes=3, keep_margins=True) for each in (model, plain)]
+np.testing.assert_allclose(swept[0].margins, swept[1].margins, atol=2e-6)
 dist.destroy_process_group()
 """
 
