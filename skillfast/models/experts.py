@@ -110,7 +110,9 @@ def takes_gates(module: torch.nn.Module) -> bool:
 
 def _signature(module: torch.nn.Module) -> inspect.Signature:
     """What a module's own forward takes; one that stands before it, where processes share the work, takes anything."""
-    return inspect.signature(type(module).forward.__get__(module))
+    found = inspect.signature(module.forward)
+    told = any(each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in found.parameters.values())
+    return found if told else inspect.signature(type(module).forward.__get__(module))
 
 
 @contextmanager
