@@ -133,7 +133,6 @@ def _attributed(
             if found.per_token:
                 if members is not None:
                     raise ArgumentError(f"members: expected groups of examples, got labels {list(labels.shape)}")
-                done += len(labels)
                 _add_tokens(total, counts, logits, found.targets(model), [seen[site.name] for site in chosen])
                 continue
             own = log_odds(logits, labels).sum()

@@ -152,6 +152,30 @@ def test_an_empty_accumulator_takes_over_the_shift():
     check(later.state, x, values)
 
 
+def test_metrics_far_from_0_survive_a_merge_into_an_empty_accumulator():
+    g = torch.Generator().manual_seed(0)
+    x, loss = torch.randn(300, 2, generator=g), torch.randn(300, generator=g, dtype=torch.float64)
+    found = []
+    for offset in (0.0, 1e9):
+        full, empty = (NeuronStatistics(2, {"loss": Continuous()}, ["pearson"], buffer_rows=64) for _ in range(2))
+        full.update(x, {"loss": loss + offset})
+        empty.merge(full)
+        found.append(empty.compute().pearson)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+
+
+def test_what_cannot_set_edges_is_refused():
+    values = {"label": torch.arange(64) % 2, "loss": torch.arange(64.0)}
+    acc = NeuronStatistics(2, METRICS, bins=2, buffer_rows=8)
+    with pytest.raises(ArgumentError, match="calibrate: expected 1 to 32 rows counted before, got 0"):
+        acc.calibrate_on_counted()
+    acc.update(torch.randn(8, 2), {name: value[:8] for name, value in values.items()})
+    acc.calibrate_on_counted()
+    acc.update(torch.randn(64, 2), values)
+    with pytest.raises(ArgumentError, match="calibrate: expected 1 to 32 rows counted before, got 64"):
+        acc.calibrate_on_counted()
+
+
 def test_a_shard_without_rows_leaves_the_shift_alone():
     x, values = data()
     total = NeuronStatistics(3, METRICS, ("pearson",), n_bootstrap=REPLICATES, buffer_rows=32)

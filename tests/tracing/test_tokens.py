@@ -374,7 +374,8 @@ def test_examples_that_are_left_out_have_no_ranks(vit):
 def test_what_an_open_forward_forbids_says_its_name(vit, batches, pool):
     with skillfast.Tracer(vit, {"label": Categorical(5)}, pool=pool) as tracer, torch.no_grad():
         vit(batches[0][0])
-        for call in (tracer.calibrate, tracer.all_reduce, tracer.compute, tracer.expect):
+        closed = (tracer.calibrate, tracer.all_reduce, tracer.like, tracer.state_dict, tracer.replicated)
+        for call in (*closed, tracer.compute, tracer.expect):
             text = one_line(ModelError, call)
             assert text.startswith(f"{call.__name__}: expected step() or discard() after the last forward")
         tracer.discard()
