@@ -201,7 +201,7 @@ def test_the_script_on_sentiment_runs(sentiment, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == said[said.index("|  | held out") :].strip()
 
 
-@pytest.mark.parametrize("name", ["sentiment", "generation", "languages", "layers"])
+@pytest.mark.parametrize("name", ["sentiment", "generation", "languages", "layers", "sums"])
 def test_the_results_are_of_gemma_at_full_size(name):
     module = script(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -326,3 +326,22 @@ def test_the_script_on_languages_runs(languages, tmp_path, capsys):
     shown = capsys.readouterr().out
     run(languages, "--table", found)
     assert capsys.readouterr().out.strip() == shown[shown.index("|  | English") :].strip()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_on_sums_runs(tmp_path, capsys):
+    sums, found = script("sums"), tmp_path / "x.json"
+    drawn = sums.chains()
+    assert all(sum(map(int, text.split("+"))) == int(total) for total, texts in drawn.items() for text in texts)
+    assert min(map(len, drawn.values())) > 2 * max(sums.Sizes().train, sums.Sizes().test)
+    folder = save_model(tmp_path / "model", "LlamaForCausalLM", max_position_embeddings=128)
+    options = ["--model", f"hf:{folder}", "--label-words", ",".join(WORDS[-7:]), "--dtype", "float32"]
+    run(sums, *options, "--quick", "--json", found)
+    read = json.loads(found.read_text(encoding="utf-8"))
+    assert read["n_test"] == 7 * sums.QUICK.test
+    assert set(read["top_r"]) == set(sums.METRICS)
+    assert set(read["top_r_given_sum"]) == set(sums.METRICS) - {"label"}
+    assert [one["neurons"] for one in read["removals"]] == [int(share * read["neurons"]) for share in sums.QUICK.shares]
+    shown = capsys.readouterr().out
+    run(sums, "--table", found)
+    assert capsys.readouterr().out.strip() == shown[shown.index(f"{read['n_test']} sums") :].strip()

@@ -108,20 +108,27 @@ class Removed:
         return (self.without == self.labels).mean(1) - (self.intact == self.labels).mean()
 
 
-def removed(model: torch.nn.Module, loader: Iterable[Any], skills: Sequence[Skill]) -> Removed:
+def removed(
+    model: torch.nn.Module, loader: Iterable[Any], skills: Sequence[Skill], classes: Sequence[str] = CLASSES
+) -> Removed:
     """Remove each of the skills."""
     conditions = [Condition(skill, name=str(i)) for i, skill in enumerate(skills)]
-    swept = skillfast.sweep(model, loader, conditions, classes=CLASSES, keep_predictions=True)
+    swept = skillfast.sweep(model, loader, conditions, classes=classes, keep_predictions=True)
     return Removed(swept.labels, swept.top2[:, 0], swept.predictions_of(str(i) for i in range(len(skills))))
 
 
 def beside_random(
-    model: torch.nn.Module, loader: Iterable[Any], skills: Sequence[Skill], sites: Sequence[Site], draws: int
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    skills: Sequence[Skill],
+    sites: Sequence[Site],
+    draws: int,
+    classes: Sequence[str] = CLASSES,
 ) -> dict[str, Any]:
     """Accuracy without each skill and without as many others of the same sites, as JSON has it."""
     rng = np.random.default_rng(0)
     drawn = [one for skill in skills for one in random_skills(skill, sites, draws, rng)]
-    found = removed(model, loader, [*skills, *drawn])
+    found = removed(model, loader, [*skills, *drawn], classes)
     own, others = found.without[: len(skills)], found.without[len(skills) :]
     controls = others.reshape(len(skills), draws, -1).swapaxes(0, 1)
     n_neurons = sum(site.width for site in sites)
