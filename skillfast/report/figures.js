@@ -1,5 +1,6 @@
 // What the figures of every page share: their data, colours and ticks, and that each is drawn when it comes near the
-// window. `figures` says what is drawn: whoever changes a figure changes it there, and on the screen if `isDrawn`.
+// window. `figures` says what is drawn: whoever changes a figure changes it there, and on the screen after `drawn`, which
+// is a promise once drawing has begun: a change of a figure that is half drawn would be lost.
 const page = (() => {
   "use strict";
   const at = (id) => document.getElementById(id);
@@ -7,6 +8,7 @@ const page = (() => {
   const options = { responsive: true, displayModeBar: false, displaylogo: false };
   const figures = {};
   const done = new Set();
+  const begun = {};
   let drawing = Promise.resolve();
   let resized = null;
 
@@ -105,9 +107,13 @@ const page = (() => {
     element.setAttribute("aria-label", `${element.dataset.shows}. ${unescaped(words(figures[id])).replace(/\.?$/, ".")}`);
   }
 
-  // plotly measures every label that it draws, so that those which do not fit are left out before
-  async function draw(id) {
+  function draw(id) {
     done.add(id);
+    return (begun[id] = plot(id));
+  }
+
+  // plotly measures every label that it draws, so that those which do not fit are left out before
+  async function plot(id) {
     const { data, layout } = themed({ data: figures[id].data, layout: figures[id].layout });
     for (const axis of ticked(id)) Object.assign(layout[axis], fitted(id, axis));
     if (data[0].texttemplate && !written(id)) data[0].texttemplate = "";
@@ -159,5 +165,5 @@ const page = (() => {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => done.forEach(draw));
   }
 
-  return { at, figures, isDrawn: (id) => done.has(id), start, tell, themed };
+  return { at, figures, drawn: (id) => begun[id], start, tell, themed };
 })();

@@ -164,6 +164,8 @@ def test_divergence_of_probabilities():
     np.testing.assert_allclose(kl_divergence(base, new), [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0], atol=1e-12)
     gone = np.array([[0.0, -np.inf]])
     assert kl_divergence(gone, gone).tolist() == [0]
+    assert mean_limits(np.array([1.0, 3.0]), 2.0) == pytest.approx((0, 4))  # 2 +- 2 * sqrt(2) / sqrt(2)
+    assert mean_limits(np.array([1.0])) == (-np.inf, np.inf)
     low, high = mean_limits(np.array([1.0, 2.0, 3.0]))
     assert (low, high) == (pytest.approx(2 - 1.96 / 3**0.5, abs=1e-3), pytest.approx(2 + 1.96 / 3**0.5, abs=1e-3))
 

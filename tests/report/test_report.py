@@ -397,6 +397,14 @@ def until(page, told):
     raise AssertionError(f"never: {told}")
 
 
+SLOWLY = """() => {
+    const own = Plotly.newPlot;
+    window.HALF_DRAWN = [];
+    Plotly.newPlot = (id, ...given) => {
+        HALF_DRAWN.push(id);
+        return new Promise((done) => setTimeout(done, 300)).then(() => own(id, ...given));
+    };
+}"""
 BARS = "(document.getElementById('removal-steps').data ?? [{ y: [] }]).map((trace) => trace.y[%d] ?? null)"
 
 
@@ -445,11 +453,15 @@ def test_page_of_many_classes_draws_what_is_near(browser, tmp_path):
         drawn = page.locator(".plot:has(.main-svg)").count()
         page.evaluate("document.getElementById('overlap').scrollIntoView()")
         page.wait_for_selector("#overlap .main-svg")
+        far = page.evaluate("document.getElementById('class-accuracy').data?.length")
+        page.evaluate(SLOWLY)  # so that the step changes while its figure is half drawn
+        page.evaluate("document.getElementById('removal-steps').scrollIntoView()")
+        until(page, "HALF_DRAWN.includes('removal-steps')")
         page.fill("#search", "truck of kind 19")
         page.press("#search", "Enter")
         return (
             drawn,
-            page.evaluate("document.getElementById('class-accuracy').data?.length"),
+            far,
             page.evaluate("document.getElementById('overlap').data[0].z[1][0]"),
             page.locator("#nodes button").count(),
             page.locator("#card h3").inner_text(),

@@ -1,7 +1,7 @@
 // The report: steps through removals and places, and finds skills by name.
 (() => {
   "use strict";
-  const { at, figures, isDrawn, themed } = page;
+  const { at, drawn, figures, themed } = page;
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const MOST = 12; // skills that a search shows
   const marks = {}; // the outline of a matrix's first row, by the matrix
@@ -13,10 +13,11 @@
   let timer = null;
   let typed = null;
 
-  function animate(id, data) {
+  async function animate(id, data) {
     data.forEach((trace, index) => (figures[id].data[index].y = trace.y));
     page.tell(id);
-    if (!isDrawn(id)) return undefined;
+    if (!drawn(id)) return undefined;
+    await drawn(id);
     const duration = still.matches || count > 40 ? 0 : 350;
     const frame = { data: data.map(({ y }) => ({ y })), traces: data.map((_, index) => index) };
     return Plotly.animate(id, [frame], {
@@ -38,7 +39,7 @@
     const { y0, y1 } = marks[id];
     const shapes = index < 0 ? [] : [{ ...marks[id], y0: index + y0, y1: index + y1 }];
     figures[id].layout.shapes = shapes;
-    return isDrawn(id) ? Plotly.relayout(id, { shapes: themed(shapes) }) : undefined;
+    return drawn(id)?.then(() => Plotly.relayout(id, { shapes: themed(figures[id].layout.shapes) }));
   }
 
   async function show() {
@@ -84,7 +85,7 @@
     const [all, others] = figures["removal-matrix"].layout.meta.limits;
     const limit = on ? others : all;
     Object.assign(figures["removal-matrix"].data[0], { zmin: -limit, zmax: limit });
-    return isDrawn("removal-matrix") ? Plotly.restyle("removal-matrix", { zmin: -limit, zmax: limit }) : undefined;
+    return drawn("removal-matrix")?.then(() => Plotly.restyle("removal-matrix", { zmin: -limit, zmax: limit }));
   }
 
   async function locate(index) {
