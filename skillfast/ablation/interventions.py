@@ -191,6 +191,8 @@ class Interventions:
         fingerprint_of_model = fingerprint(model)
         for condition in conditions:
             check_neurons(condition.skill, sites, fingerprint_of_model)
+        if any(condition.mode == "resample" for condition in conditions):
+            refuse_spread(model, "mode 'resample'")
         self.conditions = conditions
         self._changes: dict[str, dict[int, SiteChange]] = {}  # site -> condition -> change
         for site in sites.values():
@@ -206,7 +208,6 @@ class Interventions:
                     elif condition.constants is not None:
                         changes[i] = SiteChange(neurons, scale, mean=condition.constants[site.name].double().cpu())
                     elif condition.mode == "resample":
-                        refuse_spread(model, "mode 'resample'")
                         kept, places = _of_donors(donors, condition.skill, site, neurons, fingerprint_of_model)
                         changes[i] = SiteChange(neurons, scale, donors=kept, places=places)
                     elif condition.mode == "reroute" and site.kind == "router":
