@@ -30,12 +30,20 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def decoder_options(doc: str | None) -> argparse.ArgumentParser:
-    """These and `--data`, `--model`, `--dtype`, of a pretrained decoder that reads SST-2."""
+def decoder_options(doc: str | None, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """These and `--model`, `--dtype`, of a pretrained decoder; and `--label-words` of one that is asked by words."""
     parser = options(doc)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SKILLFAST_DATA", "data")) / "sst2")
     parser.add_argument("--model", default=GEMMA)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    if words:
+        parser.add_argument("--label-words", default=",".join(words), help="the words for the classes")
+    return parser
+
+
+def sst2_options(doc: str | None, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """These and `--data`, of a decoder that reads SST-2."""
+    parser = decoder_options(doc, words)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SKILLFAST_DATA", "data")) / "sst2")
     return parser
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from figures import GEMMA, decoder_options, run, without_short
+from figures import GEMMA, run, sst2_options, without_short
 
 import skillfast
 from skillfast import BenchConfig, Continuous, Skill
@@ -197,7 +197,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or print tables."""
-    run(decoder_options(__doc__), measure, table, arguments)
+    run(sst2_options(__doc__), measure, table, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from figures import GEMMA, options, run
+from figures import GEMMA, decoder_options, run
 from layers import CLASSES, beside_random, best, rankings, removed
 
 import skillfast
@@ -248,11 +248,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or print tables."""
-    parser = options(__doc__)
-    parser.add_argument("--model", default=GEMMA)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--label-words", default=",".join(WORDS), help="the words for the classes")
-    run(parser, measure, table, arguments)
+    run(decoder_options(__doc__, WORDS), measure, table, arguments)
 
 
 if __name__ == "__main__":

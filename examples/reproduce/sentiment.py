@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import torch
-from figures import GEMMA, decoder_options, run, without_short
+from figures import GEMMA, run, sst2_options, without_short
 
 import skillfast
 from skillfast import BenchConfig, Condition, Skill
@@ -266,9 +266,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or print a table."""
-    parser = decoder_options(__doc__)
-    parser.add_argument("--label-words", default=",".join(WORDS), help="the words for the classes")
-    run(parser, measure, table, arguments)
+    run(sst2_options(__doc__, WORDS), measure, table, arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from figures import GEMMA, options, run
+from figures import GEMMA, decoder_options, run
 from layers import beside_random, best
 
 import skillfast
@@ -159,11 +159,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write, or print tables."""
-    parser = options(__doc__)
-    parser.add_argument("--model", default=GEMMA)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--label-words", default=",".join(SUMS), help="the words for the sums")
-    run(parser, measure, table, arguments)
+    run(decoder_options(__doc__, SUMS), measure, table, arguments)
 
 
 if __name__ == "__main__":
